@@ -1,0 +1,7 @@
+"""bmtk, the big model toolkit: importing it registers its model families with the transformers Auto classes."""
+
+from bmtk.models import register
+
+__version__ = "0.1.0"
+
+register()

@@ -1,0 +1,25 @@
+"""The model families and their registration with the transformers Auto classes.
+
+A family names its heads once, in the `auto_map` of its configuration class: the same map registers the classes here
+and travels with every saved model, so that an uploaded repository resolves each head without bmtk.
+"""
+
+import importlib
+
+import transformers
+
+from .configuration_bm_transformer import BmTransformerConfig
+
+FAMILIES = (BmTransformerConfig,)
+
+
+def register() -> None:
+    """Register every family and head with its Auto class; calling it again changes nothing."""
+    for config_class in FAMILIES:
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        config_class.register_for_auto_class()
+        for auto_name, reference in config_class.heads.items():
+            module, class_name = reference.split(".")
+            model_class = getattr(importlib.import_module(f".{module}", __name__), class_name)
+            getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
+            model_class.register_for_auto_class(auto_name)

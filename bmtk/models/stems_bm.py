@@ -1,0 +1,59 @@
+"""Stems: how an input becomes positions.  B rows, L positions, D width.
+
+One stem per kind of input, written once and uploaded with every family.
+Source: sinusoidal positions, Vaswani et al. 2017, arXiv:1706.03762, sec. 3.5; learned positions, Gehring et al. 2017.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+class SinusoidalPositions(nn.Module):
+    """position_ids (B, L) -> (B, L, D): sines in the even, cosines in the odd columns; nothing is learned or stored."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden_size = hidden_size
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        pairs = torch.arange(0, self.hidden_size, 2, device=position_ids.device, dtype=torch.float32)
+        angles = position_ids[..., None].float() * torch.exp(pairs * (-math.log(10000.0) / self.hidden_size))
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # (B, L, D)
+
+
+class TokenStem(nn.Module):
+    """Token ids (B, L) -> (B, L, D), with learned, sinusoidal or no absolute positions, then dropout."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        self.embed_positions = {
+            "learned": lambda: nn.Embedding(config.max_position_embeddings, config.hidden_size),
+            "sinusoidal": lambda: SinusoidalPositions(config.hidden_size),
+        }.get(config.position_embedding_type, lambda: None)()
+        self.dropout = nn.Dropout(config.embedding_dropout)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embeds = self.embed_tokens(input_ids)
+        return embeds if self.scale == 1.0 else embeds * self.scale
+
+    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        if self.embed_positions is not None:
+            inputs_embeds = inputs_embeds + self.embed_positions(position_ids).to(inputs_embeds.dtype)
+        return self.dropout(inputs_embeds)
+
+
+def positions_from_mask(attention_mask: torch.Tensor | None, length: int, past: int, device) -> torch.Tensor:
+    """Position ids (B or 1, L) of the last `length` tokens: real tokens are counted, padding on either side is not.
+
+    `attention_mask` (B, past + L) holds 1 for real tokens and 0 for padding; anything but a 2-D mask is ignored.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return torch.arange(past, past + length, device=device)[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+__all__ = ["SinusoidalPositions", "TokenStem", "positions_from_mask"]
