@@ -86,7 +86,8 @@ class BmTransformerConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; each key head serves a whole group of query heads"
             )
-        if self.head_dim * self.num_attention_heads != self.hidden_size and self.hidden_size % self.num_attention_heads:
+        whole, rest = divmod(self.hidden_size, self.num_attention_heads)
+        if rest and self.head_dim == whole:  # the default; any other width was asked for
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
                 f"{self.num_attention_heads}; change one of them, or set head_dim"

@@ -12,7 +12,11 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -71,6 +75,15 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def same_document_mask(position_ids: torch.Tensor):
+    """Mask function of packed rows, whose position_ids (B, L) restart; None where none does.
+
+    transformers' causal mask looks for packing by itself, its bidirectional mask does not.
+    """
+    documents = find_packed_sequence_indices(position_ids)
+    return None if documents is None else packed_sequence_mask_function(documents)
 
 
 class BmTransformerAttention(nn.Module):
@@ -221,18 +234,22 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
             raise ValueError("pass input_ids or inputs_embeds, and not both")
         if inputs_embeds is None:
             inputs_embeds = self.stem.embed(input_ids)
-        if use_cache and past_key_values is None and self.config.is_causal:
-            past_key_values = DynamicCache(config=self.config)
+        same_document = None
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = positions_from_mask(attention_mask, inputs_embeds.shape[1], past, inputs_embeds.device)
+        elif attention_mask is None and not self.config.is_causal:
+            same_document = same_document_mask(position_ids.expand(len(inputs_embeds), -1))
         mask = create_causal_mask(  # bidirectional where config.is_causal is False
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            and_mask_function=same_document,
         )
+        if use_cache and past_key_values is None and self.config.is_causal:
+            past_key_values = DynamicCache(config=self.config)  # after the mask, which sees packing only without a cache
         hidden_states = self.stem(inputs_embeds, position_ids)
         rotary = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:

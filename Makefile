@@ -1,0 +1,26 @@
+# Two commands do all the set-up: `make pretrain` and `make test`.  PYTHON chooses the interpreter (3.10 to 3.13).
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: pretrain test lint clean
+
+pretrain: .venv/.installed
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Exact tested versions come from constraints.txt; the stamp makes a second call start at once.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv outputs build dist *.egg-info

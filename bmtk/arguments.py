@@ -1,0 +1,261 @@
+"""One flat YAML file per run, bound to dataclasses; the command line wins over the file.
+
+    values = RunConfig.read(sys.argv[1:], configs=Path("recipes/configs"), default="causal_lm/tiny_shakespeare")
+    values.get("task")                              # what file and command line say, before anything is bound
+    data, loop = values.bind([DataArguments, LoopArguments], description="Pretrain a model.")
+
+Types come from the dataclasses (so `1e-3` is a number, whatever YAML thinks), unknown keys are errors with a suggestion.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import re
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+# Keys that may differ when a run goes on: they say where it is described and published, not what is learned.
+FREE_RUN_KEYS = frozenset(("config", "preset", "dry_run", "push_to_hub", "private", "trust_remote_code"))
+
+
+@dataclass
+class RunArguments:
+    """What every recipe reads."""
+
+    _argument_group_name = "run"
+
+    config: str | None = field(default=None, metadata={"help": "YAML file of this run; the command line wins over it"})
+    preset: str | None = field(
+        default=None, metadata={"help": "Name of a config beside the default one; 'smoke' runs in under two minutes"}
+    )
+    task: str | None = field(default=None, metadata={"help": "What to train for; decides which data options exist"})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the model to start from; none: a new one of model_type"}
+    )
+    model_type: str = field(
+        default="bm_transformer",
+        metadata={"help": "Architecture of a new model: a bm_... family or any of transformers"},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code from the Hub or folder: only for sources you have read"}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print the resolved config, size, tokens per step and time; train nothing"}
+    )
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "user/name to publish the result under; needs `hf auth login` or HF_TOKEN"}
+    )
+    private: bool = field(default=False, metadata={"help": "Create the Hub repository as a private one"})
+
+
+class RunConfig:
+    """The flat values of a run: a YAML file and the command line over it."""
+
+    def __init__(self, file_values: dict[str, object], argv: list[str]):
+        self.file_values = file_values
+        self.argv = argv
+        self.cli_values = dict(_cli_pairs(argv))
+
+    @classmethod
+    def read(cls, argv: list[str], *, configs: Path, default: str) -> "RunConfig":
+        """Read `--config FILE`, or `--preset NAME` beside the task's configs, or `configs/<default>.yaml`.
+
+        Raises: FileNotFoundError for a missing file (listing what is there), ValueError for a file that is not flat.
+        """
+        cli = dict(_cli_pairs(argv))
+        default_task, default_name = default.split("/")
+        if isinstance(cli.get("config"), str):
+            path = Path(cli["config"])
+        else:
+            path = configs / str(cli.get("task", default_task)) / f"{cli.get('preset', default_name)}.yaml"
+            if "task" in cli and "preset" not in cli and not path.exists():
+                return cls({}, argv)  # a task without the default's name: the command line says everything
+        return cls(read_yaml(path), argv)
+
+    def get(self, key: str, default: object = None) -> object:
+        """The raw value of `key`: from the command line, else from the file, else `default`."""
+        return self.cli_values.get(key, self.file_values.get(key, default))
+
+    def bind(self, classes: list[type], *, description: str) -> list:
+        """Instances of `classes` (dataclasses), in order; a name that two of them declare belongs to the first.
+
+        Exits with one line on stderr and status 2 for a value of the wrong type.
+        Raises: ValueError for unknown keys, each with the nearest known one.
+        """
+        classes = _without_repeated_fields(classes)
+        known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
+        on_cli = [key.removeprefix("no_") if key.removeprefix("no_") in known else key for key in self.cli_values]
+        unknown = [key for key in [*self.file_values, *on_cli] if key not in known | {"help"}]
+        if unknown:
+            raise ValueError("\n".join(_unknown_key(key, known) for key in dict.fromkeys(unknown)))
+        parser = _Parser(classes, description=description, allow_abbrev=False)
+        in_file = [text for key, value in self.file_values.items() for text in _as_argv(key, value)]
+        return list(parser.parse_args_into_dataclasses([*in_file, *self.argv], look_for_args_file=False))
+
+
+def resolved_config(*instances: object) -> dict[str, object]:
+    """Flat, JSON-ready values of bound dataclasses: everything of ours, and of foreign classes what is not default."""
+    resolved = {}
+    for instance in instances:
+        foreign = any(cls.__module__.split(".")[0] == "transformers" for cls in type(instance).__mro__)
+        for f in dataclasses.fields(instance):
+            value = getattr(instance, f.name)
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            if "token" in f.name.split("_") and f.name.startswith("hub"):
+                continue  # a secret has no place in a file
+            if not f.init or (foreign and value == default and f.name not in inspect.get_annotations(type(instance))):
+                continue
+            resolved[f.name] = json.loads(json.dumps(value, default=str))
+    return resolved
+
+
+def model_fields(model_type: str) -> type:
+    """A dataclass of the architecture fields of a model type; None stands for the configuration class's own default.
+
+    Left out: what the data decides (vocab_size, special token ids) and what belongs to inference (use_cache).
+    The help text of a field is the comment beside it in the configuration file.
+    """
+    config_class = _config_class(model_type)
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config_class), re.MULTILINE))
+    fields = [
+        (name, typing.Optional[_plain_type(hint)], field(default=None, metadata={"help": comments.get(name, "")}))
+        for name, hint in inspect.get_annotations(config_class).items()
+        if name in {f.name for f in dataclasses.fields(config_class)}
+        and name not in {"vocab_size", "use_cache"}
+        and not name.endswith("_token_id")
+    ]
+    group = {"_argument_group_name": f"architecture of a new {config_class.model_type} (with no --model)"}
+    return dataclasses.make_dataclass(f"{config_class.__name__}Fields", fields, namespace=group)
+
+
+def chosen_fields(architecture: object) -> dict[str, object]:
+    """The fields that file or command line set, of an instance of `model_fields`; JSON text of dictionaries is read."""
+    chosen = {name: value for name, value in vars(architecture).items() if value is not None}
+    return {k: json.loads(v) if isinstance(v, str) and v.startswith(("{", "[")) else v for k, v in chosen.items()}
+
+
+def build_model(run: RunArguments, auto_class: type, architecture: dict[str, object], **from_data: object):
+    """The model of a run, in float32: `run.model` loaded, or a new `run.model_type`.
+
+    A new one takes `architecture` from the config and `from_data` (vocabulary, labels) from the task; the config wins.
+    A loaded one takes neither but a head's labels.  Raises: ValueError for an unknown model_type.
+    """
+    if run.model:
+        labels = {k: v for k, v in from_data.items() if k in ("id2label", "label2id", "num_labels", "problem_type")}
+        trust = {"trust_remote_code": True} if run.trust_remote_code else {}
+        return auto_class.from_pretrained(run.model, dtype="float32", **labels, **trust)
+    config = _config_class(run.model_type)(**{**from_data, **architecture})
+    return auto_class.from_config(config)
+
+
+def read_yaml(path: Path) -> dict[str, object]:
+    """The flat mapping in a YAML file.  Raises FileNotFoundError or ValueError that name the file and the remedy."""
+    if not path.is_file():
+        there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} holds {', '.join(there)}" if there else ""
+        raise FileNotFoundError(f"config file {path} does not exist{hint}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {path} is not YAML: {error}") from error
+    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+        raise ValueError(f"config file {path} must be flat: one `key: value` per line, no nesting")
+    return values
+
+
+def write_yaml(path: Path, values: dict[str, object]) -> None:
+    """Write a flat config that `--config` reads back; settings that are not set are left out."""
+    chosen = {key: value for key, value in values.items() if value is not None}
+    path.write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def clean_errors():
+    """Turn what a user can mend (ValueError, OSError, a loss that is not finite) into one message and exit status 1.
+
+    BMTK_DEBUG=1 shows the traceback instead.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ArithmeticError) as error:
+        if os.environ.get("BMTK_DEBUG"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        prefix = "error" if rank == "0" else f"error (process {rank})"
+        sys.stderr.write(f"\n{prefix}: {error}\n  (BMTK_DEBUG=1 shows where this was raised)\n")
+        sys.exit(1)
+
+
+def _config_class(model_type: str) -> type:
+    """The configuration class of a model type.  Raises: ValueError naming what is near."""
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
+        ours = [name for name in CONFIG_MAPPING.keys() if name.startswith("bm_")]
+        near = f"; names of transformers that are near: {', '.join(near)}" if near else ""
+        raise ValueError(f"model_type={model_type!r} is unknown; ours are {', '.join(ours)}{near}")
+    return CONFIG_MAPPING[model_type]
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are one line: the usage of a hundred options hides what was wrong."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
+def _cli_pairs(argv: list[str]):
+    """(key, raw value) for each `--key value`, `--key=value` and bare `--flag` (True) of a command line."""
+    for position, text in enumerate(argv):
+        if not text.startswith("--"):
+            continue
+        key, equals, value = text[2:].partition("=")
+        following = argv[position + 1] if position + 1 < len(argv) else "--"
+        yield key.replace("-", "_"), value if equals else (True if following.startswith("--") else following)
+
+
+def _as_argv(key: str, value: object) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, bool) else value}"]
+
+
+def _unknown_key(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; see --help for the known ones")
+
+
+def _without_repeated_fields(classes: list[type]) -> list[type]:
+    seen: set[str] = set()
+    kept = []
+    for cls in classes:
+        names = {f.name for f in dataclasses.fields(cls) if f.init}
+        if names & seen:
+            left = [(f.name, f.type, f) for f in dataclasses.fields(cls) if f.name not in seen]
+            cls = dataclasses.make_dataclass(cls.__name__, left, namespace={"__doc__": cls.__doc__})
+        seen |= names
+        kept.append(cls)
+    return kept
+
+
+def _plain_type(hint: object) -> object:
+    """The one type a command line can carry: `int | float` is a float, `X | None` an X, a dict is JSON text."""
+    members = [m for m in typing.get_args(hint) if m is not type(None)] if typing.get_origin(hint) is not None else []
+    if typing.get_origin(hint) in (typing.Literal, list):
+        return hint
+    if float in members:
+        return float
+    if members:
+        return _plain_type(members[0])
+    return hint if hint in (bool, int, float, str) else str

@@ -1,0 +1,96 @@
+"""The batches of any optimizer step, for any number of processes, looked up rather than replayed."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from bmtk.data.order import permuted_index
+
+
+class Rows(Protocol):
+    """What batches are made of: a number of rows, and a dict of tensors for any list of them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]: ...
+
+
+class GlobalBatches:
+    """`batches[step]`: the list of this process's micro-batches in optimizer step `step`, for any step >= 0.
+
+    The order is endless: epoch after epoch, each with its own shuffle of all rows. Step s takes its rows
+    [s * batch_size, (s + 1) * batch_size), across the end of an epoch if need be, and each rank takes an equal,
+    contiguous share of them. So the rows of a step depend on (seed, step) alone, and resuming costs nothing.
+    Raises: ValueError if there are no rows, or sizes and ranks do not fit together.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        batch_size: int,
+        micro_batch_size: int = 0,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+    ):
+        """`batch_size` rows a step on all processes together, `micro_batch_size` a forward (0: the whole share)."""
+        if len(rows) == 0:
+            raise ValueError("there are no rows to make batches of; the corpus is empty")
+        _check_rank(rank, world_size)
+        if batch_size < 1 or batch_size % world_size != 0:
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of the number of processes, {world_size}; "
+                f"the nearest one above is {max(1, -(-batch_size // world_size)) * world_size}"
+            )
+        if micro_batch_size < 0:
+            raise ValueError(f"micro_batch_size={micro_batch_size} must be 0 (the whole share) or more rows")
+        self.rows = rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.share = batch_size // world_size
+        self.micro_batch_size = min(micro_batch_size or self.share, self.share)
+        self.rank = rank
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in which every row is seen once: not a whole number when a batch spans two epochs."""
+        return len(self.rows) / self.batch_size
+
+    def row_indices(self, step: int) -> np.ndarray:
+        """Rows of optimizer step `step` that are this rank's, in order: (share,) int64."""
+        if step < 0:
+            raise IndexError(f"step={step} must be 0 or more")
+        first = step * self.batch_size + self.rank * self.share
+        epoch, position = np.divmod(np.arange(first, first + self.share), len(self.rows))
+        if not self.shuffle:
+            return position
+        return permuted_index(position, num_rows=len(self.rows), seed=self.seed, epoch=epoch)
+
+    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        indices = self.row_indices(step)
+        return [self.rows[indices[i : i + self.micro_batch_size]] for i in range(0, self.share, self.micro_batch_size)]
+
+
+def sequential_batches(
+    rows: Rows, *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Every row exactly once over all ranks, in order, `batch_size` rows of this process at a time.
+
+    Ranks hold contiguous shares that differ by one row at most, so the last batch may be smaller, one rank may have
+    one batch more than another, and with fewer rows than ranks some have none.
+    Raises: ValueError if batch_size < 1 or the rank is not one of the processes.
+    """
+    _check_rank(rank, world_size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1 row")
+    first, last = len(rows) * rank // world_size, len(rows) * (rank + 1) // world_size
+    return (rows[range(i, min(i + batch_size, last))] for i in range(first, last, batch_size))
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} is not one of world_size={world_size} processes, 0 to {world_size - 1}")

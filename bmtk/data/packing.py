@@ -1,0 +1,68 @@
+"""Rows of one length, cut from the stored documents so that every token is learned from exactly once per epoch.
+
+B rows, L context length. Documents are laid end to end and cut every L tokens; a row reads one token more, as the
+target of its last position. No token is dropped and none is padded but at the very end.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from bmtk.data.token_store import TokenStore
+
+IGNORED = -100  # the label that losses skip
+
+
+class PackedRows:
+    """The rows of a store: `len(rows)` of them; `rows[[3, 0]]` is a batch of int64 tensors (B, L).
+
+    `input_ids`: tokens [i*L, i*L + L) of the store; only the last row is padded.
+    `labels` and `shift_labels`: the token after each position, already shifted; -100 where the next token begins
+    another document, or where there is none. (Heads look for `labels`, the loss of transformers for `shift_labels`.)
+    `position_ids`: count from 0 at the start of the row, of every document in it, and of the padding. They are
+    what keeps documents apart, and are left out of a batch without such a start inside a row: plain causal attention
+    is faster.
+    Raises: ValueError if context_length < 1.
+    """
+
+    def __init__(self, store: TokenStore, context_length: int):
+        if context_length < 1:
+            raise ValueError(f"context_length={context_length} must be at least 1 token per row")
+        self.store = store
+        self.context_length = context_length
+
+    def __len__(self) -> int:
+        return -(-(self.store.num_tokens - 1) // self.context_length)
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        tokens, is_start = self._read(indices)
+        labels = np.where(is_start[:, 1:], IGNORED, tokens[:, 1:])  # (B, L)
+        labels[labels < 0] = IGNORED  # padding
+        input_ids = np.where(tokens < 0, self.store.pad_token_id, tokens)[:, :-1]
+        labels = torch.from_numpy(labels)
+        batch = {"input_ids": torch.from_numpy(input_ids), "labels": labels, "shift_labels": labels}
+        if is_start[:, 1:-1].any():
+            batch["position_ids"] = torch.from_numpy(_count_from_starts(is_start[:, :-1]))
+        return batch
+
+    def _read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (B, L + 1), -1 where there is none, and whether a document (or the padding) starts there."""
+        length, store = self.context_length, self.store
+        tokens = np.full((len(indices), length + 1), -1, np.int64)
+        is_start = np.zeros(tokens.shape, bool)
+        for i, row in enumerate(indices):
+            if not 0 <= row < len(self):
+                raise IndexError(f"row {row} is not one of the {len(self)} rows")
+            start = int(row) * length
+            piece = store.tokens[start : start + length + 1]
+            tokens[i, : len(piece)] = piece
+            first, last = np.searchsorted(store.offsets, (start, start + length + 1))
+            is_start[i, store.offsets[first:last] - start] = True  # the last offset of all starts the padding
+        return tokens, is_start
+
+
+def _count_from_starts(is_start: np.ndarray) -> np.ndarray:
+    """Distance to the last True at or before each column, or to the first column: (B, L) bool to int64."""
+    column = np.arange(is_start.shape[1])
+    return column - np.maximum.accumulate(np.where(is_start, column, 0), axis=1)

@@ -1,0 +1,233 @@
+"""Documents from text, JSON-lines, CSV and Parquet files, from folders of them, and from the Hub.
+
+A document is one non-blank string. Local files are read as streams: a corpus may be larger than memory, one document
+(or one line of JSON) may not. The order of documents is fixed: sources as given, files of a folder by name.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+SAMPLE_BY = ("document", "line")
+ROWS_PER_READ = 1024
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents that can be iterated again and again, in the same order.
+
+    `name` is what error messages call them; `fingerprint` changes whenever the documents may have changed (it is made
+    of file names, sizes and modification times, so asking for it costs no reading). Blank documents are left out.
+    Raises: ValueError while iterating, if there is no document at all, or a file is not what its name says.
+    """
+
+    name: str
+    fingerprint: str
+    parts: tuple[Callable[[], Iterator[str]], ...]
+
+    def __iter__(self) -> Iterator[str]:
+        is_empty = True
+        for part in self.parts:
+            for text in part():
+                if text and not text.isspace():
+                    is_empty = False
+                    yield text
+        if is_empty:
+            raise ValueError(f"the corpus {self.name} is empty: it holds no document with a visible character")
+
+
+def read_texts(
+    source: str | Path | Sequence[str | Path],
+    *,
+    split: str = "train",
+    text_column: str = "text",
+    sample_by: str = "document",
+) -> Texts:
+    """Find the documents of a file, a folder, a Hub data set (`owner/name` or `owner/name:config`), or a list of them.
+
+    `split` chooses among the files of a folder (`train.txt`, `train-00001.parquet`, `train/...`; a folder without any
+    such names is all "train") and the splits of a Hub data set; a file named directly is read whole, whatever `split`
+    says. `text_column` is the key or column of .jsonl, .csv, .parquet and Hub rows. `sample_by` makes one document of
+    each .txt file ("document") or of each of its lines ("line").
+    Raises: FileNotFoundError for a path that is not there; ValueError for everything else that cannot be read.
+    """
+    if sample_by not in SAMPLE_BY:
+        raise ValueError(f"sample_by={sample_by!r} is unknown; choose one of {SAMPLE_BY}")
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    if not sources:
+        raise ValueError("source is an empty list; name at least one file, folder or Hub data set")
+    parts, marks = [], []
+    for item in map(str, sources):
+        if Path(item).expanduser().exists() or _looks_like_a_path(item):
+            files = _files(Path(item).expanduser(), split)
+            parts += [_file_part(file, text_column, sample_by) for file in files]
+            marks += [_file_mark(file) for file in files]
+        else:
+            part, mark = _hub_part(item, split, text_column)
+            parts.append(part)
+            marks.append(mark)
+    description = json.dumps([marks, text_column, sample_by])
+    name = f"{', '.join(map(str, sources))} (split {split!r})"
+    return Texts(name, hashlib.sha256(description.encode()).hexdigest(), tuple(parts))
+
+
+def text_fingerprint(texts: Texts | Sequence[str]) -> str:
+    """What changes when the documents do; a list is hashed whole. Raises: TypeError for a generator or one string."""
+    if isinstance(texts, Texts):
+        return texts.fingerprint
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise TypeError(f"texts must be a list of strings or come from read_texts, found {type(texts).__name__}")
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+def _looks_like_a_path(item: str) -> bool:
+    return item.startswith(("/", ".", "~")) or item.count("/") > 1 or "\\" in item or Path(item).suffix in SUFFIXES
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    """The files that `path` stands for: itself, or the ones in a folder that belong to `split`, by name."""
+    if path.is_dir():
+        return _files_of_folder(path, split)
+    if not path.exists():
+        raise FileNotFoundError(f"source={str(path)!r} does not exist (looked in {Path.cwd()})")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"source={str(path)!r} ends in {path.suffix!r}; known file types are {', '.join(SUFFIXES)}")
+    return [path]
+
+
+def _files_of_folder(folder: Path, split: str) -> list[Path]:
+    files = sorted(f for f in folder.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    if not files:
+        raise ValueError(f"source={str(folder)!r} holds no file that ends in {', '.join(SUFFIXES)}")
+    wanted = SPLIT_NAMES.get(split, (split,))
+    chosen = [f for f in files if _is_named_after(f.relative_to(folder), wanted)]
+    known = [name for names in SPLIT_NAMES.values() for name in names]
+    if not chosen and split == "train" and not any(_is_named_after(f.relative_to(folder), known) for f in files):
+        return files
+    if not chosen:
+        there = ", ".join(str(f.relative_to(folder)) for f in files[:8]) + (", ..." if len(files) > 8 else "")
+        raise ValueError(f"split={split!r} is not in {folder}: no file is named after {wanted}; there are {there}")
+    return chosen
+
+
+def _is_named_after(path: Path, names: Sequence[str]) -> bool:
+    """Whether the file's stem up to the first of `-_.`, or the first folder on the way to it, is one of `names`."""
+    stem = path.name.replace("-", ".").replace("_", ".").split(".")[0]
+    return stem in names or (len(path.parts) > 1 and path.parts[0] in names)
+
+
+def _file_mark(path: Path) -> list:
+    facts = path.stat()
+    return [path.name, facts.st_size, facts.st_mtime_ns]
+
+
+def _file_part(path: Path, text_column: str, sample_by: str) -> Callable[[], Iterator[str]]:
+    if path.suffix == ".txt":
+        return partial(_read_txt, path, sample_by)
+    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix]
+    return partial(reader, path, text_column)
+
+
+def _read_txt(path: Path, sample_by: str) -> Iterator[str]:
+    is_whole = sample_by == "document"
+    try:
+        # newline="" keeps "\r\n" of a whole document as it is; lines lose their ends, of either kind
+        with path.open(encoding="utf-8-sig", newline="" if is_whole else None) as file:
+            if is_whole:
+                yield file.read()
+            else:
+                yield from (line.removesuffix("\n") for line in file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first, for example with iconv") from error
+
+
+def _read_jsonl(path: Path, text_column: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+            except ValueError as error:  # of JSON or of UTF-8
+                raise ValueError(f"{where}: not a line of JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            _check_column(text_column, list(row), where)
+            yield _checked_text(row[text_column], text_column, where)
+
+
+def _read_csv(path: Path, text_column: str) -> Iterator[str]:
+    import pandas  # slow to import, and only needed here
+
+    try:
+        _check_column(text_column, list(pandas.read_csv(path, nrows=0, encoding="utf-8-sig").columns), path)
+        chunks = pandas.read_csv(
+            path,
+            usecols=[text_column],
+            dtype=str,
+            keep_default_na=False,  # the text "NA" is a text
+            chunksize=ROWS_PER_READ,
+            encoding="utf-8-sig",
+        )
+        for chunk in chunks:
+            yield from chunk[text_column]
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8 with a header line ({error})") from error
+
+
+def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
+    import pyarrow.parquet  # slow to import, and only needed here
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file ({error})") from error
+    with table:
+        _check_column(text_column, table.schema_arrow.names, path)
+        for batch in table.iter_batches(batch_size=ROWS_PER_READ, columns=[text_column]):
+            for value in batch.column(0).to_pylist():
+                yield _checked_text(value, text_column, path)
+
+
+def _hub_part(item: str, split: str, text_column: str) -> tuple[Callable[[], Iterator[str]], str]:
+    import datasets  # slow to import, and only needed here
+
+    name, _, config = item.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"source={item!r} is no file or folder here, and loading its split {split!r} from the Hub failed: {error}"
+        ) from error
+    _check_column(text_column, rows.column_names, item)
+    return partial(_read_rows, rows.select_columns([text_column]), text_column, item), f"{item} {rows._fingerprint}"
+
+
+def _read_rows(rows, text_column: str, where: str) -> Iterator[str]:
+    for batch in rows.iter(batch_size=ROWS_PER_READ):
+        for value in batch[text_column]:
+            yield _checked_text(value, text_column, where)
+
+
+def _check_column(text_column: str, columns: list[str], where: str | Path) -> None:
+    if text_column not in columns:
+        raise ValueError(f"text_column={text_column!r} is not in {where}; the columns there are {columns}")
+
+
+def _checked_text(value: object, text_column: str, where: str | Path) -> str:
+    """`value` as a text that UTF-8 can hold; a missing value is a blank text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: text_column={text_column!r} holds {type(value).__name__}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: the text is not Unicode ({error}); repair or drop it") from error
+    return value

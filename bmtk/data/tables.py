@@ -1,0 +1,126 @@
+"""Rows with columns: CSV, JSON-lines and Parquet files, folders of them, and Hub data sets, as `datasets.Dataset`.
+
+For data sets of examples (a text and its label); corpora of documents are read by `sources`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import datasets
+
+from .sources import SPLIT_NAMES
+
+# suffix: (builder of `datasets`, its options); an empty cell or the text "NA" of a CSV file is text, not a missing value
+READERS = {
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+
+
+def read_splits(
+    dataset: str | None, *, files: Mapping[str, Sequence[str] | None], wanted: Sequence[str] = tuple(SPLIT_NAMES)
+) -> dict[str, datasets.Dataset]:
+    """The splits ("train", "validation", "test") of `dataset`; where `files` names files for a split, those instead.
+
+    `dataset` is a folder (files or sub-folders named after the splits), a single file (all of it is "train"), or a Hub
+    id `owner/name`, with `:config` after it if need be.
+    Raises: FileNotFoundError for a path that is not there; ValueError for everything else that cannot be read.
+    """
+    splits = {}
+    if dataset is not None:
+        splits = _local_splits(Path(dataset).expanduser()) if _is_local(dataset) else _hub_splits(dataset)
+    splits |= {
+        split: read_table([Path(name).expanduser() for name in names]) for split, names in files.items() if names
+    }
+    return {split: splits[split] for split in wanted if split in splits}
+
+
+def read_table(paths: Sequence[Path]) -> datasets.Dataset:
+    """The rows of one or more files of the same kind, in the order given."""
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"data file {path} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
+    suffixes = sorted({path.suffix for path in paths})
+    if len(suffixes) > 1 or suffixes[0] not in READERS:
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: cannot read files that end in {', '.join(suffixes)}; "
+            f"give files of one kind among {', '.join(READERS)}"
+        )
+    builder, options = READERS[suffixes[0]]
+    if any(path.stat().st_size == 0 for path in paths):
+        raise ValueError(f"{', '.join(map(str, paths))}: an empty file has no rows to learn from")
+    rows = _load(builder, where=", ".join(map(str, paths)), data_files=[str(path) for path in paths], **options)[
+        "train"
+    ]
+    if not len(rows):
+        raise ValueError(f"{', '.join(map(str, paths))} holds columns {rows.column_names} and no rows")
+    return rows
+
+
+def check_column(rows: datasets.Dataset, column: str, *, option: str, where: str) -> None:
+    """Raise ValueError, listing the columns that are there, if `column` (which `option` asked for) is not in `rows`."""
+    if column not in rows.column_names:
+        raise ValueError(
+            f"{option}={column!r} is not in the {where} data; its columns are {', '.join(rows.column_names)}"
+        )
+
+
+def _is_local(dataset: str) -> bool:
+    looks_like_a_path = (
+        dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1 or Path(dataset).suffix in READERS
+    )
+    return looks_like_a_path or Path(dataset).exists()
+
+
+def _local_splits(path: Path) -> dict[str, datasets.Dataset]:
+    if not path.exists():
+        raise FileNotFoundError(f"dataset={str(path)!r} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
+    if path.is_file():
+        return {"train": read_table([path])}
+    files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+    found = {split: [file for file in files if _belongs(file.relative_to(path), split)] for split in SPLIT_NAMES}
+    if not any(found.values()):
+        there = ", ".join(str(file.relative_to(path)) for file in files[:8]) or "none of these kinds"
+        raise ValueError(
+            f"dataset={str(path)!r} holds no file named after train, validation or test ({', '.join(READERS)}); "
+            f"there is: {there}; name the files with train_file and validation_file"
+        )
+    return {split: read_table(names) for split, names in found.items() if names}
+
+
+def _belongs(path: Path, split: str) -> bool:
+    """Whether the first word of the file's name, or the first folder on the way to it, names the split."""
+    word = path.name.replace("-", ".").replace("_", ".").split(".")[0]
+    return word in SPLIT_NAMES[split] or (len(path.parts) > 1 and path.parts[0] in SPLIT_NAMES[split])
+
+
+def _hub_splits(dataset: str) -> dict[str, datasets.Dataset]:
+    name, _, config = dataset.partition(":")
+    loaded = _load(
+        name, *([config] if config else []), where=f"dataset={dataset!r} (no folder or file here, so a Hub id)"
+    )
+    names = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in aliases}
+    return {names[name]: rows for name, rows in loaded.items() if name in names}
+
+
+def _load(*args: str, where: str, **options) -> datasets.DatasetDict:
+    shows_progress = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(*args, **options)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{where} cannot be read: {type(reason).__name__}: {reason}") from error
+    finally:
+        if shows_progress:
+            datasets.enable_progress_bars()
+
+
+def _neighbours(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} does not exist either"
+    there = sorted(file.name for file in path.parent.iterdir() if file.suffix in READERS)
+    return f"; {path.parent} holds {', '.join(there[:8])}" if there else ""

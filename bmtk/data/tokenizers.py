@@ -1,0 +1,145 @@
+"""Training of tokenizers, and their identity.
+
+`byte_bpe`: byte-level byte-pair encoding, lossless on any text.
+Source: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, GPT-2 (on bytes); the way words are told
+apart follows GPT-4's (numbers in groups of three, a newline ends a word), with combining marks counted as letters,
+and no word longer than about 64 characters.
+`char`: one token per Unicode character, lossless on the characters it was trained on.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<unk>"
+SMALLEST_BYTE_VOCABULARY = 257  # 256 bytes and <|endoftext|>
+WORDS = "|".join(  # repeats are bounded: the time to train is quadratic in the length of one word
+    [
+        r"'(?i:[sdmt]|ll|ve|re)",  # English contractions
+        r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]{1,64}",  # letters, with the space or quote before them
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{M}\p{N}]{1,64}[\r\n]{0,64}",  # punctuation, with the ends of line after it
+        r"\s{0,64}[\r\n]{1,64}",
+        r"\s{1,64}(?!\S)",  # all blanks but the last, which belongs to the word after them
+        r"\s{1,64}",
+    ]
+)
+PIECE_CHARACTERS = 1 << 16
+LONE_NEWLINE = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer whose one special token `<|endoftext|>` (id 0) is bos, eos and pad.
+
+    `kind` is "byte_bpe" (at most `vocab_size` tokens; fewer if the text has no more pairs to merge) or "char" (a token
+    per character, and `<unk>` for all others). The result depends on the texts only, not on the number of threads.
+    Raises: ValueError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
+    """
+    trainers_by_kind = {"byte_bpe": _train_byte_bpe, "char": _train_char}
+    if kind not in trainers_by_kind:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {sorted(trainers_by_kind)}")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trainers_by_kind[kind](texts, vocab_size),
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        unk_token=UNKNOWN if kind == "char" else None,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # generate() refuses the default token_type_ids
+    )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash everything that decides which ids a text gets: not padding and truncation, which calls of it switch on."""
+    if tokenizer.is_fast:
+        facts = json.loads(tokenizer.backend_tokenizer.to_str())
+        del facts["padding"], facts["truncation"]
+    else:
+        facts = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps([facts, ends], sort_keys=True).encode()).hexdigest()
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut a long text where no token of a tokenizer with `has_newline_cuts` reaches across.
+
+    That is after a newline with a visible character on both sides: GPT-2 and GPT-4 both end a word there, and neither
+    looks back or ahead from there. Pieces have at least `PIECE_CHARACTERS` characters, but for the last.
+    """
+    start = 0
+    while cut := LONE_NEWLINE.search(text, start + PIECE_CHARACTERS):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def has_newline_cuts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether encoding the `pieces` of a text is known to give the ids of the whole: our tokenizers and GPT-2's."""
+    if not tokenizer.is_fast:
+        return False
+    facts = json.loads(tokenizer.backend_tokenizer.to_str())
+    if facts["normalizer"] is not None:
+        return False
+    words = facts["pre_tokenizer"]
+    if words is None:
+        return facts["model"]["type"] == "BPE" and not facts["model"]["merges"]
+    is_gpt2 = words["type"] == "ByteLevel" and words["use_regex"] and not words["add_prefix_space"]
+    return is_gpt2 or words == json.loads(_byte_bpe(models.BPE()).to_str())["pre_tokenizer"]
+
+
+def _byte_bpe(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    if vocab_size < SMALLEST_BYTE_VOCABULARY:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small for kind='byte_bpe'; it needs at least {SMALLEST_BYTE_VOCABULARY} "
+            f"(256 bytes and {END_OF_TEXT})"
+        )
+    tokenizer = _byte_bpe(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in _at_least_one(texts) for piece in pieces(text)), trainer)
+    return tokenizer
+
+
+def _train_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    characters = set()
+    for text in _at_least_one(texts):
+        characters.update(text)
+    tokens = [END_OF_TEXT, UNKNOWN, *sorted(characters)]
+    if len(tokens) > vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small for kind='char': the text has {len(characters)} different "
+            f"characters; set vocab_size to at least {len(tokens)}, or use kind='byte_bpe'"
+        )
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    # BPE without merges leaves characters as they are, faster than a word-level model split at every character
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+    tokenizer.add_special_tokens([END_OF_TEXT, UNKNOWN])
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
+    is_empty = True
+    for text in texts:
+        is_empty = is_empty and not text
+        yield text
+    if is_empty:
+        raise ValueError("cannot train a tokenizer on an empty corpus; give at least one document with text")

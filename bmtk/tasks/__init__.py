@@ -1,0 +1,16 @@
+"""Tasks: how rows become batches and outputs become metrics.  One file each; recipes know them only through TASKS."""
+
+from .causal_lm import CausalLM
+#from .sequence_classification import SequenceClassification
+
+TASKS = {
+    "causal_lm": CausalLM,
+    #    "sequence_classification": SequenceClassification,
+}
+
+
+def task_named(name: object) -> type:
+    """The class of a task.  Raises: ValueError that lists the tasks there are."""
+    if name not in TASKS:
+        raise ValueError(f"task={name!r} is unknown; choose one of {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,107 @@
+"""The settings of one training run that the loop itself reads.
+
+The fields are simple types, so `transformers.HfArgumentParser` and a flat YAML file can both fill them.  Every field
+is checked when the object is made, and all problems are told in one message.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+NONFINITE = ("stop", "skip")
+
+# Keys of LoopArguments that may change when a run is resumed: they change how it is watched, stored or laid out in
+# memory, not what is learned.
+FREE_KEYS = frozenset(
+    "output_dir overwrite_output_dir logging_steps eval_steps save_steps save_total_limit "
+    "micro_batch_size gradient_checkpointing torch_compile nonfinite".split()
+)
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class LoopArguments:
+    """What the training loop is told: how long, how fast, how often, and where to."""
+
+    output_dir: str = _setting("outputs/run", "folder of the run: checkpoints, history.jsonl and the final model")
+    overwrite_output_dir: bool = _setting(False, "delete the run that output_dir holds, and start anew")
+    seed: int = _setting(42, "seed of initial weights, data order and dropout")
+
+    num_train_steps: int = _setting(-1, "optimizer steps; -1: as many as num_train_epochs need")
+    num_train_epochs: float = _setting(1.0, "passes over the training rows; read when num_train_steps is -1")
+    batch_size: int = _setting(32, "rows per optimizer step, over all processes and micro-batches together")
+    micro_batch_size: int = _setting(0, "rows per process and forward pass; 0: the whole share of the process")
+
+    optimizer: str = _setting("adamw", "adamw, or muon (hidden matrices by Muon, everything else by AdamW)")
+    learning_rate: float = _setting(1e-3, "peak learning rate of AdamW")
+    muon_learning_rate: float = _setting(0.02, "peak learning rate of Muon")
+    weight_decay: float = _setting(0.1, "decoupled weight decay of matrices, times the learning rate at each step")
+    adam_beta1: float = _setting(0.9, "decay of AdamW's mean of gradients")
+    adam_beta2: float = _setting(0.95, "decay of AdamW's mean of squared gradients")
+    max_grad_norm: float = _setting(
+        1.0, "gradients longer than this (L2 norm of all of them) are scaled down; 0: never"
+    )
+
+    schedule: str = _setting("cosine", "learning rate over the run: constant, linear, cosine or wsd")
+    warmup_steps: float = _setting(0.02, "steps of linear warm-up; below 1: that fraction of the run")
+    decay_fraction: float = _setting(0.2, "last part of the run in which wsd decays, as a fraction of all steps")
+    min_lr_ratio: float = _setting(0.0, "learning rate at the end of the decay, as a fraction of the peak")
+
+    logging_steps: int = _setting(10, "steps between two lines of history.jsonl")
+    eval_steps: int = _setting(0, "steps between two evaluations; 0: at the end only")
+    save_steps: int = _setting(0, "steps between two checkpoints; 0: at the end only")
+    save_total_limit: int = _setting(2, "newest checkpoints to keep; 0: all")
+
+    precision: str = _setting(
+        "auto",
+        "fp32, bf16 or fp16 autocast; auto: bf16 on CUDA devices that have it, else fp32 (on a CPU bf16 only gains on "
+        "large matrices, and loses on small ones)",
+    )
+    gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass: less memory, slower")
+    torch_compile: bool = _setting(False, "compile the model with torch.compile before the first step")
+    nonfinite: str = _setting("stop", "a step whose loss or gradient is not finite is never applied: stop, or skip it")
+
+    def __post_init__(self):
+        problems = [*self._wrong_choices(), *self._wrong_numbers()]
+        if problems:
+            raise ValueError("the training arguments do not fit:\n  " + "\n  ".join(problems))
+
+    def _wrong_choices(self):
+        choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS, "nonfinite": NONFINITE}
+        for name, allowed in choices.items():
+            value = vars(self)[name]
+            if value not in allowed:
+                yield f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}"
+
+    def _wrong_numbers(self):
+        at_least = {"batch_size": 1, "logging_steps": 1, "micro_batch_size": 0, "eval_steps": 0, "save_steps": 0}
+        at_least |= {"save_total_limit": 0, "learning_rate": 0, "muon_learning_rate": 0, "weight_decay": 0}
+        at_least |= {"max_grad_norm": 0, "warmup_steps": 0, "min_lr_ratio": 0, "decay_fraction": 0, "seed": 0}
+        for name, lowest in at_least.items():
+            if not lowest <= vars(self)[name] < math.inf:
+                yield f"{name}={vars(self)[name]} is out of range; give a number of at least {lowest}"
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= vars(self)[name] < 1:
+                yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0 and below 1"
+        for name in ("decay_fraction", "min_lr_ratio"):
+            if vars(self)[name] > 1:
+                yield f"{name}={vars(self)[name]} is a fraction; give a number from 0 to 1"
+        if self.num_train_steps < 1 and self.num_train_steps != -1:
+            yield f"num_train_steps={self.num_train_steps} is out of range; give at least 1, or -1 for whole epochs"
+        if self.num_train_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            yield f"num_train_epochs={self.num_train_epochs} is out of range; give a number above 0"
+
+    def total_steps(self, steps_per_epoch: int | float) -> int:
+        """Optimizer steps of the whole run, for a data set that lasts `steps_per_epoch` steps."""
+        if self.num_train_steps != -1:
+            return self.num_train_steps
+        return max(1, math.ceil(self.num_train_epochs * steps_per_epoch))
+
+    def warmup(self, total_steps: int) -> int:
+        """Optimizer steps of warm-up in a run of `total_steps`."""
+        return round(self.warmup_steps * total_steps) if self.warmup_steps < 1 else int(self.warmup_steps)

@@ -1,0 +1,105 @@
+"""What fine-tuning with `transformers.Trainer` shares with the project's own loop: history, guard, orderly stop."""
+
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from .history import History
+from .interruption import Stopped, StopRequest
+
+PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test/"}
+NOT_RECORDED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+class RecordHistory(TrainerCallback):
+    """Writes what Trainer logs to `history.jsonl`, in the words of the project's own loop."""
+
+    def __init__(self, directory: str | Path):
+        self.history = History(directory)
+        self.seconds = 0.0  # of training, with the time before a resumption
+        self.is_training = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        self.history.cut(after=state.global_step)
+        former = [record["seconds"] for record in self.history.read() if "seconds" in record]
+        self.started = time.monotonic() - (former[-1] if former else 0.0)
+        self.last_tokens, self.last_time = state.num_input_tokens_seen, time.monotonic()
+        self.is_training = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.is_training:
+            self.seconds = time.monotonic() - self.started
+        self.is_training = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        record = self._training(state, logs) if "loss" in logs else recorded_metrics(logs)
+        if record and self.is_training:
+            self.history.append({"step": state.global_step, **record})
+
+    def _training(self, state, logs: dict) -> dict:
+        if not self.is_training:  # only the main process has a clock
+            return {}
+        now = time.monotonic()
+        tokens = state.num_input_tokens_seen - self.last_tokens
+        speed = {"tokens": state.num_input_tokens_seen, "tokens_per_second": tokens / (now - self.last_time)}
+        self.last_tokens, self.last_time = state.num_input_tokens_seen, now
+        values = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "epoch") if key in logs}
+        return {**values, **(speed if tokens else {}), "seconds": now - self.started}
+
+
+def recorded_metrics(logs: dict[str, float]) -> dict[str, float]:
+    """Trainer's `eval_accuracy` as `validation/accuracy`; its timings and everything else are left out."""
+    return {
+        new + key.removeprefix(old): value
+        for old, new in PREFIXES.items()
+        for key, value in logs.items()
+        if key.startswith(old) and not key.endswith(NOT_RECORDED)
+    }
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Ends the run before an update whose gradient is not finite; Trainer would apply it and hide the loss.
+
+    Under fp16 a gradient that overflows is normal, and the gradient scaler skips the step.
+    """
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if args.fp16 or not gradients or torch.nn.utils.get_total_norm(gradients).isfinite():
+            return
+        raise ValueError(
+            f"step {state.global_step + 1}: the gradient is not finite, so it was not applied and nothing was saved after "
+            f"step {state.global_step}; lower learning_rate={args.learning_rate}, or look for broken rows"
+        )
+
+
+class StopOnRequest(TrainerCallback):
+    """After SIGINT or SIGTERM, finishes the step, saves a checkpoint that resumes exactly, and ends the process."""
+
+    def __init__(self, request: StopRequest):
+        self.request = request
+        self.is_stopping = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.is_stopping = self._any_process_was_asked(args)
+        # at the end of an epoch, the evaluation that is due there belongs into the checkpoint
+        control.should_save |= self.is_stopping and state.epoch % 1 != 0
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save |= self.is_stopping
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.is_stopping:
+            raise Stopped(self.request.exit_code)
+
+    def _any_process_was_asked(self, args) -> bool:
+        asked = self.request.signal_number != 0
+        if not torch.distributed.is_initialized():
+            return asked
+        flag = torch.tensor(float(asked), device=args.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)

@@ -1,0 +1,236 @@
+"""Checkpoints: a loadable Hugging Face repository each, with what a run needs to go on exactly where it was.
+
+    <output_dir>/checkpoints/step-00000100/
+        config.json, model.safetensors, tokenizer, code ...     what from_pretrained reads
+        training_state/optimizer.safetensors                    optimizer state by parameter name
+        training_state/randomness.safetensors                   generators, one row for each process
+        training_state/state.json, config.json                  step, counters; resolved configuration of the run
+        manifest.json                                           size and sha256 of every file above
+
+A checkpoint is written beside its final place, flushed to the disk, listed in the manifest and then renamed, so a
+folder with its final name is whole, unless the disk has damaged it later: then its manifest tells, and it is passed
+over. Nothing is pickled.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
+
+from .manifest import PARTIAL, damages, delete_partial, files, flush, write_json, written_whole
+from .optimizers import NamedOptimizer
+from .randomness import random_state
+
+logger = logging.getLogger(__name__)
+
+RUN_STATE = "training_state"
+
+
+@dataclass
+class TrainState:
+    """How far a run is.  Steps are counted from 1 when they are told: `step` of them are done."""
+
+    step: int = 0
+    tokens: int = 0  # predicted items so far, of all processes
+    seconds: float = 0.0  # of training, without evaluations and checkpoints
+    metrics: dict = field(default_factory=dict)  # of the last evaluation
+    evaluated_step: int = -1  # when that was
+    skipped: list[int] = field(default_factory=list)  # steps whose update was not finite, and not applied
+    window_loss: float = 0.0  # summed loss since the last line of history.jsonl
+    window_items: int = 0  # predicted items since then
+    randomness: dict[str, torch.Tensor] | None = None  # generators of this process, until the loop takes them over
+
+
+def save_checkpoint(
+    directory: str | Path,
+    state: TrainState,
+    *,
+    model: torch.nn.Module,
+    optimizer: NamedOptimizer,
+    accelerator: Accelerator,
+    processor=None,
+    config: dict | None = None,
+    keep: int = 0,
+) -> Path:
+    """Write `<directory>/checkpoints/step-<step>`, then delete all but the `keep` newest (0: none is deleted).
+
+    Called by every process; the main one writes.  A whole checkpoint of the same step is left as it is.
+
+    Raises: OSError if it cannot be written; older checkpoints are then untouched, and nothing of this one is left.
+    """
+    final = Path(directory) / "checkpoints" / f"step-{state.step:08d}"
+    randomness = _randomness_of_all(accelerator)
+    if accelerator.is_main_process and damages(final):
+        with written_whole(final, num_bytes=_num_bytes(model, optimizer)) as folder:
+            _write_model(folder, model, processor)
+            _write_state(folder / RUN_STATE, state, optimizer, accelerator, randomness)
+            write_json(folder / RUN_STATE / "config.json", config or {})
+        _delete_old(final.parent, step=state.step, keep=keep)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def newest_checkpoint(directory: str | Path) -> Path | None:
+    """Return the newest whole checkpoint of the run folder, or None if there is no checkpoint at all.
+
+    Damaged ones are named in a warning and passed over.
+
+    Raises: ValueError if there are checkpoints, and all of them are damaged.
+    """
+    reports = []
+    for folder in reversed(_checkpoints(Path(directory) / "checkpoints")):
+        problems = damages(folder)
+        if not problems:
+            return folder
+        reports.append(f"{folder} is damaged: {'; '.join(problems)}")
+        logger.warning("%s; it is passed over", reports[-1])
+    if reports:
+        raise ValueError(
+            "no checkpoint of this run is whole:\n  " + "\n  ".join(reports) + "\nrestore one of them from a copy, or "
+            "delete the folder (or set overwrite_output_dir) to start the run anew"
+        )
+    return None
+
+
+def load_checkpoint(
+    folder: str | Path, *, model: torch.nn.Module, optimizer: NamedOptimizer, accelerator: Accelerator
+) -> TrainState:
+    """Put weights, optimizer and fp16 scale back, and return the state that the loop goes on from.
+
+    The folder must be whole (see `newest_checkpoint`).  With another number of processes than the run had, the order
+    of the data stays the same, but dropout draws other numbers; a warning says so.
+    """
+    run_state = Path(folder) / RUN_STATE
+    stored = json.loads((run_state / "state.json").read_text(encoding="utf-8"))
+    _load_weights(Path(folder), model)
+    optimizer.load_state_dict({"state": _by_parameter(load_file(run_state / "optimizer.safetensors"))})
+    if accelerator.scaler is not None and stored["scaler"]:
+        accelerator.scaler.load_state_dict(stored["scaler"])
+    state = TrainState(**stored["progress"])
+    if stored["num_processes"] != accelerator.num_processes:
+        logger.warning(
+            "%s was saved by %d processes, and %d resume it: the data stay the same, but random numbers (dropout) do "
+            "not; processes without a saved generator are seeded anew",
+            folder,
+            stored["num_processes"],
+            accelerator.num_processes,
+        )
+    if accelerator.process_index < stored["num_processes"]:
+        rows = load_file(run_state / "randomness.safetensors")
+        state.randomness = {name: row[accelerator.process_index].clone() for name, row in rows.items()}
+    return state
+
+
+def save_model(directory: str | Path, model: torch.nn.Module, processor=None):
+    """Put the model (with its code) and its processor into `directory`, which from_pretrained then reads.
+
+    Every file is written beside and renamed, config.json last: until the end there is no model to load, or the former
+    one.
+    """
+    directory = Path(directory)
+    beside = directory / f"{PARTIAL}model"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        _write_model(beside, model, processor)
+        names = sorted(files(beside), key=lambda name: (name == "config.json", name))
+        for name in names:
+            flush(beside / name)
+        for name in names:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(beside / name, directory / name)
+        flush(directory)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_model(folder: Path, model: torch.nn.Module, processor):
+    unwrapped = extract_model_from_parallel(model, keep_torch_compile=False)
+    with _no_bars():
+        unwrapped.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def _write_state(
+    folder: Path, state: TrainState, optimizer: NamedOptimizer, accelerator: Accelerator, randomness: dict
+):
+    folder.mkdir()
+    progress = {name: value for name, value in vars(state).items() if name != "randomness"}
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+    stored = {"progress": progress, "num_processes": accelerator.num_processes, "scaler": scaler}
+    write_json(folder / "state.json", stored)
+    by_parameter = optimizer.state_dict()["state"]
+    flat = {f"{key}/{name}": value for name, values in by_parameter.items() for key, value in values.items()}
+    save_file({name: value.contiguous() for name, value in flat.items()}, folder / "optimizer.safetensors")
+    save_file(randomness, folder / "randomness.safetensors")
+
+
+def _by_parameter(flat: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Turn {"exp_avg/weight": tensor} into {"weight": {"exp_avg": tensor}}."""
+    state = {}
+    for flat_name, value in flat.items():
+        key, _, name = flat_name.partition("/")
+        state.setdefault(name, {})[key] = value
+    return state
+
+
+def _load_weights(folder: Path, model: torch.nn.Module):
+    """Read the weights with from_pretrained, which knows shards, ties and renamed keys, and copy them bit by bit."""
+    unwrapped = extract_model_from_parallel(model, keep_torch_compile=False)
+    with _no_bars():
+        stored, facts = type(unwrapped).from_pretrained(folder, dtype=unwrapped.dtype, output_loading_info=True)
+    wrong = {kind: names for kind, names in facts.items() if names}
+    if wrong:
+        raise ValueError(f"the weights in {folder} do not fit {type(unwrapped).__name__}: {wrong}")
+    unwrapped.load_state_dict(stored.state_dict())
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep the bars of transformers from tearing the run's own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _randomness_of_all(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Generators of all processes, stacked: (processes, ...)."""
+    own = {name: value[None].to(accelerator.device) for name, value in random_state().items()}
+    return {name: accelerator.gather(value).cpu() for name, value in own.items()}
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """Folders of checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdigit())
+
+
+def _delete_old(directory: Path, *, step: int, keep: int):
+    """Keep the `keep` newest up to `step`; a later one is damaged, or it would have been resumed."""
+    up_to_now = [folder for folder in _checkpoints(directory) if _step(folder) <= step]
+    for folder in up_to_now[:-keep] if keep else []:
+        # A kill while deleting must not leave half a checkpoint with its final name.
+        os.replace(folder, folder.with_name(f"{PARTIAL}{folder.name}"))
+    delete_partial(directory)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _num_bytes(model: torch.nn.Module, optimizer: NamedOptimizer) -> int:
+    tensors = [*model.state_dict().values(), *(t for state in optimizer.state.values() for t in state.values())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,244 @@
+"""Fine-tuning: Trainer's arguments with this project's defaults, pretrained weights under a new head, LoRA adapters."""
+
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
+
+from .run_folder import CHECKPOINTS
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+# Keys that may change when a fine-tuning run is resumed: they change how it is watched or stored, not what is learned.
+FREE_KEYS = frozenset(
+    ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_total_limit", "report_to")
+    + ("per_device_eval_batch_size", "disable_tqdm", "run_name", "dataloader_num_workers", "merge_adapter")
+)
+
+
+def _settled(default):
+    """A field of TrainingArguments that no command line may set."""
+    return field(default=default, init=False)
+
+
+@dataclass
+class FineTuningArguments(TrainingArguments):
+    """transformers.TrainingArguments; settled here is what recipes do themselves, and what would hide a broken run."""
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+    output_dir: str = field(default="outputs/finetune", metadata={"help": "folder of the run and of the final model"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "delete the run that output_dir holds, and start anew"}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"})
+    save_strategy: str = field(default="epoch", metadata={"help": "when to write a checkpoint: no, steps, epoch or best"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between two lines of history.jsonl"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
+    include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "tokens that are counted"})
+
+    logging_nan_inf_filter: bool = _settled(False)  # True logs a NaN loss as 0.0
+    # A token would be pickled into training_args.bin; publishing is done by bmtk.hub, from the login or HF_TOKEN.
+    hub_token: str | None = _settled(None)
+    push_to_hub: bool = _settled(False)
+    hub_model_id: str | None = _settled(None)
+    hub_strategy: str = _settled("every_save")
+    hub_private_repo: bool | None = _settled(None)
+    hub_always_push: bool = _settled(False)
+    hub_revision: str | None = _settled(None)
+    do_train: bool = _settled(False)  # these three are read by Hugging Face's example scripts only
+    do_eval: bool = _settled(False)
+    do_predict: bool = _settled(False)
+
+
+@dataclass
+class AdapterArguments:
+    """Whether all weights are trained, or a low-rank update of them."""
+
+    _argument_group_name = "adapter"
+
+    adapter: str | None = field(
+        default=None, metadata={"help": "lora: train low-rank updates of all linear layers, and the head; default: all"}
+    )
+    lora_rank: int = field(default=8, metadata={"help": "rank of the update of a matrix"})
+    lora_alpha: float = field(default=16, metadata={"help": "the update is multiplied by lora_alpha / lora_rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "probability, on what the update reads"})
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "save a whole model with the update added to its weights, not the adapter"}
+    )
+
+    def __post_init__(self):
+        if self.adapter not in (None, "lora"):
+            raise ValueError(f"adapter={self.adapter!r} is unknown; choose lora, or leave it out to train all weights")
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability; choose 0 <= lora_dropout < 1")
+        if self.merge_adapter and self.adapter is None:
+            raise ValueError("merge_adapter needs an adapter: set adapter to lora")
+
+
+def load_for_task(auto_class, name: str, config, **loading: object) -> tuple[PreTrainedModel, list[str]]:
+    """Weights of `name` in float32 under the head of `auto_class`; with what was not found there, in sentences.
+
+    Raises: ValueError if the model has no such head, or its trunk is not the one that `config` describes.
+    """
+    if type(config) not in auto_class._model_mapping and auto_class.__name__ not in getattr(config, "auto_map", {}):
+        raise ValueError(f"a {config.model_type} model has no head for this task (no {auto_class.__name__} knows it)")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its table of missing weights is said in one line here
+    try:
+        model, info = auto_class.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **loading,
+        )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return model, _weight_notes(model, name, info)
+
+
+def _weight_notes(model: PreTrainedModel, name: str, info: dict) -> list[str]:
+    trunk = f"{model.base_model_prefix}."
+    wrong = sorted((key, tuple(there), tuple(here)) for key, there, here in info["mismatched_keys"])
+    if foreign := [f"{key} {there} there, {here} here" for key, there, here in wrong if key.startswith(trunk)]:
+        raise ValueError(
+            f"the weights of {name} do not have the shapes that the configuration asks for: {'; '.join(foreign[:3])}; "
+            "leave the architecture of a pretrained model as it is"
+        )
+    missing = sorted(info["missing_keys"])
+    if len(missing) == len(model.state_dict()):
+        raise ValueError(f"none of the weights in {name} belongs to a {type(model).__name__}; is it another model?")
+    notes = []
+    if missing:
+        notes.append(f"NEWLY INITIALISED, to be learned from these data: {', '.join(missing)} (not in {name})")
+    if wrong:
+        shapes = "; ".join(f"{key} was {there}, is {here}" for key, there, here in wrong)
+        notes.append(f"NEWLY INITIALISED, because {name} was trained for another number of labels: {shapes}")
+    return notes
+
+
+def read_config(model: str, chosen: dict[str, object], **loading: object) -> tuple[object, list[str]]:
+    """The configuration of a saved model with the dropouts among `chosen`; the rest of `chosen` is left, and said.
+
+    Raises: ValueError if `model` is no whole model, or nowhere to be found.
+    """
+    folder = Path(model)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"model={model!r} holds an adapter, not a whole model; train one with merge_adapter, or start from its base"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"model={model!r} is a folder without config.json; give one that save_pretrained has filled")
+    try:
+        config = AutoConfig.from_pretrained(model, **loading)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"model={model!r} is no folder here, and as a Hub id it cannot be loaded: {reason}") from error
+    for name in filter(_is_dropout, chosen):
+        setattr(config, name, chosen[name])
+    others = [name for name in chosen if not _is_dropout(name) and getattr(config, name, None) != chosen[name]]
+    return config, [f"{model} keeps its own architecture: {', '.join(others)} not applied"] if others else []
+
+
+def _is_dropout(name: str) -> bool:
+    return "drop" in name
+
+
+def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PeftModel:
+    """Freeze `model` and add trainable low-rank updates to its linear layers; the head is trained whole.
+
+    Source: Hu et al. 2021, arXiv:2106.09685; on all linear layers: Dettmers et al. 2023, arXiv:2305.14314.
+    """
+    heads = [name for name, module in model.named_children() if name != model.base_model_prefix and _has_weights(module)]
+    config = LoraConfig(
+        task_type=task_type,
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear",
+        exclude_modules=heads,
+        modules_to_save=heads,
+    )
+    return get_peft_model(model, config)
+
+
+def _has_weights(module: torch.nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def checkpoint_to_resume(directory: str | Path, wanted: str | None) -> str | None:
+    """The checkpoint folder `wanted`, or the newest whole one of the run; None to start from the beginning.
+
+    Trainer writes `trainer_state.json` last: a folder without a readable one was cut short and is passed over.
+    Raises: ValueError if `wanted` is not a whole checkpoint.
+    """
+    if wanted and wanted.lower() not in ("true", "false"):
+        if not _is_whole(Path(wanted)):
+            raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder with a whole checkpoint of Trainer")
+        return wanted
+    folders = [path for path in (Path(directory) / CHECKPOINTS).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    folders.sort(key=lambda path: int(path.name[11:]), reverse=True)
+    whole = [path for path in folders if _is_whole(path)]
+    for path in folders[: folders.index(whole[0]) if whole else None]:
+        logger.warning("%s was not written to its end and is passed over", path)
+    return str(whole[0]) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def save(trainer: Trainer, directory: str | Path, *, merge: bool):
+    """Write the trained model (or its adapter; `merge` adds it to the weights first) and its processor; all ranks."""
+    if merge:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        trainer.model_wrapped = trainer.model
+    trainer.save_model(str(directory))
+    if trainer.is_world_process_zero():
+        (Path(directory) / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load
+
+
+def plan(model: PreTrainedModel, batches: list[dict], args: TrainingArguments, *, num_rows: int) -> dict[str, object]:
+    """What the run would be: steps, and the seconds per step measured on `batches` (forward and backward only)."""
+    model.to(args.device).train()
+    tokens, seconds = [], []
+    for batch in batches:
+        started = time.monotonic()
+        model(**{key: value.to(args.device) for key, value in batch.items()})["loss"].backward()
+        seconds.append(time.monotonic() - started)
+        tokens.append(int(batch["attention_mask"].sum()))
+    model.zero_grad()
+    per_step = args.gradient_accumulation_steps
+    steps = total_steps(args, num_rows)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable parameters": trainable,
+        "training rows": num_rows,
+        "steps": steps,
+        "tokens per step": round(sum(tokens) / len(tokens) * per_step * args.world_size),
+        "estimated minutes": steps * min(seconds) * per_step / 60,
+    }
+
+
+def total_steps(args: TrainingArguments, num_rows: int) -> int:
+    """Optimizer steps of the run, counted as Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(num_rows / (args.per_device_train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))

@@ -1,0 +1,48 @@
+"""history.jsonl: what a run has measured, one JSON object a line, in the order of the steps."""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+class History:
+    """The file `history.jsonl` of a run folder; only the main process may write it."""
+
+    def __init__(self, directory: str | Path):
+        self.path = Path(directory) / "history.jsonl"
+
+    def append(self, record: dict):
+        """Add one line; a number that JSON does not know (nan, inf) becomes null."""
+        known = {key: None if _is_unknown(value) else value for key, value in record.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(known, allow_nan=False) + "\n")
+
+    def read(self) -> list[dict]:
+        """Return all whole lines; a line that a kill has cut short is left out with a warning."""
+        if not self.path.exists():
+            return []
+        records = []
+        for number, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                logger.warning("%s: line %d is not whole and is left out", self.path, number)
+        return records
+
+    def cut(self, *, after: int):
+        """Drop the lines of steps later than `after`, which a resumed run will write again."""
+        if not self.path.exists():
+            return
+        kept = [record for record in self.read() if record["step"] <= after]
+        beside = self.path.with_suffix(".jsonl.partial")
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(beside, self.path)
+
+
+def _is_unknown(value) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

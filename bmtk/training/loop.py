@@ -1,0 +1,149 @@
+"""The training loop: batches become a trained model, exactly, on any number of devices.
+
+It knows no task: it sees a model whose loss is a sum divided by a count, batches that are a function of the step, an
+optimizer, a schedule and an accelerator.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
+from transformers import PreTrainedModel
+
+from .arguments import LoopArguments
+from .checkpoint import TrainState
+from .interruption import Stopped, StopRequest, noted_signals
+from .optimizers import NamedOptimizer, build_optimizer
+from .progress import Progress
+from .throughput import Meter
+from .updates import LossSum, Update, Updater
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def build_accelerator(args: LoopArguments) -> Accelerator:
+    """Make the accelerator of the devices that the launcher gave, with the precision that `args` ask for.
+
+    Raises: ValueError for a way of distribution that the loop cannot save and resume yet.
+    """
+    precision = args.precision
+    if precision == "auto":
+        cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if cuda else "fp32"
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        dynamo_backend="inductor" if args.torch_compile else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ValueError(
+            f"distributed_type={accelerator.distributed_type.value} is not supported by this loop; "
+            f"choose one of {', '.join(kind.value for kind in SUPPORTED)} in the accelerate configuration"
+        )
+    return accelerator
+
+
+def prepare(
+    model: PreTrainedModel, args: LoopArguments, accelerator: Accelerator
+) -> tuple[torch.nn.Module, NamedOptimizer]:
+    """Make the optimizer of `model`, and wrap the model for the devices (also compile it, if `args` say so)."""
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = build_optimizer(model, args)
+    return accelerator.prepare(model), optimizer
+
+
+def train(  # noqa: PLR0913 - a straight list of collaborators; an object around them would only hide it
+    model: torch.nn.Module,
+    batches,
+    optimizer: NamedOptimizer,
+    schedule: Callable[[int], float],
+    accelerator: Accelerator,
+    *,
+    args: LoopArguments,
+    state: TrainState,
+    num_items: Callable[[dict], int],
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    save: Callable[[TrainState], object] | None = None,
+    log: Callable[[dict], None] | None = None,
+    meter: Meter | None = None,
+) -> TrainState:
+    """Train `model` from `state.step` to the end of the run, and return `state`, which is changed in place.
+
+    batches[step] is the list of this process's micro-batches of optimizer step `step`; batches.steps_per_epoch is read
+    when args.num_train_steps is -1.  num_items(batch) counts the items whose losses are summed.  evaluate() and
+    save(state) are called on every process, log(record) on the main one, for each line of history.jsonl.
+
+    Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop"; Stopped (exit code 130 or 143)
+    after SIGINT or SIGTERM, when the step is finished and saved.
+    """
+    total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
+    updater = Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=args.max_grad_norm)
+    run = Progress(accelerator, args, state, total=total, meter=meter or Meter())
+    run.begin()
+    model.train()
+    with noted_signals(second_stops_at_once=accelerator.num_processes == 1) as request, run.bar() as bar:
+        if state.step:
+            run.evaluate_if_due(evaluate, log)  # the run may have been stopped before it came to this
+        for step in range(state.step, total):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * schedule(step)
+            update = updater.step(batches[step], stop_requested=request.signal_number != 0)
+            run.add(update)
+            bar.update()
+            if run.is_due(args.logging_steps):
+                bar.set_postfix_str(run.log(optimizer.param_groups[0]["lr"], log), refresh=False)
+            if _must_stop(update, request, accelerator, may_wait=run.is_due(args.logging_steps)):
+                run.save(save)
+                raise _stopped(request, state, total, saved=save is not None)
+            run.evaluate_if_due(evaluate, log)
+            if run.is_due(args.save_steps):
+                run.save(save)
+    return state
+
+
+def _must_stop(update: Update, request: StopRequest, accelerator: Accelerator, *, may_wait: bool) -> bool:
+    """Whether the run ends here; all processes come to the same answer, on a GPU only where they may wait for it."""
+    if accelerator.num_processes == 1:
+        return request.signal_number != 0
+    return (may_wait or accelerator.device.type == "cpu") and bool(update.stop_requests)
+
+
+def _stopped(request: StopRequest, state: TrainState, total: int, *, saved: bool) -> Stopped:
+    remedy = "saved; run the same command again to resume" if saved else "nothing was saved, as this run saves nothing"
+    logger.warning("stopped after step %d of %d: %s", state.step, total, remedy)
+    return Stopped(request.exit_code)
+
+
+@torch.no_grad()
+def evaluate_sums(
+    model: torch.nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    accelerator: Accelerator,
+    num_items: Callable[[dict], int],
+) -> tuple[float, int]:
+    """Sum the loss over all items of all processes' `batches`, and count the items: (loss_sum, num_items).
+
+    Their quotient is the mean loss per item, however the rows were batched or shared out; processes may have different
+    numbers of batches.  Sums are kept in float64.
+    """
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    loss = LossSum(unwrapped, unwrapped, accelerator.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    one = torch.ones((), dtype=torch.int64, device=accelerator.device)
+    count, was_training = 0, model.training
+    model.eval()
+    for batch in batches:
+        own_items = int(num_items(batch))
+        if own_items:
+            loss_sum += loss(batch, own_items, one)
+            count += own_items
+    model.train(was_training)
+    if accelerator.num_processes == 1:
+        return float(loss_sum), count
+    totals = accelerator.reduce(torch.stack([loss_sum, torch.full_like(loss_sum, count)]))
+    return float(totals[0]), int(totals[1])

@@ -1,0 +1,141 @@
+"""Optimizers and their parameter groups.
+
+Matrices are decayed; lookup tables, norms and biases are not.  With Muon, the matrices of the trunk's linear layers go
+to `torch.optim.Muon` and everything else to AdamW: an embedding's rows and an output head's rows are looked up one by
+one, so making their update orthogonal means nothing (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .arguments import LoopArguments
+
+
+class NamedOptimizer(torch.optim.Optimizer):
+    """Several torch optimizers that step as one, with a state keyed by parameter name instead of by position.
+
+    A state by name survives another order of the parameters or groups, and can be stored without pickle.
+    `param_groups` are the very groups of the optimizers inside; each has "initial_lr", the peak learning rate.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], names: dict[nn.Parameter, str]):
+        # The parent's constructor would make param_groups of its own; ours are shared with the optimizers inside.
+        self.optimizers = optimizers
+        self.names = names
+        self.defaults = {}
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
+
+    @property
+    def state(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+        """State of every parameter that has been stepped."""
+        return {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, in the order of the groups."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    @property
+    def can_skip_on_device(self) -> bool:
+        """Whether `skip_if` works: fused AdamW reads the flag in its kernel, Muon knows no such flag."""
+        return all(isinstance(optimizer, torch.optim.AdamW) for optimizer in self.optimizers)
+
+    def skip_if(self, flag: torch.Tensor | None):
+        """Make the next steps do nothing where `flag` (0-dim float, 0 or 1, on the device) is 1; None ends that."""
+        for optimizer in self.optimizers:
+            optimizer.found_inf, optimizer.grad_scale = flag, None
+
+    def step(self, closure=None):
+        """Update every parameter that has a gradient."""
+        loss = None if closure is None else closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True):
+        """Forget the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict:
+        """Return {"state": {parameter name: {key: tensor}}}; settings come from the run's arguments, not from here."""
+        return {"state": {self.names[parameter]: dict(state) for parameter, state in self.state.items()}}
+
+    def load_state_dict(self, state_dict: dict):
+        """Take over a state made by `state_dict`.
+
+        Raises: ValueError if it holds parameters or shapes that this model does not have.
+        """
+        given = dict(state_dict["state"])
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                state = given.pop(self.names[parameter], None)
+                if state is not None:
+                    optimizer.state[parameter] = _placed(state, parameter, self.names[parameter])
+        if given:
+            raise ValueError(
+                f"the optimizer state holds parameters that the model does not train: {', '.join(sorted(given))}; "
+                "resume with the model that was saved"
+            )
+
+
+def _placed(state: dict[str, torch.Tensor], parameter: nn.Parameter, name: str) -> dict[str, torch.Tensor]:
+    for key, value in state.items():
+        if value.ndim and value.shape != parameter.shape:
+            raise ValueError(
+                f"optimizer state {key} of {name} has the shape {tuple(value.shape)}, the parameter has "
+                f"{tuple(parameter.shape)}; resume with the model that was saved"
+            )
+    return {key: value.to(parameter.device, copy=True) for key, value in state.items()}
+
+
+def build_optimizer(model: PreTrainedModel, args: LoopArguments) -> NamedOptimizer:
+    """Make the optimizer that `args` name, over the parameters of `model` that require a gradient.
+
+    Raises: ValueError if nothing is trainable, or if Muon finds no matrix.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not names:
+        raise ValueError("the model has no trainable parameter; set requires_grad on what shall be trained")
+    hidden = set(_hidden_matrices(model)) if args.optimizer == "muon" else set()
+    rest = [parameter for parameter in names if parameter not in hidden]
+    optimizers = [_adamw(rest, _tables(model), args)] if rest else []
+    if args.optimizer == "muon":
+        optimizers.append(_muon([parameter for parameter in names if parameter in hidden], args))
+    return NamedOptimizer(optimizers, names)
+
+
+def _adamw(parameters: list[nn.Parameter], tables: set[nn.Parameter], args: LoopArguments) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) that decays weights of two and more dimensions."""
+    decayed = [p for p in parameters if p.ndim >= 2 and p not in tables]
+    others = [p for p in parameters if p.ndim < 2 or p in tables]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=betas, fused=True)
+
+
+def _muon(parameters: list[nn.Parameter], args: LoopArguments) -> torch.optim.Muon:
+    if not parameters:
+        raise ValueError("optimizer='muon' found no trainable matrix in the model's linear layers; use 'adamw'")
+    return torch.optim.Muon(parameters, lr=args.muon_learning_rate, weight_decay=args.weight_decay)
+
+
+def _hidden_matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """Weights of the linear layers in the trunk: no head, no lookup table, no table shared with a head."""
+    head = model.get_output_embeddings()
+    apart = _tables(model) if head is None else _tables(model) | {head.weight}
+    for module in model.base_model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module.weight not in apart and module.weight.requires_grad:
+            yield module.weight
+
+
+def _tables(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Lookup tables of tokens, positions and the like."""
+    return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}

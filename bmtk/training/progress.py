@@ -1,0 +1,144 @@
+"""The account of a run while it goes: its state, history.jsonl, progress bar, evaluations and checkpoints."""
+
+import logging
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from .arguments import LoopArguments
+from .checkpoint import TrainState
+from .history import History
+from .randomness import kept_randomness, seed_process, set_random_state
+from .throughput import Meter
+from .updates import Update
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPS_IN_A_ROW = 20  # after so many rejected steps the weights or the data are broken, and skipping cannot help
+
+
+class Progress:
+    """Account of one run.  Updates are read from the device only when something is due, so the host can run ahead."""
+
+    def __init__(self, accelerator: Accelerator, args: LoopArguments, state: TrainState, *, total: int, meter: Meter):
+        self.accelerator, self.args, self.state, self.total, self.meter = accelerator, args, state, total, meter
+        self.history = History(args.output_dir)
+        self.unread: list[Update] = []
+        self.window_tokens = 0  # since the meter's last lap
+        self.grad_norm = None
+        self.saved_step = state.step
+
+    def begin(self):
+        """Forget what came after the resumed step, set the generators, and start the clock."""
+        if self.accelerator.is_main_process:
+            self.history.cut(after=self.state.step)
+        if self.state.randomness is None:
+            seed_process(self.args.seed, self.accelerator.process_index, self.state.step)
+        else:
+            set_random_state(self.state.randomness)
+            self.state.randomness = None
+        self.meter.start(self.state.seconds)
+
+    def bar(self) -> tqdm:
+        """Make the progress bar, which only the main process shows; seldom drawn where nobody watches a terminal."""
+        interval = 0.5 if sys.stderr.isatty() else 20.0
+        hidden = not self.accelerator.is_main_process
+        return tqdm(total=self.total, initial=self.state.step, unit="step", mininterval=interval, disable=hidden)
+
+    def add(self, update: Update):
+        """Count one step; read it at once if it is known to be rejected, or something is due after it."""
+        self.state.step += 1
+        self.unread.append(update)
+        cadences = (self.args.logging_steps, self.args.eval_steps, self.args.save_steps)
+        if update.rejected is True or any(self.is_due(steps) for steps in cadences):
+            self.read()
+
+    def is_due(self, every: int) -> bool:
+        """Whether the current step is the last one or a multiple of `every` (0: only the last one)."""
+        return self.state.step == self.total or bool(every and self.state.step % every == 0)
+
+    def read(self):
+        """Read the updates of all processes from the device into the state.
+
+        Raises: FloatingPointError for a rejected step that may not be skipped.
+        """
+        if not self.unread:
+            return
+        shares = torch.stack([update.loss for update in self.unread]).double()
+        losses = (self.accelerator.reduce(shares) if self.accelerator.num_processes > 1 else shares).tolist()
+        counts = torch.stack([update.num_items for update in self.unread]).tolist()
+        norms = torch.stack([update.grad_norm for update in self.unread]).tolist()
+        first = self.state.step - len(self.unread) + 1
+        updates, self.unread = self.unread, []
+        for step, (update, loss, count, norm) in enumerate(
+            zip(updates, losses, counts, norms, strict=True), start=first
+        ):
+            self.state.tokens += count
+            self.window_tokens += count
+            if bool(update.rejected):
+                self._reject(step, loss, norm)
+            else:
+                self.state.window_loss += loss * count
+                self.state.window_items += count
+                self.grad_norm = norm
+
+    def _reject(self, step: int, loss: float, norm: float):
+        self.state.skipped.append(step)
+        told = f"step {step}: loss {loss}, gradient norm {norm}"
+        last = self.state.skipped[-MAX_SKIPS_IN_A_ROW:]
+        if self.args.nonfinite == "stop":
+            remedy = "lower learning_rate or max_grad_norm, look at the data of this step, or set nonfinite to 'skip'"
+        elif last == list(range(step - MAX_SKIPS_IN_A_ROW + 1, step + 1)):
+            remedy = (
+                f"these are {MAX_SKIPS_IN_A_ROW} such steps in a row, so skipping does not help: lower learning_rate"
+            )
+        else:
+            logger.warning("%s; this update is not applied", told)
+            return
+        raise FloatingPointError(
+            f"{told}; this update was not applied, and the newest checkpoint is from before it: {remedy}, "
+            "then run the same command again"
+        )
+
+    def log(self, learning_rate: float, report: Callable[[dict], None] | None) -> str:
+        """Write a line of history about the steps since the last one; return it for the progress bar."""
+        record = {"step": self.state.step, "learning_rate": learning_rate, "tokens": self.state.tokens}
+        if self.state.window_items:
+            record["loss"] = self.state.window_loss / self.state.window_items
+            record["grad_norm"] = self.grad_norm
+        record |= self.meter.lap(self.window_tokens)
+        record["seconds"] = round(self.meter.seconds, 3)
+        self.state.window_loss, self.state.window_items, self.window_tokens = 0.0, 0, 0
+        self._write(record, report)
+        mfu = f", MFU {record['mfu']:.1%}" if "mfu" in record else ""
+        loss = record.get("loss", math.nan)
+        return f"loss {loss:.4f}, lr {learning_rate:.2e}, {record['tokens_per_second']:,.0f} tokens/s{mfu}"
+
+    def evaluate_if_due(self, evaluate: Callable[[], dict[str, float]] | None, report: Callable[[dict], None] | None):
+        """Evaluate where the run comes to an evaluation; random numbers drawn meanwhile do not disturb training."""
+        if evaluate is None or not self.is_due(self.args.eval_steps) or self.state.evaluated_step == self.state.step:
+            return
+        with self.meter.paused(), kept_randomness():
+            self.state.metrics = dict(evaluate())
+        self.state.evaluated_step = self.state.step
+        self._write({"step": self.state.step, **self.state.metrics}, report)
+
+    def save(self, save: Callable[[TrainState], object] | None):
+        """Save the run as it is now, unless that has been done."""
+        if save is None or self.saved_step == self.state.step:
+            return
+        self.read()
+        self.state.seconds = self.meter.seconds
+        with self.meter.paused():
+            save(self.state)
+        self.saved_step = self.state.step
+
+    def _write(self, record: dict, report: Callable[[dict], None] | None):
+        if self.accelerator.is_main_process:
+            self.history.append(record)
+            if report is not None:
+                report(record)

@@ -1,0 +1,57 @@
+"""The random number generators of one process, as tensors of fixed shape.
+
+Fixed shapes let the states of all processes be gathered and stored as plain tensors, without pickle.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def seed_process(seed: int, rank: int, step: int):
+    """Seed python, numpy and torch; every (seed, rank, step) has its own stream."""
+    words = np.random.SeedSequence((seed, rank, step)).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """Return the states of python's, numpy's, torch's and the current CUDA device's generators."""
+    _, python_words, python_gauss = random.getstate()
+    _, numpy_words, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": torch.tensor(python_words, dtype=torch.int64),
+        "python_gauss": torch.tensor([python_gauss is not None, python_gauss or 0.0], dtype=torch.float64),
+        "numpy": torch.from_numpy(numpy_words.astype(np.int64)),
+        "numpy_gauss": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor]):
+    """Put the generators into a state of `random_state`; a CUDA state is ignored where there is no CUDA device."""
+    has_gauss, gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
+    position, has_gauss, gauss = state["numpy_gauss"].tolist()
+    words = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, int(position), int(has_gauss), gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def kept_randomness() -> Iterator[None]:
+    """Let the body draw what it likes; afterwards the generators are as they were."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

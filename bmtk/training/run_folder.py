@@ -1,0 +1,120 @@
+"""The folder of a run: it holds one run only, and one process at a time trains in it."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .arguments import FREE_KEYS
+from .manifest import write_json
+
+RUN_CONFIG = "run_config.json"  # resolved configuration of the run that the folder holds
+LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+FROM_A_RUN = (
+    CHECKPOINTS,
+    "history.jsonl",
+    RUN_CONFIG,
+    "run.json",
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+
+
+def check_output_dir(directory: str | Path, config: dict, *, overwrite: bool, free_keys: Collection[str] = FREE_KEYS):
+    """Make sure that `directory` is new, or holds the very run that `config` describes; then note `config` in it.
+
+    free_keys may differ, because they do not change what is learned.  overwrite deletes the former run's checkpoints,
+    weights and history first, and no other file.  Only the main process calls this.
+
+    Raises: ValueError if the folder holds another run or another model, or cannot be written.
+    """
+    directory = Path(directory)
+    config = json.loads(json.dumps(config))  # tuples become lists, as in the file
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            _delete_run(directory)
+        elif (directory / RUN_CONFIG).exists():
+            _refuse_another_run(directory, config, free_keys)
+        elif found := _what_is_there(directory):
+            raise ValueError(
+                f"output_dir={str(directory)!r} holds {', '.join(found)}, but not a run that could be resumed; choose "
+                "another output_dir, or set overwrite_output_dir to replace them"
+            )
+        beside = directory / f"{RUN_CONFIG}.partial"
+        write_json(beside, config)
+        os.replace(beside, directory / RUN_CONFIG)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={str(directory)!r} cannot be written ({error.strerror}); choose a folder that you may write to"
+        ) from error
+
+
+def _refuse_another_run(directory: Path, config: dict, free_keys: Collection[str]):
+    try:
+        former = json.loads((directory / RUN_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{directory / RUN_CONFIG} cannot be read ({error}); set overwrite_output_dir to start anew"
+        ) from None
+    absent = "(absent)"
+    lines = [
+        f"{key}: {former.get(key, absent)!r} there, {config.get(key, absent)!r} now"
+        for key in sorted(former.keys() | config.keys())
+        if key not in free_keys and former.get(key, absent) != config.get(key, absent)
+    ]
+    if lines:
+        raise ValueError(
+            f"output_dir={str(directory)!r} holds another run; it differs in\n  "
+            + "\n  ".join(lines)
+            + "\nchoose another output_dir, give the settings of the run that is there to resume it, or set "
+            "overwrite_output_dir to delete it"
+        )
+
+
+def _what_is_there(directory: Path) -> list[str]:
+    return sorted(path.name for pattern in FROM_A_RUN for path in directory.glob(pattern))
+
+
+def _delete_run(directory: Path):
+    for name in _what_is_there(directory):
+        path = directory / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def locked(directory: str | Path) -> Iterator[None]:
+    """Keep other processes from training in `directory` while the body runs; only the main process locks.
+
+    The system takes the lock away from a process that dies, however it dies, so a lock never goes stale.  (POSIX
+    only.)
+
+    Raises: ValueError that names the process in whose hands the folder is.
+    """
+    path = Path(directory) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"output_dir={str(directory)!r} is in use by {file.read().strip() or 'another process'}; wait until it "
+                "ends, stop it, or choose another output_dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

@@ -1,0 +1,150 @@
+"""How fast a run is: tokens per second, and model FLOPs utilisation (MFU).
+
+MFU is the floating-point operations that the model needs per second at the observed speed, over the most that the
+devices can do (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).  Recomputed activations do not count as work.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+# Dense 16-bit matrix FLOP/s with 32-bit accumulation, from the makers' data sheets.  The first name that the device's
+# name contains is taken, so a longer name stands before a shorter one.
+PEAK_16_BIT = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 4080": 97.5e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+    "MI250": 362e12,
+}
+
+
+def flops_per_token(model: PreTrainedModel, context_length: int) -> float:
+    """Floating-point operations that one token costs in training: 6 N + 12 layers x heads x head size x context.
+
+    N counts the parameters that take part in matrix products: lookup tables do not, an output head does, also where
+    the two share one table.  The second term is attention, counted without a causal discount; a trunk without
+    attention heads has none.  Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    """
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and p not in tables)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight in tables:
+        matrices += head.weight.numel()
+    return 6.0 * matrices + 12.0 * _attention_width(model.config) * context_length
+
+
+def _attention_width(config) -> int:
+    """Layers x heads x head size; 0 where the configuration names no attention heads."""
+    heads = getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(heads, int) or not isinstance(layers, int):
+        return 0
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return layers * heads * head_size
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that one device can do in matrix products of `dtype`.
+
+    16-bit types on a CUDA device of a known name: the data sheet.  Everything else is measured (about 0.3 s) on a
+    product of two large matrices, with the threads that torch uses in this process.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        known = [peak for part, peak in PEAK_16_BIT.items() if part in name]
+        if known:
+            return known[0]
+    return _measured_flops(device, dtype)
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    size = 512 if device.type == "cpu" else 8192  # small enough that other processes miss some rounds
+    left, right = (
+        torch.ones(size, size, dtype=dtype, device=device),
+        torch.ones(size, size, dtype=dtype, device=device),
+    )
+    best, deadline, rounds = float("inf"), time.perf_counter() + seconds, 0
+    while rounds < 3 or time.perf_counter() < deadline:
+        started = time.perf_counter()
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best, rounds = min(best, time.perf_counter() - started), rounds + 1
+    return 2.0 * size**3 / best
+
+
+class Meter:
+    """A stop watch of training time, which leaves pauses out, and the speeds that follow from it.
+
+    flops_per_token and peak_flops (of all devices of the run together) may be None: then no MFU is told.
+    """
+
+    def __init__(self, flops_per_token: float | None = None, peak_flops: float | None = None, *, seconds: float = 0.0):
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self._before = seconds  # training seconds until the last lap
+        self._lap_started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Training seconds so far, with those given at the start."""
+        return self._before + time.perf_counter() - self._lap_started
+
+    def start(self, seconds: float = 0.0):
+        """Start anew, with `seconds` of training already done."""
+        self._before, self._lap_started = seconds, time.perf_counter()
+
+    def lap(self, tokens: int) -> dict[str, float]:
+        """Speeds since the last lap, in which all processes together trained on `tokens`."""
+        now = time.perf_counter()
+        elapsed = max(now - self._lap_started, 1e-9)
+        self._before, self._lap_started = self._before + elapsed, now
+        speeds = {"tokens_per_second": tokens / elapsed}
+        if self.flops_per_token and self.peak_flops:
+            speeds["mfu"] = tokens / elapsed * self.flops_per_token / self.peak_flops
+        return speeds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time that the body takes."""
+        started = time.perf_counter()
+        yield
+        self._lap_started += time.perf_counter() - started
+
+    def of_run(self, tokens: int, seconds: float) -> dict[str, float]:
+        """Mean speeds of a whole run, and what they are measured against."""
+        speeds = {"tokens_per_second": tokens / max(seconds, 1e-9)}
+        if self.flops_per_token and self.peak_flops:
+            speeds["mfu"] = speeds["tokens_per_second"] * self.flops_per_token / self.peak_flops
+        return {**speeds, "flops_per_token": self.flops_per_token, "peak_flops": self.peak_flops}
+
+
+def build_meter(model: PreTrainedModel, context_length: int, accelerator: Accelerator) -> Meter:
+    """Return the meter of a run: it knows what the model needs and what all its devices together can do."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    peak = peak_flops(accelerator.device, dtype)
+    return Meter(flops_per_token(model, context_length), peak * accelerator.num_processes)

@@ -1,0 +1,140 @@
+"""One optimizer step: the micro-batches of one global batch become one update, or none.
+
+The loss of a step is a sum over the predicted items of the global batch, divided by their number N over all
+micro-batches and all processes.  So neither the micro-batch size nor the number of processes changes the gradient.
+
+A loss or gradient that is not finite is never applied.  Where the optimizer can skip on its own device, the decision
+stays there, and the host does not wait for it; elsewhere the host reads one number a step.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from .optimizers import NamedOptimizer
+
+
+@dataclass(slots=True)
+class Update:
+    """What one step gave; tensors are 0-dim and stay on the device until somebody reads them."""
+
+    loss: torch.Tensor  # this process's share: the sum over its items, divided by the items of all processes
+    num_items: torch.Tensor  # predicted items of the global batch
+    stop_requests: torch.Tensor  # processes that were asked to stop
+    grad_norm: torch.Tensor  # L2 norm of the whole gradient, before clipping; equal on all processes
+    rejected: torch.Tensor | bool  # whether the update was not applied because something was not finite
+
+
+def accepts_item_count(model: PreTrainedModel) -> bool:
+    """Whether the loss of `model` takes num_items_in_batch; else it is a mean over the items of the call."""
+    declared = getattr(model, "accepts_loss_kwargs", None)
+    if declared is not None:
+        return declared
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copy a batch to the device; from pinned memory where that lets the host go on at once."""
+    if device.type == "cuda":
+        return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+class LossSum:
+    """Calls a model so that its loss is the sum over the batch's items, divided by a count that the caller gives."""
+
+    def __init__(self, model: torch.nn.Module, unwrapped: PreTrainedModel, device: torch.device):
+        self.model = model
+        self.device = device
+        self.takes_count = accepts_item_count(unwrapped)
+        parameters = inspect.signature(type(unwrapped).forward).parameters
+        # With a cache, packed rows are attended across documents without a warning.
+        self.options = {"use_cache": False} if "use_cache" in parameters or _caches(unwrapped) else {}
+
+    def __call__(self, batch: dict[str, torch.Tensor], own_items: int, count: torch.Tensor) -> torch.Tensor:
+        batch = on_device(batch, self.device)
+        if self.takes_count:
+            return self.model(**batch, **self.options, num_items_in_batch=count).loss
+        return self.model(**batch, **self.options).loss * (own_items / count)
+
+
+def _caches(model: PreTrainedModel) -> bool:
+    return accepts_item_count(model) and hasattr(model.config, "use_cache")
+
+
+class Updater:
+    """Makes optimizer steps of `model`, which may be wrapped for several devices."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: NamedOptimizer,
+        accelerator: Accelerator,
+        *,
+        num_items: Callable[[dict], int],
+        max_grad_norm: float,
+    ):
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.num_items, self.max_grad_norm = num_items, max_grad_norm
+        unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.loss = LossSum(model, unwrapped, accelerator.device)
+        self.skips_on_device = accelerator.device.type == "cuda" and optimizer.can_skip_on_device
+
+    def step(self, micro_batches: list[dict[str, torch.Tensor]], *, stop_requested: bool = False) -> Update:
+        """Train on this process's micro-batches of one global batch; the gradients are gone afterwards."""
+        counts = [int(self.num_items(batch)) for batch in micro_batches]
+        totals = self._over_processes([sum(counts), int(stop_requested)])
+        losses = self._backward(micro_batches, counts, totals[0].clamp(min=1))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.unscale_(self.optimizer)
+        grad_norm = self._clip()
+        rejected = self._apply(~torch.isfinite(grad_norm))
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(sum(losses), totals[0], totals[1], grad_norm, rejected)
+
+    def _over_processes(self, numbers: list[int]) -> torch.Tensor:
+        """Sum whole numbers over all processes, without making the host wait for a GPU."""
+        totals = on_device({"totals": torch.tensor(numbers)}, self.accelerator.device)["totals"]
+        return self.accelerator.reduce(totals) if self.accelerator.num_processes > 1 else totals
+
+    def _backward(self, micro_batches: list[dict], counts: list[int], total: torch.Tensor) -> list[torch.Tensor]:
+        losses = []
+        for number, (batch, own_items) in enumerate(zip(micro_batches, counts, strict=True), start=1):
+            last = number == len(micro_batches)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.loss(batch, own_items, total)
+                # Gradients are averaged over processes, so the sum needs the factor.  A loss that is not finite makes
+                # it nan, and with it every gradient on every process: all come to the same decision.
+                factor = self.accelerator.num_processes + 0.0 * loss.detach()
+                self.accelerator.backward(loss, gradient=factor)
+            losses.append(loss.detach())
+        return losses
+
+    def _clip(self) -> torch.Tensor:
+        parameters = [parameter for parameter in self.optimizer.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if self.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        return norm
+
+    def _apply(self, bad: torch.Tensor) -> torch.Tensor | bool:
+        """Step the optimizer unless `bad`; return whether the step counts as rejected."""
+        scaler = self.accelerator.scaler
+        if scaler is not None:  # fp16: an overflow is the scaler's business, until its scale is below 1
+            scaler.step(self.optimizer)
+            scaler.update()
+            return bool(bad) and scaler.get_scale() < 1
+        if self.skips_on_device:
+            self.optimizer.skip_if(bad.float())
+            self.optimizer.step()
+            return bad
+        if bad:
+            return True
+        self.optimizer.step()
+        return False

@@ -1,0 +1,133 @@
+"""The `bmtk` command.  A top-level module, so that `bmtk --help` answers without importing torch or bmtk."""
+
+import argparse
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+
+DESCRIPTION = """\
+bmtk: pretrain, fine-tune and publish neural networks the Hugging Face way.
+
+This command holds the tools that are not training runs. Training is done by the recipes:
+
+  accelerate launch recipes/pretrain.py --config recipes/configs/causal_lm/<name>.yaml
+  accelerate launch recipes/finetune.py --config recipes/configs/sequence_classification/<name>.yaml
+"""
+EPILOG = """\
+example:
+  bmtk info outputs/pretrain                            what is in that folder
+  bmtk push outputs/pretrain ann/my-model --dry-run     check it and list the files; nothing is sent
+  hf auth login                                         once; or set HF_TOKEN
+  bmtk push outputs/pretrain ann/my-model --private     push it, load it back, compare
+
+next:
+  `bmtk push --help` tells what is sent and what never is. After `import bmtk` (or with trust_remote_code=True) anybody
+  loads a published model by its name: AutoModelForCausalLM.from_pretrained("ann/my-model").
+"""
+PUSH = """\
+Publish the folder that a recipe or save_pretrained wrote.
+
+Sent: weights (safetensors), config, tokenizer or processor, the model's own code, model card, report, run facts.
+Never sent: optimizer state, checkpoints, corpora, training_args.bin, or any file that holds an access token.
+
+What was pushed is then loaded in a clean process without bmtk; "published" is said only if its outputs are the same.
+The token comes from `hf auth login` or HF_TOKEN.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; the exit status is 0, 1 for a refusal (one message on stderr), 2 for a usage error."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except BrokenPipeError:
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    plain = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("bmtk", description=DESCRIPTION, epilog=EPILOG, **plain)
+    parser.add_argument("--version", action="version", version=f"bmtk {installed_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    publishes = "publish a folder on the Hub and prove that it loads"
+    push = commands.add_parser("push", help=publishes, description=PUSH, **plain)
+    push.add_argument("directory", metavar="DIR", help="folder with config.json or adapter_config.json, and weights")
+    push.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; made if it does not exist")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if it does not exist")
+    push.add_argument("--message", default="Publish with bmtk", help="commit message (default: %(default)r)")
+    push.add_argument("--dry-run", action="store_true", help="check the folder and list the files; send nothing")
+    push.set_defaults(run=run_push)
+
+    info = commands.add_parser("info", help="show what a saved model is: class, parameters, results", **plain)
+    info.add_argument("directory", metavar="DIR", help="folder with config.json or adapter_config.json")
+    info.set_defaults(run=run_info)
+    return parser
+
+
+def installed_version() -> str:
+    try:
+        return version("big-model-toolkit")
+    except PackageNotFoundError:
+        return "(not installed: running from a folder)"
+
+
+def run_push(arguments: argparse.Namespace) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
+    from bmtk.hub.publish import PublishError, publish
+
+    disable_progress_bar()
+    try:
+        publish(
+            arguments.directory,
+            arguments.repo_id,
+            private=arguments.private,
+            revision=arguments.revision,
+            commit_message=arguments.message,
+            dry_run=arguments.dry_run,
+            log=lambda line: print(line, flush=True),
+        )
+    except PublishError as error:
+        print(f"bmtk push: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    """Read JSON and the headers of the weights only, so it answers at once however large the model is."""
+    directory = Path(arguments.directory)
+    holders = [directory / name for name in ("config.json", "adapter_config.json") if (directory / name).is_file()]
+    if not holders:
+        print(f"bmtk info: {directory} holds neither config.json nor adapter_config.json", file=sys.stderr)
+        return 1
+    config = json.loads(holders[0].read_text(encoding="utf-8"))
+    tensors = [tensor for path in directory.glob("*.safetensors") for tensor in read_header(path)]
+    rows = {
+        "model": ", ".join(config.get("architectures") or [config.get("peft_type", "unknown")]),
+        "model type": config.get("model_type"),
+        "base model": config.get("base_model_name_or_path"),
+        "parameters": f"{sum(prod(tensor['shape']) for tensor in tensors):,}",
+        "stored as": ", ".join(sorted({tensor["dtype"] for tensor in tensors})) or "no safetensors file here",
+        "own code": ", ".join(path.name for path in sorted(directory.glob("*.py"))),
+    }
+    run = directory / "run.json"
+    rows |= json.loads(run.read_text(encoding="utf-8")).get("metrics", {}) if run.is_file() else {}
+    for name, value in rows.items():
+        if value not in (None, ""):
+            print(f"{name:24}{value:.4f}" if isinstance(value, float) else f"{name:24}{value}")
+    return 0
+
+
+def read_header(path: Path) -> list[dict]:
+    """The tensors that a safetensors file announces: dtype, shape, offsets."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return [tensor for name, tensor in header.items() if name != "__metadata__"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

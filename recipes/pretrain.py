@@ -1,0 +1,149 @@
+"""Pretrain a model from scratch, or go on with one, and leave a Hugging Face repository with a report.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py       # tiny Shakespeare, 3 minutes
+    accelerate launch recipes/pretrain.py --preset smoke                                  # seconds
+    accelerate launch recipes/pretrain.py --config my.yaml --learning_rate 1e-3
+    accelerate launch recipes/pretrain.py --config my.yaml --dry_run                      # the plan, no training
+
+Stop it whenever you like: the same command goes on where it stopped.
+"""
+
+import contextlib
+import logging
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from transformers import set_seed
+
+import bmtk  # noqa: F401  registers the model families
+from bmtk import arguments
+from bmtk.hub import facts
+from bmtk.hub.card import write_card
+from bmtk.hub.publish import publish
+from bmtk.hub.report import write_report
+from bmtk.hub.summary import run_summary, text_table
+from bmtk.tasks import task_named
+from bmtk.training.arguments import FREE_KEYS, LoopArguments
+from bmtk.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint, save_model
+from bmtk.training.loop import build_accelerator, evaluate_sums, prepare, train
+from bmtk.training.rehearsal import seconds_per_step
+from bmtk.training.run_folder import check_output_dir, locked
+from bmtk.training.schedules import build_schedule
+from bmtk.training.throughput import build_meter
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def main(argv: list[str]) -> None:
+    values = arguments.RunConfig.read(argv, configs=CONFIGS, default="causal_lm/tiny_shakespeare")
+    task_class = task_named(values.get("task", "causal_lm"))
+    architecture = arguments.model_fields(values.get("model_type", "bm_transformer"))
+    groups = [arguments.RunArguments, task_class.arguments, LoopArguments, architecture]
+    run, data_args, args, architecture = values.bind(groups, description=__doc__)
+    config = arguments.resolved_config(run, data_args, args, architecture)
+    accelerator = build_accelerator(args)
+    if run.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            task = task_class(data_args, Path(folder))
+            print(plan(config, task, new_model(run, architecture, task, args), args, accelerator))
+        return
+
+    folder = Path(args.output_dir)
+    free_keys = FREE_KEYS | arguments.FREE_RUN_KEYS | task_class.free_keys
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
+            stack.enter_context(locked(folder))
+        started_at = facts.now()
+        with accelerator.main_process_first():
+            task = task_class(data_args, folder)
+        model = new_model(run, architecture, task, args)
+        state, speeds = fit(model, task, args, config, accelerator)
+        if accelerator.is_main_process:
+            arguments.write_yaml(folder / "recipe.yaml", config)
+            save_model(folder, model, task.processor)
+            facts.write_facts(
+                folder,
+                recipe="pretrain",
+                task=run.task,
+                started_at=started_at,
+                train_seconds=state.seconds,
+                model=facts.model_facts(model, base_model=run.model),
+                data=task.facts(),
+                config=config,
+                metrics=state.metrics,
+                throughput=speeds,
+                environment=facts.environment_facts(accelerator),
+                samples=task.samples(model, seed=args.seed),
+            )
+            write_card(folder)
+            write_report(folder)
+            print(run_summary(folder, next_command=task.next_command(folder)))
+            if run.push_to_hub:
+                publish(folder, run.push_to_hub, private=run.private, log=print)
+        accelerator.wait_for_everyone()
+
+
+def new_model(run, architecture, task, args):
+    """The model that training starts from, the same on every process."""
+    set_seed(args.seed)
+    model = arguments.build_model(run, task.auto_class, arguments.chosen_fields(architecture), **task.config_fields)
+    task.check_model(model.config)
+    task.prepare_to_save(model)
+    return model
+
+
+def fit(model, task, args, config, accelerator) -> tuple[TrainState, dict[str, float]]:
+    """Train to the end, from the newest checkpoint if there is one; return the last state and the speeds of the run."""
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    sizes = {"batch_size": args.batch_size, "micro_batch_size": args.micro_batch_size, "seed": args.seed}
+    batches = task.train_batches(**sizes, **ranks)
+    meter = build_meter(model, task.row_length, accelerator)
+    wrapped, optimizer = prepare(model, args, accelerator)
+    state, newest = TrainState(), newest_checkpoint(args.output_dir)
+    if newest:
+        state = load_checkpoint(newest, model=wrapped, optimizer=optimizer, accelerator=accelerator)
+        accelerator.print(f"going on after step {state.step:,} ({newest})")
+
+    def evaluate() -> dict[str, float]:
+        rows = task.validation_batches(batch_size=batches.micro_batch_size, **ranks)
+        return task.metrics(*evaluate_sums(wrapped, rows, accelerator, task.num_items))
+
+    saved = {"model": wrapped, "optimizer": optimizer, "accelerator": accelerator, "processor": task.processor}
+    train(
+        wrapped,
+        batches,
+        optimizer,
+        build_schedule(args, args.total_steps(batches.steps_per_epoch)),
+        accelerator,
+        args=args,
+        state=state,
+        num_items=task.num_items,
+        evaluate=evaluate,
+        save=partial(save_checkpoint, args.output_dir, config=config, keep=args.save_total_limit, **saved),
+        meter=meter,
+    )
+    return state, meter.of_run(state.tokens, state.seconds)
+
+
+def plan(config, task, model, args, accelerator) -> str:
+    """What a run would be: its resolved config, size and time."""
+    batches = task.train_batches(batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, seed=args.seed)
+    steps = args.total_steps(batches.steps_per_epoch)
+    seconds = seconds_per_step(model, batches[0], accelerator, task.num_items)
+    rows = [
+        ("model", f"{type(model).__name__}, {model.num_parameters():,} parameters"),
+        ("tokens per step", args.batch_size * task.row_length),
+        ("steps", f"{steps:,} ({steps / batches.steps_per_epoch:.2f} epochs)"),
+        ("tokens in all", steps * args.batch_size * task.row_length),
+        ("estimated time", f"{seconds * steps / 60:.1f} minutes ({seconds * 1e3:.0f} ms per step, one process)"),
+    ]
+    return f"\nconfig\n{text_table(list(config.items()))}\n\ndry run: nothing is trained or saved\n{text_table(rows)}"
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with arguments.clean_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,153 @@
+import random
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+
+from bmtk.data import tokenizers
+from bmtk.data.tokenizers import has_newline_cuts, pieces, tokenizer_fingerprint, train_tokenizer
+
+ENGLISH = ["We know what we are, but know not what we may be.\n", "To be, or not to be: that is the question.\n\n"] * 9
+STRANGE = list("aB \n\r\t\x85\u2028\x1c1'.!é\u0301中\u3000😀\u200d") + [
+    "'s",
+    "123",
+    "<|endoftext|>",
+    "<unk>",
+    "e\u0301",
+]
+
+
+def strange_texts(seed, count, length):
+    draw = random.Random(seed)
+    return ["".join(draw.choices(STRANGE, k=length)) for _ in range(count)]
+
+
+def gpt2_like(**settings):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, **settings)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False)
+    backend.train_from_iterator(strange_texts(1, 200, 40), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "char"])
+def test_the_one_special_token_is_bos_eos_and_pad_and_is_never_added(kind):
+    tokenizer = train_tokenizer(ENGLISH, kind=kind, vocab_size=300)
+    assert tokenizer.bos_token == tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.bos_token_id == 0
+    assert 0 not in tokenizer("To be")["input_ids"]
+    assert set(tokenizer("To be")) == {"input_ids", "attention_mask"}
+
+
+def test_byte_bpe_has_the_size_asked_for_and_stops_when_nothing_is_left_to_merge():
+    assert len(train_tokenizer(ENGLISH, kind="byte_bpe", vocab_size=280)) == 280
+    assert len(train_tokenizer(["ab ab"], kind="byte_bpe", vocab_size=280)) == 259  # "ab" and " ab"
+    assert len(train_tokenizer(ENGLISH, kind="byte_bpe", vocab_size=257)) == 257  # plain bytes
+
+
+def test_byte_bpe_gives_back_any_text():
+    tokenizer = train_tokenizer(ENGLISH, kind="byte_bpe", vocab_size=300)
+    for text in strange_texts(2, 300, 50):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_char_has_one_token_per_character_and_unk_for_strangers():
+    tokenizer = train_tokenizer(["ba\n", "中 b"], kind="char", vocab_size=100)
+    assert tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) == [
+        *["<|endoftext|>", "<unk>"],
+        *["\n", " ", "a", "b", "中"],
+    ]
+    assert tokenizer("ab 中?\n")["input_ids"] == [4, 5, 3, 6, 1, 2]
+    assert tokenizer.decode([4, 5, 3, 6, 2]) == "ab 中\n"
+
+
+def test_char_gives_back_any_text_of_its_characters():
+    tokenizer = train_tokenizer(STRANGE, kind="char", vocab_size=100)
+    for text in strange_texts(3, 300, 50):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_no_word_is_long_enough_to_make_training_slow():
+    """One word of a million letters took ten minutes before words were bounded; it is now a matter of its length."""
+    tokenizer = train_tokenizer(["ab" * 1000, "-" * 999, " " * 999], kind="byte_bpe", vocab_size=1000)
+    assert max(len(token) for token in tokenizer.get_vocab() if token != "<|endoftext|>") <= 64
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "char"])
+def test_a_saved_tokenizer_comes_back_the_same(tmp_path, kind):
+    tokenizer = train_tokenizer(ENGLISH, kind=kind, vocab_size=300)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert dict(loaded("we are")) == dict(tokenizer("we are"))
+    assert loaded.decode(loaded("we  are , not")["input_ids"]) == "we  are , not"
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 0, 0)
+    assert loaded.unk_token == tokenizer.unk_token == ("<unk>" if kind == "char" else None)
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+
+
+def test_training_twice_gives_the_same_tokenizer():
+    texts = strange_texts(4, 500, 60)
+    first, second = (train_tokenizer(texts, kind="byte_bpe", vocab_size=700) for _ in range(2))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+
+
+def test_the_fingerprint_tells_vocabularies_apart_and_ignores_padding():
+    tokenizer = train_tokenizer(ENGLISH, kind="byte_bpe", vocab_size=300)
+    mark = tokenizer_fingerprint(tokenizer)
+    tokenizer(["To", "be or not"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_fingerprint(tokenizer) == mark
+    assert tokenizer_fingerprint(train_tokenizer(ENGLISH, kind="byte_bpe", vocab_size=301)) != mark
+    tokenizer.bos_token = "b"
+    assert tokenizer_fingerprint(tokenizer) != mark
+
+
+def test_a_tokenizer_written_in_python_has_a_fingerprint_too():
+    assert tokenizer_fingerprint(ByT5Tokenizer()) == tokenizer_fingerprint(ByT5Tokenizer())
+    assert tokenizer_fingerprint(ByT5Tokenizer(extra_ids=5)) != tokenizer_fingerprint(ByT5Tokenizer())
+    assert not has_newline_cuts(ByT5Tokenizer())
+
+
+def test_pieces_are_cut_after_lone_newlines_only(monkeypatch):
+    monkeypatch.setattr(tokenizers, "PIECE_CHARACTERS", 4)
+    assert list(pieces("ab\ncd\nef\n\ngh\n ij\nkl")) == ["ab\ncd\n", "ef\n\ngh\n ij\n", "kl"]
+    assert list(pieces("ab\n")) == ["ab\n"]
+    assert list(pieces("")) == [""]
+
+
+@pytest.mark.parametrize("name", ["byte_bpe", "char", "gpt2"])
+def test_encoding_pieces_gives_the_ids_of_the_whole(monkeypatch, name):
+    monkeypatch.setattr(tokenizers, "PIECE_CHARACTERS", 3)
+    trained_on = strange_texts(5, 300, 40)
+    tokenizer = gpt2_like() if name == "gpt2" else train_tokenizer(trained_on, kind=name, vocab_size=600)
+    assert has_newline_cuts(tokenizer)
+    num_cuts = 0
+    for text in strange_texts(6, 2000, 60):
+        cut = list(pieces(text))
+        num_cuts += len(cut) - 1
+        parts = [tokenizer(piece, split_special_tokens=True)["input_ids"] for piece in cut]
+        assert sum(parts, []) == tokenizer(text, split_special_tokens=True)["input_ids"]
+    assert num_cuts > 500
+
+
+def test_tokenizers_that_may_reach_across_a_newline_are_not_cut():
+    assert not has_newline_cuts(gpt2_like(use_regex=False))
+    lowered = gpt2_like()
+    lowered.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert not has_newline_cuts(lowered)
+    assert not has_newline_cuts(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram())))
+
+
+@pytest.mark.parametrize(
+    ("texts", "kind", "vocab_size", "message"),
+    [
+        (ENGLISH, "byte_bpe", 256, r"vocab_size=256 is too small for kind='byte_bpe'; it needs at least 257"),
+        (["abc"], "char", 4, r"vocab_size=4 is too small .* 3 different characters; set vocab_size to at least 5"),
+        ([], "byte_bpe", 300, "cannot train a tokenizer on an empty corpus"),
+        ([""], "char", 300, "cannot train a tokenizer on an empty corpus"),
+        (ENGLISH, "words", 300, r"kind='words' is unknown; choose one of \['byte_bpe', 'char'\]"),
+    ],
+)
+def test_what_cannot_be_trained_says_why(texts, kind, vocab_size, message):
+    with pytest.raises(ValueError, match=message):
+        train_tokenizer(texts, kind=kind, vocab_size=vocab_size)

@@ -1,0 +1,461 @@
+"""Publishing against the stand-in Hub: what is sent, what is refused, what is proven, what is said."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+from stand_in_hub import ANN, ANN_READ_ONLY, BOB, running_hub
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from bmtk.hub.bundle import PublishError, read_bundle, refuse_tokens
+from bmtk.hub.publish import with_card
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
+from bmtk.models.modeling_bm_transformer import BmTransformerForCausalLM
+
+ROOT = Path(__file__).parents[2]
+CODE = {"configuration_bm_transformer.py", "modeling_bm_transformer.py", "stems_bm.py", "heads_bm.py"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+
+PUBLISHER = """
+import json, os, sys
+from bmtk.hub.publish import PublishError, publish
+for line in sys.stdin:
+    job = json.loads(line)
+    os.environ["HF_TOKEN"] = job.pop("token") or ""
+    told = {"url": None, "error": None, "log": []}
+    try:
+        told["url"] = publish(job.pop("directory"), job.pop("repo_id"), log=told["log"].append, **job)
+    except PublishError as error:
+        told["error"] = str(error)
+    print("told:" + json.dumps(told), flush=True)
+"""
+
+# What a newcomer without bmtk does.  The name `bmtk` is taken away first, so that only the uploaded code can serve.
+NEWCOMER = """
+import json, os, sys, torch
+from safetensors.torch import save_file
+sys.modules["bmtk"] = None
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+ids, private, public, token, folder = torch.arange(12)[None], *sys.argv[1:]
+seen = {}
+try:
+    AutoConfig.from_pretrained(private, trust_remote_code=True)
+except OSError as error:
+    seen["without token"] = str(error)
+model = AutoModelForCausalLM.from_pretrained(public, trust_remote_code=True)
+trunk = AutoModel.from_pretrained(public, trust_remote_code=True)
+with torch.no_grad():
+    outputs = {"logits": model(ids).logits, "hidden": trunk(ids).last_hidden_state}
+pipe = pipeline("text-generation", model=public, trust_remote_code=True)
+seen["text"] = pipe("abc", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+os.environ["HF_TOKEN"] = token
+with torch.no_grad():
+    private_model = AutoModelForCausalLM.from_pretrained(private, trust_remote_code=True)
+    outputs["private"] = private_model(ids).logits.clone()
+save_file(outputs, folder + "/outputs.safetensors")
+print("seen:" + json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with running_hub(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def publish(hub, tmp_path_factory):
+    """publish(directory, repo_id, token=..., ...) in one child process, where HF_ENDPOINT was set before any import."""
+    environment = hub.environment(tmp_path_factory.mktemp("home"), token=None, PYTHONPATH=str(ROOT))
+    child = subprocess.Popen(
+        [sys.executable, "-c", PUBLISHER],
+        env=environment,
+        cwd=tmp_path_factory.mktemp("cwd"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+    def ask(directory, repo_id, token=ANN, **options) -> SimpleNamespace:
+        job = {"directory": str(directory), "repo_id": repo_id, "token": token, **options}
+        child.stdin.write(json.dumps(job) + "\n")
+        child.stdin.flush()
+        for line in child.stdout:
+            if line.startswith("told:"):
+                assert not token or token not in line
+                return SimpleNamespace(**json.loads(line.removeprefix("told:")))
+        raise AssertionError("the publishing process died")
+
+    yield ask
+    child.stdin.close()
+    child.wait(timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def forget(hub):
+    """Each test sees its own requests; no fault outlives its test."""
+    hub.requests.clear()
+    yield
+    hub.faults.clear()
+    hub.after_commit = None
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = Tokenizer(models.BPE({token: i for i, token in enumerate(["<|endoftext|>", *alphabet])}, []))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory, tokenizer):
+    """The output folder of a run: a tiny decoder with all that must stay at home beside it.  Tests copy before editing."""
+    folder = tmp_path_factory.mktemp("runs") / "decoder"
+    torch.manual_seed(0)
+    config = BmTransformerConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    BmTransformerForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    run = {"task": "causal_lm", "model": {"class": "BmTransformerForCausalLM", "model_type": "bm_transformer"}}
+    (folder / "run.json").write_text(json.dumps(run))
+    for name in (
+        "training_args.bin",
+        "optimizer.safetensors",
+        "history.jsonl",
+        "trainer_state.json",
+        "notes.txt",
+        "a.lock",
+    ):
+        (folder / name).write_text("{}")
+    for name in ("checkpoints/step-00000001/model.safetensors", "corpus/tokens.bin"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def copied(decoder, tmp_path):
+    return Path(shutil.copytree(decoder, tmp_path / "copied"))
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Set keys; None takes one away."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+# ------------------------------------------------------------------------------------------ published and loaded
+
+
+@pytest.fixture(scope="module")
+def published(hub, decoder, tmp_path_factory):
+    """The decoder pushed by the command, copied to a private repository, and both loaded by a newcomer."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    command = [sys.executable, ROOT / "bmtk_cli.py", "push", decoder, "ann/public"]
+    public = subprocess.run(command, env=hub.environment(folder / "home"), capture_output=True, text=True)
+    requests = list(hub.requests)
+    hub.add("ann/private", {name: hub.read("ann/public", name) for name in hub.files("ann/public")}, private=True)
+    newcomer = subprocess.run(
+        [sys.executable, "-c", NEWCOMER, "ann/private", "ann/public", ANN, str(folder)],
+        env=hub.environment(folder / "home", token=None),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert newcomer.returncode == 0, newcomer.stderr[-2000:]
+    seen = json.loads(newcomer.stdout.split("seen:")[-1])
+    return SimpleNamespace(public=public, requests=requests, seen=seen, folder=folder)
+
+
+def test_the_command_says_published_last_and_ends_with_0(hub, published):
+    assert published.public.returncode == 0
+    assert published.public.stdout.splitlines()[-1].startswith(f"published: {hub.url}/ann/public ")
+
+
+def test_the_token_is_told_to_nobody_but_the_hub(hub, published):
+    assert ANN not in published.public.stdout + published.public.stderr
+    assert not any(ANN.encode() in hub.read("ann/public", name) for name in hub.files("ann/public"))
+
+
+def test_only_what_belongs_to_the_model_is_sent(hub, published):
+    sent = {"config.json", "generation_config.json", "model.safetensors", "README.md", "run.json"} | TOKENIZER | CODE
+    assert hub.files("ann/public") - {".gitattributes"} == sent
+
+
+def test_what_stays_at_home_is_named(published):
+    assert published.public.stdout.splitlines()[1] == (
+        "left out: a.lock, checkpoints/, corpus/, history.jsonl, notes.txt, optimizer.safetensors, trainer_state.json, "
+        "training_args.bin"
+    )
+
+
+def test_a_newcomer_without_bmtk_gets_the_same_outputs_by_name(published, decoder):
+    outputs, ids = load_file(published.folder / "outputs.safetensors"), torch.arange(12)[None]
+    model = BmTransformerForCausalLM.from_pretrained(decoder).eval()
+    with torch.no_grad():
+        assert torch.allclose(outputs["logits"], model(ids).logits, atol=1e-5)
+        assert torch.allclose(outputs["hidden"], model.model(ids).last_hidden_state, atol=1e-5)
+
+
+def test_the_pipeline_writes_text_from_the_uploaded_code(published):
+    assert published.seen["text"].startswith("abc")
+
+
+def test_a_private_model_needs_a_token(published):
+    assert "ann/private" in published.seen["without token"]
+    outputs = load_file(published.folder / "outputs.safetensors")
+    assert torch.equal(outputs["private"], outputs["logits"])
+
+
+def test_a_public_model_is_proven_without_token(published):
+    assert {user for _, path, user in published.requests if "/ann/public/resolve/" in path} == {None}
+
+
+def test_the_card_is_made_for_the_repository_and_the_folder_is_left_as_it_was(hub, published, decoder):
+    assert 'name = "ann/public"' in hub.read("ann/public", "README.md").decode()
+    assert not (decoder / "README.md").exists()
+
+
+def test_a_native_model_is_proven_on_a_private_branch_and_main_is_left_alone(hub, publish, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    told = publish(tmp_path, "ann/bert", private=True, revision="trial")
+    assert told.error is None
+    assert hub.repositories["model", "ann/bert"].private
+    assert {user for _, path, user in hub.requests if "/ann/bert/resolve/" in path} == {"ann"}
+    assert hub.files("ann/bert", "trial") == {".gitattributes", "config.json", "model.safetensors"} | TOKENIZER
+    assert hub.files("ann/bert") == {".gitattributes"}
+
+
+def test_an_adapter_is_proven_on_its_base_and_says_what_others_will_miss(hub, publish, decoder, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = BmTransformerForCausalLM.from_pretrained(decoder)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, init_lora_weights=False)
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path)
+    told = publish(tmp_path, "ann/adapter")
+    assert told.error is None
+    assert hub.files("ann/adapter") >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert told.log[-1].startswith("published: ")
+    assert f"its base {decoder} is a folder of this machine: publish that too" in told.log[-1]
+
+    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="ann/nowhere")
+    told = publish(tmp_path, "ann/adapter")
+    assert told.error is None
+    assert told.log[-1].startswith("pushed, not proven: ")
+    assert "needs its base model ann/nowhere" in told.log[-1]
+
+
+# ------------------------------------------------------------------------------------------------- again and again
+
+
+def test_publishing_again_survives_lost_answers_and_removes_what_an_older_model_left(hub, publish, copied):
+    config = (copied / "config.json").read_bytes()
+    stale = {"model-00001-of-00002.safetensors": b"", "adapter_config.json": b"{}"}
+    hub.add("ann/again", {"config.json": config, "logo.png": b"", **stale})
+    weights = {name: tensor * 2 for name, tensor in load_file(copied / "model.safetensors").items()}
+    (copied / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))  # nowhere uploaded yet
+    hub.fail_once("POST", "/api/repos/create", 503)
+    hub.fail_once("PUT", "/lfs/upload/", 500)
+    hub.fail_once("POST", "/commit/", "drop-after")
+    told = publish(copied, "ann/again")
+    assert told.error is None
+    assert hub.faults == []
+    assert len(hub.repositories["model", "ann/again"].commits) == 2
+    assert "logo.png" in hub.files("ann/again")
+    assert not hub.files("ann/again") & set(stale)
+
+
+def test_a_repository_with_other_content_is_left_alone(hub, publish, decoder):
+    for name, files in {
+        "ann/bert-there": {"config.json": b'{"model_type": "bert"}'},
+        "ann/csv": {"data.csv": b"1"},
+    }.items():
+        hub.add(name, files)
+        told = publish(decoder, name)
+        assert f"{name} exists and holds other content" in told.error
+        assert hub.files(name) == set(files)
+
+
+def test_private_is_never_answered_with_a_public_repository(hub, publish, decoder):
+    hub.add("ann/open", {"README.md": b"# mine"})
+    assert "exists and is public" in publish(decoder, "ann/open", private=True).error
+    assert hub.files("ann/open") == {"README.md"}
+
+
+# ----------------------------------------------------------------------------------------------------- not proven
+
+
+def test_other_weights_on_the_hub_are_not_called_published(hub, publish, decoder):
+    wrong = {name: tensor + 0.1 for name, tensor in load_file(decoder / "model.safetensors").items()}
+    content = save(wrong, metadata={"format": "pt"})
+    hub.after_commit = lambda repo_id: hub.replace(repo_id, "model.safetensors", content)
+    told = publish(decoder, "ann/wrong")
+    assert "but not proven" in told.error
+    assert "output of AutoModelForCausalLM: differs by" in told.error
+    assert f"{hub.url}/ann/wrong" in told.error
+    assert not any(line.startswith("published") for line in told.log)
+
+
+def test_uploaded_code_that_needs_bmtk_is_not_proven(publish, copied):
+    code = copied / "heads_bm.py"
+    code.write_text(code.read_text().replace("import torch\n", "import torch\nimport bmtk\n", 1))
+    told = publish(copied, "ann/needs-bmtk")
+    assert "but not proven" in told.error
+    assert "bmtk" in told.error.split("loading failed")[1]
+
+
+# ---------------------------------------------------------------------------------------------- refused by the Hub
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "message"),
+    [
+        (
+            "hf_" + "Wrong" * 6,
+            "ann/m",
+            r"does not accept the token; log in with `hf auth login`, or set HF_TOKEN.*401",
+        ),
+        (None, "ann/m", r"nobody is logged in to the Hub; log in with"),
+        (BOB, "ann/m", r"may not write to ann/m; use a token with write access to 'ann'.*403"),
+        (ANN_READ_ONLY, "ann/m", r"may not write to ann/m.*403"),
+        (ANN, "m", r"'m' is not a repository name; write USER/NAME"),
+        (ANN, "ann/a b", r"'ann/a b' is not a repository name"),
+    ],
+)
+def test_a_refusal_is_one_clear_message(hub, publish, decoder, token, repo_id, message):
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(publish(decoder, repo_id, token=token).error)
+    assert ("model", repo_id) not in hub.repositories
+
+
+def test_a_hub_that_does_not_answer_is_named_after_four_attempts(hub, publish, decoder):
+    for _ in range(4):
+        hub.fail_once("POST", "/api/repos/create", "drop")
+    told = publish(decoder, "ann/silent")
+    assert f"cannot reach {hub.url}" in told.error
+    assert [line for line in told.log if "trying again" in line][-1].endswith("trying again in 2 s")
+    assert not hub.faults
+
+
+def test_a_card_that_the_hub_refuses_is_told_with_its_reason(hub, publish, copied):
+    (copied / "README.md").write_text("---\nlicense:\n---\n# mine")
+    assert "the Hub refuses the files: Invalid metadata in README.md.\n" in publish(copied, "ann/card").error
+
+
+# ------------------------------------------------------------------------------------------- refused before sending
+
+
+def test_a_token_in_a_file_stops_everything(hub, publish, copied):
+    (copied / "run.json").write_text(json.dumps({"command": f"train --hub_token {BOB}"}))
+    told = publish(copied, "ann/leak")
+    assert "run.json" in told.error
+    assert "access token; nothing was sent" in told.error
+    assert BOB not in told.error
+    assert hub.requests == []
+
+
+def test_the_active_token_is_found_whatever_its_shape_even_in_a_header(decoder, copied):
+    save_file({"a": torch.zeros(1)}, copied / "model.safetensors", metadata={"by": "s3cret"})
+    (copied / "stems_bm.py").write_text("# s3cret\n" + (copied / "stems_bm.py").read_text())
+    with pytest.raises(PublishError, match=r"model.safetensors, stems_bm.py in"):
+        refuse_tokens(read_bundle(copied), "s3cret")
+    refuse_tokens(read_bundle(decoder), "s3cret")
+
+
+def test_a_folder_that_does_not_load_is_not_sent(hub, publish, copied):
+    edit_json(copied / "config.json", hidden_size=32)
+    assert "does not load here, so nothing was sent" in publish(copied, "ann/broken").error
+    assert hub.requests == []
+
+
+def test_a_dry_run_asks_nobody(hub, publish, decoder):
+    told = publish(decoder, "ann/dry", token=None, dry_run=True)
+    assert told.log[-1] == f"dry run: nothing was sent to {hub.url}/ann/dry"
+    assert hub.requests == []
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(folder):
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+def shards(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def heads(*names, **changes):
+    def edit(folder):
+        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+        edit_json(folder / "config.json", auto_map={k: v for k, v in auto_map.items() if k not in names} | changes)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("config.json"), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config.json is not valid JSON .*; save it again"),
+        (without("model.safetensors"), r"no weights \(model.safetensors\)"),
+        (pickled, "pytorch_model.bin holds pickled weights"),
+        (cut, "model.safetensors is damaged"),
+        (shards, "model-00001-of-00002.safetensors is named by model.safetensors.index.json and missing"),
+        (without("tokenizer.json"), "no tokenizer; save it beside the model"),
+        (without("heads_bm.py"), "heads_bm.py is imported by the model's code and missing"),
+        (lambda folder: (folder / "stems_bm.py").write_text("def"), r"stems_bm.py is not valid Python"),
+        (heads("AutoModel"), "auto_map lacks AutoModel"),
+        (heads("AutoModelForCausalLM"), "auto_map does not name BmTransformerForCausalLM"),
+        (heads(AutoModel="modeling_bm_transformer.Nothing"), "modeling_bm_transformer.py does not define it"),
+        (heads(AutoModel="bob/code--modeling_x.X"), "takes its code from bob/code, which can change at any time"),
+        (lambda folder: edit_json(folder / "config.json", auto_map=None), "is not one of transformers' own"),
+        (lambda folder: edit_json(folder / "config.json", architectures=None), "config.json names no architecture"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "names no base_model_name_or_path"),
+        (shutil.rmtree, "is not a folder"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_its_problem(copied, damage, message):
+    damage(copied)
+    with pytest.raises(PublishError, match=message):
+        read_bundle(copied)
+
+
+def test_all_problems_are_told_at_once(copied):
+    (copied / "model.safetensors").unlink()
+    (copied / "tokenizer.json").unlink()
+    with pytest.raises(PublishError, match=r"(?s)no tokenizer.*no weights"):
+        read_bundle(copied)
+
+
+def test_a_card_that_was_edited_is_kept(copied, tmp_path):
+    room, said = tmp_path / "room", []
+    room.mkdir()
+    written = with_card(read_bundle(copied), "ann/m", room, said.append).files["README.md"]
+    shutil.copy(written, copied / "README.md")
+    assert with_card(read_bundle(copied), "bob/n", room, said.append).files["README.md"].parent == room
+    (copied / "README.md").write_text("# my own words")
+    assert with_card(read_bundle(copied), "bob/n", room, said.append).files["README.md"].parent == copied
+    assert said == ["README.md was edited since the run and is pushed as it is"]
+
+
+def test_a_card_older_than_its_run_is_written_anew(copied, tmp_path):
+    (copied / "README.md").write_text("# the run before")
+    os.utime(copied / "README.md", (0, 0))
+    assert with_card(read_bundle(copied), "ann/m", tmp_path, print).files["README.md"].parent == tmp_path
