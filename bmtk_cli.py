@@ -18,13 +18,13 @@ This command holds the tools that are not training runs. Training is done by the
 EPILOG = """\
 example:
   bmtk info outputs/pretrain                            what is in that folder
-  bmtk push outputs/pretrain ann/my-model --dry-run     check it and list the files; nothing is sent
+  bmtk push outputs/pretrain user/my-model --dry-run     check it and list the files; nothing is sent
   hf auth login                                         once; or set HF_TOKEN
-  bmtk push outputs/pretrain ann/my-model --private     push it, load it back, compare
+  bmtk push outputs/pretrain user/my-model --private     push it, load it back, compare
 
 next:
   `bmtk push --help` tells what is sent and what never is. After `import bmtk` (or with trust_remote_code=True) anybody
-  loads a published model by its name: AutoModelForCausalLM.from_pretrained("ann/my-model").
+  loads a published model by its name: AutoModelForCausalLM.from_pretrained("user/my-model").
 """
 PUSH = """\
 Publish the folder that a recipe or save_pretrained wrote.

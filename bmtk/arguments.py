@@ -4,9 +4,10 @@
     values.get("task")                              # what file and command line say, before anything is bound
     data, loop = values.bind([DataArguments, LoopArguments], description="Pretrain a model.")
 
-Types come from the dataclasses (so `1e-3` is a number, whatever YAML thinks), unknown keys are errors with a suggestion.
+Types come from the dataclasses (`1e-3` is a number, whatever YAML thinks); unknown keys are errors with a suggestion.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -23,7 +24,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-
+USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]"
 # Keys that may differ when a run goes on: they say where it is described and published, not what is learned.
 FREE_RUN_KEYS = frozenset(("config", "preset", "dry_run", "push_to_hub", "private", "trust_remote_code"))
 
@@ -98,7 +99,7 @@ class RunConfig:
         unknown = [key for key in [*self.file_values, *on_cli] if key not in known | {"help"}]
         if unknown:
             raise ValueError("\n".join(_unknown_key(key, known) for key in dict.fromkeys(unknown)))
-        parser = _Parser(classes, description=description, allow_abbrev=False)
+        parser = _Parser(classes, description=description, usage=USAGE, allow_abbrev=False, formatter_class=_Help)
         in_file = [text for key, value in self.file_values.items() for text in _as_argv(key, value)]
         return list(parser.parse_args_into_dataclasses([*in_file, *self.argv], look_for_args_file=False))
 
@@ -115,6 +116,8 @@ def resolved_config(*instances: object) -> dict[str, object]:
                 continue  # a secret has no place in a file
             if not f.init or (foreign and value == default and f.name not in inspect.get_annotations(type(instance))):
                 continue
+            if foreign and (value == [] or not isinstance(value, str | int | float | list | dict | None)):
+                continue  # not what was given, but what the class made of it
             resolved[f.name] = json.loads(json.dumps(value, default=str))
     return resolved
 
@@ -127,8 +130,13 @@ def model_fields(model_type: str) -> type:
     """
     config_class = _config_class(model_type)
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config_class), re.MULTILINE))
+
+    def help_text(name: str) -> str:
+        default = config_class.__dataclass_fields__[name].default
+        return f"{comments.get(name, '')} [{default}]".replace("%", "%%").strip()
+
     fields = [
-        (name, typing.Optional[_plain_type(hint)], field(default=None, metadata={"help": comments.get(name, "")}))
+        (name, _plain_type(hint) | None, field(default=None, metadata={"help": help_text(name)}))
         for name, hint in inspect.get_annotations(config_class).items()
         if name in {f.name for f in dataclasses.fields(config_class)}
         and name not in {"vocab_size", "use_cache"}
@@ -139,7 +147,7 @@ def model_fields(model_type: str) -> type:
 
 
 def chosen_fields(architecture: object) -> dict[str, object]:
-    """The fields that file or command line set, of an instance of `model_fields`; JSON text of dictionaries is read."""
+    """The fields of a bound `model_fields` that file or command line set; JSON text of dictionaries is read."""
     chosen = {name: value for name, value in vars(architecture).items() if value is not None}
     return {k: json.loads(v) if isinstance(v, str) and v.startswith(("{", "[")) else v for k, v in chosen.items()}
 
@@ -161,8 +169,11 @@ def build_model(run: RunArguments, auto_class: type, architecture: dict[str, obj
 def read_yaml(path: Path) -> dict[str, object]:
     """The flat mapping in a YAML file.  Raises FileNotFoundError or ValueError that name the file and the remedy."""
     if not path.is_file():
-        there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"; {path.parent} holds {', '.join(there)}" if there else ""
+        folder = path.parent if path.parent.is_dir() else path.parent.parent
+        there = (
+            sorted(p.stem for p in folder.glob("*") if p.suffix == ".yaml" or p.is_dir()) if folder.is_dir() else []
+        )
+        hint = f"; {folder} holds {', '.join(there)}" if there else ""
         raise FileNotFoundError(f"config file {path} does not exist{hint}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -171,12 +182,6 @@ def read_yaml(path: Path) -> dict[str, object]:
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise ValueError(f"config file {path} must be flat: one `key: value` per line, no nesting")
     return values
-
-
-def write_yaml(path: Path, values: dict[str, object]) -> None:
-    """Write a flat config that `--config` reads back; settings that are not set are left out."""
-    chosen = {key: value for key, value in values.items() if value is not None}
-    path.write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -204,6 +209,13 @@ def _config_class(model_type: str) -> type:
         near = f"; names of transformers that are near: {', '.join(near)}" if near else ""
         raise ValueError(f"model_type={model_type!r} is unknown; ours are {', '.join(ours)}{near}")
     return CONFIG_MAPPING[model_type]
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that there are, and leaves the line breaks of the description alone."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):

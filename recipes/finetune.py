@@ -1,96 +1,145 @@
 """Fine-tune a pretrained model on a task, or train one from scratch, with transformers.Trainer; all weights or LoRA.
 
-    accelerate launch recipes/finetune.py --preset smoke                                          # seconds
+    accelerate launch recipes/finetune.py --preset smoke                                     # seconds
     accelerate launch recipes/finetune.py --model outputs/pretrain --dataset FOLDER_FILE_OR_HUB_ID
     accelerate launch recipes/finetune.py --model outputs/pretrain --dataset ... --adapter lora --learning_rate 1e-3
-    accelerate launch recipes/finetune.py --config my.yaml --dry_run                              # the plan, no training
+    accelerate launch recipes/finetune.py --config my.yaml --dry_run                         # the plan, no training
 
 Stop it whenever you like: the same command goes on where it stopped.
 """
 
+import contextlib
 import logging
 import sys
-from contextlib import ExitStack
-from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from transformers import Trainer, set_seed
+import datasets
+import transformers
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, set_seed
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
-from bmtk.arguments import RunArguments, RunConfig
-from bmtk.hub import facts
-from bmtk.hub.card import write_card
-from bmtk.hub.publish import publish
-from bmtk.hub.report import write_report
+from bmtk.hub import facts, summary
+from bmtk.hub.conclusion import conclude
 from bmtk.tasks import task_named
 from bmtk.training import finetuning
-from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest, recorded_metrics
-from bmtk.training.finetuning import FREE_KEYS, AdapterArguments, FineTuningArguments
+from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
 from bmtk.training.interruption import noted_signals
+from bmtk.training.rehearsal import seconds_per_step
 from bmtk.training.run_folder import CHECKPOINTS, check_output_dir, locked
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def main(argv: list[str]) -> None:
-    values = RunConfig.read(argv, configs=CONFIGS, default="sequence_classification/sst2")
+def read_arguments(argv: list[str]) -> list:
+    """What config file and command line say: run, data, Trainer, adapter and architecture of a new model."""
+    values = arguments.RunConfig.read(argv, configs=CONFIGS, default="sequence_classification/sst2")
     task_class = task_named(values.get("task", "sequence_classification"))
-    architecture_class = arguments.model_fields(finetuning.config_class(values))
-    groups = [RunArguments, task_class.arguments, FineTuningArguments, AdapterArguments, architecture_class]
-    run, data_args, args, adapter_args, architecture = values.bind(groups, description=__doc__)
-    config = arguments.resolved_config(run, data_args, args, adapter_args, architecture)
-    folder, started_at = Path(args.output_dir), facts.now()
-    args.output_dir = str(folder / CHECKPOINTS)
-    is_main = args.process_index == 0
+    architecture = arguments.model_fields(values.get("model_type", "bm_transformer"))
+    groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments]
+    bound = values.bind([*groups, finetuning.AdapterArguments, architecture], description=__doc__)
+    bound[0].task = bound[0].task or "sequence_classification"
+    return bound
 
-    with ExitStack() as stack:
-        if is_main and not run.dry_run:
-            free = FREE_KEYS | arguments.FREE_RUN_KEYS | task_class.free_keys
-            check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free)
+
+def main(argv: list[str]) -> None:
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()  # of files; Trainer's own bar stays
+    run, data_args, args, adapter, architecture = read_arguments(argv)
+    config = arguments.resolved_config(run, data_args, args, adapter, architecture)
+    task_class = task_named(run.task)
+    is_main = args.process_index == 0
+    started_at = facts.now()
+    with args.main_process_first():
+        task = task_class(data_args, model=run.model, seed=args.seed, **trust(run))
+    set_seed(args.seed)
+    model = build_model(run, task, adapter, arguments.chosen_fields(architecture))
+    if is_main:
+        print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)
+    if run.dry_run:
+        return print(plan(config, task, model, args))
+
+    folder = Path(args.output_dir)
+    free_keys = finetuning.FREE_KEYS | arguments.FREE_RUN_KEYS | task_class.free_keys
+    with contextlib.ExitStack() as stack:
+        if is_main:
+            check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
             stack.enter_context(locked(folder))
-        task = task_class(data_args, model=run.model, seed=args.seed, **finetuning.loading(run))
-        set_seed(args.seed)
-        model = finetuning.build_model(run, task, arguments.chosen_fields(architecture))
-        if adapter_args.adapter:
-            model = finetuning.add_adapter(model, adapter_args, task_type=task.peft_task_type)
-        if is_main:
-            print("".join(f"note: {line}\n" for line in task.notes), end="")
-        if run.dry_run:
-            return print(finetuning.plan(model, task, args, config) if is_main else "", end="")
         request = stack.enter_context(noted_signals(second_stops_at_once=args.world_size == 1))
-        trainer = Trainer(
-            model,
-            args,
-            train_dataset=task.rows["train"],
-            eval_dataset=task.rows["validation"],
-            processing_class=task.processor,
-            data_collator=task.collator(),
-            compute_loss_func=partial(task.loss, label_smoothing=args.label_smoothing_factor),
-            compute_metrics=task.metrics,
-            preprocess_logits_for_metrics=task.reduce_logits,
-            callbacks=[RecordHistory(folder), StopOnNonFinite(), StopOnRequest(request)],
-        )
-        trainer.train(resume_from_checkpoint=finetuning.checkpoint_to_resume(folder, args))
-        metrics, samples = evaluate(trainer, task)
-        finetuning.save(trainer, folder, merge=adapter_args.merge_adapter)
+        history = RecordHistory(folder)
+        callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
+        trainer = finetuning.build_trainer(model, task, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
+        checkpoint = finetuning.checkpoint_to_resume(folder, args.resume_from_checkpoint)
+        if checkpoint and is_main:
+            print(f"going on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        metrics, samples = finetuning.evaluate(trainer, task)
+        finetuning.save(trainer, folder, merge=adapter.merge_adapter)
         if is_main:
-            arguments.write_yaml(folder / "recipe.yaml", config)
-            facts.write_facts(
+            conclude(
                 folder,
-                recipe="finetune",
-                task=run.task,
-                started_at=started_at,
-                train_seconds=trainer_seconds(folder),
-                model=finetuning.model_facts(trainer, run, adapter_args),
-                data=task.facts(),
+                run=run,
+                task=task,
                 config=config,
+                accelerator=trainer.accelerator,
+                log=print,
+                recipe="finetune",
+                started_at=started_at,
+                train_seconds=history.seconds,
+                model=model_facts(trainer, run, adapter),
                 metrics=metrics,
-                environment=facts.environment_facts(trainer.accelerator),
+                throughput=history.throughput,
                 samples=samples,
             )
-            write_card(folder)
-            print(summary(folder, write_report(folder), trainer, task, metrics))
         trainer.accelerator.wait_for_everyone()
-    if run.push_to_hub and is_main:
-        publish(folder, run.push_to_hub, private=run.private, log=print)
+
+
+def trust(run) -> dict[str, bool]:
+    return {"trust_remote_code": True} if run.trust_remote_code else {}
+
+
+def build_model(run, task, adapter, chosen):
+    """The model that training starts from: pretrained under the task's head, or new; with its adapter."""
+    if run.model:
+        config, notes = finetuning.read_config(run.model, chosen, **trust(run))
+        task.configure(config)
+        model, more = finetuning.load_for_task(task.auto_class, run.model, config, **trust(run))
+        task.notes += notes + more
+    else:
+        config = AutoConfig.for_model(run.model_type, **{**task.config_fields, **chosen})
+        task.configure(config)
+        model = task.auto_class.from_config(config)
+        task.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
+    return finetuning.add_adapter(model, adapter, task_type=task.peft_task_type) if adapter.adapter else model
+
+
+def model_facts(trainer, run, adapter) -> dict[str, object]:
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    saved_as = "adapter" if adapter.adapter and not adapter.merge_adapter else "model"
+    return {**facts.model_facts(model, base_model=run.model, adapter=adapter.adapter), "saved_as": saved_as}
+
+
+def plan(config, task, model, args) -> str:
+    """What a run would be, timed by a rehearsal of its first step."""
+    loader = DataLoader(task.rows["train"], args.per_device_train_batch_size, collate_fn=task.collator())
+    batches = list(islice(loader, args.gradient_accumulation_steps))
+    num_rows = len(task.rows["train"])
+    steps = finetuning.total_steps(args, num_rows)
+    step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return summary.run_plan(
+        config,
+        model,
+        steps=steps,
+        epochs=steps * step_rows / num_rows,
+        tokens_per_step=round(step_rows * task.tokens_per_row("train")),
+        seconds_per_step=seconds_per_step(model, batches, Accelerator(), lambda batch: len(batch["labels"])),
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with arguments.clean_errors():
+        main(sys.argv[1:])

@@ -19,11 +19,8 @@ from transformers import set_seed
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
-from bmtk.hub import facts
-from bmtk.hub.card import write_card
-from bmtk.hub.publish import publish
-from bmtk.hub.report import write_report
-from bmtk.hub.summary import run_summary, text_table
+from bmtk.hub import facts, summary
+from bmtk.hub.conclusion import conclude
 from bmtk.tasks import task_named
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint, save_model
@@ -36,13 +33,21 @@ from bmtk.training.throughput import build_meter
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def main(argv: list[str]) -> None:
+def read_arguments(argv: list[str]) -> list:
+    """What config file and command line say: run, data, loop and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="causal_lm/tiny_shakespeare")
     task_class = task_named(values.get("task", "causal_lm"))
     architecture = arguments.model_fields(values.get("model_type", "bm_transformer"))
     groups = [arguments.RunArguments, task_class.arguments, LoopArguments, architecture]
-    run, data_args, args, architecture = values.bind(groups, description=__doc__)
+    bound = values.bind(groups, description=__doc__)
+    bound[0].task = bound[0].task or "causal_lm"
+    return bound
+
+
+def main(argv: list[str]) -> None:
+    run, data_args, args, architecture = read_arguments(argv)
     config = arguments.resolved_config(run, data_args, args, architecture)
+    task_class = task_named(run.task)
     accelerator = build_accelerator(args)
     if run.dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -62,27 +67,22 @@ def main(argv: list[str]) -> None:
         model = new_model(run, architecture, task, args)
         state, speeds = fit(model, task, args, config, accelerator)
         if accelerator.is_main_process:
-            arguments.write_yaml(folder / "recipe.yaml", config)
             save_model(folder, model, task.processor)
-            facts.write_facts(
+            conclude(
                 folder,
+                run=run,
+                task=task,
+                config=config,
+                accelerator=accelerator,
+                log=print,
                 recipe="pretrain",
-                task=run.task,
                 started_at=started_at,
                 train_seconds=state.seconds,
                 model=facts.model_facts(model, base_model=run.model),
-                data=task.facts(),
-                config=config,
                 metrics=state.metrics,
                 throughput=speeds,
-                environment=facts.environment_facts(accelerator),
                 samples=task.samples(model, seed=args.seed),
             )
-            write_card(folder)
-            write_report(folder)
-            print(run_summary(folder, next_command=task.next_command(folder)))
-            if run.push_to_hub:
-                publish(folder, run.push_to_hub, private=run.private, log=print)
         accelerator.wait_for_everyone()
 
 
@@ -96,10 +96,11 @@ def new_model(run, architecture, task, args):
 
 
 def fit(model, task, args, config, accelerator) -> tuple[TrainState, dict[str, float]]:
-    """Train to the end, from the newest checkpoint if there is one; return the last state and the speeds of the run."""
+    """Train to the end, from the newest checkpoint if there is one; return the last state and the run's speeds."""
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    sizes = {"batch_size": args.batch_size, "micro_batch_size": args.micro_batch_size, "seed": args.seed}
-    batches = task.train_batches(**sizes, **ranks)
+    batches = task.train_batches(
+        batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, seed=args.seed, **ranks
+    )
     meter = build_meter(model, task.row_length, accelerator)
     wrapped, optimizer = prepare(model, args, accelerator)
     state, newest = TrainState(), newest_checkpoint(args.output_dir)
@@ -129,18 +130,17 @@ def fit(model, task, args, config, accelerator) -> tuple[TrainState, dict[str, f
 
 
 def plan(config, task, model, args, accelerator) -> str:
-    """What a run would be: its resolved config, size and time."""
+    """What a run would be, timed by a rehearsal of its first step."""
     batches = task.train_batches(batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, seed=args.seed)
     steps = args.total_steps(batches.steps_per_epoch)
-    seconds = seconds_per_step(model, batches[0], accelerator, task.num_items)
-    rows = [
-        ("model", f"{type(model).__name__}, {model.num_parameters():,} parameters"),
-        ("tokens per step", args.batch_size * task.row_length),
-        ("steps", f"{steps:,} ({steps / batches.steps_per_epoch:.2f} epochs)"),
-        ("tokens in all", steps * args.batch_size * task.row_length),
-        ("estimated time", f"{seconds * steps / 60:.1f} minutes ({seconds * 1e3:.0f} ms per step, one process)"),
-    ]
-    return f"\nconfig\n{text_table(list(config.items()))}\n\ndry run: nothing is trained or saved\n{text_table(rows)}"
+    return summary.run_plan(
+        config,
+        model,
+        steps=steps,
+        epochs=steps / batches.steps_per_epoch,
+        tokens_per_step=args.batch_size * task.row_length,
+        seconds_per_step=seconds_per_step(model, batches[0], accelerator, task.num_items),
+    )
 
 
 if __name__ == "__main__":

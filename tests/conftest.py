@@ -19,7 +19,7 @@ os.environ |= {
     "MPLBACKEND": "agg",
 }
 
-pytest_plugins = ["stand_in_hub"]
+pytest_plugins = ["stand_in_hub", "smoke_runs"]
 
 
 @pytest.fixture(autouse=True)

@@ -383,14 +383,20 @@ class Handler(BaseHTTPRequestHandler):
     # Writing files
 
     def validate_yaml(self):
-        """The Hub knows many keys; here a front matter has to be closed and every line of it to be YAML-like."""
+        """Three of the Hub's many rules: a closed front matter, no empty licence, a base model by Hub id."""
         content = json.loads(self.body)["content"]
         front = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
         if content.startswith("---") and not front:
-            raise HubError(400, "the front matter is not closed")
+            raise self.invalid_yaml("the front matter is not closed")
         if front and re.search(r"^license:\s*$", front[1], re.MULTILINE):
-            raise HubError(400, '"license" must not be empty')
+            raise self.invalid_yaml('"license" must not be empty')
+        base = front and re.search(r"^base_model: *(.*)$", front[1], re.MULTILINE)
+        if base and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base[1]):
+            raise self.invalid_yaml(f'"base_model" with value "{base[1]}" is not valid')
         return {"errors": [], "warnings": []}
+
+    def invalid_yaml(self, message: str) -> HubError:
+        return HubError(400, message, errors=[{"message": message}], warnings=[])
 
     def preupload(self, revision: str):
         self.need_write(self.repository.repo_id.split("/")[0])

@@ -4,6 +4,7 @@ A document is one non-blank string. Local files are read as streams: a corpus ma
 (or one line of JSON) may not. The order of documents is fixed: sources as given, files of a folder by name.
 """
 
+import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SAMPLE_BY = ("document", "line")
 ROWS_PER_READ = 1024
+LONGEST_CSV_FIELD = (1 << 31) - 1  # the largest number that the csv module takes on every system
 
 
 @dataclass(frozen=True)
@@ -163,22 +165,22 @@ def _read_jsonl(path: Path, text_column: str) -> Iterator[str]:
 
 
 def _read_csv(path: Path, text_column: str) -> Iterator[str]:
-    import pandas  # slow to import, and only needed here
-
+    csv.field_size_limit(LONGEST_CSV_FIELD)  # of the whole process; the default refuses texts of more than 128 KiB
     try:
-        _check_column(text_column, list(pandas.read_csv(path, nrows=0, encoding="utf-8-sig").columns), path)
-        chunks = pandas.read_csv(
-            path,
-            usecols=[text_column],
-            dtype=str,
-            keep_default_na=False,  # the text "NA" is a text
-            chunksize=ROWS_PER_READ,
-            encoding="utf-8-sig",
-        )
-        for chunk in chunks:
-            yield from chunk[text_column]
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a CSV file in UTF-8 with a header line ({error})") from error
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            header = next(rows, [])
+            _check_column(text_column, header, path)
+            column = header.index(text_column)
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise ValueError(
+                        f"{path}, line {rows.line_num}: the row has {len(row)} fields, the header {len(header)}; "
+                        "quote the fields that hold commas"
+                    )
+                yield row[column] if row else ""
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8 ({error})") from error
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[str]:

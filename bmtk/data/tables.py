@@ -10,7 +10,8 @@ import datasets
 
 from .sources import SPLIT_NAMES
 
-# suffix: (builder of `datasets`, its options); an empty cell or the text "NA" of a CSV file is text, not a missing value
+SPLITS = tuple(SPLIT_NAMES)
+# suffix: (builder of `datasets`, its options); an empty cell and the text "NA" of a CSV file are text, not missing
 READERS = {
     ".csv": ("csv", {"keep_default_na": False}),
     ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
@@ -21,21 +22,23 @@ READERS = {
 
 
 def read_splits(
-    dataset: str | None, *, files: Mapping[str, Sequence[str] | None], wanted: Sequence[str] = tuple(SPLIT_NAMES)
+    dataset: str | None, *, files: Mapping[str, Sequence[str] | None], splits: Sequence[str] = SPLITS
 ) -> dict[str, datasets.Dataset]:
-    """The splits ("train", "validation", "test") of `dataset`; where `files` names files for a split, those instead.
+    """Those of `splits` that `dataset` has; where `files` names files for a split, these instead.
 
-    `dataset` is a folder (files or sub-folders named after the splits), a single file (all of it is "train"), or a Hub
-    id `owner/name`, with `:config` after it if need be.
+    `dataset` is a folder (files or sub-folders named after the splits), a single file (all of it is the first of
+    `splits`), or a Hub id `owner/name`, with `:config` after it if need be.
     Raises: FileNotFoundError for a path that is not there; ValueError for everything else that cannot be read.
     """
-    splits = {}
-    if dataset is not None:
-        splits = _local_splits(Path(dataset).expanduser()) if _is_local(dataset) else _hub_splits(dataset)
-    splits |= {
-        split: read_table([Path(name).expanduser() for name in names]) for split, names in files.items() if names
-    }
-    return {split: splits[split] for split in wanted if split in splits}
+    found = {}
+    if dataset is not None and any(not files.get(split) for split in splits):
+        found = _local_splits(dataset, splits) if _is_local(dataset) else _hub_splits(dataset)
+    for split in splits:
+        if files.get(split):
+            found[split] = read_table([Path(name).expanduser() for name in files[split]])
+    if not any(split in found for split in splits):
+        raise ValueError(f"there are no {' or '.join(splits)} rows; name a file with {splits[0]}_file")
+    return {split: found[split] for split in splits if split in found}
 
 
 def read_table(paths: Sequence[Path]) -> datasets.Dataset:
@@ -43,15 +46,15 @@ def read_table(paths: Sequence[Path]) -> datasets.Dataset:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"data file {path} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
-    suffixes = sorted({path.suffix for path in paths})
+    names, suffixes = ", ".join(map(str, paths)), sorted({path.suffix for path in paths})
     if len(suffixes) > 1 or suffixes[0] not in READERS:
         raise ValueError(
-            f"{', '.join(map(str, paths))}: cannot read files that end in {', '.join(suffixes)}; "
+            f"{names}: cannot read files that end in {', '.join(suffixes)}; "
             f"give files of one kind among {', '.join(READERS)}"
         )
     builder, options = READERS[suffixes[0]]
     if any(path.stat().st_size == 0 for path in paths):
-        raise ValueError(f"{', '.join(map(str, paths))}: an empty file has no rows to learn from")
+        raise ValueError(f"{names}: an empty file has no rows to learn from")
     rows = _load(builder, where=", ".join(map(str, paths)), data_files=[str(path) for path in paths], **options)[
         "train"
     ]
@@ -61,7 +64,7 @@ def read_table(paths: Sequence[Path]) -> datasets.Dataset:
 
 
 def check_column(rows: datasets.Dataset, column: str, *, option: str, where: str) -> None:
-    """Raise ValueError, listing the columns that are there, if `column` (which `option` asked for) is not in `rows`."""
+    """Raise ValueError, listing the columns there are, if `column` (which `option` asked for) is not in `rows`."""
     if column not in rows.column_names:
         raise ValueError(
             f"{option}={column!r} is not in the {where} data; its columns are {', '.join(rows.column_names)}"
@@ -75,11 +78,12 @@ def _is_local(dataset: str) -> bool:
     return looks_like_a_path or Path(dataset).exists()
 
 
-def _local_splits(path: Path) -> dict[str, datasets.Dataset]:
+def _local_splits(dataset: str, splits: Sequence[str]) -> dict[str, datasets.Dataset]:
+    path = Path(dataset).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"dataset={str(path)!r} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
     if path.is_file():
-        return {"train": read_table([path])}
+        return {splits[0]: read_table([path])}
     files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
     found = {split: [file for file in files if _belongs(file.relative_to(path), split)] for split in SPLIT_NAMES}
     if not any(found.values()):
@@ -88,7 +92,7 @@ def _local_splits(path: Path) -> dict[str, datasets.Dataset]:
             f"dataset={str(path)!r} holds no file named after train, validation or test ({', '.join(READERS)}); "
             f"there is: {there}; name the files with train_file and validation_file"
         )
-    return {split: read_table(names) for split, names in found.items() if names}
+    return {split: read_table(names) for split, names in found.items() if names and split in splits}
 
 
 def _belongs(path: Path, split: str) -> bool:

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from bmtk.data.tokenizers import has_newline_cuts, pieces, tokenizer_fingerprint
 FORMAT = 1
 OFFSET = np.dtype("<i8")
 BATCH_CHARACTERS = 1 << 22  # characters tokenised at a time; progress is saved after each batch
+REMEDY = "delete the folder and build the store again"
 logger = logging.getLogger(__name__)
 
 
@@ -59,10 +61,7 @@ class TokenStore:
         """Read everything and compare it with the manifest. Raises: ValueError naming the file that differs."""
         for name, facts in _read_manifest(self.directory)["files"].items():
             if _sha256(self.directory / name) != facts["sha256"]:
-                raise ValueError(f"{self.directory / name} is damaged: its sha256 is not the manifest's; {_REMEDY}")
-
-
-_REMEDY = "delete the folder and build the store again"
+                raise ValueError(f"{self.directory / name} is damaged: its sha256 is not the manifest's; {REMEDY}")
 
 
 def build_token_store(
@@ -105,12 +104,12 @@ def _read_manifest(directory: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: it is not the manifest of a token store; {_REMEDY}") from error
+        raise ValueError(f"{path} is damaged: it is not the manifest of a token store; {REMEDY}") from error
     for name, facts in files.items():
         file = directory / name
         found = file.stat().st_size if file.exists() else None
         if found != facts["size"]:
-            raise ValueError(f"{file} is damaged: it has {found} bytes, the manifest says {facts['size']}; {_REMEDY}")
+            raise ValueError(f"{file} is damaged: it has {found} bytes, the manifest says {facts['size']}; {REMEDY}")
     return manifest
 
 
@@ -135,14 +134,14 @@ def _write_store(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folde
     bos, eos = _document_ends(tokenizer)
     encode = _document_encoder(tokenizer)
     dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
-    writer = _Writer(folder, identity, dtype)
-    for batch in _batches(islice(texts, writer.num_documents, None)):
-        writer.append([[bos, *ids, eos] for ids in encode(batch)], sum(len(text.encode()) for text in batch))
-        logger.info("tokenised %d documents, %d tokens", writer.num_documents, writer.num_tokens)
-    if writer.num_documents == 0:
-        raise ValueError("cannot store an empty corpus; give at least one document")
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    writer.finish(pad_token_id=pad)
+    with closing(_Writer(folder, identity, dtype)) as writer:
+        for batch in _batches(islice(texts, writer.num_documents, None)):
+            writer.append([[bos, *ids, eos] for ids in encode(batch)], sum(len(text.encode()) for text in batch))
+            logger.info("tokenised %d documents, %d tokens", writer.num_documents, writer.num_tokens)
+        if writer.num_documents == 0:
+            raise ValueError("cannot store an empty corpus; give at least one document")
+        writer.finish(pad_token_id=pad)
 
 
 def _document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -233,11 +232,14 @@ class _Writer:
         files = {}
         for file in (self.tokens, self.offsets):
             _flush(file)
-            file.close()
             path = Path(file.name)
             files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         facts = {"dtype": self.dtype.str, "pad_token_id": pad_token_id, "files": files}
         _write_json(self.folder / "manifest.json", {**self.counts, **facts})
+
+    def close(self) -> None:
+        self.tokens.close()
+        self.offsets.close()
 
 
 def _read_progress(path: Path) -> dict:

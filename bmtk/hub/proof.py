@@ -7,6 +7,7 @@ imports nothing of bmtk.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def record(directory: Path, room: Path, base: str | None = None) -> None:
     names = {path.name for path in directory.iterdir()}
     plan = {
         "base": base,
+        "num_labels": adapter_labels(directory) if base else None,
         "tokenizer": bool(names & {"tokenizer.json", "tokenizer_config.json"}),
         "processor": bool(names & {"preprocessor_config.json", "processor_config.json"}),
     }
@@ -115,16 +117,25 @@ def whole_model(auto_name: str, source: str, plan: dict, pinned: dict):
 
 
 def adapted_model(source: str, plan: dict, pinned: dict):
-    """Base model with the adapter on top; a config.json beside the adapter tells the number of labels."""
+    """The base model with the adapter on top."""
     import transformers
     from peft import PeftConfig, PeftModel
 
     revision = pinned.get("revision")
     peft_config = PeftConfig.from_pretrained(source, revision=revision)
     auto_class = getattr(transformers, TASK_CLASSES.get(peft_config.task_type, "AutoModel"))
-    options = {"num_labels": plan["num_labels"]} if plan.get("num_labels") else {}
+    options = {"num_labels": plan["num_labels"]} if plan["num_labels"] else {}
     base = auto_class.from_pretrained(plan["base"], trust_remote_code=True, **options)
     return PeftModel.from_pretrained(base, source, revision=revision)
+
+
+def adapter_labels(directory: Path) -> int | None:
+    """How many labels the head beside an adapter has: PEFT writes it nowhere but in the shape of that head."""
+    from safetensors import safe_open
+
+    with safe_open(directory / "adapter_model.safetensors", framework="numpy") as file:
+        heads = [name for name in file.keys() if re.search(r"\.(score|classifier)(\.out_proj)?\.weight$", name)]
+        return file.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
 def seeded_inputs(model) -> dict:

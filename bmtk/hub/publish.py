@@ -89,7 +89,8 @@ def with_card(bundle: Bundle, repo_id: str, room: Path, log: Log) -> Bundle:
     if run is None:
         if card is None:
             log(f"no card: {bundle.directory} has neither README.md nor run.json; describe the model in README.md")
-        return bundle
+            return bundle
+        return replace(bundle, files={**bundle.files, "README.md": without_local_base(card, bundle, room)})
     for name in ("run.json", "history.jsonl"):
         if (bundle.directory / name).is_file():
             shutil.copy(bundle.directory / name, room / name)
@@ -101,6 +102,17 @@ def with_card(bundle: Bundle, repo_id: str, room: Path, log: Log) -> Bundle:
         log("README.md was edited since the run and is pushed as it is")
         return bundle
     return replace(bundle, files=dict(sorted({**bundle.files, "README.md": new}.items())))
+
+
+def without_local_base(card: Path, bundle: Bundle, room: Path) -> Path:
+    """The card that PEFT writes, without the lines that give a folder as base model: the Hub refuses such a card."""
+    base = read_json(bundle.directory / "adapter_config.json").get("base_model_name_or_path")
+    if not base or not Path(base).is_dir():
+        return card
+    lines = card.read_text(encoding="utf-8").splitlines(keepends=True)
+    new = room / "README.md"
+    new.write_text("".join(line for line in lines if base not in line), encoding="utf-8")
+    return new
 
 
 def without_names(card: Path) -> str:

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
-from bmtk.hub import card
+from bmtk.hub import card, facts, wording
 
 MAX_DRAWN = 1200  # points of one line; a longer one is drawn by the extremes of each stretch
 MAX_DOTS = 60  # points that are drawn and named one by one
 TILES = ("accuracy", "macro_f1", "f1", "loss", "perplexity", "bits_per_byte")  # in order of interest, three are shown
-NOT_A_CHART = card.NOT_QUALITY | {"perplexity", "bits_per_byte"}  # the last two are functions of the loss
+NOT_A_CHART = {"loss", "perplexity", "bits_per_byte"}  # drawn first; functions of the loss
 
 
 def write_report(directory: str | Path) -> Path:
@@ -28,7 +28,7 @@ def write_report(directory: str | Path) -> Path:
 
     Raises: FileNotFoundError or ValueError when `run.json` is missing or is not a JSON object.
     """
-    run = card.read_run(directory)
+    run = facts.read_run(directory)
     history = History(directory)
     loader = FileSystemLoader(card.TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -40,13 +40,13 @@ def write_report(directory: str | Path) -> Path:
         status=card.run_status(run, history.last_step),
         tiles=tiles(run),
         charts=charts(run, history),
-        metrics=card.metric_rows(run),
+        metrics=[row[1:] for row in card.metric_rows(run)],
         figures=[figure for figure in map(embed_figure, run["figures"]) if figure],
         data=card.data_rows(run),
         model=model_rows(run),
         procedure=card.procedure_rows(run),
         environment=card.environment_rows(run),
-        config=[(key, card.show(value)) for key, value in run["config"].items()],
+        config=[(key, wording.show(value)) for key, value in run["config"].items()],
     )
     path = Path(directory) / "report.html"
     path.write_text(text, encoding="utf-8", newline="\n")
@@ -58,40 +58,39 @@ def write_report(directory: str | Path) -> Path:
 
 def verdict(run: dict, last_step: float | None) -> str:
     """Say in one sentence how long the model was trained, on what machine and how well it does."""
-    steps = f" for {last_step:,.0f} {card.plural('steps', last_step)}" if last_step is not None else ""
+    steps = f" for {last_step:,.0f} {wording.plural('steps', last_step)}" if last_step is not None else ""
     seconds = run.get("train_seconds")
-    time = f" in {card.format_seconds(seconds)}" if card.is_number(seconds) else ""
+    time = f" in {wording.format_seconds(seconds)}" if wording.is_number(seconds) else ""
     hardware = run["environment"].get("hardware")
     place = f" on {hardware}" if hardware else ""
-    results = ", ".join(f"{label[:1].lower()}{label[1:]} {shown}" for label, shown, _ in ranked_metrics(run)[:2])
+    results = ", ".join(f"{label[:1].lower()}{label[1:]} {shown}" for label, shown in ranked_metrics(run)[:2])
     sentence = card.describe(run).rstrip(".") + f"{steps}{time}{place}"
     return f"{sentence}: {results}." if results else f"{sentence}."
 
 
-def ranked_metrics(run: dict) -> list[tuple[str, str, float]]:
-    """Return the rows of the metrics table with the most telling first."""
-    names = [card.split_metric(key)[1] for key, value in run["metrics"].items() if card.is_number(value)]
-    names = [name for name in names if name not in card.NOT_QUALITY]
-    ranks = [TILES.index(name) if name in TILES else len(TILES) for name in names]
-    rows = card.metric_rows(run)
-    return [rows[index] for index in sorted(range(len(rows)), key=ranks.__getitem__)]
+def ranked_metrics(run: dict) -> list[tuple[str, str]]:
+    """Return (label, shown value) of the metrics of quality, the most telling first."""
+    rows = [row for row in card.metric_rows(run) if wording.is_quality(row[0])]
+    names = {key: wording.split_metric(key)[1] for key, _, _ in rows}
+    rows.sort(key=lambda row: TILES.index(names[row[0]]) if names[row[0]] in TILES else len(TILES))
+    return [row[1:] for row in rows]
 
 
 def tiles(run: dict) -> list[tuple[str, str]]:
     """Return (large figure, its name): at most three metrics, the time and the speed."""
-    found = [(shown, label) for label, shown, _ in ranked_metrics(run)[:3]]
-    if card.is_number(run.get("train_seconds")):
-        found.append((card.format_seconds(run["train_seconds"]), "Training time"))
-    if card.is_number(run["throughput"].get("tokens_per_second")):
-        found.append((card.format_compact(run["throughput"]["tokens_per_second"]), "Tokens per second"))
+    found = [(shown, label) for label, shown in ranked_metrics(run)[:3]]
+    if wording.is_number(run.get("train_seconds")):
+        found.append((wording.format_seconds(run["train_seconds"]), "Training time"))
+    if wording.is_number(run["throughput"].get("tokens_per_second")):
+        found.append((wording.format_compact(run["throughput"]["tokens_per_second"]), "Tokens per second"))
     return found
 
 
 def model_rows(run: dict) -> list[tuple[str, str]]:
     """Return the model's facts as a table."""
     names = {"num_parameters": "parameters", "base_model": "base model", "model_type": "model type"}
-    facts = ((names.get(key, key), value) for key, value in run["model"].items() if value is not None)
-    return [(name, card.format_number(value) if card.is_number(value) else card.show(value)) for name, value in facts]
+    named = ((names.get(key, key), value) for key, value in run["model"].items() if value is not None)
+    return [(k, wording.format_number(v) if wording.is_number(v) else wording.show(v)) for k, v in named]
 
 
 def embed_figure(figure: dict) -> dict | None:
@@ -109,7 +108,7 @@ def embed_figure(figure: dict) -> dict | None:
     except (KeyError, TypeError, ValueError):
         return None
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return {"title": card.scrub_text(str(figure.get("title", "Figure"))), "source": source} if valid else None
+    return {"title": facts.scrub_text(str(figure.get("title", "Figure"))), "source": source} if valid else None
 
 
 # --------------------------------------------------------------------------------------------------- the numbers
@@ -123,12 +122,13 @@ class History:
 
     def __init__(self, directory: str | Path):
         self.columns: dict[str, dict[float, float]] = {}
-        for row in card.read_history(directory):
+        for row in facts.read_history(directory):
             for key, value in row.items():
                 value = math.nan if value in ("NaN", "nan") else value
-                if key != "step" and card.is_number(value):
+                if key != "step" and wording.is_number(value):
                     self.columns.setdefault(key, {})[row["step"]] = value
-        self.last_step = max((step for column in self.columns.values() for step in column), default=None)
+        steps = [step for column in self.columns.values() for step in column]
+        self.first_step, self.last_step = min(steps, default=None), max(steps, default=None)
 
     def __getitem__(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         steps, values = (
@@ -138,7 +138,9 @@ class History:
 
     def validation_keys(self) -> list[str]:
         """Return the columns that were measured on the validation data, except speeds."""
-        return [key for key in self.columns if card.split_metric(key)[0] == "validation" and card.is_quality(key)]
+        return [
+            key for key in self.columns if wording.split_metric(key)[0] == "validation" and wording.is_quality(key)
+        ]
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -215,9 +217,9 @@ def format_ticks(values: Sequence[float], *, log: bool = False) -> list[str]:
     """Return the labels of the ticks of one axis, all with the same number of decimals."""
     largest = max(map(abs, values), default=0)
     if log:
-        return [f"{value:g}" if value < 1e4 else card.format_compact(value).replace(" ", "") for value in values]
+        return [f"{value:g}" if value < 1e4 else wording.format_compact(value).replace(" ", "") for value in values]
     if largest >= 1e4:
-        return [card.format_compact(value).replace(" ", "") for value in values]
+        return [wording.format_compact(value).replace(" ", "") for value in values]
     exponent = math.floor(math.log10(largest)) if 0 < largest < 1e-2 else 0
     scaled = [value / 10.0**exponent for value in values]
     decimals = next(n for n in range(12) if n == 11 or all(abs(round(v, n) - v) < 1e-6 for v in scaled))
@@ -225,9 +227,8 @@ def format_ticks(values: Sequence[float], *, log: bool = False) -> list[str]:
     return [f"{value:.{decimals}f}{suffix}" if value else "0" for value in scaled]
 
 
-def step_axis(steps: np.ndarray) -> Axis:
+def step_axis(low: float, high: float) -> Axis:
     """Return the axis of the steps, from 0 unless the history begins late."""
-    low, high = float(steps.min()), float(steps.max())
     low = 0.0 if low < high / 2 else low
     return Axis(low, high, whole=True) if high > low else Axis(low - 1, high + 1, whole=True)
 
@@ -289,7 +290,7 @@ class Chart:
 def charts(run: dict, history: History) -> list[Chart]:
     """Return the charts that the history has values for, the loss first."""
     validation = history.validation_keys()
-    losses = tuple(key for key in validation if card.split_metric(key)[1] == "loss")
+    losses = tuple(key for key in validation if wording.split_metric(key)[1] == "loss")
     unit = "nats per token" if run["task"].endswith("_lm") else "nats"
     panels = [
         Panel("Loss", unit, ("loss",), losses, wide=True),
@@ -298,8 +299,8 @@ def charts(run: dict, history: History) -> list[Chart]:
         Panel("Throughput", "tokens per second", ("tokens_per_second",), from_zero=True),
         Panel("Model FLOPs utilisation", "%", ("mfu",), from_zero=True, scale=100),
     ]
-    others = (key for key in validation if card.split_metric(key)[1] not in NOT_A_CHART | {"loss"})
-    panels += [Panel(card.metric_label(key), validation=(key,)) for key in others]
+    others = (key for key in validation if wording.split_metric(key)[1] not in NOT_A_CHART)
+    panels += [Panel(wording.metric_label(key), validation=(key,)) for key in others]
     logged = history.columns.keys()
     found = [draw(panel, history) for panel in panels if logged & {*panel.train, *panel.validation}]
     return found[:1] + second_half(panels[0], history) + found[1:]
@@ -326,7 +327,7 @@ def draw(panel: Panel, history: History) -> Chart:
             found.append(("raw", "each log line", steps[shown], values[shown]))
             name, values = "train, smoothed", smooth(values)
         found.append((css, name, steps[shown], values[shown]))
-    x_axis = step_axis(np.concatenate([line[2] for line in found]))
+    x_axis = step_axis(max(history.first_step, panel.since), history.last_step)
     y_axis = value_axis(np.concatenate([line[3] for line in found]), from_zero=panel.from_zero)
     lines = [draw_line(*line, x_axis, y_axis) for line in found]
     breaks, note = find_breaks([line[2:] for line in found], x_axis)
@@ -345,10 +346,10 @@ def draw_line(css: str, name: str, steps: np.ndarray, values: np.ndarray, x_axis
     alone = finite & starts & ~np.concatenate([finite[1:], [False]])
     named = finite if css == "validation" and finite.sum() <= MAX_DOTS else alone
     dots = [
-        (f"M{x[i]:.2f} {y[i]:.2f}h.01", f"step {steps[kept][i]:,.0f}: {card.format_number(float(values[kept][i]))}")
+        (f"M{x[i]:.2f} {y[i]:.2f}h.01", f"step {steps[kept][i]:,.0f}: {wording.format_number(float(values[kept][i]))}")
         for i in np.flatnonzero(named)
     ]
-    return Line(css, name, card.format_number(float(values[-1])), path, dots)
+    return Line(css, name, wording.format_number(float(values[-1])), path, dots)
 
 
 def find_breaks(columns: list[tuple[np.ndarray, np.ndarray]], x_axis: Axis) -> tuple[list[float], str]:
@@ -373,4 +374,4 @@ def token_ticks(history: History, x_axis: Axis) -> list[tuple[float, str]]:
         return []
     values = [value for value in Axis(0.0, float(tokens[-1])).values(6) if value >= tokens[0]]
     places = x_axis.place(np.interp(values, tokens, steps)).tolist()
-    return list(zip(places, [card.format_compact(value) for value in values], strict=True))
+    return list(zip(places, [wording.format_compact(value).replace(" ", "") for value in values], strict=True))

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from bmtk.hub.card import read_run
+from bmtk.hub.facts import read_run
+from bmtk.hub.wording import format_number, format_seconds, is_number, metric_label
 
 
 def run_summary(directory: str | Path, *, next_command: str) -> str:
@@ -10,9 +11,9 @@ def run_summary(directory: str | Path, *, next_command: str) -> str:
     run, directory = read_run(directory), Path(directory)
     samples = [f"--- sample ---\n{sample['prompt']}{sample['text']}\n" for sample in run["samples"]]
     rows = [
-        *((name.replace("/", " ").replace("_", " "), value) for name, value in run["metrics"].items()),
+        *((metric_label(name), value) for name, value in run["metrics"].items()),
         ("parameters", run["model"].get("num_parameters")),
-        ("training minutes", run.get("train_seconds", 0.0) / 60),
+        ("training time", format_seconds(run.get("train_seconds") or 0.0)),
         ("tokens per second", run["throughput"].get("tokens_per_second")),
         ("MFU", run["throughput"].get("mfu")),
         ("checkpoint", directory),
@@ -21,14 +22,24 @@ def run_summary(directory: str | Path, *, next_command: str) -> str:
     return "\n".join(["", *samples, text_table(rows), "", f"next: {next_command}"])
 
 
+def run_plan(config: dict, model, *, steps: int, epochs: float, tokens_per_step: int, seconds_per_step: float) -> str:
+    """What a run would be: its resolved config, its size, and how long it would take on this machine."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = [
+        ("model", type(model).__name__),
+        ("parameters", f"{model.num_parameters():,} ({trainable:,} trained)"),
+        ("tokens per step", tokens_per_step),
+        ("steps", f"{steps:,} ({epochs:.3g} epochs)"),
+        ("tokens in all", steps * tokens_per_step),
+        ("estimated time", f"{steps * seconds_per_step / 60:.1f} minutes ({seconds_per_step * 1e3:.0f} ms per step)"),
+    ]
+    config_table = text_table(list(config.items()))
+    return f"config\n{config_table}\n\nplan (dry run: nothing is trained or saved)\n{text_table(rows)}"
+
+
 def text_table(rows: list[tuple[str, object]]) -> str:
     """Two columns; numbers with four significant digits, and without a row what is not known."""
     rows = [(name, value) for name, value in rows if value is not None]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {_shown(value)}" for name, value in rows)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    shown = ((name, format_number(value) if is_number(value) else value) for name, value in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in shown)

@@ -77,7 +77,7 @@ class BmTransformerConfig(PreTrainedConfig):
         if self.classifier_pooling is None:
             self.classifier_pooling = "last" if self.is_causal else "mean"
         super().__post_init__(**kwargs)
-        # Code is saved beside every model: a map that a loaded config carries from another repository must not survive.
+        # Code is saved beside every model: a map that a loaded config carries from elsewhere must not survive.
         self.auto_map = {"AutoConfig": "configuration_bm_transformer.BmTransformerConfig", **self.heads}
 
     def validate_heads(self):

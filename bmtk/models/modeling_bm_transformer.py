@@ -1,8 +1,9 @@
-"""Transformer: attention mixes the positions.  B rows, L positions, D width, H query heads, G key heads, d head width.
+"""Transformer: attention mixes the positions.  B rows, L positions, D width, H query heads, G key heads, d head size.
 
-Modern and classic by configuration: rotary (Su et al. 2021, arXiv:2104.09864), sinusoidal or learned positions; RMSNorm
-(Zhang & Sennrich 2019) or LayerNorm, before (Xiong et al. 2020) or after (Vaswani et al. 2017) each sublayer; SwiGLU
-(Shazeer 2020), GELU, ReLU or squared ReLU (So et al. 2021); grouped-query attention (Ainslie et al. 2023); QK-norm.
+Modern and classic by configuration: rotary (Su et al. 2021, arXiv:2104.09864), sinusoidal or learned positions;
+RMSNorm (Zhang & Sennrich 2019) or LayerNorm, before (Xiong et al. 2020) or after (Vaswani et al. 2017) each sublayer;
+SwiGLU (Shazeer 2020), GELU, ReLU or squared ReLU (So et al. 2021); grouped-query attention (Ainslie et al. 2023);
+QK-norm.
 """
 
 import torch
@@ -34,7 +35,7 @@ NORMS = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm}
 
 
 class BmRotaryEmbedding(nn.Module):
-    """position_ids (B, L) -> cosines and sines (B, 1, L, d); the buffers are rebuilt by transformers' `_init_weights`."""
+    """position_ids (B, L) -> cosines and sines (B, 1, L, d); transformers' `_init_weights` rebuilds the buffers."""
 
     def __init__(self, config: BmTransformerConfig):
         super().__init__()
@@ -66,7 +67,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out: query (B, H, L, d), key and value (B, G, S, d) -> (B, L, H, d) and weights (B, H, L, S)."""
+    """Attention written out: query (B, H, L, d), key, value (B, G, S, d) -> (B, L, H, d) and weights (B, H, L, S)."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
@@ -248,8 +249,9 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
             position_ids=position_ids,
             and_mask_function=same_document,
         )
+        # An empty cache is made after the mask, because transformers looks for packing only where there is no cache.
         if use_cache and past_key_values is None and self.config.is_causal:
-            past_key_values = DynamicCache(config=self.config)  # after the mask, which sees packing only without a cache
+            past_key_values = DynamicCache(config=self.config)
         hidden_states = self.stem(inputs_embeds, position_ids)
         rotary = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:

@@ -11,7 +11,7 @@ from torch import nn
 
 
 class SinusoidalPositions(nn.Module):
-    """position_ids (B, L) -> (B, L, D): sines in the even, cosines in the odd columns; nothing is learned or stored."""
+    """position_ids (B, L) -> (B, L, D): sines in even, cosines in odd columns; nothing is learned or stored."""
 
     def __init__(self, hidden_size: int):
         super().__init__()

@@ -1,11 +1,11 @@
 """Tasks: how rows become batches and outputs become metrics.  One file each; recipes know them only through TASKS."""
 
 from .causal_lm import CausalLM
-#from .sequence_classification import SequenceClassification
+from .sequence_classification import SequenceClassification
 
 TASKS = {
     "causal_lm": CausalLM,
-    #    "sequence_classification": SequenceClassification,
+    "sequence_classification": SequenceClassification,
 }
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from bmtk.data.batches import GlobalBatches, sequential_batches
 from bmtk.data.packing import PackedRows
 from bmtk.data.sources import Texts, read_texts
-from bmtk.data.token_store import TokenStore, build_token_store
+from bmtk.data.token_store import build_token_store
 from bmtk.data.tokenizers import train_tokenizer
 
 TRAINED_KINDS = ("byte_bpe", "char")
@@ -60,6 +61,13 @@ class CausalLM:
 
     arguments = CausalLMArguments
     auto_class = AutoModelForCausalLM
+    about: ClassVar[dict[str, str]] = {
+        "pipeline_tag": "text-generation",
+        "auto_class": "AutoModelForCausalLM",
+        "noun": "causal language model",
+        "limits": "It continues text in the manner of its training data. What it writes may be false, offensive or "
+        "copied from that data; it was not trained to follow instructions or to refuse.",
+    }
     # Settings that change what is shown, not what is learned: they may differ when a run is resumed.
     free_keys = frozenset(("corpus_dir", "data_name", "data_licence", "prompts", "sample_tokens"))
 
@@ -128,7 +136,7 @@ class CausalLM:
         }
 
     def samples(self, model, *, seed: int) -> list[dict[str, str]]:
-        """Text that the model writes on from each prompt, drawn with the generation settings that are saved with it."""
+        """What the model writes after each prompt, drawn with the generation settings that are saved with it."""
         if not self.args.sample_tokens:
             return []
         prompts = self.args.prompts or [self._first_words()]

@@ -1,0 +1,1 @@
+"""How batches become a checkpoint, exactly, on any number of devices; no task is known here by name."""

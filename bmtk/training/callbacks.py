@@ -4,12 +4,12 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from .history import History
 from .interruption import Stopped, StopRequest
 
-PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test/"}
+PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test/", "train_": "train/"}
 NOT_RECORDED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -19,7 +19,13 @@ class RecordHistory(TrainerCallback):
     def __init__(self, directory: str | Path):
         self.history = History(directory)
         self.seconds = 0.0  # of training, with the time before a resumption
+        self.tokens = 0  # real ones, padding not counted
         self.is_training = False
+
+    @property
+    def throughput(self) -> dict[str, float]:
+        """Mean speed of the whole run, evaluations and checkpoints included."""
+        return {"tokens_per_second": self.tokens / self.seconds} if self.tokens and self.seconds else {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -33,6 +39,7 @@ class RecordHistory(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.is_training:
             self.seconds = time.monotonic() - self.started
+            self.tokens = state.num_input_tokens_seen
         self.is_training = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -61,6 +68,21 @@ def recorded_metrics(logs: dict[str, float]) -> dict[str, float]:
     }
 
 
+class Progress(ProgressCallback):
+    """Trainer's progress bar with the last loss beside it, and a line for each evaluation."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.1e}", refresh=False)
+        elif metrics := recorded_metrics(logs):
+            words = ", ".join(
+                f"{key.replace('/', ' ').replace('_', ' ')} {value:.4f}" for key, value in metrics.items()
+            )
+            self.training_bar.write(f"step {state.global_step}: {words}")
+
+
 class StopOnNonFinite(TrainerCallback):
     """Ends the run before an update whose gradient is not finite; Trainer would apply it and hide the loss.
 
@@ -72,8 +94,8 @@ class StopOnNonFinite(TrainerCallback):
         if args.fp16 or not gradients or torch.nn.utils.get_total_norm(gradients).isfinite():
             return
         raise ValueError(
-            f"step {state.global_step + 1}: the gradient is not finite, so it was not applied and nothing was saved after "
-            f"step {state.global_step}; lower learning_rate={args.learning_rate}, or look for broken rows"
+            f"step {state.global_step + 1}: the gradient is not finite, so it was not applied and nothing was saved; "
+            f"lower learning_rate={args.learning_rate}, or look for broken rows (checkpoints made before are whole)"
         )
 
 

@@ -1,17 +1,19 @@
-"""Fine-tuning: Trainer's arguments with this project's defaults, pretrained weights under a new head, LoRA adapters."""
+"""Fine-tuning: Trainer with this project's defaults, pretrained weights under a new head, LoRA adapters."""
 
 import json
 import logging
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
 
+from .callbacks import Progress, recorded_metrics
 from .run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
@@ -19,8 +21,8 @@ logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 # Keys that may change when a fine-tuning run is resumed: they change how it is watched or stored, not what is learned.
 FREE_KEYS = frozenset(
-    ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_total_limit", "report_to")
-    + ("per_device_eval_batch_size", "disable_tqdm", "run_name", "dataloader_num_workers", "merge_adapter")
+    "output_dir overwrite_output_dir resume_from_checkpoint logging_steps save_total_limit report_to disable_tqdm "
+    "run_name per_device_eval_batch_size dataloader_num_workers dataloader_pin_memory merge_adapter".split()
 )
 
 
@@ -40,7 +42,10 @@ class FineTuningArguments(TrainingArguments):
         default=False, metadata={"help": "delete the run that output_dir holds, and start anew"}
     )
     eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"})
-    save_strategy: str = field(default="epoch", metadata={"help": "when to write a checkpoint: no, steps, epoch or best"})
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "when to write a checkpoint: no, steps, epoch or best"}
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "rows per device in evaluations"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of history.jsonl"})
     save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
     include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "tokens that are counted"})
@@ -54,6 +59,7 @@ class FineTuningArguments(TrainingArguments):
     hub_private_repo: bool | None = _settled(None)
     hub_always_push: bool = _settled(False)
     hub_revision: str | None = _settled(None)
+    label_names: list[str] = field(default_factory=lambda: ["labels"], init=False)  # columns, as Trainer calls them
     do_train: bool = _settled(False)  # these three are read by Hugging Face's example scripts only
     do_eval: bool = _settled(False)
     do_predict: bool = _settled(False)
@@ -66,7 +72,8 @@ class AdapterArguments:
     _argument_group_name = "adapter"
 
     adapter: str | None = field(
-        default=None, metadata={"help": "lora: train low-rank updates of all linear layers, and the head; default: all"}
+        default=None,
+        metadata={"help": "lora: train low-rank updates of all linear layers, and the head; default: all"},
     )
     lora_rank: int = field(default=8, metadata={"help": "rank of the update of a matrix"})
     lora_alpha: float = field(default=16, metadata={"help": "the update is multiplied by lora_alpha / lora_rank"})
@@ -137,7 +144,7 @@ def read_config(model: str, chosen: dict[str, object], **loading: object) -> tup
     folder = Path(model)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"model={model!r} holds an adapter, not a whole model; train one with merge_adapter, or start from its base"
+            f"model={model!r} holds an adapter, not a whole model; save one with merge_adapter, or start from its base"
         )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"model={model!r} is a folder without config.json; give one that save_pretrained has filled")
@@ -145,15 +152,43 @@ def read_config(model: str, chosen: dict[str, object], **loading: object) -> tup
         config = AutoConfig.from_pretrained(model, **loading)
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"model={model!r} is no folder here, and as a Hub id it cannot be loaded: {reason}") from error
-    for name in filter(_is_dropout, chosen):
-        setattr(config, name, chosen[name])
-    others = [name for name in chosen if not _is_dropout(name) and getattr(config, name, None) != chosen[name]]
+        raise ValueError(
+            f"model={model!r} is no folder here, and as a Hub id it cannot be loaded: {reason}"
+        ) from error
+    for name in chosen:
+        if "drop" in name and hasattr(config, name):
+            setattr(config, name, chosen[name])
+    others = [name for name in chosen if getattr(config, name, None) != chosen[name]]
     return config, [f"{model} keeps its own architecture: {', '.join(others)} not applied"] if others else []
 
 
-def _is_dropout(name: str) -> bool:
-    return "drop" in name
+class TrainedModel:
+    """A finished model: a whole one, or an adapter whose base is where `adapter_config.json` says.
+
+    `labels` are the labels of an adapter, which only its run.json can tell.
+    Raises: ValueError if it, or its base, cannot be found.
+    """
+
+    def __init__(self, name: str, **loading: object):
+        self.name, self.loading, self.labels = name, loading, []
+        self.base = name
+        if (Path(name) / ADAPTER_CONFIG).is_file():
+            self.base = json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8"))[
+                "base_model_name_or_path"
+            ]
+            facts = Path(name) / "run.json"
+            run = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+            self.labels = run.get("data", {}).get("labels", [])
+        self.config, _ = read_config(self.base, {}, **loading)
+
+    def load(self, auto_class) -> PreTrainedModel | PeftModel:
+        """The model with its head.  Raises: ValueError if it was saved without one."""
+        model, notes = load_for_task(auto_class, self.base, self.config, **self.loading)
+        if self.base != self.name:
+            return PeftModel.from_pretrained(model, self.name)
+        if notes:
+            raise ValueError(f"{self.name} was not trained for this task: {'; '.join(notes)}")
+        return model
 
 
 def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PeftModel:
@@ -161,7 +196,9 @@ def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: st
 
     Source: Hu et al. 2021, arXiv:2106.09685; on all linear layers: Dettmers et al. 2023, arXiv:2305.14314.
     """
-    heads = [name for name, module in model.named_children() if name != model.base_model_prefix and _has_weights(module)]
+    heads = [
+        name for name, module in model.named_children() if name != model.base_model_prefix and _has_weights(module)
+    ]
     config = LoraConfig(
         task_type=task_type,
         r=args.lora_rank,
@@ -203,6 +240,41 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
+def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbacks: Sequence = ()) -> Trainer:
+    """Trainer on the task's rows, with its loss and metrics, and with checkpoints in `folder`.
+
+    The loss is the task's own (see there), so that it does not depend on the batch size or on accumulation.
+    """
+    args.output_dir = str(folder)
+    args.dataloader_pin_memory &= torch.cuda.is_available()
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=task.rows.get("train"),
+        eval_dataset=task.rows.get("validation"),
+        processing_class=task.processor,
+        data_collator=task.collator(),
+        compute_loss_func=partial(task.loss, label_smoothing=args.label_smoothing_factor),
+        compute_metrics=task.metrics,
+        preprocess_logits_for_metrics=task.reduce_logits,
+        callbacks=list(callbacks),
+    )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress)
+    return trainer
+
+
+def evaluate(trainer: Trainer, task) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """Metrics of every split that was not trained on, and some predictions on the last of them."""
+    metrics, samples = {}, []
+    for split in (split for split in task.rows if split != "train"):
+        prediction = trainer.predict(task.rows[split], metric_key_prefix=split)
+        metrics |= recorded_metrics(prediction.metrics)
+        samples = task.samples(prediction.predictions[0], split)
+    return metrics, samples
+
+
 def save(trainer: Trainer, directory: str | Path, *, merge: bool):
     """Write the trained model (or its adapter; `merge` adds it to the weights first) and its processor; all ranks."""
     if merge:
@@ -211,29 +283,6 @@ def save(trainer: Trainer, directory: str | Path, *, merge: bool):
     trainer.save_model(str(directory))
     if trainer.is_world_process_zero():
         (Path(directory) / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load
-
-
-def plan(model: PreTrainedModel, batches: list[dict], args: TrainingArguments, *, num_rows: int) -> dict[str, object]:
-    """What the run would be: steps, and the seconds per step measured on `batches` (forward and backward only)."""
-    model.to(args.device).train()
-    tokens, seconds = [], []
-    for batch in batches:
-        started = time.monotonic()
-        model(**{key: value.to(args.device) for key, value in batch.items()})["loss"].backward()
-        seconds.append(time.monotonic() - started)
-        tokens.append(int(batch["attention_mask"].sum()))
-    model.zero_grad()
-    per_step = args.gradient_accumulation_steps
-    steps = total_steps(args, num_rows)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable parameters": trainable,
-        "training rows": num_rows,
-        "steps": steps,
-        "tokens per step": round(sum(tokens) / len(tokens) * per_step * args.world_size),
-        "estimated minutes": steps * min(seconds) * per_step / 60,
-    }
 
 
 def total_steps(args: TrainingArguments, num_rows: int) -> int:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .arguments import FREE_KEYS
-from .manifest import write_json
+from .manifest import delete_partial, write_json
 
 RUN_CONFIG = "run_config.json"  # resolved configuration of the run that the folder holds
 LOCK = ".lock"
@@ -30,13 +30,14 @@ def check_output_dir(directory: str | Path, config: dict, *, overwrite: bool, fr
     """Make sure that `directory` is new, or holds the very run that `config` describes; then note `config` in it.
 
     free_keys may differ, because they do not change what is learned.  overwrite deletes the former run's checkpoints,
-    weights and history first, and no other file.  Only the main process calls this.
+    weights and history first, and no other file.  Only the main process calls this, inside `locked`, so that a run
+    which is still going on is never deleted.
 
     Raises: ValueError if the folder holds another run or another model, or cannot be written.
     """
     directory = Path(directory)
     config = json.loads(json.dumps(config))  # tuples become lists, as in the file
-    try:
+    with _told_as_value_error(directory):
         directory.mkdir(parents=True, exist_ok=True)
         if overwrite:
             _delete_run(directory)
@@ -50,6 +51,12 @@ def check_output_dir(directory: str | Path, config: dict, *, overwrite: bool, fr
         beside = directory / f"{RUN_CONFIG}.partial"
         write_json(beside, config)
         os.replace(beside, directory / RUN_CONFIG)
+
+
+@contextmanager
+def _told_as_value_error(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ValueError(
             f"output_dir={str(directory)!r} cannot be written ({error.strerror}); choose a folder that you may write to"
@@ -95,14 +102,18 @@ def _delete_run(directory: Path):
 def locked(directory: str | Path) -> Iterator[None]:
     """Keep other processes from training in `directory` while the body runs; only the main process locks.
 
-    The system takes the lock away from a process that dies, however it dies, so a lock never goes stale.  (POSIX
-    only.)
+    What a killed process has left half-written there is deleted.
 
-    Raises: ValueError that names the process in whose hands the folder is.
+    The system takes the lock away from a process that dies, however it dies, so a lock never goes stale.  (POSIX
+    only; a process does not lock a folder twice.)
+
+    Raises: ValueError that names the process in whose hands the folder is, or if the folder cannot be written.
     """
     path = Path(directory) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with _told_as_value_error(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -114,6 +125,8 @@ def locked(directory: str | Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        for folder in (path.parent, path.parent / CHECKPOINTS):
+            delete_partial(folder)
         try:
             yield
         finally:

@@ -33,7 +33,7 @@ def test_a_text_file_by_line_drops_line_ends_and_blank_lines(tmp_path):
 def test_tables_give_the_chosen_column_without_blanks(tmp_path, name):
     file = tmp_path / name
     if name == "a.csv":
-        write(file, '\ufeffid,body\n1,"a, ""b""\nc"\n2,\n3,NA\n4\n5,"d\r\ne"\n')
+        write(file, '\ufeffid,body\n1,"a, ""b""\nc"\n2,\n3,NA\n\n5,"d\r\ne"\n')
     elif name == "a.jsonl":
         write(file, '\ufeff{"body": "a, \\"b\\"\\nc"}\n\n{"body": null}\n{"body": "NA"}\r\n{"body": "d\\r\\ne"}')
     else:
@@ -62,9 +62,7 @@ def test_a_folder_without_split_names_is_all_train(tmp_path):
     for name in ("b.txt", "a.txt", "deep/c.txt"):
         write(tmp_path / name, name)
     assert list(read_texts(tmp_path, split="train")) == ["a.txt", "b.txt", "deep/c.txt"]
-    with pytest.raises(
-        ValueError, match=r"split='validation' is not in .*named after .*; there are a.txt, b.txt, deep/c"
-    ):
+    with pytest.raises(ValueError, match=r"split='validation' is not in .*there are a.txt, b.txt, deep/c.txt"):
         read_texts(tmp_path, split="validation")
 
 
@@ -93,13 +91,13 @@ def test_a_hub_data_set_that_does_not_load_says_what_was_tried(monkeypatch):
         raise ConnectionError("Couldn't reach it")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="source='corpus' is no file or folder here.*'train' from the Hub.*reach it"):
+    with pytest.raises(ValueError, match=r"source='corpus' is no file or folder here.*'train' from the Hub.*reach it"):
         read_texts("corpus")
 
 
 @pytest.mark.parametrize("source", ["missing.txt", "./missing", "/no/such/folder", "a/b/c", "~/missing.csv"])
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source):
-    with pytest.raises(FileNotFoundError, match="source='.*missing|source='/no/such/folder' does|source='a/b/c' does"):
+    with pytest.raises(FileNotFoundError, match=r"source='.+' does not exist \(looked in"):
         read_texts(source)
 
 
@@ -112,9 +110,7 @@ def test_a_wrong_column_lists_the_columns_that_are_there(tmp_path, name, content
         write_parquet(tmp_path / name, id=[1], body=["x"])
     else:
         write(tmp_path / name, content)
-    with pytest.raises(
-        ValueError, match=rf"text_column='text' is not in .*{name}.*columns there are \['id', 'body'\]"
-    ):
+    with pytest.raises(ValueError, match=rf"text_column='text' is not in .*{name}.* there are \['id', 'body'\]"):
         list(read_texts(tmp_path / name))
 
 
@@ -123,9 +119,11 @@ def test_a_wrong_column_lists_the_columns_that_are_there(tmp_path, name, content
     [
         ("a.txt", b"caf\xe9", "a.txt is not UTF-8 text .*iconv"),
         ("a.txt", " \n\t\n", "corpus .*a.txt.* is empty"),
-        ("a.csv", "", "a.csv is not a CSV file in UTF-8 with a header line"),
-        ("a.csv", "text\n1,2,3\n1,2,3,4\n", "a.csv is not a CSV file in UTF-8 with a header line"),
-        ("a.csv", b"text\ncaf\xe9\n", "a.csv is not a CSV file in UTF-8 with a header line"),
+        ("a.csv", "", r"text_column='text' is not in .*a.csv; the columns there are \[\]"),
+        ("a.csv", "text,label\nno, no,0\n", "a.csv, line 2: the row has 3 fields, the header 2; quote the fields"),
+        ("a.csv", "text,label\nno\n", "a.csv, line 2: the row has 1 fields, the header 2; quote the fields"),
+        ("a.csv", 'text\n"no', "a.csv is not a CSV file in UTF-8 .*unexpected end"),
+        ("a.csv", b"text\ncaf\xe9\n", "a.csv is not a CSV file in UTF-8 .*can't decode"),
         ("a.jsonl", '{"text": "x"}\n{"text"', "a.jsonl, line 2: not a line of JSON"),
         ("a.jsonl", b'{"text": "\xe9"}', "a.jsonl, line 1: not a line of JSON"),
         ("a.jsonl", "[1]", "a.jsonl, line 1: expected a JSON object, found list"),

@@ -17,6 +17,10 @@ TEXTS = ["ab", "ba a", "中b\nab\n"]  # characters: newline 2, space 3, a 4, b 5
 TOKENIZER = train_tokenizer(TEXTS, kind="char", vocab_size=100)
 
 
+def names(directory):
+    return sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+
+
 def files(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "manifest.json"}
 
@@ -46,11 +50,7 @@ def test_documents_are_stored_end_to_end_between_bos_and_eos(tmp_path):
     assert store.tokens.dtype == np.uint16
     assert isinstance(store.tokens, np.memmap)
     assert isinstance(store.offsets, np.memmap)
-    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
-        "manifest.json",
-        "offsets.bin",
-        "tokens.bin",
-    ]
+    assert names(tmp_path / "store") == ["manifest.json", "offsets.bin", "tokens.bin"]
     store.verify()
 
 
@@ -124,7 +124,7 @@ def test_other_texts_or_another_tokenizer_replace_the_store(tmp_path):
     build_token_store(TEXTS, TOKENIZER, tmp_path / "store")
     assert build_token_store(["ab"], TOKENIZER, tmp_path / "store").num_tokens == 4
     assert build_token_store(["ab"], other, tmp_path / "store").tokenizer_fingerprint == tokenizer_fingerprint(other)
-    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["store"]
+    assert names(tmp_path) == ["store"]
 
 
 def test_files_on_disk_are_tokenised_again_when_they_change(tmp_path):
@@ -167,7 +167,7 @@ def test_bad_texts_leave_nothing_half_written(tmp_path):
         build_token_store(read_texts(tmp_path / "a.jsonl"), TOKENIZER, tmp_path / "store")
     with pytest.raises(ValueError, match="cannot store an empty corpus"):
         build_token_store([], TOKENIZER, tmp_path / "store")
-    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["a.jsonl"]
+    assert names(tmp_path) == ["a.jsonl"]
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
@@ -212,7 +212,7 @@ def test_verify_finds_a_changed_byte_that_opening_does_not_look_for(tmp_path):
 
 
 def test_a_folder_without_a_store_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no token store: there is no manifest.json; build it first"):
+    with pytest.raises(FileNotFoundError, match=r"holds no token store: there is no manifest.json; build it first"):
         TokenStore(tmp_path)
 
 

@@ -8,13 +8,7 @@ from bmtk.data import tokenizers
 from bmtk.data.tokenizers import has_newline_cuts, pieces, tokenizer_fingerprint, train_tokenizer
 
 ENGLISH = ["We know what we are, but know not what we may be.\n", "To be, or not to be: that is the question.\n\n"] * 9
-STRANGE = list("aB \n\r\t\x85\u2028\x1c1'.!é\u0301中\u3000😀\u200d") + [
-    "'s",
-    "123",
-    "<|endoftext|>",
-    "<unk>",
-    "e\u0301",
-]
+STRANGE = [*"aB \n\r\t\x85\u2028\x1c1'.!é\u0301中\u3000😀\u200d", "'s", "123", "<|endoftext|>", "<unk>", "e\u0301"]
 
 
 def strange_texts(seed, count, length):
@@ -93,11 +87,11 @@ def test_training_twice_gives_the_same_tokenizer():
 
 
 def test_the_fingerprint_tells_vocabularies_apart_and_ignores_padding():
-    tokenizer = train_tokenizer(ENGLISH, kind="byte_bpe", vocab_size=300)
+    tokenizer = train_tokenizer(ENGLISH, kind="byte_bpe", vocab_size=280)
     mark = tokenizer_fingerprint(tokenizer)
     tokenizer(["To", "be or not"], padding=True, truncation=True, max_length=2)
     assert tokenizer_fingerprint(tokenizer) == mark
-    assert tokenizer_fingerprint(train_tokenizer(ENGLISH, kind="byte_bpe", vocab_size=301)) != mark
+    assert tokenizer_fingerprint(train_tokenizer(ENGLISH, kind="byte_bpe", vocab_size=281)) != mark
     tokenizer.bos_token = "b"
     assert tokenizer_fingerprint(tokenizer) != mark
 
@@ -126,7 +120,7 @@ def test_encoding_pieces_gives_the_ids_of_the_whole(monkeypatch, name):
         cut = list(pieces(text))
         num_cuts += len(cut) - 1
         parts = [tokenizer(piece, split_special_tokens=True)["input_ids"] for piece in cut]
-        assert sum(parts, []) == tokenizer(text, split_special_tokens=True)["input_ids"]
+        assert [i for part in parts for i in part] == tokenizer(text, split_special_tokens=True)["input_ids"]
     assert num_cuts > 500
 
 

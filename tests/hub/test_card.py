@@ -8,13 +8,18 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from bmtk.hub import card
+from bmtk.hub import facts, wording
 from bmtk.hub.card import write_card
 
 RUN = {
     "bmtk_version": "0.1.0",
     "recipe": "pretrain",
     "task": "causal_lm",
+    "about": {
+        "pipeline_tag": "text-generation",
+        "auto_class": "AutoModelForCausalLM",
+        "noun": "causal language model",
+    },
     "command": "accelerate launch recipes/pretrain.py",
     "train_seconds": 151.2,
     "model": {"class": "BmTransformerForCausalLM", "model_type": "bm_transformer", "num_parameters": 3_214_592},
@@ -128,10 +133,12 @@ def test_hostile_names_change_neither_the_front_matter_nor_the_outline(tmp_path)
 def test_escaped_text_reads_as_it_was_written():
     text = r"a_b _c_ *d* `e` <f> & [g](h) | \ # ~~i~~ 1 < 2"
     html = (
-        MarkdownIt("commonmark", {"html": True}).enable("table").render(f"| {card.escape_markdown(text)} |\n|---|\n")
+        MarkdownIt("commonmark", {"html": True})
+        .enable("table")
+        .render(f"| {wording.escape_markdown(text)} |\n|---|\n")
     )
     assert Outline(html).text.strip() == text
-    assert not set("<>") & set(card.escape_markdown(text))
+    assert not set("<>") & set(wording.escape_markdown(text))
 
 
 def test_secrets_and_names_of_users_never_reach_the_card(tmp_path, monkeypatch):
@@ -153,7 +160,7 @@ def test_secrets_and_names_of_users_never_reach_the_card(tmp_path, monkeypatch):
 
 def test_ordinary_words_are_not_taken_for_secrets():
     text = "the secret -- hf_hub_download max_token=1 tokens = 5, /homework/root-beer, num_tokens"
-    assert card.scrub({"eos_token": "<|endoftext|>", "text": text}) == {"eos_token": "<|endoftext|>", "text": text}
+    assert facts.scrub({"eos_token": "<|endoftext|>", "text": text}) == {"eos_token": "<|endoftext|>", "text": text}
 
 
 def test_the_card_loads_with_bmtk_and_with_remote_code(tmp_path):
@@ -182,6 +189,20 @@ def test_an_empty_run_still_makes_a_card(tmp_path):
     text = card_of(tmp_path, {})
     assert ModelCard(text).data.tags == ["bmtk"]
     assert "No evaluation was recorded." in text
+
+
+def test_settings_without_effect_are_left_out(tmp_path):
+    config = {"optimizer": "adamw", "muon_learning_rate": 0.02, "schedule": "wsd", "decay_fraction": 0.2}
+    text = card_of(tmp_path, {**RUN, "config": config})
+    assert "muon" not in text
+    assert "| decay_fraction | 0.2 |" in text
+
+
+def test_how_much_was_evaluated_is_told_and_is_no_result(tmp_path):
+    text = card_of(tmp_path, {**RUN, "metrics": {"validation/tokens": 55_989, "eval_runtime": 2.0, "eval_f1": 0.5}})
+    assert "| Validation tokens | 55,989 |\n| Validation F1 | 0.5 |" in text
+    metrics = ModelCard(text).data.to_dict()["model-index"][0]["results"][0]["metrics"]
+    assert [metric["name"] for metric in metrics] == ["Validation F1"]
 
 
 def test_sizes_are_counted_in_words(tmp_path):
@@ -217,14 +238,14 @@ def test_a_folder_without_facts_is_named(tmp_path, content, message):
     [(3.41214, "3.412"), (1234567, "1,234,567"), (5e-05, "5e-5"), (float("inf"), "∞"), (0.5, "0.5"), (0, "0")],
 )
 def test_numbers_are_shown_as_a_reader_wants_them(value, expected):
-    assert card.format_number(value) == expected
+    assert wording.format_number(value) == expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [(151.2, "2 min 31 s"), (31.04, "31 s"), (15_000, "4 h 10 min")])
 def test_durations_have_two_units(value, expected):
-    assert card.format_seconds(value) == expected
+    assert wording.format_seconds(value) == expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [(3_214_592, "3.21 M"), (999, "999"), (999_900, "1 M"), (2e9, "2 B")])
 def test_counts_have_three_digits(value, expected):
-    assert card.format_compact(value) == expected
+    assert wording.format_compact(value) == expected

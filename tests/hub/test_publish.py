@@ -8,12 +8,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 from stand_in_hub import ANN, ANN_READ_ONLY, BOB, running_hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from bmtk.hub.bundle import PublishError, read_bundle, refuse_tokens
 from bmtk.hub.publish import with_card
@@ -73,7 +79,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def publish(hub, tmp_path_factory):
-    """publish(directory, repo_id, token=..., ...) in one child process, where HF_ENDPOINT was set before any import."""
+    """publish(directory, repo_id, token=..., ...) in one child process, whose HF_ENDPOINT is set before any import."""
     environment = hub.environment(tmp_path_factory.mktemp("home"), token=None, PYTHONPATH=str(ROOT))
     child = subprocess.Popen(
         [sys.executable, "-c", PUBLISHER],
@@ -119,7 +125,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory, tokenizer):
-    """The output folder of a run: a tiny decoder with all that must stay at home beside it.  Tests copy before editing."""
+    """The output folder of a run: a tiny decoder, and all that must stay at home.  Never edited: `copied` is."""
     folder = tmp_path_factory.mktemp("runs") / "decoder"
     torch.manual_seed(0)
     config = BmTransformerConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -127,6 +133,7 @@ def decoder(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder)
     run = {"task": "causal_lm", "model": {"class": "BmTransformerForCausalLM", "model_type": "bm_transformer"}}
     (folder / "run.json").write_text(json.dumps(run))
+    (folder / "recipe.yaml").write_text("seed: 0")
     for name in (
         "training_args.bin",
         "optimizer.safetensors",
@@ -187,14 +194,18 @@ def test_the_token_is_told_to_nobody_but_the_hub(hub, published):
 
 
 def test_only_what_belongs_to_the_model_is_sent(hub, published):
-    sent = {"config.json", "generation_config.json", "model.safetensors", "README.md", "run.json"} | TOKENIZER | CODE
+    sent = (
+        {"config.json", "generation_config.json", "model.safetensors", "README.md", "run.json", "recipe.yaml"}
+        | TOKENIZER
+        | CODE
+    )
     assert hub.files("ann/public") - {".gitattributes"} == sent
 
 
 def test_what_stays_at_home_is_named(published):
     assert published.public.stdout.splitlines()[1] == (
-        "left out: a.lock, checkpoints/, corpus/, history.jsonl, notes.txt, optimizer.safetensors, trainer_state.json, "
-        "training_args.bin"
+        "left out: a.lock, checkpoints/, corpus/, history.jsonl, notes.txt, optimizer.safetensors, "
+        "trainer_state.json, training_args.bin"
     )
 
 
@@ -238,20 +249,38 @@ def test_a_native_model_is_proven_on_a_private_branch_and_main_is_left_alone(hub
     assert hub.files("ann/bert") == {".gitattributes"}
 
 
-def test_an_adapter_is_proven_on_its_base_and_says_what_others_will_miss(hub, publish, decoder, tmp_path):
-    peft = pytest.importorskip("peft")
-    base = BmTransformerForCausalLM.from_pretrained(decoder)
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, init_lora_weights=False)
-    peft.get_peft_model(base, lora).save_pretrained(tmp_path)
-    told = publish(tmp_path, "ann/adapter")
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, decoder):
+    """A LoRA adapter with a head of five labels, as PEFT saves it: its base is a folder of this machine."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(decoder, num_labels=5)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], r=2, init_lora_weights=False)
+    peft.get_peft_model(base, lora).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_proven_on_its_base_and_says_what_others_will_miss(hub, publish, decoder, adapter):
+    told = publish(adapter, "ann/adapter")
     assert told.error is None
-    assert hub.files("ann/adapter") >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert hub.files("ann/adapter") == {
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert str(decoder) not in hub.read("ann/adapter", "README.md").decode()
     assert told.log[-1].startswith("published: ")
     assert f"its base {decoder} is a folder of this machine: publish that too" in told.log[-1]
 
+
+def test_an_adapter_without_its_base_is_pushed_and_not_called_published(hub, publish, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
     edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="ann/nowhere")
-    told = publish(tmp_path, "ann/adapter")
+    (tmp_path / "README.md").unlink()
+    told = publish(tmp_path, "ann/lonely")
     assert told.error is None
+    assert hub.files("ann/lonely") == {".gitattributes", "adapter_config.json", "adapter_model.safetensors"}
     assert told.log[-1].startswith("pushed, not proven: ")
     assert "needs its base model ann/nowhere" in told.log[-1]
 
@@ -332,6 +361,7 @@ def test_uploaded_code_that_needs_bmtk_is_not_proven(publish, copied):
         (ANN, "m", r"'m' is not a repository name; write USER/NAME"),
         (ANN, "ann/a b", r"'ann/a b' is not a repository name"),
     ],
+    ids=["unknown token", "no token", "foreign namespace", "read-only token", "no namespace", "bad name"],
 )
 def test_a_refusal_is_one_clear_message(hub, publish, decoder, token, repo_id, message):
     with pytest.raises(AssertionError, match=message):

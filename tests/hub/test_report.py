@@ -18,6 +18,7 @@ RUN = {
     "bmtk_version": "0.1.0",
     "recipe": "pretrain",
     "task": "causal_lm",
+    "about": {"noun": "causal language model"},
     "command": "accelerate launch recipes/pretrain.py",
     "started_at": "2026-02-03T10:15:00Z",
     "train_seconds": 151.2,
@@ -92,7 +93,7 @@ def test_the_page_tells_the_run_in_one_sentence_and_large_figures(tmp_path):
         *("Loss", "Loss, second half", "Learning rate", "Gradient norm", "Throughput", "Model FLOPs utilisation")
     ]
     assert "Interrupted" not in page.text
-    for shown in ("54.1 k", "2 M", "301,966 tokens", "accelerate launch", "num_train_steps", "2.13.0"):
+    for shown in ("54.1 k", "2M", "301,966 tokens", "accelerate launch", "num_train_steps", "2.13.0"):
         assert shown in page.text
 
 
@@ -126,7 +127,7 @@ def test_secrets_never_reach_the_page(tmp_path):
 
 def test_values_that_are_not_finite_are_marked_and_break_the_line(tmp_path):
     rows = simulated_history(10)
-    rows[4]["loss"], rows[7]["loss"] = math.nan, math.inf
+    rows[4]["loss"], rows[7]["loss"] = "NaN", math.inf
     page = Page(page_of(tmp_path, RUN, rows))
     assert "2 values are not finite (NaN or infinite), at steps 5, 8." in page.text
     assert page.paths("break") == ["M50.0 0V100M80.0 0V100"]
@@ -166,12 +167,45 @@ def test_a_long_history_stays_a_small_page_and_keeps_its_extremes(tmp_path):
 def test_a_fine_tuning_history_has_its_validation_charts(tmp_path):
     rows = [{"step": step, "loss": 1 / step, "learning_rate": 1e-4, "epoch": step / 2} for step in (1, 2, 3, 4)]
     rows += [
-        {"step": 4, "eval_loss": 0.4, "eval_accuracy": 0.81, "eval_macro_f1": 0.8, "eval_runtime": 2.0},
+        {
+            "step": 4,
+            "eval_loss": 0.4,
+            "eval_accuracy": 0.81,
+            "eval_macro_f1": 0.8,
+            "eval_runtime": 2.0,
+            "eval_rows": 9,
+        },
         {"step": 4, "train_loss": 0.3, "train_runtime": 9.0},
     ]
     page = Page(page_of(tmp_path, {"task": "sequence_classification", "metrics": {"eval_accuracy": 0.81}}, rows))
     assert page.charts == ["Loss", "Learning rate", "Validation accuracy", "Validation macro-F1"]
     assert len(page.paths("validation dot")) == 3
+
+
+def test_the_most_telling_metrics_come_first():
+    run = {
+        "metrics": {"eval_loss": 0.4, "eval_runtime": 2.0, "eval_rows": 9, "eval_macro_f1": 0.8, "eval_accuracy": 1}
+    }
+    assert report.tiles({**run, "throughput": {}}) == [
+        ("1", "Validation accuracy"),
+        ("0.8", "Validation macro-F1"),
+        ("0.4", "Validation loss"),
+    ]
+
+
+def test_tokens_stand_where_the_steps_reached_them(tmp_path):
+    rows = [{"step": step, "loss": 4.0, "tokens": tokens} for step, tokens in ((1, 100), (2, 1000), (4, 2000))]
+    page_of(tmp_path, RUN, rows)
+    chart = report.charts({"task": "causal_lm"}, report.History(tmp_path))[0]
+    first = pytest.approx(25 * (1 + 4 / 9))  # 400 of the 900 tokens of step 2, of 4 steps
+    assert chart.token_ticks == [(first, "500"), (50, "1k"), (75, "1.5k"), (100, "2k")]
+
+
+def test_all_charts_share_their_steps(tmp_path):
+    rows = [{"step": step, "loss": 4.0} for step in (10, 20, 30, 40)] + [{"step": 40, "validation/accuracy": 0.5}]
+    page = Page(page_of(tmp_path, RUN, rows))
+    assert page.paths("train") == ["M25.00 50.00L50.00 50.00L75.00 50.00L100.00 50.00"]
+    assert page.paths("validation") == ["M100.00 50.00"]
 
 
 def test_a_step_logged_again_after_a_resume_counts_once(tmp_path):

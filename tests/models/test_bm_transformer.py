@@ -174,7 +174,9 @@ def test_logits_equal_the_oracle_under_padding(pair, attention, side, record_pro
     check(record_property, pair.ours(ids, attention_mask=mask).logits[real], oracle[real])
 
 
-@pytest.mark.parametrize("chunks", [[1] * 10, [4, 1, 5], [7, 3]], ids=["token-by-token", "chunks", "prefill-then-rest"])
+@pytest.mark.parametrize(
+    "chunks", [[1] * 10, [4, 1, 5], [7, 3]], ids=["token-by-token", "chunks", "prefill-then-rest"]
+)
 @pytest.mark.parametrize("side", ["none", "left"])
 @torch.no_grad()
 def test_cached_logits_equal_the_oracle_without_cache(pair, attention, chunks, side, record_property):

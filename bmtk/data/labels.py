@@ -1,0 +1,55 @@
+"""Class labels: what a value in a column is called, in which order labels stand, and which id a model gives them."""
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+
+
+def label_name(value: object, names: Sequence[str] | None, where: str) -> str:
+    """The label as a word: a string as it is, an integer by `names` if these are given, else as its digits.
+
+    Raises: ValueError, naming the place `where`, for a missing value, a fraction, or a number that has no name.
+    """
+    if isinstance(value, float) and value.is_integer():  # how a column of integers with a gap is read
+        value = int(value)
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        raise ValueError(f"{where} is empty; label the row or take it out")
+    if isinstance(value, float):
+        raise ValueError(f"{where} holds {value}; a label is a string or an integer")
+    name = str(value)
+    if not names or name in names:
+        return name
+    if not is_integer(name) or not 0 <= int(name) < len(names):
+        raise ValueError(
+            f"{where} holds {name!r}, which is neither one of label_names ({some(names)}) nor the number of one"
+        )
+    return names[int(name)]
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Numbers by size, words by alphabet."""
+    return sorted(names, key=int) if all(map(is_integer, names)) else sorted(names)
+
+
+def ids_of_known(names: Collection[str], known: Sequence[str]) -> dict[str, int] | None:
+    """Name -> id for a model that knows the labels `known`: by name, else by number; None if `names` are others.
+
+    >>> ids_of_known({"bad", "good"}, ["good", "bad"])
+    {'good': 0, 'bad': 1}
+    >>> ids_of_known({"0", "1"}, ["good", "bad"])
+    {'0': 0, '1': 1}
+    """
+    if set(names) <= set(known):
+        return {name: index for index, name in enumerate(known)}
+    if known and all(is_integer(name) and 0 <= int(name) < len(known) for name in names):
+        return {str(index): index for index in range(len(known))}
+    return None
+
+
+def is_integer(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
+
+
+def some(names: Iterable[str]) -> str:
+    """The first ten of `names`, for an error message."""
+    names = sorted(names) if isinstance(names, set) else list(names)
+    return ", ".join(map(repr, names[:10])) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")

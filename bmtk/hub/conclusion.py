@@ -1,0 +1,38 @@
+"""The end of every run: its facts, card, report and resolved config beside the weights, then the push."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from bmtk.hub.card import write_card
+from bmtk.hub.facts import environment_facts, write_facts
+from bmtk.hub.publish import publish
+from bmtk.hub.report import write_report
+from bmtk.hub.summary import run_summary
+
+
+def conclude(
+    folder: Path,
+    *,
+    run,
+    task,
+    config: dict[str, object],
+    accelerator,
+    log: Callable[[str], None],
+    **facts: object,
+) -> None:
+    """Write run.json, recipe.yaml, README.md and report.html, show the summary, and publish where `run` says so.
+
+    `run` has `task`, `push_to_hub` and `private`; `task` has `about`, `facts()` and `next_command(folder)`.
+    """
+    chosen = {key: value for key, value in config.items() if value is not None}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    environment = environment_facts(accelerator)
+    described = {"task": run.task, "about": task.about, "data": task.facts(), "config": config}
+    write_facts(folder, **described, environment=environment, **facts)
+    write_card(folder)
+    write_report(folder)
+    log(run_summary(folder, next_command=task.next_command(folder)))
+    if run.push_to_hub:
+        publish(folder, run.push_to_hub, private=run.private, log=log)

@@ -1,0 +1,99 @@
+"""How metrics, numbers, durations and foreign texts are put into words, in Markdown and elsewhere."""
+
+import json
+import math
+import re
+
+SPEEDS = frozenset("epoch runtime samples_per_second steps_per_second model_preparation_time".split())
+COUNTS = frozenset("tokens rows items samples documents".split())  # how much was evaluated
+
+
+def escape_markdown(value) -> str:
+    """Return one line of Markdown that shows `value` literally, in a paragraph or in a table cell."""
+    text = re.sub(r"([\\`*\[\]|#~$!])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", one_line(value))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def fence(value, language: str = "text") -> str:
+    """Return a fenced code block which no run of backticks in `value` can close."""
+    longest = max((len(run) for run in re.findall("`+", str(value))), default=0)
+    ticks = "`" * max(3, longest + 1)
+    return f"{ticks}{language}\n{value}\n{ticks}"
+
+
+def one_line(value) -> str:
+    """Return `value` as a text without line breaks, at most 200 characters long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def slug(value) -> str:
+    """Return `value` as an identifier of letters, digits, dots, dashes and underscores."""
+    return re.sub(r"[^\w.-]+", "-", one_line(value), flags=re.ASCII).strip("-")
+
+
+def is_number(value) -> bool:
+    """Whether `value` is a JSON number (NaN is; true and false are not)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_positive(value) -> bool:
+    """Whether `value` is a number above zero."""
+    return is_number(value) and value > 0
+
+
+def split_metric(key: str) -> tuple[str, str]:
+    """Split `validation/loss` or `eval_loss` into the split ("" when the key names none) and the metric."""
+    match = re.fullmatch(r"(validation|eval|test|train)[/_](.+)", key)
+    return ("validation" if match[1] == "eval" else match[1], match[2]) if match else ("", key)
+
+
+def is_quality(key: str) -> bool:
+    """Whether a metric says how good the model is, rather than how fast or on how much it was evaluated."""
+    return split_metric(key)[1] not in SPEEDS | COUNTS
+
+
+def metric_label(key: str) -> str:
+    """Return `validation/macro_f1` as "Validation macro-F1"."""
+    split, metric = split_metric(key)
+    words = metric.replace("macro_f1", "macro-F1").replace("_", " ")
+    label = re.sub(r"\bf1\b", "F1", f"{split} {words}".strip())
+    return label[:1].upper() + label[1:]
+
+
+def format_number(value: float) -> str:
+    """Return a number as a reader wants it: grouped when whole, four significant digits otherwise."""
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("∞" if value > 0 else "-∞")
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return re.sub(r"e([+-])0*", lambda match: f"e{match[1].replace('+', '')}", f"{value:.4g}")
+
+
+def plural(unit: str, count: float) -> str:
+    """Return the plural `unit`, or its singular for a count of one."""
+    return unit.removesuffix("s") if count == 1 else unit
+
+
+def format_compact(value: float) -> str:
+    """Return a count in three significant digits with its power of a thousand: 4.92 M."""
+    for size, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if is_number(value) and math.isfinite(value) and abs(value) >= size * 0.9995:
+            return f"{float(f'{value / size:.3g}'):g}{suffix}"
+    return format_number(value) if is_number(value) else one_line(value)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in its two largest units: 2 min 31 s."""
+    if not math.isfinite(seconds) or seconds < 60:
+        return f"{format_number(round(seconds, 1) if math.isfinite(seconds) else seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def show(value) -> str:
+    """Return a configuration value as it would be typed."""
+    if isinstance(value, str):
+        return value
+    return ", ".join(map(show, value)) if isinstance(value, list) else json.dumps(value, ensure_ascii=False)

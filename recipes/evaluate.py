@@ -1,0 +1,103 @@
+"""Evaluate a saved model, adapter or Hub model on labelled data: prints a table and writes metrics.json.
+
+    accelerate launch recipes/evaluate.py --model outputs/sst2                        # the test rows of its own data
+    accelerate launch recipes/evaluate.py --model outputs/sst2 --test_file other.csv
+    accelerate launch recipes/evaluate.py --model user/name --dataset owner/name --split validation
+
+What the model's own recipe.yaml says of its data holds here too, unless the command line says otherwise.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import transformers
+
+import bmtk  # noqa: F401  registers the model families
+from bmtk import arguments
+from bmtk.hub import facts, summary
+from bmtk.tasks import task_named
+from bmtk.training import finetuning
+
+OF_TRAINING = ("tokenizer", "vocab_size", "validation_fraction")  # data settings that a finished model has no use for
+
+
+@dataclass
+class EvaluationArguments:
+    """Which model, which rows."""
+
+    _argument_group_name = "evaluation"
+
+    model: str | None = field(default=None, metadata={"help": "folder or Hub id of the model or adapter"})
+    split: str = field(default="test", metadata={"help": "rows to evaluate on: test, validation or train"})
+    batch_size: int = field(default=64, metadata={"help": "rows per process and forward pass; changes no result"})
+    output: str | None = field(
+        default=None, metadata={"help": "file for the metrics; default: metrics.json in the model's folder, or here"}
+    )
+    config: str | None = field(default=None, metadata={"help": "YAML file of this evaluation"})
+    task: str | None = field(default=None, metadata={"help": "what the model does; default: what its run.json says"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code from the Hub or folder: only for sources you have read"}
+    )
+
+
+def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
+    """The model and the rows; what is not said is taken from the run that made the model."""
+    values = arguments.RunConfig({}, argv)
+    if values.get("config"):
+        values = arguments.RunConfig(arguments.read_yaml(Path(str(values.get("config")))), argv)
+    if not values.get("model"):
+        raise ValueError("model is not set: name the folder or Hub id of the model to evaluate")
+    folder = Path(str(values.get("model")))
+    run = facts.read_run(folder) if (folder / "run.json").is_file() else {}
+    task_class = task_named(values.get("task", run.get("task", "sequence_classification")))
+    known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
+    recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
+    of_model = {key: value for key, value in recipe.items() if key in known and not values.get("dataset")}
+    values.file_values = {**of_model, **values.file_values}
+    evaluation, data_args = values.bind([EvaluationArguments, task_class.arguments], description=__doc__)
+    evaluation.task = task_class.name
+    return evaluation, data_args
+
+
+def main(argv: list[str]) -> None:
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    evaluation, data_args = read_arguments(argv)
+    loading = {"trust_remote_code": True} if evaluation.trust_remote_code else {}
+    trained = finetuning.TrainedModel(evaluation.model, **loading)
+    task = task_named(evaluation.task)(data_args, model=evaluation.model, splits=[evaluation.split], **loading)
+    task.configure(trained.config, labels=trained.labels)
+    model = trained.load(task.auto_class)
+    with tempfile.TemporaryDirectory() as folder:
+        args = finetuning.FineTuningArguments(
+            folder, per_device_eval_batch_size=evaluation.batch_size, eval_strategy="no", save_strategy="no"
+        )
+        trainer = finetuning.build_trainer(model, task, args, folder=Path(folder))
+        prediction = trainer.predict(task.rows[evaluation.split], metric_key_prefix=evaluation.split)
+    if args.process_index == 0:
+        metrics = finetuning.recorded_metrics(prediction.metrics)
+        print("".join(f"note: {line}\n" for line in task.notes), end="")
+        print(task.table(prediction))
+        print(summary.text_table([(key.replace("/", " ").replace("_", " "), value) for key, value in metrics.items()]))
+        print(f"written to {write_metrics(evaluation, task, metrics)}")
+
+
+def write_metrics(evaluation: EvaluationArguments, task, metrics: dict[str, float]) -> Path:
+    folder = Path(evaluation.model)
+    path = Path(evaluation.output or (folder if folder.is_dir() else Path.cwd()) / "metrics.json")
+    content = {"model": evaluation.model, "task": evaluation.task, "data": task.facts(), "metrics": metrics}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"at": facts.now(), **content}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with arguments.clean_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,15 @@
+"""Runs that several tests look at; each is made once a session."""
+
+import pytest
+
+TINY = ["--num_train_steps", "12", "--save_steps", "4", "--eval_steps", "0", "--logging_steps", "4"]
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """The folder of a finished run of recipes/pretrain.py: the smoke preset, cut to 12 steps, in this process."""
+    from recipes import pretrain
+
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    pretrain.main(["--preset", "smoke", "--output_dir", str(folder), *TINY])
+    return folder

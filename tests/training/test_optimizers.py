@@ -1,0 +1,146 @@
+"""Which parameter goes to which optimizer, with which decay, and a state that is found again by name."""
+
+import pytest
+import torch
+from tiny_run import TinyBatches, num_items, tiny_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
+
+from bmtk.training.arguments import LoopArguments
+from bmtk.training.optimizers import build_optimizer
+
+LAYER = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{x}_proj" for x in "koqv")]
+HIDDEN = {f"model.layers.{layer}.{name}.weight" for layer in range(2) for name in LAYER}
+
+
+def groups(optimizer) -> list[set[str]]:
+    return [{optimizer.names[parameter] for parameter in group["params"]} for group in optimizer.param_groups]
+
+
+def backward(model, step: int = 0):
+    for batch in TinyBatches(0)[step]:
+        model(**batch, use_cache=False, num_items_in_batch=num_items(batch)).loss.backward()
+
+
+def test_adamw_decays_matrices_and_nothing_else():
+    optimizer = build_optimizer(tiny_model(), LoopArguments(weight_decay=0.3))
+    decayed, others = groups(optimizer)
+    assert decayed == HIDDEN | {"lm_head.weight"}
+    assert others == {name for name, _ in tiny_model().named_parameters()} - decayed
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
+def test_muon_takes_the_hidden_matrices_and_leaves_embedding_and_head_to_adamw():
+    optimizer = build_optimizer(tiny_model(), LoopArguments(optimizer="muon", muon_learning_rate=0.05))
+    head, others, hidden = groups(optimizer)
+    assert hidden == HIDDEN
+    assert head == {"lm_head.weight"}
+    assert "model.embed_tokens.weight" in others
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-3, 1e-3, 0.05]
+    assert isinstance(optimizer.optimizers[1], torch.optim.Muon)
+
+
+def test_a_table_that_embedding_and_head_share_goes_to_adamw_without_decay():
+    optimizer = build_optimizer(tiny_model(tied=True), LoopArguments(optimizer="muon"))
+    others, hidden = groups(optimizer)
+    assert hidden == HIDDEN
+    assert "model.embed_tokens.weight" in others
+    assert optimizer.param_groups[0]["weight_decay"] == 0.0
+
+
+def test_muon_takes_the_matrices_of_gpt2_but_not_its_learned_positions():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8, n_positions=4))
+    *_, hidden = groups(build_optimizer(model, LoopArguments(optimizer="muon")))
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert hidden == {f"transformer.h.0.{name}.weight" for name in names}
+
+
+def test_muon_leaves_the_head_of_a_classifier_to_adamw():
+    model = LlamaForSequenceClassification(LlamaConfig.from_dict(tiny_model().config.to_dict() | {"pad_token_id": 0}))
+    *_, hidden = groups(build_optimizer(model, LoopArguments(optimizer="muon")))
+    assert hidden == HIDDEN
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = tiny_model()
+    model.model.layers[0].requires_grad_(False)
+    *_, hidden = groups(build_optimizer(model, LoopArguments(optimizer="muon")))
+    assert hidden == {name for name in HIDDEN if ".layers.1." in name}
+
+
+def test_the_two_optimizers_step_as_torchs_own_do():
+    model, oracle = tiny_model(), tiny_model()
+    args = LoopArguments(optimizer="muon", weight_decay=0.2)
+    optimizer = build_optimizer(model, args)
+    named = dict(oracle.named_parameters())
+    rest = [parameter for name, parameter in named.items() if name not in HIDDEN | {"lm_head.weight"}]
+    settings = dict(lr=1e-3, betas=(0.9, 0.95))
+    oracles = [
+        torch.optim.Muon([named[name] for name in named if name in HIDDEN], lr=0.02, weight_decay=0.2),
+        torch.optim.AdamW([named["lm_head.weight"]], weight_decay=0.2, **settings),
+        torch.optim.AdamW(rest, weight_decay=0.0, **settings),
+    ]
+    for step in range(3):
+        for own in (model, oracle):
+            own.zero_grad()
+            backward(own, step)
+        for each in (optimizer, *oracles):
+            each.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, named[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_state_is_found_again_by_name(kind):
+    first, second = tiny_model(), tiny_model()
+    optimizer = build_optimizer(first, LoopArguments(optimizer=kind))
+    backward(first)
+    optimizer.step()
+    state = optimizer.state_dict()["state"]
+    assert set(state) == {name for name, _ in first.named_parameters()}
+    shuffled = {"state": {name: state[name] for name in sorted(state, reverse=True)}}
+
+    second.load_state_dict(first.state_dict())
+    resumed = build_optimizer(second, LoopArguments(optimizer=kind))
+    resumed.load_state_dict(shuffled)
+    for model, each in ((first, optimizer), (second, resumed)):
+        model.zero_grad()
+        backward(model, 1)
+        each.step()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_state_of_another_model_is_refused_by_name():
+    optimizer = build_optimizer(tiny_model(), LoopArguments())
+    with pytest.raises(ValueError, match=r"does not train: other\.weight; resume with the model"):
+        optimizer.load_state_dict({"state": {"other.weight": {}}})
+    wrong = {"exp_avg": torch.zeros(3, 4)}
+    with pytest.raises(ValueError, match=r"exp_avg of lm_head\.weight has the shape \(3, 4\).*\(23, 16\)"):
+        optimizer.load_state_dict({"state": {"lm_head.weight": wrong}})
+
+
+def test_a_model_without_anything_to_train_is_refused():
+    model = tiny_model()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        build_optimizer(model, LoopArguments())
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"found no trainable matrix.*use 'adamw'"):
+        build_optimizer(model, LoopArguments(optimizer="muon"))
+
+
+def test_accelerate_takes_it_for_one_optimizer():
+    from accelerate import Accelerator
+
+    model = tiny_model()
+    optimizer = build_optimizer(model, LoopArguments(optimizer="muon"))
+    prepared = Accelerator(cpu=True).prepare(optimizer)
+    before = [parameter.clone() for parameter in model.parameters()]
+    backward(model)
+    prepared.step()
+    prepared.zero_grad()
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(changed)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert isinstance(model.lm_head, nn.Linear)

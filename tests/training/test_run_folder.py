@@ -1,0 +1,137 @@
+"""A run folder holds one run, one process trains in it, and whoever comes second is told what to do."""
+
+import os
+import signal
+
+import pytest
+
+from bmtk.training.history import History
+from bmtk.training.run_folder import check_output_dir, locked
+
+CONFIG = {"learning_rate": 0.1, "betas": (0.9, 0.95), "save_steps": 10}
+
+
+def test_the_same_run_may_come_back_with_another_cadence(tmp_path):
+    for config in (CONFIG, CONFIG, CONFIG | {"save_steps": 5}):
+        check_output_dir(tmp_path / "new", config, overwrite=False)
+
+
+def test_another_run_is_refused_with_the_keys_that_differ(tmp_path):
+    check_output_dir(tmp_path, CONFIG, overwrite=False)
+    with pytest.raises(ValueError, match="holds another run") as told:
+        check_output_dir(tmp_path, {"learning_rate": 0.2, "save_steps": 1, "extra": "x"}, overwrite=False)
+    message = str(told.value)
+    assert "learning_rate: 0.1 there, 0.2 now" in message
+    assert "betas: [0.9, 0.95] there, '(absent)' now" in message
+    assert "extra: '(absent)' there, 'x' now" in message
+    assert "save_steps" not in message
+    assert "choose another output_dir" in message
+    assert "overwrite_output_dir" in message
+
+
+def test_overwriting_deletes_the_former_run_and_nothing_else(tmp_path):
+    check_output_dir(tmp_path, CONFIG, overwrite=False)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "history.jsonl").write_text("{}")
+    (tmp_path / "thesis.txt").write_text("mine")
+    check_output_dir(tmp_path, {"learning_rate": 0.2}, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_config.json", "thesis.txt"]
+    check_output_dir(tmp_path, {"learning_rate": 0.2}, overwrite=False)
+
+
+def test_a_folder_with_a_foreign_model_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"holds model\.safetensors, but not a run"):
+        check_output_dir(tmp_path, CONFIG, overwrite=False)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written \(Not a directory\); choose a folder"):
+        check_output_dir(tmp_path / "file" / "run", CONFIG, overwrite=False)
+    with (
+        pytest.raises(ValueError, match=r"cannot be written \(Not a directory\); choose a folder"),
+        locked(tmp_path / "file"),
+    ):
+        pass
+
+
+def test_a_configuration_that_cannot_be_read_is_not_taken_for_the_same(tmp_path):
+    (tmp_path / "run_config.json").write_text('{"learning_rate": 0.')
+    with pytest.raises(ValueError, match=r"run_config\.json cannot be read .*overwrite_output_dir"):
+        check_output_dir(tmp_path, CONFIG, overwrite=False)
+
+
+def in_child(body) -> int:
+    """Wait status of a forked process that calls `body`: 0 when it returns, 256 when it raises ValueError."""
+    child = os.fork()
+    if child == 0:
+        try:
+            body()
+        except ValueError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def test_a_second_process_is_refused_while_the_first_one_lives(tmp_path):
+    def enter():
+        with locked(tmp_path):
+            pass
+
+    with locked(tmp_path):
+        assert in_child(enter) == 256
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert in_child(enter) == 0
+
+
+def test_the_refusal_names_the_process(tmp_path):
+    read, write = os.pipe()
+    with locked(tmp_path):
+
+        def enter():
+            try:
+                with locked(tmp_path):
+                    pass
+            except ValueError as error:
+                os.write(write, str(error).encode())
+
+        in_child(enter)
+    assert f"is in use by process {os.getpid()} on" in os.read(read, 1000).decode()
+
+
+def test_the_lock_of_a_killed_process_is_no_lock(tmp_path):
+    def die():
+        with locked(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(die) == signal.SIGKILL
+    assert (tmp_path / ".lock").read_text() != ""
+    with locked(tmp_path):
+        pass
+
+
+def test_what_a_killed_process_has_left_half_written_is_deleted(tmp_path):
+    for leftover in (".partial-model", "checkpoints/.partial-step-00000002"):
+        (tmp_path / leftover).mkdir(parents=True)
+        (tmp_path / leftover / "config.json").write_text("{")
+    (tmp_path / "checkpoints" / "step-00000001").mkdir()
+    with locked(tmp_path):
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoints"]
+
+
+def test_history_forgets_what_a_resumed_run_will_write_again(tmp_path):
+    history = History(tmp_path)
+    for step in (1, 2, 3):
+        history.append({"step": step, "loss": 1.5})
+    with history.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    history.cut(after=2)
+    assert history.path.read_text() == '{"step": 1, "loss": 1.5}\n{"step": 2, "loss": 1.5}\n'
+
+
+def test_history_writes_what_is_not_a_number_as_null(tmp_path):
+    history = History(tmp_path)
+    history.append({"step": 1, "validation/loss": float("nan"), "x": float("inf")})
+    assert history.read() == [{"step": 1, "validation/loss": None, "x": None}]

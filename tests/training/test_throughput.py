@@ -1,0 +1,59 @@
+"""FLOPs of a token counted by hand, peaks of known and unknown devices, and a clock that leaves pauses out."""
+
+import pytest
+import torch
+from tiny_run import tiny_model
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from bmtk.training import throughput
+from bmtk.training.throughput import Meter, flops_per_token, peak_flops
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_per_token_count_matrices_head_and_attention(tied):
+    matrices = 2 * (4 * 16 * 16 + 3 * 16 * 32) + 23 * 16  # two layers and the head, but no lookup table
+    attention = 12 * 2 * 16 * 8  # 12 x layers x width x context
+    assert flops_per_token(tiny_model(tied=tied), 8) == 6 * matrices + attention
+
+
+def test_a_model_without_attention_has_no_attention_term():
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    assert flops_per_token(model, 8) == flops_per_token(model, 80)
+
+
+def test_the_peak_of_a_known_gpu_is_that_of_its_data_sheet(monkeypatch):
+    names = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+
+
+def test_the_peak_of_an_unknown_device_is_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Acme 1")
+    monkeypatch.setattr(throughput, "_measured_flops", lambda device, dtype: 123.0)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == 123.0
+    assert peak_flops(torch.device("cuda"), torch.float32) == 123.0
+
+
+def test_the_measured_peak_of_this_cpu_is_not_below_what_a_product_reaches():
+    measured = throughput._measured_flops(torch.device("cpu"), torch.float32, seconds=0.05)
+    assert 1e8 < measured < 1e15
+
+
+def test_the_meter_leaves_pauses_out(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    meter = Meter(flops_per_token=10.0, peak_flops=1000.0)
+    meter.start(seconds=50.0)
+    now[0] += 2.0
+    with meter.paused():
+        now[0] += 30.0
+    now[0] += 2.0
+    assert meter.seconds == pytest.approx(54.0)
+    assert meter.lap(40) == pytest.approx({"tokens_per_second": 10.0, "mfu": 0.1})
+    assert meter.lap(0)["tokens_per_second"] == 0
+    assert meter.seconds == pytest.approx(54.0)
+
+
+def test_a_meter_that_knows_no_peak_tells_no_mfu():
+    assert set(Meter().lap(1)) == {"tokens_per_second"}

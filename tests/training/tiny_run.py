@@ -1,0 +1,162 @@
+"""A whole run of a model of width 16, for the tests and as a script of its own (several processes, kills, signals).
+
+python tiny_run.py OUTPUT_DIR [--field value ...] trains to the end; SECONDS_PER_BATCH makes it slow.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+
+from bmtk.training.arguments import LoopArguments
+from bmtk.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint, save_model
+from bmtk.training.loop import build_accelerator, evaluate_sums, prepare, train
+from bmtk.training.run_folder import locked
+from bmtk.training.schedules import build_schedule
+
+VOCABULARY, LENGTH = 23, 8
+
+
+def tiny_model(*, dropout: float = 0.0, tied: bool = False) -> LlamaForCausalLM:
+    """A decoder with two layers of width 16, equal at every call."""
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attention_dropout=dropout,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config)
+
+
+def rows(numbers) -> dict[str, torch.Tensor]:
+    """Row i is a function of i, and has its own number of predicted tokens."""
+    inputs, labels = [], []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(1000 + int(number))
+        tokens = torch.randint(0, VOCABULARY, (LENGTH + 1,), generator=generator)
+        inputs.append(tokens[:-1])
+        labels.append(tokens[1:].clone())
+        labels[-1][: int(number) % (LENGTH - 1)] = -100
+    shifted = torch.stack(labels)
+    return {"input_ids": torch.stack(inputs), "labels": shifted, "shift_labels": shifted}
+
+
+class TinyBatches:
+    """batches[step] is this process's share of eight rows, cut into micro-batches."""
+
+    steps_per_epoch = 5
+
+    def __init__(self, micro_batch_size: int, *, rank: int = 0, world_size: int = 1, seconds: float = 0.0):
+        self.micro_batch_size, self.seconds = micro_batch_size, seconds
+        share = 8 // world_size
+        self.share = range(rank * share, (rank + 1) * share)
+
+    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        time.sleep(self.seconds)
+        numbers = [8 * step + place for place in self.share]
+        size = self.micro_batch_size or len(numbers)
+        return [rows(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+
+
+class Stopping(TinyBatches):
+    """Batches that send their process a signal before step `step` (counted from 0) is trained."""
+
+    def __init__(self, step: int, number: signal.Signals = signal.SIGTERM, *, only_rank: int = 0, **share):
+        super().__init__(0, **share)
+        self.step, self.number, self.here = step, number, share.get("rank", 0) == only_rank
+
+    def __getitem__(self, step: int):
+        if step == self.step and self.here:
+            signal.raise_signal(self.number)
+        return super().__getitem__(step)
+
+
+def arguments(directory: str | Path, **changes) -> LoopArguments:
+    """Six steps of eight rows, with two checkpoints and an evaluation on the way."""
+    settings = dict(num_train_steps=6, batch_size=8, save_steps=2, eval_steps=3, logging_steps=2, save_total_limit=0)
+    return LoopArguments(output_dir=str(directory), **settings | {"learning_rate": 0.01} | changes)
+
+
+def num_items(batch: dict[str, torch.Tensor]) -> int:
+    return int((batch["labels"] != -100).sum())
+
+
+def run(args: LoopArguments, **changes) -> dict:
+    """Train in the locked folder, resuming what it holds; return the last facts of the run."""
+    accelerator = build_accelerator(args)
+    with locked(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+        return run_on(accelerator, args, **changes)
+
+
+def run_on(accelerator, args, *, dropout: float = 0.2, model=None, batches=None, seconds: float = 0.0) -> dict:
+    """The run itself; batches may be a function of rank and world_size."""
+    rank, share = accelerator.process_index, dict(rank=accelerator.process_index, world_size=accelerator.num_processes)
+    model, optimizer = prepare(model or tiny_model(dropout=dropout), args, accelerator)
+    batches = batches or TinyBatches(args.micro_batch_size, **share, seconds=seconds)
+    batches = batches(**share) if callable(batches) else batches
+    parts = dict(model=model, optimizer=optimizer, accelerator=accelerator)
+    newest = newest_checkpoint(args.output_dir)
+    state = load_checkpoint(newest, **parts) if newest else TrainState()
+    validation = [rows(range(500, 503)), rows(range(503, 506)), rows(range(506, 508))]
+    if accelerator.num_processes == 2:  # processes may have different numbers of batches
+        validation = validation[:2] if rank == 0 else validation[2:]
+
+    def evaluate() -> dict[str, float]:
+        torch.rand(3)  # an evaluation that samples text draws random numbers, and must not disturb training
+        loss_sum, count = evaluate_sums(model, validation, accelerator, num_items)
+        return {"validation/loss": loss_sum / count, "validation/items": count}
+
+    state = train(
+        model,
+        batches,
+        optimizer,
+        build_schedule(args, args.total_steps(TinyBatches.steps_per_epoch)),
+        accelerator,
+        args=args,
+        state=state,
+        num_items=num_items,
+        evaluate=evaluate,
+        save=functools.partial(save_checkpoint, args.output_dir, keep=args.save_total_limit, **parts),
+    )
+    if accelerator.is_main_process:
+        save_model(args.output_dir, model)
+    return {"digest": digest(accelerator.unwrap_model(model)), "step": state.step, "metrics": state.metrics}
+
+
+def digest(model: torch.nn.Module) -> str:
+    """sha256 of all weights, byte by byte."""
+    total = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        total.update(name.encode() + value.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def read_history(directory: str | Path) -> list[dict]:
+    """Lines of history.jsonl without what a clock has measured."""
+    clock = {"seconds", "tokens_per_second"}
+    lines = (Path(directory) / "history.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
+
+
+def main(argv: list[str]):
+    seconds = float(os.environ.get("SECONDS_PER_BATCH", "0"))
+    (args,) = HfArgumentParser(LoopArguments).parse_args_into_dataclasses(["--output_dir", *argv])
+    torch.set_num_threads(1)
+    run(args, seconds=seconds)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have told background jobs to ignore it
+    main(sys.argv[1:])

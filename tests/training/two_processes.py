@@ -1,0 +1,42 @@
+"""What test_loop checks with several processes, in one launch of them: python two_processes.py FOLDER.
+
+FOLDER/one holds a run of one process without dropout, and FOLDER/resumed a copy of it that stopped half-way.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tiny_run import Stopping, arguments, run, tiny_model
+
+
+def main(folder: Path):
+    torch.set_num_threads(1)
+    facts = {}
+    facts["without dropout"] = run(arguments(folder / "two", micro_batch_size=2), dropout=0.0)
+    facts["resumed"] = run(arguments(folder / "resumed"), dropout=0.0)
+    facts["straight"] = run(arguments(folder / "straight"), dropout=0.2)
+    with contextlib.suppress(SystemExit):
+        run(arguments(folder / "stopped"), dropout=0.2, batches=lambda **share: Stopping(3, only_rank=1, **share))
+    facts["stopped at"] = sorted(path.name for path in (folder / "stopped" / "checkpoints").iterdir())
+    facts["stopped"] = run(arguments(folder / "stopped"), dropout=0.2)
+    with contextlib.suppress(FloatingPointError):
+        model = tiny_model()
+        model.register_forward_hook(lambda *_: poison_one_process(model, *_))
+        run(arguments(folder / "poisoned"), model=model)
+    facts["poisoned"] = (folder / "poisoned" / "checkpoints").exists()
+    if torch.distributed.get_rank() == 0:
+        sys.stdout.write(json.dumps(facts) + "\n")
+    torch.distributed.destroy_process_group()
+
+
+def poison_one_process(model, module, inputs, outputs):
+    if torch.distributed.get_rank() == 1 and model.training:
+        outputs.loss = outputs.loss + float("inf")
+    return outputs
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
