@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -192,11 +193,13 @@ def clean_errors():
     """
     try:
         yield
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, StrictDataclassError) as error:
         if os.environ.get("BMTK_DEBUG"):
             raise
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error (process {rank})"
+        if isinstance(error, StrictDataclassError):  # the reason is what a validate_... method of the config raised
+            error = error.__cause__ or error
         sys.stderr.write(f"\n{prefix}: {error}\n  (BMTK_DEBUG=1 shows where this was raised)\n")
         sys.exit(1)
 

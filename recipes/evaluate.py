@@ -21,10 +21,11 @@ import transformers
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import facts, summary
-from bmtk.tasks import task_named
+from bmtk.tasks import finetuning_task
 from bmtk.training import finetuning
 
 OF_TRAINING = ("tokenizer", "vocab_size", "validation_fraction")  # data settings that a finished model has no use for
+SOURCES = ("dataset", "train_file", "validation_file", "test_file", "data_name", "data_licence")
 
 
 @dataclass
@@ -55,11 +56,12 @@ def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
         raise ValueError("model is not set: name the folder or Hub id of the model to evaluate")
     folder = Path(str(values.get("model")))
     run = facts.read_run(folder) if (folder / "run.json").is_file() else {}
-    task_class = task_named(values.get("task", run.get("task", "sequence_classification")))
-    known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
+    task_class = finetuning_task(values.get("task", run.get("task", "sequence_classification")))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
-    of_model = {key: value for key, value in recipe.items() if key in known and not values.get("dataset")}
-    values.file_values = {**of_model, **values.file_values}
+    known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
+    if any(values.get(key) for key in SOURCES) or Path(str(recipe.get("dataset"))).is_file():
+        known -= set(SOURCES)  # other rows; and a single file was trained on
+    values.file_values = {**{key: value for key, value in recipe.items() if key in known}, **values.file_values}
     evaluation, data_args = values.bind([EvaluationArguments, task_class.arguments], description=__doc__)
     evaluation.task = task_class.name
     return evaluation, data_args
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> None:
     evaluation, data_args = read_arguments(argv)
     loading = {"trust_remote_code": True} if evaluation.trust_remote_code else {}
     trained = finetuning.TrainedModel(evaluation.model, **loading)
-    task = task_named(evaluation.task)(data_args, model=evaluation.model, splits=[evaluation.split], **loading)
+    task = finetuning_task(evaluation.task)(data_args, model=evaluation.model, splits=[evaluation.split], **loading)
     task.configure(trained.config, labels=trained.labels)
     model = trained.load(task.auto_class)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,9 +81,10 @@ def main(argv: list[str]) -> None:
             folder, per_device_eval_batch_size=evaluation.batch_size, eval_strategy="no", save_strategy="no"
         )
         trainer = finetuning.build_trainer(model, task, args, folder=Path(folder))
-        prediction = trainer.predict(task.rows[evaluation.split], metric_key_prefix=evaluation.split)
+        prediction = trainer.predict(task.rows[evaluation.split], metric_key_prefix="test")
     if args.process_index == 0:
         metrics = finetuning.recorded_metrics(prediction.metrics)
+        metrics = {key.replace("test/", f"{evaluation.split}/"): value for key, value in metrics.items()}
         print("".join(f"note: {line}\n" for line in task.notes), end="")
         print(task.table(prediction))
         print(summary.text_table([(key.replace("/", " ").replace("_", " "), value) for key, value in metrics.items()]))

@@ -24,7 +24,7 @@ import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import facts, summary
 from bmtk.hub.conclusion import conclude
-from bmtk.tasks import task_named
+from bmtk.tasks import finetuning_task
 from bmtk.training import finetuning
 from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
 from bmtk.training.interruption import noted_signals
@@ -37,7 +37,7 @@ CONFIGS = Path(__file__).parent / "configs"
 def read_arguments(argv: list[str]) -> list:
     """What config file and command line say: run, data, Trainer, adapter and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="sequence_classification/sst2")
-    task_class = task_named(values.get("task", "sequence_classification"))
+    task_class = finetuning_task(values.get("task", "sequence_classification"))
     architecture = arguments.model_fields(values.get("model_type", "bm_transformer"))
     groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments]
     bound = values.bind([*groups, finetuning.AdapterArguments, architecture], description=__doc__)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     transformers.logging.disable_progress_bar()  # of files; Trainer's own bar stays
     run, data_args, args, adapter, architecture = read_arguments(argv)
     config = arguments.resolved_config(run, data_args, args, adapter, architecture)
-    task_class = task_named(run.task)
+    task_class = finetuning_task(run.task)
     is_main = args.process_index == 0
     started_at = facts.now()
     with args.main_process_first():
@@ -108,6 +108,8 @@ def build_model(run, task, adapter, chosen):
         task.configure(config)
         model, more = finetuning.load_for_task(task.auto_class, run.model, config, **trust(run))
         task.notes += notes + more
+    elif adapter.adapter:
+        raise ValueError(f"adapter={adapter.adapter} changes a pretrained model; name one with model")
     else:
         config = AutoConfig.for_model(run.model_type, **{**task.config_fields, **chosen})
         task.configure(config)

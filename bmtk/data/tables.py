@@ -3,6 +3,7 @@
 For data sets of examples (a text and its label); corpora of documents are read by `sources`.
 """
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,14 +12,9 @@ import datasets
 from .sources import SPLIT_NAMES
 
 SPLITS = tuple(SPLIT_NAMES)
-# suffix: (builder of `datasets`, its options); an empty cell and the text "NA" of a CSV file are text, not missing
-READERS = {
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of `datasets`
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (*DELIMITERS, *BUILDERS)
 
 
 def read_splits(
@@ -47,20 +43,35 @@ def read_table(paths: Sequence[Path]) -> datasets.Dataset:
         if not path.is_file():
             raise FileNotFoundError(f"data file {path} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
     names, suffixes = ", ".join(map(str, paths)), sorted({path.suffix for path in paths})
-    if len(suffixes) > 1 or suffixes[0] not in READERS:
+    if len(suffixes) > 1 or suffixes[0] not in SUFFIXES:
         raise ValueError(
             f"{names}: cannot read files that end in {', '.join(suffixes)}; "
-            f"give files of one kind among {', '.join(READERS)}"
+            f"give files of one kind among {', '.join(SUFFIXES)}"
         )
-    builder, options = READERS[suffixes[0]]
     if any(path.stat().st_size == 0 for path in paths):
-        raise ValueError(f"{names}: an empty file has no rows to learn from")
-    rows = _load(builder, where=", ".join(map(str, paths)), data_files=[str(path) for path in paths], **options)[
-        "train"
-    ]
-    if not len(rows):
-        raise ValueError(f"{', '.join(map(str, paths))} holds columns {rows.column_names} and no rows")
-    return rows
+        raise ValueError(f"{names}: an empty file has no rows")
+    if suffixes[0] in DELIMITERS:
+        return datasets.concatenate_datasets([_read_csv(path, DELIMITERS[path.suffix]) for path in paths])
+    return _load(BUILDERS[suffixes[0]], where=names, data_files=[str(path) for path in paths])["train"]
+
+
+def _read_csv(path: Path, delimiter: str) -> datasets.Dataset:
+    """All cells as text: pandas would make numbers and gaps of some, and shift columns where a line is too long."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, delimiter=delimiter, strict=True)
+            columns, *rows = (line for line in lines if line)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a table in UTF-8 with a header line ({error})") from error
+    if not rows:
+        raise ValueError(f"{path} has no rows, only the columns {', '.join(columns)}")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(columns):
+            raise ValueError(
+                f"{path}, row {number}: {len(row)} cells where the header has {len(columns)} "
+                f"({', '.join(columns)}); put a text that holds a {delimiter!r} in double quotes"
+            )
+    return datasets.Dataset.from_dict(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
 
 
 def check_column(rows: datasets.Dataset, column: str, *, option: str, where: str) -> None:
@@ -73,7 +84,7 @@ def check_column(rows: datasets.Dataset, column: str, *, option: str, where: str
 
 def _is_local(dataset: str) -> bool:
     looks_like_a_path = (
-        dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1 or Path(dataset).suffix in READERS
+        dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1 or Path(dataset).suffix in SUFFIXES
     )
     return looks_like_a_path or Path(dataset).exists()
 
@@ -84,12 +95,12 @@ def _local_splits(dataset: str, splits: Sequence[str]) -> dict[str, datasets.Dat
         raise FileNotFoundError(f"dataset={str(path)!r} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
     if path.is_file():
         return {splits[0]: read_table([path])}
-    files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     found = {split: [file for file in files if _belongs(file.relative_to(path), split)] for split in SPLIT_NAMES}
     if not any(found.values()):
         there = ", ".join(str(file.relative_to(path)) for file in files[:8]) or "none of these kinds"
         raise ValueError(
-            f"dataset={str(path)!r} holds no file named after train, validation or test ({', '.join(READERS)}); "
+            f"dataset={str(path)!r} holds no file named after train, validation or test ({', '.join(SUFFIXES)}); "
             f"there is: {there}; name the files with train_file and validation_file"
         )
     return {split: read_table(names) for split, names in found.items() if names and split in splits}
@@ -117,6 +128,8 @@ def _load(*args: str, where: str, **options) -> datasets.DatasetDict:
         return datasets.load_dataset(*args, **options)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = error.__cause__ or error
+        if "corresponds to no data" in str(reason):
+            raise ValueError(f"{where} has no rows") from error
         raise ValueError(f"{where} cannot be read: {type(reason).__name__}: {reason}") from error
     finally:
         if shows_progress:
@@ -126,5 +139,5 @@ def _load(*args: str, where: str, **options) -> datasets.DatasetDict:
 def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; the folder {path.parent} does not exist either"
-    there = sorted(file.name for file in path.parent.iterdir() if file.suffix in READERS)
+    there = sorted(file.name for file in path.parent.iterdir() if file.suffix in SUFFIXES)
     return f"; {path.parent} holds {', '.join(there[:8])}" if there else ""

@@ -49,7 +49,6 @@ def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int) -> PreT
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         unk_token=UNKNOWN if kind == "char" else None,
-        clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],  # generate() refuses the default token_type_ids
     )
 
@@ -111,7 +110,7 @@ def _train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((piece for text in _at_least_one(texts) for piece in pieces(text)), trainer)

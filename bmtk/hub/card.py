@@ -230,7 +230,7 @@ def usage_example(about: dict, name: str, samples: list[dict]) -> dict[str, str]
     tag, auto_class = about["pipeline_tag"], about["auto_class"]
     lines = [f"name = {json.dumps(name)}  # this repository, or a folder that holds it"]
     lines += [f"model = {auto_class}.from_pretrained(name{{remote}})"]
-    lines += ["tokenizer = AutoTokenizer.from_pretrained(name)"]
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(name{remote})"]
     imported = f"from transformers import {auto_class}, AutoTokenizer"
     if tag in ("text-generation", "text-classification"):
         text = next((sample["prompt"] for sample in samples if sample["prompt"]), "Once upon a time, there was")

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from bmtk.hub.card import write_card
-from bmtk.hub.facts import environment_facts, write_facts
+from bmtk.hub.facts import environment_facts, scrub, write_facts
 from bmtk.hub.publish import publish
 from bmtk.hub.report import write_report
 from bmtk.hub.summary import run_summary
@@ -26,7 +26,7 @@ def conclude(
 
     `run` has `task`, `push_to_hub` and `private`; `task` has `about`, `facts()` and `next_command(folder)`.
     """
-    chosen = {key: value for key, value in config.items() if value is not None}
+    chosen = scrub({key: value for key, value in config.items() if value is not None})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
     environment = environment_facts(accelerator)
     described = {"task": run.task, "about": task.about, "data": task.facts(), "config": config}

@@ -31,7 +31,15 @@ from .configuration_bm_transformer import BmTransformerConfig
 from .heads_bm import CausalLMHead, SequenceClassificationHead
 from .stems_bm import TokenStem, positions_from_mask
 
-NORMS = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm}
+
+class BmRMSNorm(nn.RMSNorm):
+    """RMSNorm that takes its weight in the input's type, as autocast feeds it 16-bit inputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+NORMS = {"rms_norm": BmRMSNorm, "layer_norm": nn.LayerNorm}
 
 
 class BmRotaryEmbedding(nn.Module):
@@ -87,6 +95,10 @@ def same_document_mask(position_ids: torch.Tensor):
     return None if documents is None else packed_sequence_mask_function(documents)
 
 
+class ResidualProjection(nn.Linear):
+    """A projection whose output is added to the residual stream; its own class because it starts smaller."""
+
+
 class BmTransformerAttention(nn.Module):
     def __init__(self, config: BmTransformerConfig, layer_idx: int):
         super().__init__()
@@ -101,9 +113,9 @@ class BmTransformerAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.o_proj = ResidualProjection(query_width, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = BmRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = BmRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, hidden_states, attention_mask=None, rotary=None, past_key_values: Cache | None = None, **kwargs):
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -129,7 +141,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -141,7 +153,7 @@ class PlainMLP(nn.Module):
     def __init__(self, config: BmTransformerConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -194,10 +206,9 @@ class BmTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range); projections into the residual stream over sqrt(2 layers) (Radford et al. 2019)."""
         super()._init_weights(module)
-        if isinstance(module, BmTransformerLayer):
-            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-            init.normal_(module.self_attn.o_proj.weight, std=std)
-            init.normal_(module.mlp.down_proj.weight, std=std)
+        # By class, not from the layer: for code outside transformers, modules without own parameters are passed over.
+        if isinstance(module, ResidualProjection):
+            init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.stem.embed_tokens

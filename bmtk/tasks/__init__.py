@@ -14,3 +14,11 @@ def task_named(name: object) -> type:
     if name not in TASKS:
         raise ValueError(f"task={name!r} is unknown; choose one of {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def finetuning_task(name: object) -> type:
+    """The class of a task that `recipes/finetune.py` and `recipes/evaluate.py` serve.  Raises: ValueError likewise."""
+    served = [other for other, task_class in TASKS.items() if hasattr(task_class, "reduce_logits")]
+    if task_named(name) and name not in served:
+        raise ValueError(f"task={name!r} belongs to recipes/pretrain.py; this recipe knows {', '.join(served)}")
+    return TASKS[name]

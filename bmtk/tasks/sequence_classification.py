@@ -47,8 +47,6 @@ class SequenceClassificationArguments:
     max_length: int | None = _setting(None, "tokens read per text, longer ones are cut; default: the model's limit")
 
     def __post_init__(self):
-        if not (self.dataset or self.train_file or self.validation_file or self.test_file):
-            raise ValueError("no data: set dataset (a folder, a file or a Hub id), or train_file")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction} is not a share; choose between 0 and 1")
         if self.max_length is not None and self.max_length < 1:
@@ -213,9 +211,11 @@ class SequenceClassification:
     def _read(self, splits: Sequence[str], seed: int) -> dict[str, Dataset]:
         """The splits that there are; validation rows are held out of the training rows if none are given."""
         args = self.args
+        if not (args.dataset or args.train_file or args.validation_file or args.test_file):
+            raise ValueError("no data: set dataset (a folder, a file or a Hub id), or train_file")
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
         rows = read_splits(args.dataset, files=files, splits=splits)
-        if "train" in rows and "validation" not in rows:
+        if "train" in rows and "validation" in splits and "validation" not in rows:
             count = len(rows["train"])
             held_out = round(count * args.validation_fraction)
             if not 0 < held_out < count:

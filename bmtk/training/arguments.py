@@ -28,6 +28,8 @@ def _setting(default, text: str):
 class LoopArguments:
     """What the training loop is told: how long, how fast, how often, and where to."""
 
+    _argument_group_name = "training"
+
     output_dir: str = _setting("outputs/run", "folder of the run: checkpoints, history.jsonl and the final model")
     overwrite_output_dir: bool = _setting(False, "delete the run that output_dir holds, and start anew")
     seed: int = _setting(42, "seed of initial weights, data order and dropout")
@@ -58,9 +60,7 @@ class LoopArguments:
     save_total_limit: int = _setting(2, "newest checkpoints to keep; 0: all")
 
     precision: str = _setting(
-        "auto",
-        "fp32, bf16 or fp16 autocast; auto: bf16 on CUDA devices that have it, else fp32 (on a CPU bf16 only gains on "
-        "large matrices, and loses on small ones)",
+        "auto", "fp32, bf16 or fp16 autocast; auto: bf16 on GPUs and CPUs that have instructions for it, else fp32"
     )
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass: less memory, slower")
     torch_compile: bool = _setting(False, "compile the model with torch.compile before the first step")

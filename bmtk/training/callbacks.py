@@ -9,7 +9,7 @@ from transformers import ProgressCallback, TrainerCallback
 from .history import History
 from .interruption import Stopped, StopRequest
 
-PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test/", "train_": "train/"}
+PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test/"}
 NOT_RECORDED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 

@@ -137,7 +137,7 @@ def _weight_notes(model: PreTrainedModel, name: str, info: dict) -> list[str]:
 
 
 def read_config(model: str, chosen: dict[str, object], **loading: object) -> tuple[object, list[str]]:
-    """The configuration of a saved model with the dropouts among `chosen`; the rest of `chosen` is left, and said.
+    """The configuration of a saved model, with what `chosen` says of dropout and head; the rest is left, and said.
 
     Raises: ValueError if `model` is no whole model, or nowhere to be found.
     """
@@ -156,7 +156,7 @@ def read_config(model: str, chosen: dict[str, object], **loading: object) -> tup
             f"model={model!r} is no folder here, and as a Hub id it cannot be loaded: {reason}"
         ) from error
     for name in chosen:
-        if "drop" in name and hasattr(config, name):
+        if ("drop" in name or name.startswith("classifier_")) and hasattr(config, name):
             setattr(config, name, chosen[name])
     others = [name for name in chosen if getattr(config, name, None) != chosen[name]]
     return config, [f"{model} keeps its own architecture: {', '.join(others)} not applied"] if others else []

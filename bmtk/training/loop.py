@@ -30,10 +30,7 @@ def build_accelerator(args: LoopArguments) -> Accelerator:
 
     Raises: ValueError for a way of distribution that the loop cannot save and resume yet.
     """
-    precision = args.precision
-    if precision == "auto":
-        cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if cuda else "fp32"
+    precision = _natural_precision() if args.precision == "auto" else args.precision
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         dynamo_backend="inductor" if args.torch_compile else "no",
@@ -45,6 +42,14 @@ def build_accelerator(args: LoopArguments) -> Accelerator:
             f"choose one of {', '.join(kind.value for kind in SUPPORTED)} in the accelerate configuration"
         )
     return accelerator
+
+
+def _natural_precision() -> str:
+    """bf16 where the device multiplies it faster than fp32: CUDA devices and CPUs with instructions for it."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    instructions = torch.cpu.get_capabilities()
+    return "bf16" if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else "fp32"
 
 
 def prepare(

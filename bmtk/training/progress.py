@@ -30,7 +30,6 @@ class Progress:
         self.unread: list[Update] = []
         self.window_tokens = 0  # since the meter's last lap
         self.grad_norm = None
-        self.saved_step = state.step
 
     def begin(self):
         """Forget what came after the resumed step, set the generators, and start the clock."""
@@ -128,14 +127,13 @@ class Progress:
         self._write({"step": self.state.step, **self.state.metrics}, report)
 
     def save(self, save: Callable[[TrainState], object] | None):
-        """Save the run as it is now, unless that has been done."""
-        if save is None or self.saved_step == self.state.step:
+        """Save the run as it is now."""
+        if save is None:
             return
         self.read()
         self.state.seconds = self.meter.seconds
         with self.meter.paused():
             save(self.state)
-        self.saved_step = self.state.step
 
     def _write(self, record: dict, report: Callable[[dict], None] | None):
         if self.accelerator.is_main_process:

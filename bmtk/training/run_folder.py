@@ -59,7 +59,7 @@ def _told_as_value_error(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(
-            f"output_dir={str(directory)!r} cannot be written ({error.strerror}); choose a folder that you may write to"
+            f"output_dir={str(directory)!r} cannot be written ({error.strerror}); choose a folder that you may write"
         ) from error
 
 
@@ -119,8 +119,8 @@ def locked(directory: str | Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"output_dir={str(directory)!r} is in use by {file.read().strip() or 'another process'}; wait until it "
-                "ends, stop it, or choose another output_dir"
+                f"output_dir={str(directory)!r} is in use by {file.read().strip() or 'another process'}; "
+                "wait until it ends, stop it, or choose another output_dir"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -33,7 +33,7 @@ def test_a_text_file_by_line_drops_line_ends_and_blank_lines(tmp_path):
 def test_tables_give_the_chosen_column_without_blanks(tmp_path, name):
     file = tmp_path / name
     if name == "a.csv":
-        write(file, '\ufeffid,body\n1,"a, ""b""\nc"\n2,\n3,NA\n\n5,"d\r\ne"\n')
+        write(file, '\ufeffbody,id\n"a, ""b""\nc",1\n,2\nNA,3\n\n"d\r\ne",5\n')
     elif name == "a.jsonl":
         write(file, '\ufeff{"body": "a, \\"b\\"\\nc"}\n\n{"body": null}\n{"body": "NA"}\r\n{"body": "d\\r\\ne"}')
     else:

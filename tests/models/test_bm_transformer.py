@@ -45,9 +45,14 @@ def llama_names(name: str) -> str:
 
 
 def gpt2_weights(oracle: nn.Module) -> dict[str, torch.Tensor]:
-    """GPT-2's weights under bm_transformer's names: Conv1D is transposed, and the three projections stand in one."""
-    names = {"ln_1": "attention_norm", "ln_2": "mlp_norm", "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj",
-             "mlp.c_proj": "mlp.down_proj"}  # fmt: skip
+    """GPT-2's weights under our names: Conv1D is transposed, and the three projections stand in one."""
+    names = {
+        "ln_1": "attention_norm",
+        "ln_2": "mlp_norm",
+        "attn.c_proj": "self_attn.o_proj",
+        "mlp.c_fc": "mlp.up_proj",
+        "mlp.c_proj": "mlp.down_proj",
+    }
     weights = {
         "model.stem.embed_tokens.weight": oracle.transformer.wte.weight,
         "model.stem.embed_positions.weight": oracle.transformer.wpe.weight,
@@ -283,7 +288,7 @@ def torch_encoder(ours: nn.Module, *, activation, norm_first: bool) -> nn.Transf
 )
 @torch.no_grad()
 def test_hidden_states_equal_torchs_own_transformer(hidden_act, activation, norm_position, is_causal, record_property):
-    """The layer of 2017 (post-norm, sinusoidal, scaled embedding) and its relatives, weights as torch.nn holds them."""
+    """The layer of 2017 (post-norm, sinusoidal, scaled embedding) and its relatives, with one set of weights."""
     config = BmTransformerConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, hidden_act=hidden_act,
         position_embedding_type="sinusoidal", norm_type="layer_norm", norm_position=norm_position, attention_bias=True,

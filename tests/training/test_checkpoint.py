@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_run import Stopping, arguments, digest, read_history, run, tiny_model
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -86,7 +87,8 @@ def run_until_write(number: int, args: LoopArguments):
     run(args)
 
 
-def test_a_kill_at_any_write_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path):
+def test_a_kill_at_any_write_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill takes nothing from the system's caches
     settings = dict(num_train_steps=2, save_steps=1, eval_steps=0, save_total_limit=1)
     straight = run(arguments(tmp_path / "straight", **settings))
     history = read_history(tmp_path / "straight")
@@ -97,6 +99,7 @@ def test_a_kill_at_any_write_costs_at_most_the_steps_since_the_last_checkpoint(t
         if status == 0:
             break
         assert status == signal.SIGKILL
+        assert not any(damages(checkpoint) for checkpoint in folder.glob("checkpoints/step-*"))
         assert run(args) == straight
         assert read_history(folder) == history
         assert "step-00000002" in steps(folder)
@@ -105,8 +108,11 @@ def test_a_kill_at_any_write_costs_at_most_the_steps_since_the_last_checkpoint(t
     assert number > 30  # two checkpoints of some ten files each, and the final model
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "delete"])
-def test_damage_to_any_file_is_named_and_the_checkpoint_passed_over(run_folder, damage, caplog):
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [("flip", "sha256"), ("cut", "bytes instead of"), ("empty", "has 0 bytes"), ("delete", "is missing")],
+)
+def test_damage_to_any_file_is_named_and_the_checkpoint_passed_over(run_folder, damage, told, caplog):
     newest = run_folder / "checkpoints" / "step-00000006"
     listed = json.loads((newest / "manifest.json").read_text())["files"]
     assert {"model.safetensors", "training_state/optimizer.safetensors", "training_state/state.json"} <= set(listed)
@@ -124,6 +130,7 @@ def test_damage_to_any_file_is_named_and_the_checkpoint_passed_over(run_folder, 
                 path.unlink(missing_ok=True)
             (problem,) = damages(newest)
             assert problem.startswith(name)
+            assert told in problem
         caplog.clear()
         assert newest_checkpoint(run_folder) == run_folder / "checkpoints" / "step-00000004"
         assert f"step-00000006 is damaged: {name}" in caplog.text
@@ -219,6 +226,28 @@ def test_a_checkpoint_is_a_repository_without_any_pickle(whole_run):
         assert "exp_avg_sq/model.layers.1.mlp.up_proj.weight" in stored.keys()
 
 
+def test_every_file_is_on_the_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    events = []
+
+    def fsync(descriptor: int):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def replace(source: Path, target: Path):
+        events.append("rename")
+        os.rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = prepare(tiny_model(), LoopArguments(), accelerator)
+    final = save_checkpoint(tmp_path, TrainState(step=1), model=model, optimizer=optimizer, accelerator=accelerator)
+    *flushed, renamed, parent = events
+    assert renamed == "rename"
+    beside = final.with_name(".partial-step-00000001")
+    assert set(flushed) == {beside, *(beside / path.relative_to(final) for path in final.rglob("*"))}
+    assert parent == final.parent
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     run(arguments(tmp_path, save_steps=1, save_total_limit=2))
     assert steps(tmp_path) == ["step-00000005", "step-00000006"]
@@ -244,7 +273,18 @@ def test_a_checkpoint_of_another_model_is_refused(whole_run):
     other.config.num_hidden_layers = 3
     model, optimizer = prepare(type(other)(other.config), LoopArguments(), accelerator)
     folder = whole_run / "checkpoints" / "step-00000002"
-    with pytest.raises((ValueError, RuntimeError), match="layers"):
+    with pytest.raises(RuntimeError, match="Missing key.*layers.2"):
+        load_checkpoint(folder, model=model, optimizer=optimizer, accelerator=accelerator)
+
+
+def test_weights_that_are_not_all_there_are_refused_instead_of_drawn_anew(run_folder):
+    folder = run_folder / "checkpoints" / "step-00000002"
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = prepare(tiny_model(), LoopArguments(), accelerator)
+    with pytest.raises(ValueError, match=r"do not fit LlamaForCausalLM: \{'missing_keys'.*lm_head\.weight"):
         load_checkpoint(folder, model=model, optimizer=optimizer, accelerator=accelerator)
 
 

@@ -1,0 +1,328 @@
+"""Sequence classification: rows, labels, loss and metrics, against literal values and scikit-learn."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_recall_fscore_support
+from transformers import AutoTokenizer, BertConfig, LlamaConfig
+
+from bmtk.data.tokenizers import train_tokenizer
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
+from bmtk.tasks.sequence_classification import (
+    SequenceClassification,
+    SequenceClassificationArguments,
+    scores_by_label,
+)
+
+TRAIN = [("good soup", "good"), ("bad soup", "bad"), ("good day", "good"), ("bad day", "bad")]
+
+
+def write_csv(path, rows, columns=("text", "label")):
+    lines = [",".join(columns), *(f'"{text}",{label}' for text, label in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return [str(path)]
+
+
+def make_task(tmp_path, train=TRAIN, validation=TRAIN[:2], **settings):
+    """A task on CSV files, with a byte tokenizer trained on them."""
+    files = {"train_file": write_csv(tmp_path / "train.csv", train)}
+    if validation:
+        files["validation_file"] = write_csv(tmp_path / "validation.csv", validation)
+    return SequenceClassification(SequenceClassificationArguments(**{**files, "vocab_size": 300, **settings}))
+
+
+def configured(task, **fields):
+    config = BmTransformerConfig(**{**task.config_fields, "max_position_embeddings": 16, **fields})
+    task.configure(config)
+    return config
+
+
+def test_words_and_numbers_become_ids_in_a_stable_order(tmp_path):
+    task = make_task(tmp_path)
+    config = configured(task)
+    assert config.id2label == {0: "bad", 1: "good"}
+    assert config.label2id == {"bad": 0, "good": 1}
+    assert (config.num_labels, config.problem_type) == (2, "single_label_classification")
+    assert list(task.rows["train"]["labels"]) == [1, 0, 1, 0]
+    many = make_task(tmp_path, train=[(f"text {i}", i) for i in (10, 9, 2)], validation=[("text", 9)])
+    configured(many)
+    assert many.labels == ["2", "9", "10"]
+    assert list(many.rows["validation"]["labels"]) == [1]
+
+
+def test_rows_are_what_the_tokenizer_makes_of_the_texts(tmp_path):
+    task = make_task(tmp_path)
+    configured(task)
+    first = task.rows["train"][0]
+    assert first["input_ids"] == task.processor("good soup")["input_ids"]
+    assert sorted(first) == ["attention_mask", "input_ids", "labels"]
+    batch = task.collator()([task.rows["train"][0], {"input_ids": [5], "attention_mask": [1], "labels": 0}])
+    width = len(first["input_ids"])
+    assert batch["input_ids"][1].tolist() == [5] + [task.processor.pad_token_id] * (width - 1)
+    assert batch["attention_mask"][1].tolist() == [1] + [0] * (width - 1)
+    assert batch["labels"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
+    rows = Dataset.from_dict({"text": ["NA", "1e5", 'a "b", c'], "label": ["null", "x", "x"]})
+    path = tmp_path / f"train.{suffix}"
+    write = {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}
+    if suffix == "tsv":
+        rows.to_csv(path, sep="\t")
+    else:
+        write[suffix](path)
+    args = SequenceClassificationArguments(train_file=[str(path)], validation_file=[str(path)], vocab_size=300)
+    task = SequenceClassification(args)
+    assert list(task.rows["train"]["text"]) == ["NA", "1e5", 'a "b", c']
+    assert list(task.rows["train"]["label"]) == ["null", "x", "x"]
+
+
+def test_a_folder_is_read_by_the_names_of_its_files(tmp_path):
+    write_csv(tmp_path / "train-00000.csv", TRAIN)
+    write_csv(tmp_path / "dev.csv", TRAIN[:1])
+    (tmp_path / "test").mkdir()
+    write_csv(tmp_path / "test" / "part.csv", TRAIN[:3])
+    task = SequenceClassification(SequenceClassificationArguments(dataset=str(tmp_path), vocab_size=300))
+    assert {split: len(rows) for split, rows in task.rows.items()} == {"train": 4, "validation": 1, "test": 3}
+    one = write_csv(tmp_path / "other.csv", TRAIN[:2])
+    args = SequenceClassificationArguments(dataset=str(tmp_path), test_file=one, vocab_size=300)
+    assert len(SequenceClassification(args).rows["test"]) == 2
+
+
+def test_without_validation_rows_some_training_rows_are_held_out_and_said(tmp_path):
+    rows = [(f"text {i}", "xy"[i % 2]) for i in range(20)]
+    task = make_task(tmp_path, train=rows, validation=None, validation_fraction=0.25)
+    assert (len(task.rows["train"]), len(task.rows["validation"])) == (15, 5)
+    held_out = set(task.rows["validation"]["text"])
+    assert not held_out & set(task.rows["train"]["text"])
+    assert task.notes == [
+        "there are no validation rows: 5 of the 20 training rows are held out (validation_fraction=0.25, seed 42)"
+    ]
+    with pytest.raises(ValueError, match="1 training rows are too few to hold out 10% of them"):
+        make_task(tmp_path, train=TRAIN[:1], validation=None)
+
+
+def test_label_names_name_integers(tmp_path):
+    task = make_task(tmp_path, [("a", 1), ("b", 0)], [("c", 1)], label_names=["no", "yes"])
+    assert list(task.rows["train"]["label"]) == ["yes", "no"]
+    assert configured(task).id2label == {0: "no", 1: "yes"}
+    with pytest.raises(
+        ValueError, match=r"of train row 1 holds '2', which is neither one of label_names \('no', 'yes'\)"
+    ):
+        make_task(tmp_path, [("a", 2), ("b", 0)], [("c", 1)], label_names=["no", "yes"])
+
+
+def test_class_labels_of_a_data_set_keep_their_names_and_secret_test_labels_are_left_out(tmp_path):
+    kind = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    for split, labels in {"train": [1, 0], "validation": [0, 1], "test": [-1, -1]}.items():
+        Dataset.from_dict({"text": ["a", "b"], "label": labels}, features=kind).to_parquet(
+            tmp_path / f"{split}.parquet"
+        )
+    task = SequenceClassification(SequenceClassificationArguments(dataset=str(tmp_path), vocab_size=300))
+    assert list(task.rows["train"]["label"]) == ["pos", "neg"]
+    assert "test" not in task.rows
+    assert task.notes == ["the test rows have no labels and are not used"]
+
+
+def test_a_fraction_is_no_label(tmp_path):
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [1.0, 0.5]})
+    rows.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"of train row 2 holds 0\.5; a label is a string or an integer"):
+        make_task(tmp_path, train_file=[str(tmp_path / "train.parquet")])
+
+
+def classifier_config(labels, task):
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    architectures = ["BertForSequenceClassification"]
+    return BertConfig(vocab_size=len(task.processor), architectures=architectures, pad_token_id=0, **names)
+
+
+def test_a_classifier_keeps_its_own_order_of_the_labels(tmp_path):
+    task = make_task(tmp_path)
+    config = classifier_config(["good", "so-so", "bad"], task)
+    task.configure(config)
+    assert task.labels == ["good", "so-so", "bad"]
+    assert list(task.rows["train"]["labels"]) == [0, 2, 0, 2]
+    by_number = make_task(tmp_path, [("a", 0), ("b", 1)], [("c", 1)])
+    config = classifier_config(["good", "bad"], by_number)
+    by_number.configure(config)
+    assert config.id2label == {0: "good", 1: "bad"}
+    assert list(by_number.rows["validation"]["labels"]) == [1]
+
+
+def test_a_classifier_for_other_labels_is_given_those_of_the_data(tmp_path):
+    task = make_task(tmp_path)
+    config = classifier_config(["sports", "politics", "arts"], task)
+    task.configure(config)
+    assert config.id2label == {0: "bad", 1: "good"}
+    unnamed = make_task(tmp_path)
+    config = classifier_config(["LABEL_0", "LABEL_1"], unnamed)
+    unnamed.configure(config)
+    assert config.id2label == {0: "bad", 1: "good"}
+
+
+def test_evaluation_of_unknown_labels_is_refused(tmp_path):
+    tokenizer = train_tokenizer(["some text"], kind="byte_bpe", vocab_size=300)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    args = SequenceClassificationArguments(
+        test_file=write_csv(tmp_path / "test.csv", TRAIN), tokenizer=str(tmp_path / "tokenizer")
+    )
+    task = SequenceClassification(args, splits=["test"])
+    config = classifier_config(["sports", "arts"], task)
+    with pytest.raises(
+        ValueError, match="the data has labels 'bad', 'good', and the model knows others: 'sports', 'ar"
+    ):
+        task.configure(config)
+
+
+def test_long_texts_are_cut_and_their_share_is_said(tmp_path):
+    long = "a b c d e f g h i j k l m n o p q r s t u v w x y z"
+    task = make_task(tmp_path, [*TRAIN, (long, "good")], max_length=8)
+    configured(task)
+    assert max(map(len, task.rows["train"]["input_ids"])) == 8
+    assert task.notes == ["1 of 5 train texts (20.0%) are longer than 8 tokens and were cut"]
+    task = make_task(tmp_path, [*TRAIN, (long, "good")])
+    configured(task, max_position_embeddings=9)
+    assert max(map(len, task.rows["train"]["input_ids"])) == 9
+    task = make_task(tmp_path, max_length=17)
+    with pytest.raises(ValueError, match="max_length=17 exceeds the model's limit of 16 tokens; lower it"):
+        configured(task)
+
+
+def test_rows_without_text_are_left_out_and_said(tmp_path):
+    task = make_task(tmp_path, [*TRAIN, ("  ", "good"), ("", "bad")])
+    assert len(task.rows["train"]) == 4
+    assert task.notes == ["2 of 6 train rows have no text: left out"]
+    with pytest.raises(ValueError, match="text_column='text' of the train data holds no text at all"):
+        make_task(tmp_path, [(" ", "good")])
+
+
+def test_a_tokenizer_without_padding_gets_a_stand_in(tmp_path):
+    tokenizer = train_tokenizer(["good soup"], kind="byte_bpe", vocab_size=300)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert AutoTokenizer.from_pretrained(tmp_path / "tokenizer").pad_token is None
+    task = make_task(tmp_path, tokenizer=str(tmp_path / "tokenizer"))
+    assert task.notes == ["the tokenizer has no padding token: '<|endoftext|>' stands in for it"]
+    config = LlamaConfig(vocab_size=300, pad_token_id=None)
+    task.configure(config)
+    assert config.pad_token_id == task.processor.pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text_column": "sentence"}, r"text_column='sentence' is not in the train data; its columns are text, label"),
+        ({"label_column": "y"}, r"label_column='y' is not in the train data; its columns are text, label"),
+        ({"train_file": ["nowhere.csv"]}, r"data file nowhere\.csv does not exist"),
+        (
+            {"validation": [("x", "ugly")]},
+            r"validation data has .* does not have: 'ugly' \(first in row 1\); known are 'ba",
+        ),
+        ({"train": [("a", "x"), ("b", "x")]}, r"label_column='label' holds 'x' in all training rows"),
+        (
+            {"train": [("a", ""), ("b", "x")]},
+            r"label_column='label' of train row 1 is empty; label the row or take it out",
+        ),
+        ({"validation_fraction": 1.0}, r"validation_fraction=1\.0 is not a share"),
+        ({"max_length": 0}, r"max_length=0 must be at least 1 token"),
+        ({"vocab_size": 100}, r"vocab_size=100 is too small for kind='byte_bpe'"),
+        ({"tokenizer": "./nowhere"}, r"no tokenizer can be loaded from '\./nowhere': .*; name one with tokenizer"),
+    ],
+)
+def test_bad_data_is_one_clear_error(tmp_path, settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        configured(make_task(tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.csv", b"", r"train\.csv: an empty file has no rows"),
+        ("train.csv", b"text,label\n", r"train\.csv has no rows, only the columns text, label"),
+        (
+            "train.csv",
+            b"text,label\na,1\nb, c,1\n",
+            r"train\.csv, row 2: 3 cells where the header has 2 \(text, label",
+        ),
+        ("train.csv", b"text,label\n\xff,1\n", r"train\.csv is not a table in UTF-8 with a header line"),
+        ("train.jsonl", b'{"text": "a"\n', r"train\.jsonl cannot be read: \w+"),
+        ("train.parquet", b"not parquet", r"train\.parquet cannot be read: \w+"),
+        ("train.xlsx", b"zip", r"cannot read files that end in \.xlsx; give files of one kind among \.csv"),
+    ],
+)
+def test_a_broken_file_is_one_clear_error(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    args = SequenceClassificationArguments(train_file=[str(tmp_path / name)])
+    with pytest.raises(ValueError, match=message):
+        SequenceClassification(args)
+
+
+def test_no_data_and_folders_without_splits_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no data: set dataset"):
+        SequenceClassification(SequenceClassificationArguments())
+    write_csv(tmp_path / "rows.csv", TRAIN)
+    with pytest.raises(
+        ValueError, match=r"holds no file named after train, validation or test .* there is: rows\.csv"
+    ):
+        SequenceClassification(SequenceClassificationArguments(dataset=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="dataset='nowhere' does not exist"):
+        SequenceClassification(SequenceClassificationArguments(dataset="./nowhere"))
+    with pytest.raises(ValueError, match=r"dataset='no/body' \(no folder or file here, so a Hub id\) cannot be read"):
+        SequenceClassification(SequenceClassificationArguments(dataset="no/body"))
+
+
+def predictions(seed=0, rows=57, labels=4):
+    draw = np.random.default_rng(seed)
+    truth = draw.integers(0, labels, rows)
+    logits = torch.tensor(draw.normal(size=(rows, labels)), dtype=torch.float32)
+    predicted, losses = SequenceClassification.reduce_logits(logits, torch.tensor(truth))
+    return SimpleNamespace(predictions=(predicted.numpy(), losses.numpy()), label_ids=truth), logits
+
+
+def test_metrics_equal_those_of_scikit_learn():
+    prediction, logits = predictions()
+    metrics = SequenceClassification.metrics(prediction)
+    predicted, truth = prediction.predictions[0], prediction.label_ids
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(truth, predicted), abs=1e-12)
+    assert metrics["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"), abs=1e-12)
+    assert metrics["loss"] == pytest.approx(log_loss(truth, logits.double().softmax(-1), labels=range(4)), abs=1e-6)
+    precision, recall, f1, rows = precision_recall_fscore_support(truth, predicted)
+    scores = scores_by_label(truth, predicted)
+    for name, expected in {"precision": precision, "recall": recall, "f1": f1, "rows": rows}.items():
+        assert [row[name] for row in scores] == pytest.approx(list(expected))
+
+
+def test_a_label_that_is_never_predicted_scores_zero_and_one_that_never_occurs_does_not_count():
+    truth, predicted = np.array([0, 0, 2, 2]), np.array([0, 0, 0, 0])
+    scores = scores_by_label(truth, predicted)
+    assert [row["f1"] for row in scores] == [pytest.approx(2 / 3), 0.0]
+    assert f1_score(truth, predicted, average="macro", zero_division=0) == pytest.approx(np.mean([2 / 3, 0.0]))
+
+
+def test_the_loss_of_parts_adds_up_to_the_loss_of_the_whole():
+    logits, labels = torch.randn(7, 3), torch.randint(3, (7,))
+    whole = SequenceClassification.loss({"logits": logits}, labels)
+    parts = [
+        SequenceClassification.loss({"logits": logits[part]}, labels[part], num_items_in_batch=7)
+        for part in (slice(0, 5), slice(5, 7))
+    ]
+    assert torch.allclose(whole, torch.nn.functional.cross_entropy(logits, labels))
+    assert torch.allclose(sum(parts), whole)
+
+
+def test_samples_show_texts_with_the_label_they_got(tmp_path):
+    task = make_task(tmp_path)
+    configured(task)
+    assert task.samples(np.array([1, 1, 1, 0]), "train", count=2) == [
+        {"prompt": "good soup", "text": " -> good"},
+        {"prompt": "bad day", "text": " -> bad"},
+    ]
+    assert task.samples(np.array([0, 1]), "validation")[0]["text"] == " -> bad (labelled good)"
+    assert task.facts()["train"] == {"rows": 4, "tokens": sum(map(len, task.rows["train"]["input_ids"]))}
+    json.dumps(task.facts())

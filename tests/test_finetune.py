@@ -1,0 +1,375 @@
+"""recipes/finetune.py and recipes/evaluate.py: what they leave, what they report, and that a stop changes nothing."""
+
+import json
+import os
+import re
+import runpy
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+from sklearn.metrics import f1_score
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    pipeline,
+)
+
+from bmtk.data.tables import read_table
+from bmtk.data.tokenizers import train_tokenizer
+from bmtk.training import callbacks
+from recipes import evaluate, finetune
+
+ROOT = Path(__file__).parent.parent
+REVIEWS = ROOT / "recipes" / "data" / "reviews"
+LORA = ["--adapter", "lora", "--lora_rank", "4", "--learning_rate", "0.02", "--num_train_epochs", "3"]
+SHORT = ["--num_train_epochs", "2", "--warmup_steps", "0"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def run(folder, *argv):
+    finetune.main(["--preset", "smoke", "--output_dir", str(folder), "--disable_tqdm", "true", *map(str, argv)])
+    return folder
+
+
+def facts(folder):
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def history(folder):
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """The folder of a finished run of the smoke preset."""
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        return run(tmp_path_factory.mktemp("finetuned") / "run")
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A folder with a tiny BERT without a head, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(read_table([REVIEWS / "train.csv"])["text"], kind="byte_bpe", vocab_size=400)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, max_position_embeddings=64, **sizes)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_smoke_run_learns_and_leaves_a_repository(finetuned):
+    names = {path.name for path in finetuned.iterdir()}
+    assert names >= {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "report.html"),
+        *("modeling_bm_transformer.py", "heads_bm.py", "run.json", "history.jsonl", "recipe.yaml"),
+    }
+    assert "training_args.bin" not in names
+    run_facts = facts(finetuned)
+    assert run_facts["metrics"]["test/accuracy"] == 1.0
+    assert run_facts["metrics"]["test/macro_f1"] == 1.0
+    assert run_facts["data"]["labels"] == ["negative", "positive"]
+    assert run_facts["data"]["train"]["rows"] == 320
+    assert run_facts["model"]["saved_as"] == "model"
+    classify = pipeline("text-classification", model=str(finetuned))
+    assert classify("The garden was lovely and the bread was fresh.")[0]["label"] == "positive"
+    assert classify("The garden was dirty and the bread was stale.")[0]["label"] == "negative"
+
+
+def test_the_history_holds_training_and_one_evaluation_an_epoch(finetuned):
+    rows = history(finetuned)
+    assert [row["step"] for row in rows if "validation/loss" in row] == [20, 40, 60, 80, 100, 120]
+    training = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in training] == list(range(5, 121, 5))
+    assert training[-1]["loss"] < 0.2 < training[0]["loss"]
+    num_tokens = facts(finetuned)["data"]["train"]["tokens"]
+    assert training[-1]["tokens"] == 6 * num_tokens
+    seconds = [row["seconds"] for row in training]
+    assert seconds == sorted(seconds)
+
+
+def test_the_same_command_again_finds_the_run_complete(finetuned, capsys):
+    before = (finetuned / "model.safetensors").read_bytes(), history(finetuned)
+    run(finetuned)
+    assert ((finetuned / "model.safetensors").read_bytes(), history(finetuned)) == before
+    assert "going on from " in capsys.readouterr().out
+
+
+def test_the_resolved_config_repeats_the_run(finetuned, tmp_path):
+    finetune.main(["--config", str(finetuned / "recipe.yaml"), "--output_dir", str(tmp_path / "again")])
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (finetuned, tmp_path / "again"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("stop_at", [7, 20], ids=["within an epoch", "at the end of one"])
+def test_a_stopped_run_goes_on_to_the_very_same_weights(stop_at, tmp_path, monkeypatch):
+    settings = [*SHORT, "--hidden_dropout", "0.1", "--logging_steps", "1", "--load_best_model_at_end", "true"]
+    whole = run(tmp_path / "whole", *settings)
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.RecordHistory, "on_step_begin", lambda *args, **kwargs: None, raising=False)
+        patch.setattr(callbacks.RecordHistory, "on_step_end", stop, raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path / "stopped", *settings)
+    assert stopped.value.code == 143
+    assert not (tmp_path / "stopped" / "config.json").exists()
+    run(tmp_path / "stopped", *settings)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "stopped"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    timeless = [
+        [{key: value for key, value in row.items() if "second" not in key} for row in history(folder)]
+        for folder in (whole, tmp_path / "stopped")
+    ]
+    assert timeless[0] == timeless[1]
+    assert facts(whole)["metrics"] == facts(tmp_path / "stopped")["metrics"]
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path, caplog):
+    folder = run(tmp_path / "run", *SHORT)
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "checkpoint-40" / "trainer_state.json").write_text('{"global_', encoding="utf-8")
+    (folder / "config.json").unlink()
+    run(folder, *SHORT)
+    assert "checkpoint-40 was not written to its end and is passed over" in caplog.text
+    assert [row["step"] for row in history(folder) if "validation/loss" in row] == [20, 40]
+    with pytest.raises(ValueError, match="is not a folder with a whole checkpoint of Trainer"):
+        run(folder, *SHORT, "--resume_from_checkpoint", checkpoints / "checkpoint-39")
+
+
+def test_a_pretrained_decoder_keeps_its_trunk_under_a_new_head(pretrained, tmp_path, capsys):
+    argv = [
+        "--model",
+        pretrained,
+        "--num_train_epochs",
+        "1",
+        "--learning_rate",
+        "0",
+        "--lr_scheduler_type",
+        "constant",
+    ]
+    folder = run(tmp_path / "run", *argv)
+    printed = capsys.readouterr().out
+    assert f"note: NEWLY INITIALISED, to be learned from these data: score.weight (not in {pretrained})" in printed
+    assert "keeps its own architecture: max_position_embeddings not applied" in printed
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.classifier_pooling == "mean"
+    before, after = load_file(pretrained / "model.safetensors"), load_file(folder / "model.safetensors")
+    trunk = [name for name in before if name.startswith("model.")]
+    assert len(trunk) > 10
+    assert all(torch.equal(before[name], after[name]) for name in trunk)
+    assert facts(folder)["model"]["base_model"] == str(pretrained)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(pretrained).get_vocab()
+
+
+def run_bert(folder, bert, *argv):
+    """BERT on the reviews, with a config of its own: the preset's architecture is not BERT's."""
+    config = folder.with_suffix(".yaml")
+    config.write_text(f"dataset: {REVIEWS}\nmodel: {bert}\noutput_dir: {folder}\ndisable_tqdm: true\n")
+    finetune.main(["--config", str(config), *map(str, argv)])
+    return folder
+
+
+def test_the_gradient_does_not_depend_on_accumulation_though_bert_drops_the_count(bert, tmp_path, capsys):
+    """transformers' BERT accepts num_items_in_batch and averages over the micro-batch all the same."""
+    folders = []
+    for rows, accumulation in ((8, 1), (2, 4)):
+        sizes = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", accumulation]
+        dropout = ["--model_type", "bert", "--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0"]
+        steps = ["--max_steps", "4", "--logging_steps", "1", "--optim", "sgd", "--learning_rate", "0.1"]
+        folders.append(run_bert(tmp_path / f"run{rows}", bert, *sizes, *dropout, *steps))
+    printed = capsys.readouterr().out
+    assert "NEWLY INITIALISED, to be learned from these data: classifier.bias, classifier.weight" in printed
+    one, four = ([row for row in history(folder) if "loss" in row] for folder in folders)
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in four], rel=1e-5)
+    assert [row["grad_norm"] for row in one] == pytest.approx([row["grad_norm"] for row in four], rel=1e-4)
+    assert isinstance(AutoModelForSequenceClassification.from_pretrained(folders[0]), BertForSequenceClassification)
+
+
+@pytest.fixture(scope="module")
+def undecided(tmp_path_factory):
+    """A model that errs often: two steps of training."""
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        return run(tmp_path_factory.mktemp("undecided") / "run", "--max_steps", "12", "--learning_rate", "1e-3")
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def adapter(undecided, tmp_path_factory):
+    """The folder of a LoRA run."""
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        return run(tmp_path_factory.mktemp("adapter") / "run", "--model", undecided, *LORA)
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_lora_learns_and_leaves_an_adapter(adapter, undecided, tmp_path):
+    names = {path.name for path in adapter.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert not names & {"config.json", "model.safetensors", "training_args.bin"}
+    run_facts = facts(adapter)
+    assert (run_facts["model"]["adapter"], run_facts["model"]["saved_as"]) == ("lora", "adapter")
+    assert run_facts["metrics"]["test/loss"] < facts(undecided)["metrics"]["test/loss"] - 0.1
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert (settings["task_type"], settings["r"], settings["base_model_name_or_path"]) == (
+        "SEQ_CLS",
+        4,
+        str(undecided),
+    )
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert any(name.endswith("score.weight") for name in saved)
+    assert any("self_attn.q_proj.lora_A" in name for name in saved)
+    assert not any("score.lora" in name for name in saved)
+    evaluate.main(["--model", str(adapter), "--output", str(tmp_path / "metrics.json")])
+    again = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert again["test/loss"] == pytest.approx(run_facts["metrics"]["test/loss"], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_merged_adapter_of_bert_is_a_whole_model_with_the_same_predictions(bert, tmp_path):
+    folder = run_bert(tmp_path / "run", bert, *LORA, "--merge_adapter", "--max_steps", "10")
+    assert isinstance(AutoModelForSequenceClassification.from_pretrained(folder), BertForSequenceClassification)
+    evaluate.main(["--model", str(folder)])
+    merged = json.loads((folder / "metrics.json").read_text())["metrics"]["test/loss"]
+    assert merged == pytest.approx(facts(folder)["metrics"]["test/loss"], abs=1e-5)  # measured before the merge
+    assert facts(folder)["model"]["saved_as"] == "model"
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_evaluation_is_exact_over_all_rows_whatever_the_batch_size(undecided, batch_size, tmp_path, capsys):
+    evaluate.main(["--model", str(undecided), "--batch_size", str(batch_size), "--output", str(tmp_path / "m.json")])
+    metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
+    rows = read_table([REVIEWS / "test.csv"])
+    model = AutoModelForSequenceClassification.from_pretrained(undecided).eval()
+    tokenizer = AutoTokenizer.from_pretrained(undecided)
+    with torch.no_grad():
+        logits = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in rows["text"]])
+    truth = torch.tensor([model.config.label2id[label] for label in rows["label"]])
+    predicted = logits.argmax(-1)
+    assert 0.3 < metrics["test/accuracy"] < 1, "a model that is always right would prove nothing"
+    assert metrics["test/accuracy"] == pytest.approx((predicted == truth).float().mean().item(), abs=1e-6)
+    assert metrics["test/macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"), abs=1e-9)
+    assert metrics["test/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, truth).item(), abs=1e-6)
+    assert metrics == pytest.approx({k: v for k, v in facts(undecided)["metrics"].items() if "test" in k}, abs=1e-6)
+    assert "negative " in capsys.readouterr().out
+
+
+def test_evaluation_on_other_rows_keeps_the_columns_of_the_run(undecided, tmp_path):
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "the soup was warm", "label": 1}) + "\n")
+    evaluate.main(
+        ["--model", str(undecided), "--test_file", str(tmp_path / "other.jsonl"), "--output", str(tmp_path / "m")]
+    )
+    assert json.loads((tmp_path / "m").read_text())["data"]["test"]["rows"] == 1
+
+
+def test_a_classifier_for_other_labels_gets_a_new_head(finetuned, tmp_path, capsys):
+    lines = [f"text {i},{'abc'[i % 3]}" for i in range(30)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    data = ["--dataset", tmp_path / "train.csv", "--model", finetuned, "--max_steps", "1"]
+    folder = run(tmp_path / "run", *data)
+    printed = capsys.readouterr().out
+    assert "was trained for another number of labels: score.weight was (2, 32), is (3, 32)" in printed
+    assert "there are no validation rows: 3 of the 30 training rows are held out" in printed
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_no_model(tmp_path):
+    with pytest.raises(ValueError, match="step 2: the gradient is not finite, so it was not applied"):
+        run(tmp_path / "run", "--learning_rate", "1e38", "--warmup_steps", "0")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
+    run(tmp_path / "run", "--dry_run", "--gradient_accumulation_steps", "2")
+    printed = capsys.readouterr().out
+    for pattern in (
+        r"parameters +39,104 \(39,104 trained\)",
+        r"steps +60 \(6 epochs\)",
+        r"estimated time +[\d.]+ min",
+    ):
+        assert re.search(pattern, printed), pattern
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learing_rate", "1"], r"unknown key 'learing_rate'; did you mean 'learning_rate'\?"),
+        (["--hub_token", "secret"], r"unknown key 'hub_token'"),
+        (
+            ["--text_column", "sentence"],
+            r"text_column='sentence' is not in the train data; its columns are text, label",
+        ),
+        (["--dataset", "./nowhere"], r"dataset='nowhere' does not exist"),
+        (["--model", "./nowhere"], r"no tokenizer can be loaded from '\./nowhere'"),
+        (
+            ["--model", "./nowhere", "--tokenizer", "byte_bpe"],
+            r"model='\./nowhere' is no folder here, and as a Hub id",
+        ),
+        (["--model", str(REVIEWS), "--tokenizer", "byte_bpe"], r"is a folder without config\.json"),
+        (["--adapter", "prefix"], r"adapter='prefix' is unknown; choose lora"),
+        (["--adapter", "lora"], r"adapter=lora changes a pretrained model; name one with model"),
+        (["--merge_adapter"], r"merge_adapter needs an adapter: set adapter to lora"),
+        (["--max_length", "65"], r"max_length=65 exceeds the model's limit of 64 tokens"),
+        (["--num_attention_heads", "3"], r"hidden_size=32 is not a multiple of num_attention_heads=3"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_leaves_nothing(argv, message, tmp_path):
+    with pytest.raises((ValueError, OSError, StrictDataclassError), match=message):
+        run(tmp_path / "run", *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_of_pretraining_is_refused():
+    with pytest.raises(
+        ValueError, match=r"task='causal_lm' belongs to recipes/pretrain\.py; this recipe knows sequence_cl"
+    ):
+        finetune.read_arguments(["--task", "causal_lm", "--preset", "smoke"])
+    with pytest.raises(ValueError, match=r"task='causal_lm' belongs to recipes/pretrain\.py"):
+        evaluate.main(["--task", "causal_lm", "--model", "outputs/pretrain"])
+
+
+def test_folders_that_do_not_fit_are_refused(finetuned, adapter, bert):
+    with pytest.raises(ValueError, match=r"it differs in\n  learning_rate: 0\.005 there, 0\.0001 now"):
+        run(finetuned, "--learning_rate", "1e-4")
+    with pytest.raises(ValueError, match="holds an adapter, not a whole model; save one with merge_adapter"):
+        run(finetuned, "--model", adapter)
+    with pytest.raises(ValueError, match=r"was not trained for this task: NEWLY INITIALISED.* classifier\.bias"):
+        evaluate.main(["--model", str(bert), "--test_file", str(REVIEWS / "test.csv")])
+    with pytest.raises(ValueError, match="model is not set: name the folder or Hub id"):
+        evaluate.main([])
+
+
+def test_the_shipped_reviews_are_what_their_script_writes(tmp_path):
+    script = runpy.run_path(str(REVIEWS / "make_reviews.py"))
+    script["main"](tmp_path)
+    for split in ("train", "validation", "test"):
+        assert (tmp_path / f"{split}.csv").read_bytes() == (REVIEWS / f"{split}.csv").read_bytes()
+    texts = [
+        text for split in ("train", "validation", "test") for text in read_table([REVIEWS / f"{split}.csv"])["text"]
+    ]
+    assert len(set(texts)) == 400
