@@ -26,6 +26,7 @@ from bmtk.hub import facts, summary
 from bmtk.hub.conclusion import conclude
 from bmtk.tasks import finetuning_task
 from bmtk.training import finetuning
+from bmtk.training.adapters import AdapterArguments, add_adapter
 from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
 from bmtk.training.interruption import noted_signals
 from bmtk.training.rehearsal import seconds_per_step
@@ -40,7 +41,7 @@ def read_arguments(argv: list[str]) -> list:
     task_class = finetuning_task(values.get("task", "sequence_classification"))
     architecture = arguments.model_fields(values.get("model_type", "bm_transformer"))
     groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments]
-    bound = values.bind([*groups, finetuning.AdapterArguments, architecture], description=__doc__)
+    bound = values.bind([*groups, AdapterArguments, architecture], description=__doc__)
     bound[0].task = bound[0].task or "sequence_classification"
     return bound
 
@@ -115,7 +116,7 @@ def build_model(run, task, adapter, chosen):
         task.configure(config)
         model = task.auto_class.from_config(config)
         task.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
-    return finetuning.add_adapter(model, adapter, task_type=task.peft_task_type) if adapter.adapter else model
+    return add_adapter(model, adapter, task_type=task.peft_task_type) if adapter.adapter else model
 
 
 def model_facts(trainer, run, adapter) -> dict[str, object]:

@@ -5,6 +5,8 @@ import os
 import re
 import runpy
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,14 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    TrainerState,
     pipeline,
 )
 
 from bmtk.data.tables import read_table
 from bmtk.data.tokenizers import train_tokenizer
 from bmtk.training import callbacks
+from bmtk.training.adapters import AdapterArguments, add_adapter
 from recipes import evaluate, finetune
 
 ROOT = Path(__file__).parent.parent
@@ -117,9 +121,13 @@ def test_the_resolved_config_repeats_the_run(finetuned, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("stop_at", [7, 20], ids=["within an epoch", "at the end of one"])
-def test_a_stopped_run_goes_on_to_the_very_same_weights(stop_at, tmp_path, monkeypatch):
-    settings = [*SHORT, "--hidden_dropout", "0.1", "--logging_steps", "1", "--load_best_model_at_end", "true"]
+@pytest.mark.parametrize(
+    ("stop_at", "saving"),
+    [(7, ["--load_best_model_at_end", "true"]), (20, ["--save_strategy", "steps", "--save_steps", "1000"])],
+    ids=["within an epoch", "at the end of one, where nothing else saves"],
+)
+def test_a_stopped_run_goes_on_to_the_very_same_weights(stop_at, saving, tmp_path, monkeypatch):
+    settings = [*SHORT, "--hidden_dropout", "0.1", "--logging_steps", "1", *saving]
     whole = run(tmp_path / "whole", *settings)
 
     def stop(self, args, state, control, **kwargs):
@@ -226,7 +234,19 @@ def adapter(undecided, tmp_path_factory):
         os.chdir(before)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_trains_the_head_whole_for_a_task_that_peft_does_not_know(bert):
+    model = BertForSequenceClassification.from_pretrained(bert)
+    adapted = add_adapter(model, AdapterArguments(adapter="lora"), task_type=None)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {
+        "base_model.model.classifier.modules_to_save.default.weight",
+        "base_model.model.classifier.modules_to_save.default.bias",
+    }
+    assert any("attention.self.query.lora_A" in name for name in trained)
+    assert not any("classifier.lora" in name for name in trained)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_lora_learns_and_leaves_an_adapter(adapter, undecided, tmp_path):
     names = {path.name for path in adapter.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= names
@@ -249,7 +269,7 @@ def test_lora_learns_and_leaves_an_adapter(adapter, undecided, tmp_path):
     assert again["test/loss"] == pytest.approx(run_facts["metrics"]["test/loss"], abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_a_merged_adapter_of_bert_is_a_whole_model_with_the_same_predictions(bert, tmp_path):
     folder = run_bert(tmp_path / "run", bert, *LORA, "--merge_adapter", "--max_steps", "10")
     assert isinstance(AutoModelForSequenceClassification.from_pretrained(folder), BertForSequenceClassification)
@@ -278,12 +298,25 @@ def test_evaluation_is_exact_over_all_rows_whatever_the_batch_size(undecided, ba
     assert "negative " in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(undecided, tmp_path):
+    """40 rows in batches of 2 x 7: the last batches are filled up with rows that must not count twice."""
+    argv = ["recipes/evaluate.py", "--model", undecided, "--batch_size", "7", "--output", tmp_path / "metrics.json"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert metrics == pytest.approx({k: v for k, v in facts(undecided)["metrics"].items() if "test" in k}, abs=1e-6)
+
+
 def test_evaluation_on_other_rows_keeps_the_columns_of_the_run(undecided, tmp_path):
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "the soup was warm", "label": 1}) + "\n")
     evaluate.main(
         ["--model", str(undecided), "--test_file", str(tmp_path / "other.jsonl"), "--output", str(tmp_path / "m")]
     )
-    assert json.loads((tmp_path / "m").read_text())["data"]["test"]["rows"] == 1
+    data = json.loads((tmp_path / "m").read_text())["data"]
+    assert (data["name"], data["test"]["rows"]) == ("other", 1)
 
 
 def test_a_classifier_for_other_labels_gets_a_new_head(finetuned, tmp_path, capsys):
@@ -351,6 +384,27 @@ def test_a_task_of_pretraining_is_refused():
         finetune.read_arguments(["--task", "causal_lm", "--preset", "smoke"])
     with pytest.raises(ValueError, match=r"task='causal_lm' belongs to recipes/pretrain\.py"):
         evaluate.main(["--task", "causal_lm", "--model", "outputs/pretrain"])
+
+
+def test_what_would_leak_or_hide_something_is_settled(tmp_path, finetuned):
+    args = finetune.read_arguments(["--preset", "smoke", "--output_dir", str(tmp_path)])[2]
+    assert args.logging_nan_inf_filter is False
+    assert (args.hub_token, args.push_to_hub) == (None, False)
+    assert not [key for key in facts(finetuned)["config"] if key.startswith("hub_")]
+
+
+def test_only_the_main_process_writes_the_history(tmp_path):
+    for is_main in (False, True):
+        recorder = callbacks.RecordHistory(tmp_path)
+        state = TrainerState(is_world_process_zero=is_main, global_step=3)
+        recorder.on_train_begin(None, state, None)
+        recorder.on_log(None, state, None, logs={"eval_loss": 0.5, "eval_runtime": 1.0})
+        recorder.on_log(None, state, None, logs={"loss": 0.25, "learning_rate": 0.1})
+        assert (tmp_path / "history.jsonl").exists() == is_main
+    assert [set(row) for row in history(tmp_path)] == [
+        {"step", "validation/loss"},
+        {"step", "loss", "learning_rate", "seconds"},
+    ]
 
 
 def test_folders_that_do_not_fit_are_refused(finetuned, adapter, bert):

@@ -98,7 +98,7 @@ def assert_starting_values(case: Case, model: nn.Module, *, but: str = "") -> No
 def test_a_new_model_has_the_loss_of_chance(case):
     batch = case.batch()
     loss = case.model()(**batch).loss.item()
-    assert loss == pytest.approx(case.head.chance_loss(batch["labels"]), abs=0.1)
+    assert loss == pytest.approx(case.head.chance_loss(batch["labels"]), abs=0.15)
 
 
 @over(CASES)
@@ -179,7 +179,7 @@ def test_every_auto_class_of_the_family_resolves_after_import_bmtk(case, tmp_pat
     expected = model.base_model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in trunk.state_dict().items())
     for head in HEADS.values():
-        assert type(config) in head.auto_class._model_mapping.keys()
+        assert type(config) in head.auto_class._model_mapping
 
 
 # The loss contract ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Fine-tuning: Trainer with this project's defaults, pretrained weights under a new head, LoRA adapters."""
+"""Fine-tuning: Trainer with this project's defaults, and pretrained weights under a new head."""
 
 import json
 import logging
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
 
+from .adapters import ADAPTER_CONFIG, load_adapter
 from .callbacks import Progress, recorded_metrics
 from .run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"
 # Keys that may change when a fine-tuning run is resumed: they change how it is watched or stored, not what is learned.
 FREE_KEYS = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint logging_steps save_total_limit report_to disable_tqdm "
@@ -63,34 +63,6 @@ class FineTuningArguments(TrainingArguments):
     do_train: bool = _settled(False)  # these three are read by Hugging Face's example scripts only
     do_eval: bool = _settled(False)
     do_predict: bool = _settled(False)
-
-
-@dataclass
-class AdapterArguments:
-    """Whether all weights are trained, or a low-rank update of them."""
-
-    _argument_group_name = "adapter"
-
-    adapter: str | None = field(
-        default=None,
-        metadata={"help": "lora: train low-rank updates of all linear layers, and the head; default: all"},
-    )
-    lora_rank: int = field(default=8, metadata={"help": "rank of the update of a matrix"})
-    lora_alpha: float = field(default=16, metadata={"help": "the update is multiplied by lora_alpha / lora_rank"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "probability, on what the update reads"})
-    merge_adapter: bool = field(
-        default=False, metadata={"help": "save a whole model with the update added to its weights, not the adapter"}
-    )
-
-    def __post_init__(self):
-        if self.adapter not in (None, "lora"):
-            raise ValueError(f"adapter={self.adapter!r} is unknown; choose lora, or leave it out to train all weights")
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability; choose 0 <= lora_dropout < 1")
-        if self.merge_adapter and self.adapter is None:
-            raise ValueError("merge_adapter needs an adapter: set adapter to lora")
 
 
 def load_for_task(auto_class, name: str, config, **loading: object) -> tuple[PreTrainedModel, list[str]]:
@@ -185,34 +157,10 @@ class TrainedModel:
         """The model with its head.  Raises: ValueError if it was saved without one."""
         model, notes = load_for_task(auto_class, self.base, self.config, **self.loading)
         if self.base != self.name:
-            return PeftModel.from_pretrained(model, self.name)
+            return load_adapter(model, self.name)
         if notes:
             raise ValueError(f"{self.name} was not trained for this task: {'; '.join(notes)}")
         return model
-
-
-def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PeftModel:
-    """Freeze `model` and add trainable low-rank updates to its linear layers; the head is trained whole.
-
-    Source: Hu et al. 2021, arXiv:2106.09685; on all linear layers: Dettmers et al. 2023, arXiv:2305.14314.
-    """
-    heads = [
-        name for name, module in model.named_children() if name != model.base_model_prefix and _has_weights(module)
-    ]
-    config = LoraConfig(
-        task_type=task_type,
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules="all-linear",
-        exclude_modules=heads,
-        modules_to_save=heads,
-    )
-    return get_peft_model(model, config)
-
-
-def _has_weights(module: torch.nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 def checkpoint_to_resume(directory: str | Path, wanted: str | None) -> str | None:

@@ -160,10 +160,10 @@ def test_a_classifier_for_other_labels_is_given_those_of_the_data(tmp_path):
     config = classifier_config(["sports", "politics", "arts"], task)
     task.configure(config)
     assert config.id2label == {0: "bad", 1: "good"}
-    unnamed = make_task(tmp_path)
+    unnamed = make_task(tmp_path, [("a", 0), ("b", 1)], [("c", 1)])
     config = classifier_config(["LABEL_0", "LABEL_1"], unnamed)
     unnamed.configure(config)
-    assert config.id2label == {0: "bad", 1: "good"}
+    assert config.id2label == {0: "0", 1: "1"}
 
 
 def test_evaluation_of_unknown_labels_is_refused(tmp_path):
@@ -181,14 +181,15 @@ def test_evaluation_of_unknown_labels_is_refused(tmp_path):
 
 
 def test_long_texts_are_cut_and_their_share_is_said(tmp_path):
-    long = "a b c d e f g h i j k l m n o p q r s t u v w x y z"
-    task = make_task(tmp_path, [*TRAIN, (long, "good")], max_length=8)
+    rows = [("12345678", "good"), ("12345678", "bad"), ("123456789", "good")]  # a token per character
+    task = make_task(tmp_path, rows, rows[:1], tokenizer="char", max_length=8)
     configured(task)
-    assert max(map(len, task.rows["train"]["input_ids"])) == 8
-    assert task.notes == ["1 of 5 train texts (20.0%) are longer than 8 tokens and were cut"]
-    task = make_task(tmp_path, [*TRAIN, (long, "good")])
-    configured(task, max_position_embeddings=9)
-    assert max(map(len, task.rows["train"]["input_ids"])) == 9
+    assert list(map(len, task.rows["train"]["input_ids"])) == [8, 8, 8]
+    assert task.notes == ["1 of 3 train texts (33.3%) are longer than 8 tokens and were cut"]
+    task = make_task(tmp_path, rows, rows[:1], tokenizer="char")
+    configured(task, max_position_embeddings=7)
+    assert list(map(len, task.rows["train"]["input_ids"])) == [7, 7, 7]
+    assert task.notes[0] == "3 of 3 train texts (100.0%) are longer than 7 tokens and were cut"
     task = make_task(tmp_path, max_length=17)
     with pytest.raises(ValueError, match="max_length=17 exceeds the model's limit of 16 tokens; lower it"):
         configured(task)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from tiny_run import TinyBatches, num_items, tiny_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.optimizers import build_optimizer
@@ -60,6 +67,28 @@ def test_muon_leaves_the_head_of_a_classifier_to_adamw():
     model = LlamaForSequenceClassification(LlamaConfig.from_dict(tiny_model().config.to_dict() | {"pad_token_id": 0}))
     *_, hidden = groups(build_optimizer(model, LoopArguments(optimizer="muon")))
     assert hidden == HIDDEN
+
+
+class Flat(PreTrainedModel):
+    """A model without a trunk of its own."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(5, 4)
+        self.mixer = nn.Linear(4, 4)
+        self.lm_head = nn.Linear(4, 5)
+        self.post_init()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_a_model_without_a_trunk_goes_to_adamw_too(tied):
+    model = Flat(PreTrainedConfig())
+    if tied:
+        model.lm_head.weight = model.embed_tokens.weight
+    *_, hidden = groups(build_optimizer(model, LoopArguments(optimizer="muon")))
+    assert hidden == {"mixer.weight"}
 
 
 def test_frozen_parameters_are_in_no_group():

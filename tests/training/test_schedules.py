@@ -1,5 +1,7 @@
 """Learning-rate factors at chosen steps, worked out by hand, and the arguments that they come from."""
 
+import math
+
 import pytest
 from transformers import HfArgumentParser
 
@@ -60,9 +62,9 @@ def test_the_length_of_a_run():
 
 
 def test_arguments_are_read_from_a_command_line():
-    line = ["--learning_rate", "3e-4", "--optimizer", "muon", "--torch_compile", "--warmup_steps", "100"]
+    line = ["--learning_rate", "3e-4", "--optimizer", "muon", "--torch_compile", "--warmup_steps", "0.25"]
     (args,) = HfArgumentParser(LoopArguments).parse_args_into_dataclasses(line)
-    assert (args.learning_rate, args.optimizer, args.torch_compile, args.warmup_steps) == (3e-4, "muon", True, 100.0)
+    assert (args.learning_rate, args.optimizer, args.torch_compile, args.warmup_steps) == (3e-4, "muon", True, 0.25)
 
 
 def test_all_arguments_that_do_not_fit_are_told_at_once():
@@ -78,7 +80,9 @@ def test_all_arguments_that_do_not_fit_are_told_at_once():
     ]
 
 
-@pytest.mark.parametrize("changes", [{"learning_rate": float("nan")}, {"num_train_epochs": 0}, {"save_steps": -1}])
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": math.nan}, {"weight_decay": math.inf}, {"num_train_epochs": 0}, {"save_steps": -1}]
+)
 def test_numbers_out_of_range_are_refused(changes):
     (name,) = changes
     with pytest.raises(ValueError, match=f"{name}=.* is out of range"):

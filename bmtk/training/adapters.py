@@ -1,0 +1,79 @@
+"""Low-rank adapters (LoRA): small trainable updates beside frozen weights, through peft."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+ADAPTER_CONFIG = "adapter_config.json"  # the file that makes a folder an adapter
+
+
+@dataclass
+class AdapterArguments:
+    """Whether all weights are trained, or a low-rank update of them."""
+
+    _argument_group_name = "adapter"
+
+    adapter: str | None = field(
+        default=None,
+        metadata={"help": "lora: train low-rank updates of all linear layers, and the head; default: all"},
+    )
+    lora_rank: int = field(default=8, metadata={"help": "rank of the update of a matrix"})
+    lora_alpha: float = field(default=16, metadata={"help": "the update is multiplied by lora_alpha / lora_rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "probability, on what the update reads"})
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "save a whole model with the update added to its weights, not the adapter"}
+    )
+
+    def __post_init__(self):
+        if self.adapter not in (None, "lora"):
+            raise ValueError(f"adapter={self.adapter!r} is unknown; choose lora, or leave it out to train all weights")
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability; choose 0 <= lora_dropout < 1")
+        if self.merge_adapter and self.adapter is None:
+            raise ValueError("merge_adapter needs an adapter: set adapter to lora")
+
+
+def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PeftModel:
+    """Freeze `model` and add trainable low-rank updates to its linear layers; the head is trained whole.
+
+    Source: Hu et al. 2021, arXiv:2106.09685; on all linear layers: Dettmers et al. 2023, arXiv:2305.14314.
+    """
+    heads = [
+        name for name, module in model.named_children() if name != model.base_model_prefix and _has_weights(module)
+    ]
+    config = LoraConfig(
+        task_type=task_type,
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear",
+        exclude_modules=heads,
+        modules_to_save=heads,
+    )
+    with _no_future_warnings():
+        return get_peft_model(model, config)
+
+
+def load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
+    """`model` with the adapter in the folder or Hub repository `name`."""
+    with _no_future_warnings():
+        return PeftModel.from_pretrained(model, name)
+
+
+@contextmanager
+def _no_future_warnings() -> Iterator[None]:
+    """peft 0.21 asks a model of transformers 5.23 for `is_gradient_checkpointing`, a name that is going out of use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _has_weights(module: torch.nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
