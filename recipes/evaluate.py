@@ -52,7 +52,7 @@ def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
     values = arguments.RunConfig({}, argv)
     if values.get("config"):
         values = arguments.RunConfig(arguments.read_yaml(Path(str(values.get("config")))), argv)
-    if not values.get("model"):
+    if not values.get("model") and not {"-h", "--help"} & set(argv):
         raise ValueError("model is not set: name the folder or Hub id of the model to evaluate")
     folder = Path(str(values.get("model")))
     run = facts.read_run(folder) if (folder / "run.json").is_file() else {}

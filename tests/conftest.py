@@ -23,10 +23,13 @@ pytest_plugins = ["stand_in_hub", "smoke_runs"]
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """The same random numbers in every test, whichever tests ran before."""
+def fresh_process(monkeypatch):
+    """The same random numbers and no accelerator in every test, whichever tests ran before."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_collection_modifyitems(items):

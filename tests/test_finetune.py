@@ -123,8 +123,8 @@ def test_the_resolved_config_repeats_the_run(finetuned, tmp_path):
 
 @pytest.mark.parametrize(
     ("stop_at", "saving"),
-    [(7, ["--load_best_model_at_end", "true"]), (20, ["--save_strategy", "steps", "--save_steps", "1000"])],
-    ids=["within an epoch", "at the end of one, where nothing else saves"],
+    [(7, ["--load_best_model_at_end", "true"]), (40, ["--save_strategy", "steps", "--save_steps", "1000"])],
+    ids=["within an epoch", "at the very end, where nothing else saves"],
 )
 def test_a_stopped_run_goes_on_to_the_very_same_weights(stop_at, saving, tmp_path, monkeypatch):
     settings = [*SHORT, "--hidden_dropout", "0.1", "--logging_steps", "1", *saving]
@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(stop_at, saving, tmp_pat
 
     def stop(self, args, state, control, **kwargs):
         if state.global_step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(callbacks.RecordHistory, "on_step_begin", lambda *args, **kwargs: None, raising=False)

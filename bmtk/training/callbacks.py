@@ -104,18 +104,21 @@ class StopOnRequest(TrainerCallback):
 
     def __init__(self, request: StopRequest):
         self.request = request
-        self.is_stopping = False
+        self.is_asked = False
+        self.is_due = False  # the next save is the last
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.is_stopping = self._any_process_was_asked(args)
+        self.is_asked = self._any_process_was_asked(args)
         # at the end of an epoch, the evaluation that is due there belongs into the checkpoint
-        control.should_save |= self.is_stopping and state.epoch % 1 != 0
+        self.is_due = self.is_asked and state.epoch % 1 != 0
+        control.should_save |= self.is_due
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_save |= self.is_stopping
+        self.is_due = self.is_asked
+        control.should_save |= self.is_due
 
     def on_save(self, args, state, control, **kwargs):
-        if self.is_stopping:
+        if self.is_due:
             raise Stopped(self.request.exit_code)
 
     def _any_process_was_asked(self, args) -> bool:

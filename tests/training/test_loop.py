@@ -104,11 +104,11 @@ def test_the_exit_code_names_the_signal(tmp_path, number, code):
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_that_was_stopped_at_any_step_ends_with_the_same_bytes(tmp_path, optimizer):
-    straight = run(arguments(tmp_path / "straight", optimizer=optimizer))
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "fp32"), ("muon", "bf16")])
+def test_a_run_that_was_stopped_at_any_step_ends_with_the_same_bytes(tmp_path, optimizer, precision):
+    straight = run(arguments(tmp_path / "straight", optimizer=optimizer, precision=precision))
     for step in range(6):
-        args = arguments(tmp_path / f"stopped-{step}", optimizer=optimizer)
+        args = arguments(tmp_path / f"stopped-{step}", optimizer=optimizer, precision=precision)
         with pytest.raises(SystemExit):
             run(args, batches=Stopping(step))
         torch.rand(step + 1)  # another process starts with other generators
