@@ -26,6 +26,7 @@ from transformers import (
 
 from bmtk.data.tables import read_table
 from bmtk.data.tokenizers import train_tokenizer
+from bmtk.tasks.sequence_classification import SequenceClassification
 from bmtk.training import callbacks
 from bmtk.training.adapters import AdapterArguments, add_adapter
 from recipes import evaluate, finetune
@@ -267,6 +268,8 @@ def test_lora_learns_and_leaves_an_adapter(adapter, undecided, tmp_path):
     evaluate.main(["--model", str(adapter), "--output", str(tmp_path / "metrics.json")])
     again = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert again["test/loss"] == pytest.approx(run_facts["metrics"]["test/loss"], abs=1e-6)
+    next_command = SequenceClassification.next_command(None, adapter)
+    assert next_command == f"accelerate launch recipes/evaluate.py --model {adapter}"
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")

@@ -193,7 +193,9 @@ class SequenceClassification:
         return "\n".join(lines)
 
     def next_command(self, directory: Path) -> str:
-        """What to type to see the result."""
+        """What to type to see the result; pipeline() would give an adapter the labels of its base."""
+        if (directory / "adapter_config.json").is_file():
+            return f"accelerate launch recipes/evaluate.py --model {directory}"
         return (
             f'python -c "import bmtk; from transformers import pipeline; '
             f"print(pipeline('text-classification', model='{directory}')('A text of your own.'))\""
