@@ -8,9 +8,14 @@ import importlib
 
 import transformers
 
+from .configuration_bm_cnn import BmCnnConfig
+from .configuration_bm_rnn import BmRnnConfig
 from .configuration_bm_transformer import BmTransformerConfig
+from .feature_extraction_bm import BmFeatureExtractor
+from .image_processing_bm import BmImageProcessor
 
-FAMILIES = (BmTransformerConfig,)
+FAMILIES = (BmCnnConfig, BmRnnConfig, BmTransformerConfig)
+IMAGE_FAMILIES = (BmCnnConfig, BmTransformerConfig)
 
 
 def register() -> None:
@@ -23,3 +28,17 @@ def register() -> None:
             model_class = getattr(importlib.import_module(f".{module}", __name__), class_name)
             getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
             model_class.register_for_auto_class(auto_name)
+        transformers.AutoFeatureExtractor.register(config_class, BmFeatureExtractor, exist_ok=True)
+    BmFeatureExtractor.register_for_auto_class()
+    register_image_processor()
+
+
+def register_image_processor() -> None:
+    BmImageProcessor.register_for_auto_class()
+    for config_class in IMAGE_FAMILIES:
+        try:
+            transformers.AutoImageProcessor.register(
+                config_class, image_processor_classes={"pil": BmImageProcessor}, exist_ok=True
+            )
+        except ImportError:  # transformers 5.17 makes AutoImageProcessor a dummy object where torchvision is missing
+            return

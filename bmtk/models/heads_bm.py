@@ -1,6 +1,8 @@
-"""Heads: how positions become a task's output and its loss.  B rows, L positions, D width, V tokens, K labels.
+"""Text heads: how positions become a task's output and its loss.  B rows, L positions, D width, V tokens, K labels.
 
 Each head is written once; a family adds it in two lines: the head, the family's root, and `trunk_class`.
+A trunk returns `last_hidden_state` (B, L, D), and as the second of its outputs `pooler_output` (B, D), made by
+pooling_bm.py; that is also what transformers' VisionTextDualEncoderModel reads of a tower.
 Every loss is a sum over predicted elements divided by `num_items_in_batch` (or by their number, if none is given), so
 that micro-batches, accumulation and processes change nothing.
 """
@@ -8,9 +10,17 @@ that micro-batches, accumulation and processes change nothing.
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .pooling_bm import last_position, mask_of_positions, mean_position
 
 
 class CausalLMHead:
@@ -72,15 +82,66 @@ class CausalLMHead:
         )
 
 
+class MaskedLMHead:
+    """Predicts tokens from both sides: dense layer, GELU, LayerNorm, output matrix (BERT: Devlin et al. 2018)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.stem.embed_tokens.weight"}
+
+    def __init__(self, config):
+        if config.is_causal:
+            raise ValueError(
+                f"{type(self).__name__} needs is_causal=False: a causal trunk does not see what follows a masked token"
+            )
+        super().__init__(config)
+        self.model = self.trunk_class(config)
+        width = self.get_input_embeddings().embedding_dim  # of the matrix that the output may share
+        self.transform = nn.Sequential(nn.Linear(config.hidden_size, width), nn.GELU(), nn.LayerNorm(width, eps=1e-12))
+        self.lm_head = nn.Linear(width, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """Logits (B, L, V); `labels` (B, L) are the tokens that were masked, else -100; an item is such a token."""
+        kwargs.setdefault("use_cache", False)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(self.transform(outputs.last_hidden_state))
+        loss = None if labels is None else label_loss(logits, labels, num_items_in_batch)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 class SequenceClassificationHead:
-    """One label, several labels or numbers for a whole row, read from its last or from the mean of its positions."""
+    """One label, several labels or numbers for a whole row, read from the trunk's `pooler_output`."""
 
     def __init__(self, config):
         super().__init__(config)
         self.model = self.trunk_class(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.pool = {"last": last_position, "mean": mean_position}[config.classifier_pooling]
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -89,10 +150,9 @@ class SequenceClassificationHead:
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
@@ -101,13 +161,11 @@ class SequenceClassificationHead:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
             **kwargs,
         )
-        pooled = self.pool(outputs.last_hidden_state, attention_mask)  # (B, D)
-        logits = self.score(self.dropout(pooled))  # (B, K)
+        logits = self.score(self.dropout(outputs.pooler_output))  # (B, K)
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config, num_items_in_batch)
@@ -120,21 +178,110 @@ class SequenceClassificationHead:
         )
 
 
-def last_position(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, L, D) -> (B, D): the last real position of each row, padding on either side."""
-    if attention_mask is None:
-        return hidden_states[:, -1]
-    steps = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-    last = (steps * attention_mask).argmax(-1)
-    return hidden_states[torch.arange(len(hidden_states), device=hidden_states.device), last]
+class TokenClassificationHead:
+    """One label for every position."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.trunk_class(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Logits (B, L, K); `labels` (B, L) hold -100 where nothing is predicted; an item is a labelled position."""
+        kwargs.setdefault("use_cache", False)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else label_loss(logits, labels, num_items_in_batch)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
-def mean_position(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, L, D) -> (B, D): the mean over the real positions of each row."""
-    if attention_mask is None:
-        return hidden_states.mean(1)
-    weights = attention_mask[..., None].to(hidden_states.dtype)
-    return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
+class QuestionAnsweringHead:
+    """Where an answer starts and ends in a row.  Padding is never an answer: its logits are the lowest number."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.trunk_class(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        """Start and end logits (B, L); positions (B,) outside of the row are not predicted; an item is a row.
+
+        The loss is the mean of the cross-entropies of start and end.
+        """
+        kwargs.setdefault("use_cache", False)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))  # (B, L, 2)
+        mask = mask_of_positions(attention_mask, logits.shape[1])
+        if mask is not None:
+            logits = logits.masked_fill(mask[..., None] == 0, torch.finfo(logits.dtype).min)
+        start_logits, end_logits = logits.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            start_loss = position_loss(start_logits, start_positions, num_items_in_batch)
+            loss = (start_loss + position_loss(end_logits, end_positions, num_items_in_batch)) / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross-entropy of logits (..., K) and labels (...), which are -100 where nothing is predicted."""
+    total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
+    return total / ((labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def position_loss(logits: torch.Tensor, positions: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross-entropy of logits (B, L) and positions (B,) or (B, 1); those outside of [0, L) do not count."""
+    positions = positions.view(len(logits))
+    is_inside = (positions >= 0) & (positions < logits.shape[1])
+    return label_loss(logits, positions.masked_fill(~is_inside, -100), num_items_in_batch)
 
 
 def classification_loss(logits, labels, config, num_items_in_batch=None) -> torch.Tensor:
@@ -152,7 +299,7 @@ def classification_loss(logits, labels, config, num_items_in_batch=None) -> torc
         )
     if config.problem_type == "single_label_classification":
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
-        count = (labels != -100).sum()
+        count = (labels != -100).sum().clamp(min=1)
     elif config.problem_type == "multi_label_classification":
         total = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
         count = labels.numel()
@@ -164,8 +311,13 @@ def classification_loss(logits, labels, config, num_items_in_batch=None) -> torc
 
 __all__ = [
     "CausalLMHead",
+    "MaskedLMHead",
+    "QuestionAnsweringHead",
     "SequenceClassificationHead",
+    "TokenClassificationHead",
     "classification_loss",
+    "label_loss",
     "last_position",
     "mean_position",
+    "position_loss",
 ]

@@ -1,89 +1,67 @@
-"""Transformer: attention mixes the positions.  B rows, L positions, D width, H query heads, G key heads, d head size.
+"""Transformer: attention mixes the positions.  B rows, L positions, S source positions, D width.
 
-Modern and classic by configuration: rotary (Su et al. 2021, arXiv:2104.09864), sinusoidal or learned positions;
-RMSNorm (Zhang & Sennrich 2019) or LayerNorm, before (Xiong et al. 2020) or after (Vaswani et al. 2017) each sublayer;
-SwiGLU (Shazeer 2020), GELU, ReLU or squared ReLU (So et al. 2021); grouped-query attention (Ainslie et al. 2023);
-QK-norm.
+Modern and classic by configuration: see transformer_layers_bm.py for layers, stems_bm.py for inputs, heads_*.py for
+outputs.  Encoder (every position sees every other), decoder (causal), and both with cross-attention between them
+(Vaswani et al. 2017, arXiv:1706.03762).
 """
+
+import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
+    create_bidirectional_mask,
     create_causal_mask,
     find_packed_sequence_indices,
     packed_sequence_mask_function,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    Seq2SeqModelOutput,
+)
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_bm_transformer import BmTransformerConfig
-from .heads_bm import CausalLMHead, SequenceClassificationHead
-from .stems_bm import TokenStem, positions_from_mask
+from .heads_audio_bm import AudioClassificationHead, CTCHead
+from .heads_bm import (
+    CausalLMHead,
+    MaskedLMHead,
+    QuestionAnsweringHead,
+    SequenceClassificationHead,
+    TokenClassificationHead,
+)
+from .heads_detection_bm import ObjectDetectionHead
+from .heads_image_bm import ImageClassificationHead, MaskedImageModelingHead
+from .heads_seq2seq_bm import Seq2SeqLMHead
+from .heads_series_bm import TimeSeriesPredictionHead
+from .pooling_bm import POOLINGS, mask_of_positions
+from .stems_bm import positions_from_mask
+from .transformer_layers_bm import (
+    DECODER_LAYERS,
+    LAYERS,
+    NORMS,
+    BmRotaryEmbedding,
+    BmTransformerAttention,
+    BmTransformerLayer,
+    ResidualProjection,
+)
+from .transformer_stems_bm import STEMS
 
 
-class BmRMSNorm(nn.RMSNorm):
-    """RMSNorm that takes its weight in the input's type, as autocast feeds it 16-bit inputs."""
+@dataclass
+class BmTransformerOutput(BaseModelOutputWithPoolingAndCrossAttentions):
+    """`pooler_output` (B, D); `feature_maps` of images: embedded patches and last positions, each (B, D, H, W)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-NORMS = {"rms_norm": BmRMSNorm, "layer_norm": nn.LayerNorm}
-
-
-class BmRotaryEmbedding(nn.Module):
-    """position_ids (B, L) -> cosines and sines (B, 1, L, d); transformers' `_init_weights` rebuilds the buffers."""
-
-    def __init__(self, config: BmTransformerConfig):
-        super().__init__()
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = rope_init(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-
-    @staticmethod
-    def compute_default_rope_parameters(config, **kwargs):  # the signature transformers calls
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x[i], x[i + d/2]) of (B, H, L, d) by their angles."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out: query (B, H, L, d), key, value (B, G, S, d) -> (B, L, H, d) and weights (B, H, L, S)."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    feature_maps: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def same_document_mask(position_ids: torch.Tensor):
@@ -95,105 +73,11 @@ def same_document_mask(position_ids: torch.Tensor):
     return None if documents is None else packed_sequence_mask_function(documents)
 
 
-class ResidualProjection(nn.Linear):
-    """A projection whose output is added to the residual stream; its own class because it starts smaller."""
-
-
-class BmTransformerAttention(nn.Module):
-    def __init__(self, config: BmTransformerConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = config.is_causal
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        query_width = config.num_attention_heads * config.head_dim
-        key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.o_proj = ResidualProjection(query_width, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = BmRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = BmRMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(self, hidden_states, attention_mask=None, rotary=None, past_key_values: Cache | None = None, **kwargs):
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, H, L, d)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, G, L, d)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, past + L, d)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
-
-
-class GatedMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: BmTransformerConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class PlainMLP(nn.Module):
-    """down(act(up(x)))."""
-
-    def __init__(self, config: BmTransformerConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act = ACT2FN[config.hidden_act]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act(self.up_proj(x)))
-
-
-class BmTransformerLayer(GradientCheckpointingLayer):
-    """Attention and MLP on a residual stream.  Subclasses say where the norms stand."""
-
-    def __init__(self, config: BmTransformerConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = BmTransformerAttention(config, layer_idx)
-        self.mlp = GatedMLP(config) if config.hidden_act == "swiglu" else PlainMLP(config)
-        self.attention_norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
-        self.mlp_norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-
-class PreNormLayer(BmTransformerLayer):
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attended, _ = self.self_attn(self.attention_norm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
-
-
-class PostNormLayer(BmTransformerLayer):
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attended, _ = self.self_attn(hidden_states, **kwargs)
-        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
-        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
-
-
-LAYERS = {"pre": PreNormLayer, "post": PostNormLayer}
-
-
 class BmTransformerPreTrainedModel(PreTrainedModel):
     config: BmTransformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PreNormLayer", "PostNormLayer"]
+    _no_split_modules = ["PreNormLayer", "PostNormLayer", "PreNormDecoderLayer", "PostNormDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -206,29 +90,53 @@ class BmTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range); projections into the residual stream over sqrt(2 layers) (Radford et al. 2019)."""
         super()._init_weights(module)
-        # By class, not from the layer: for code outside transformers, modules without own parameters are passed over.
         if isinstance(module, ResidualProjection):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
 
     def get_input_embeddings(self) -> nn.Module:
+        if self.config.input_type != "tokens":
+            raise NotImplementedError(f"input_type={self.config.input_type!r} has no token embedding")
         return self.base_model.stem.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.base_model.stem.embed_tokens = value
+        if self.base_model is self:
+            self.stem.embed_tokens = value
+        else:
+            self.base_model.set_input_embeddings(value)
 
 
 class BmTransformerModel(BmTransformerPreTrainedModel):
-    """Stem, layers, and for pre-norm a last norm; returns `last_hidden_state` (B, L, D)."""
+    """Stem, layers, and for pre-norm a last norm; returns `last_hidden_state` (B, L, D) and `pooler_output` (B, D)."""
+
+    has_pooler = True  # the layer that `with_pooler` asks for
 
     def __init__(self, config: BmTransformerConfig):
         super().__init__(config)
-        self.stem = TokenStem(config)
-        self.layers = nn.ModuleList(LAYERS[config.norm_position](config, i) for i in range(config.num_hidden_layers))
+        self.check(config)
+        self.stem = STEMS[config.input_type](config)
+        self.main_input_name = self.stem.input_names[0]
+        self.layers = nn.ModuleList(self.build_layers(config))
         pre_norm = config.norm_position == "pre"
         self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps) if pre_norm else nn.Identity()
         self.rotary_emb = BmRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
+        self.pool = POOLINGS[config.classifier_pooling]
+        width, with_pooler = config.hidden_size, config.with_pooler and self.has_pooler
+        self.pooler = nn.Sequential(nn.Linear(width, width), nn.Tanh()) if with_pooler else nn.Identity()
+        if config.input_type == "pixels":
+            self.output_stride = config.patch_size
+            self.feature_strides, self.feature_channels = [config.patch_size] * 2, [width] * 2
         self.gradient_checkpointing = False
         self.post_init()
+
+    def check(self, config) -> None:
+        if config.is_encoder_decoder:
+            raise ValueError(
+                "is_encoder_decoder=True makes two stacks, and AutoModel one; load it with AutoModelForSeq2SeqLM"
+            )
+
+    def build_layers(self, config) -> list[nn.Module]:
+        layer_class = LAYERS[config.norm_position]
+        return [layer_class(config, i, is_causal=config.is_causal) for i in range(config.num_hidden_layers)]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -237,16 +145,20 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass input_ids or inputs_embeds, and not both")
-        if inputs_embeds is None:
-            inputs_embeds = self.stem.embed(input_ids)
+    ) -> BmTransformerOutput:
+        """Inputs that are not tokens come by name: pixel_values, input_features, past_values (see the stems)."""
+        names = self.stem.input_names
+        inputs = {name: input_ids if name == "input_ids" else kwargs.pop(name, None) for name in names}
+        inputs_embeds, attention_mask = self.read(inputs_embeds, attention_mask, inputs)
         same_document = None
+        past_key_values = (
+            past_key_values if self.config.is_causal else None
+        )  # what precedes a row says nothing of what follows
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = positions_from_mask(attention_mask, inputs_embeds.shape[1], past, inputs_embeds.device)
@@ -263,31 +175,246 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
         # An empty cache is made after the mask, because transformers looks for packing only where there is no cache.
         if use_cache and past_key_values is None and self.config.is_causal:
             past_key_values = DynamicCache(config=self.config)
-        hidden_states = self.stem(inputs_embeds, position_ids)
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        embedded = self.stem(inputs_embeds, position_ids, **types)
+        hidden_states = self.mix(
+            embedded, position_ids=position_ids, attention_mask=mask, past_key_values=past_key_values, **kwargs
+        )
+        pooled = self.pool(hidden_states, mask_of_positions(attention_mask, hidden_states.shape[1]))
+        return BmTransformerOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=self.pooler(pooled),
+            past_key_values=past_key_values,
+            feature_maps=self.feature_maps(inputs.get("pixel_values"), embedded, hidden_states),
+        )
+
+    def read(self, inputs_embeds, attention_mask, inputs: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the layers read (B, L, D) and which positions of it are real (B, L)."""
+        if (inputs[self.main_input_name] is None) == (inputs_embeds is None):
+            raise ValueError(f"pass {self.main_input_name} or inputs_embeds, and not both")
+        if inputs_embeds is not None:
+            return inputs_embeds, attention_mask
+        return self.stem.read(inputs, attention_mask)
+
+    def mix(self, hidden_states: torch.Tensor, *source, position_ids: torch.Tensor, **kwargs) -> torch.Tensor:
         rotary = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=mask,
-                rotary=rotary,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
+            hidden_states = layer(hidden_states, *source, rotary=rotary, position_ids=position_ids, **kwargs)
+        return self.norm(hidden_states)
+
+    def feature_maps(self, pixel_values, *positions: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """Positions (B, prefix + L, D) of images as maps (B, D, H, W)."""
+        if pixel_values is None:
+            return None
+        rows = pixel_values.shape[-2] // self.output_stride
+        grids = [x[:, self.stem.num_prefix_tokens :].transpose(1, 2) for x in positions]
+        return tuple(grid.unflatten(2, (rows, -1)) for grid in grids)
+
+
+class BmTransformerPositions(BmTransformerModel):
+    """The model for heads that read positions only: without the pooler's layer, which would get no gradient."""
+
+    has_pooler = False
+
+
+class BmTransformerEncoder(BmTransformerPositions):
+    """One side of an encoder-decoder: every position sees every other."""
+
+    def check(self, config) -> None:
+        assert config.is_encoder_decoder
+        assert not config.is_causal
+
+
+class BmTransformerDecoder(BmTransformerPositions):
+    """The other side: a position sees itself, those before it, and all of a source (B, S, D)."""
+
+    _can_record_outputs = {
+        "hidden_states": BmTransformerLayer,
+        "attentions": OutputRecorder(BmTransformerAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(BmTransformerAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def check(self, config) -> None:
+        assert config.is_encoder_decoder
+        assert config.is_causal
+
+    def build_layers(self, config) -> list[nn.Module]:
+        return [DECODER_LAYERS[config.norm_position](config, i) for i in range(config.decoder_layers)]
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "pass labels, decoder_input_ids or decoder_inputs_embeds: a decoder reads what it has written"
+            )
+        x, attention_mask = self.read(inputs_embeds, attention_mask, {"input_ids": input_ids})
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        own_cache = None if past_key_values is None else past_key_values.self_attention_cache
+        if position_ids is None:
+            past = 0 if own_cache is None else own_cache.get_seq_length()
+            position_ids = positions_from_mask(attention_mask, x.shape[1], past, x.device)
+        mask = create_causal_mask(self.config, x, attention_mask, own_cache, position_ids)
+        source_mask = create_bidirectional_mask(self.config, x, encoder_attention_mask, encoder_hidden_states)
+        hidden_states = self.mix(
+            self.stem(x, position_ids),
+            encoder_hidden_states,
+            position_ids=position_ids,
+            attention_mask=mask,
+            source_mask=source_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
+
+
+class BmTransformerEncoderDecoderModel(BmTransformerPreTrainedModel):
+    """Reads a source with an encoder; a decoder attends to what it says."""
+
+    def __init__(self, config: BmTransformerConfig):
+        super().__init__(config)
+        encoder_config = copy.deepcopy(config)
+        encoder_config.is_causal = False
+        self.encoder = BmTransformerEncoder(encoder_config)
+        self.decoder = BmTransformerDecoder(config)
+        self.post_init()
+
+    @property
+    def stem(self) -> nn.Module:
+        return self.encoder.stem
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        if not self.config.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings=False gives source and target an embedding each; set "
+                "model.encoder.stem.embed_tokens and model.decoder.stem.embed_tokens yourself"
+            )
+        self.encoder.stem.embed_tokens = self.decoder.stem.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqModelOutput:
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                use_cache=False,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        elif isinstance(encoder_outputs, tuple):
+            encoder_outputs = BaseModelOutput(*encoder_outputs[:1])
+        decoded = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            position_ids=decoder_position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=decoded.last_hidden_state,
+            past_key_values=decoded.past_key_values,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
 
 
 class BmTransformerForCausalLM(CausalLMHead, BmTransformerPreTrainedModel, GenerationMixin):
-    trunk_class = BmTransformerModel
+    trunk_class = BmTransformerPositions
+
+
+class BmTransformerForMaskedLM(MaskedLMHead, BmTransformerPreTrainedModel):
+    trunk_class = BmTransformerPositions
+
+
+class BmTransformerForSeq2SeqLM(Seq2SeqLMHead, BmTransformerPreTrainedModel, GenerationMixin):
+    trunk_class = BmTransformerEncoderDecoderModel
 
 
 class BmTransformerForSequenceClassification(SequenceClassificationHead, BmTransformerPreTrainedModel):
     trunk_class = BmTransformerModel
 
 
+class BmTransformerForTokenClassification(TokenClassificationHead, BmTransformerPreTrainedModel):
+    trunk_class = BmTransformerPositions
+
+
+class BmTransformerForQuestionAnswering(QuestionAnsweringHead, BmTransformerPreTrainedModel):
+    trunk_class = BmTransformerPositions
+
+
+class BmTransformerForImageClassification(ImageClassificationHead, BmTransformerPreTrainedModel):
+    trunk_class = BmTransformerModel
+
+
+class BmTransformerForMaskedImageModeling(MaskedImageModelingHead, BmTransformerPreTrainedModel):
+    trunk_class = BmTransformerPositions
+
+
+class BmTransformerForObjectDetection(ObjectDetectionHead, BmTransformerPreTrainedModel):
+    trunk_class = BmTransformerPositions
+
+
+class BmTransformerForAudioClassification(AudioClassificationHead, BmTransformerPreTrainedModel):
+    trunk_class = BmTransformerModel
+
+
+class BmTransformerForCTC(CTCHead, BmTransformerPreTrainedModel):
+    trunk_class = BmTransformerPositions
+
+
+class BmTransformerForTimeSeriesPrediction(TimeSeriesPredictionHead, BmTransformerPreTrainedModel):
+    trunk_class = BmTransformerPositions
+
+
 __all__ = [
+    "BmTransformerEncoderDecoderModel",
+    "BmTransformerForAudioClassification",
+    "BmTransformerForCTC",
     "BmTransformerForCausalLM",
+    "BmTransformerForImageClassification",
+    "BmTransformerForMaskedImageModeling",
+    "BmTransformerForMaskedLM",
+    "BmTransformerForObjectDetection",
+    "BmTransformerForQuestionAnswering",
+    "BmTransformerForSeq2SeqLM",
     "BmTransformerForSequenceClassification",
+    "BmTransformerForTimeSeriesPrediction",
+    "BmTransformerForTokenClassification",
     "BmTransformerModel",
     "BmTransformerPreTrainedModel",
 ]

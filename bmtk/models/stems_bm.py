@@ -1,6 +1,8 @@
 """Stems: how an input becomes positions.  B rows, L positions, D width.
 
-One stem per kind of input, written once and uploaded with every family.
+One stem per kind of input, written once and uploaded with every family: tokens here, audio in stems_audio_bm.py,
+series in stems_series_bm.py, images in stems_image_bm.py.  `stem.embed(...)` reads, AddPositions tells places apart.
+Each family says in its own stems file which it takes, and what it adds.
 Source: sinusoidal positions, Vaswani et al. 2017, arXiv:1706.03762, sec. 3.5; learned positions, Gehring et al. 2017.
 """
 
@@ -23,27 +25,36 @@ class SinusoidalPositions(nn.Module):
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # (B, L, D)
 
 
-class TokenStem(nn.Module):
-    """Token ids (B, L) -> (B, L, D), with learned, sinusoidal or no absolute positions, then dropout."""
+class AddPositions:
+    """The second half of a stem: learned, sinusoidal or no absolute positions are added, then dropout."""
 
-    def __init__(self, config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+    def build_positions(self, config, num_positions: int) -> None:
         self.embed_positions = {
-            "learned": lambda: nn.Embedding(config.max_position_embeddings, config.hidden_size),
+            "learned": lambda: nn.Embedding(num_positions, config.hidden_size),
             "sinusoidal": lambda: SinusoidalPositions(config.hidden_size),
         }.get(config.position_embedding_type, lambda: None)()
         self.dropout = nn.Dropout(config.embedding_dropout)
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        embeds = self.embed_tokens(input_ids)
-        return embeds if self.scale == 1.0 else embeds * self.scale
 
     def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         if self.embed_positions is not None:
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids).to(inputs_embeds.dtype)
         return self.dropout(inputs_embeds)
+
+
+class TokenStem(AddPositions, nn.Module):
+    """Token ids (B, L) -> (B, L, D)."""
+
+    input_names = ("input_ids",)
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        self.build_positions(config, config.max_position_embeddings)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embeds = self.embed_tokens(input_ids)
+        return embeds if self.scale == 1.0 else embeds * self.scale
 
 
 def positions_from_mask(attention_mask: torch.Tensor | None, length: int, past: int, device) -> torch.Tensor:
@@ -56,4 +67,4 @@ def positions_from_mask(attention_mask: torch.Tensor | None, length: int, past: 
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
-__all__ = ["SinusoidalPositions", "TokenStem", "positions_from_mask"]
+__all__ = ["AddPositions", "SinusoidalPositions", "TokenStem", "positions_from_mask"]

@@ -1,0 +1,118 @@
+"""Boxes: geometry, target assignment of FCOS, non-maximum suppression.  N boxes, Q locations, K classes; pixels.
+
+A box is (left, top, right, bottom); a location sees it as its distances (left, top, right, bottom) to the four sides.
+Sources: FCOS, Tian et al. 2019, arXiv:1904.01355; GIoU, Rezatofighi et al. 2019, arXiv:1902.09630; the sampling of
+centres, Tian et al. 2020, arXiv:2006.09214.
+"""
+
+import torch
+
+
+def grid_locations(
+    shapes: list[tuple[int, int]], strides: list[int], device=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Locations (Q, 2) as (x, y), the middles of the cells of all levels row by row, and the level (Q,) of each."""
+    points, levels = [], []
+    for level, ((rows, columns), stride) in enumerate(zip(shapes, strides, strict=True)):
+        y, x = torch.meshgrid(
+            torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+        )  # (rows, columns)
+        points.append((torch.stack((x, y), dim=-1).flatten(0, 1) + 0.5) * stride)
+        levels.append(torch.full((rows * columns,), level, device=device))
+    return torch.cat(points), torch.cat(levels)
+
+
+def side_distances(points: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Distances (Q, N, 4) from locations (Q, 2) to the sides of boxes (N, 4); all positive inside a box."""
+    return torch.cat((points[:, None] - boxes[None, :, :2], boxes[None, :, 2:] - points[:, None]), dim=-1)
+
+
+def assign_boxes(
+    points: torch.Tensor, strides: torch.Tensor, ranges: torch.Tensor, boxes: torch.Tensor, *, radius: float
+) -> torch.Tensor:
+    """The box (Q,) that each location is to predict, -1 for background (FCOS, sections 3.1 and 3.2).
+
+    A location takes a box that it lies in, at most `radius` strides (Q,) from its centre along each axis (0: anywhere
+    inside), and whose farthest side is within the range (Q, 2) of its level; of several, the one of least area.
+    """
+    if len(boxes) == 0:
+        return torch.full((len(points),), -1, device=points.device)
+    distances = side_distances(points, boxes)  # (Q, N, 4)
+    taken = distances.amin(-1) > 0
+    if radius > 0:
+        from_centre = (points[:, None] - (boxes[:, :2] + boxes[:, 2:]) / 2).abs().amax(-1)  # (Q, N)
+        taken &= from_centre < radius * strides[:, None]
+    farthest = distances.amax(-1)
+    taken &= (farthest >= ranges[:, :1]) & (farthest <= ranges[:, 1:])
+    areas = ((boxes[:, 2:] - boxes[:, :2]).prod(-1)).expand(len(points), -1).masked_fill(~taken, torch.inf)
+    least, index = areas.min(-1)
+    return index.masked_fill(least.isinf(), -1)
+
+
+def centerness(distances: torch.Tensor) -> torch.Tensor:
+    """1 at the centre of a box, 0 at its sides (FCOS, eq. 3): distances (..., 4) -> (...)."""
+    left, top, right, bottom = distances.unbind(-1)
+    across = torch.minimum(left, right) / torch.maximum(left, right)
+    along = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+    return (across * along).sqrt()
+
+
+def overlap_of_distances(predicted: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """IoU and GIoU of pairs of boxes, both as positive distances (..., 4) from one location inside both."""
+
+    def area(sides: torch.Tensor) -> torch.Tensor:
+        return (sides[..., 0] + sides[..., 2]) * (sides[..., 1] + sides[..., 3])
+
+    shared = area(torch.minimum(predicted, target))
+    union = area(predicted) + area(target) - shared
+    hull = area(torch.maximum(predicted, target))
+    iou = shared / union
+    return iou, iou - (hull - union) / hull
+
+
+def corners(boxes: torch.Tensor) -> torch.Tensor:
+    """(centre x, centre y, width, height) -> (left, top, right, bottom)."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat((centre - half, centre + half), dim=-1)
+
+
+def centres(boxes: torch.Tensor) -> torch.Tensor:
+    """(left, top, right, bottom) -> (centre x, centre y, width, height)."""
+    return torch.cat(((boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]), dim=-1)
+
+
+def pairwise_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Intersection over union (N, M) of boxes (N, 4) and (M, 4); 0 where both are empty."""
+    low = torch.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = torch.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    areas, other_areas = ((b[:, 2:] - b[:, :2]).clamp(min=0).prod(-1) for b in (boxes, others))
+    return shared / (areas[:, None] + other_areas[None] - shared).clamp(min=torch.finfo(boxes.dtype).eps)
+
+
+def non_maximum_suppression(
+    boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, *, iou_threshold: float
+) -> torch.Tensor:
+    """Indices of the boxes (N, 4) that stay, best first: none overlaps a better one of its class by more than this."""
+    order = scores.argsort(descending=True, stable=True)
+    boxes, labels = boxes[order], labels[order]
+    rivals = (pairwise_iou(boxes, boxes) > iou_threshold) & (labels[:, None] == labels[None])
+    rivals = rivals.triu(1).cpu()  # (better, worse)
+    stays = torch.ones(len(boxes), dtype=torch.bool)
+    for index in range(len(boxes)):
+        if stays[index]:
+            stays &= ~rivals[index]
+    return order[stays.to(order.device)]
+
+
+__all__ = [
+    "assign_boxes",
+    "centerness",
+    "centres",
+    "corners",
+    "grid_locations",
+    "non_maximum_suppression",
+    "overlap_of_distances",
+    "pairwise_iou",
+    "side_distances",
+]

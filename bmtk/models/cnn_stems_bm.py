@@ -1,0 +1,55 @@
+"""Stems of a CNN over sequences: what reads an input, and optionally where a position stands.  B rows, L positions.
+
+`read(inputs, attention_mask)` returns what is read, (B, L, D), and which of it is real, (B, L) or None for all;
+`forward` then adds positions.  Images have their PixelStem.
+"""
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .stems_audio_bm import AudioStem
+from .stems_bm import AddPositions, TokenStem
+from .stems_image_bm import PixelStem
+from .stems_series_bm import SeriesStem
+
+logger = logging.get_logger(__name__)
+
+
+class ConvolutionalTokenStem(TokenStem):
+    def read(self, inputs: dict, attention_mask):
+        return self.embed(inputs["input_ids"]), attention_mask
+
+
+class ConvolutionalAudioStem(AddPositions, AudioStem):
+    def __init__(self, config):
+        super().__init__(config)
+        self.build_positions(config, config.max_position_embeddings)
+
+    def read(self, inputs: dict, attention_mask):
+        return self.embed(**inputs, attention_mask=attention_mask)
+
+
+class ConvolutionalSeriesStem(AddPositions, SeriesStem):
+    def __init__(self, config):
+        super().__init__(config)
+        self.build_positions(config, self.num_positions)
+
+    def read(self, inputs: dict, attention_mask):
+        return self.embed(**inputs)
+
+
+STEMS: dict[str, type[nn.Module]] = {
+    "pixels": PixelStem,
+    "tokens": ConvolutionalTokenStem,
+    "audio": ConvolutionalAudioStem,
+    "series": ConvolutionalSeriesStem,
+}
+
+
+def warn_of_token_types(token_type_ids: torch.Tensor | None) -> None:
+    if token_type_ids is not None:
+        logger.warning_once("token_type_ids are ignored: a bm_cnn has no embedding of token types")
+
+
+__all__ = ["STEMS", "warn_of_token_types"]

@@ -1,0 +1,167 @@
+"""Configuration of the bm_rnn family: cells, shapes and regularisers by fields, not by classes."""
+
+from typing import ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .presets_bm import PresetMixin
+
+PRESETS = {
+    # Embedding, one LSTM, linear layer: the sentiment classifier of Keras' examples/imdb_lstm.py, 2,691,713 weights.
+    # Ours has 641 more: torch's LSTM keeps a second bias (512), and there are two labels, not one (129).
+    "lstm-classifier": {
+        "vocab_size": 20000, "embedding_size": 128, "hidden_size": 128, "num_hidden_layers": 1, "cell_type": "lstm",
+        "input_dropout": 0.2, "weight_drop": 0.2, "tie_word_embeddings": False, "classifier_pooling": "last",
+    },
+    # AWD-LSTM on Penn Treebank, Merity et al. 2017, arXiv:1708.02182, table 1: 24 M, by their layers 24,221,600.
+    # Ours has 10,000 fewer: the output layer has no bias.
+    "awd-lstm-ptb": {
+        "vocab_size": 10000, "embedding_size": 400, "hidden_size": 400, "intermediate_size": 1150,
+        "num_hidden_layers": 3, "cell_type": "lstm", "tie_word_embeddings": True, "embedding_dropout": 0.1,
+        "input_dropout": 0.4, "hidden_dropout": 0.3, "output_dropout": 0.4, "weight_drop": 0.5,
+        "activation_regularization": 2.0, "temporal_activation_regularization": 1.0, "initializer_range": 0.1,
+    },
+    # A minGRU language model of our own shape; Feng et al. 2024, arXiv:2410.01201, publish cells, not shapes.
+    "minigru-small": {
+        "vocab_size": 4096, "hidden_size": 384, "intermediate_size": 384, "num_hidden_layers": 6,
+        "cell_type": "mingru", "residual": True, "norm_type": "rms_norm", "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@strict
+class BmRnnConfig(PresetMixin, PreTrainedConfig):
+    """What a bm_rnn is made of.
+
+    A row is read by `num_hidden_layers` recurrent layers.  All but the last have `intermediate_size` units, the last
+    has `hidden_size`, which is what heads read.  In a bidirectional network each direction has half of the units.  In
+    an encoder-decoder both sides have `num_hidden_layers` layers, and the decoder starts where the encoder ends.
+    """
+
+    model_type = "bm_rnn"
+    keys_to_ignore_at_inference = ["past_key_values", "undropped_hidden_state", "final_state"]
+    # Auto class -> the class that serves it; read by bmtk.models.register and saved as `auto_map` with every model.
+    heads: ClassVar[dict[str, str]] = {
+        "AutoModel": "modeling_bm_rnn.BmRnnModel",
+        "AutoModelForCausalLM": "modeling_bm_rnn.BmRnnForCausalLM",
+        "AutoModelForSeq2SeqLM": "modeling_bm_rnn.BmRnnForSeq2SeqLM",
+        "AutoModelForMaskedLM": "modeling_bm_rnn.BmRnnForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_bm_rnn.BmRnnForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_bm_rnn.BmRnnForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_bm_rnn.BmRnnForQuestionAnswering",
+        "AutoModelForAudioClassification": "modeling_bm_rnn.BmRnnForAudioClassification",
+        "AutoModelForCTC": "modeling_bm_rnn.BmRnnForCTC",
+        "AutoModelForTimeSeriesPrediction": "modeling_bm_rnn.BmRnnForTimeSeriesPrediction",
+    }
+
+    presets: ClassVar[dict[str, dict]] = PRESETS
+
+    input_type: Literal["tokens", "audio", "series"] = "tokens"
+    vocab_size: int = 4096  # tokens the embedding knows
+    embedding_size: int | None = None  # width of a token embedding; None: hidden_size (and always, without tokens)
+    hidden_size: int = 256  # width of a position, as heads read it
+    intermediate_size: int | None = None  # units of every layer but the last; None: hidden_size
+    num_hidden_layers: int = 2
+    cell_type: Literal["elman", "gru", "lstm", "mingru"] = "lstm"
+    is_causal: bool | None = None  # False: half of the units read backwards (an encoder); None: True for tokens only
+    residual: bool = False  # add a layer's input to its output, where their widths agree
+    norm_type: Literal["none", "rms_norm", "layer_norm"] = "none"  # before each layer, and after the last
+    output_projection: bool = (
+        False  # the last layer has intermediate_size units too, a matrix takes them to hidden_size
+    )
+    tie_word_embeddings: bool = True  # one matrix for input and output tokens, and for both sides of a translation
+    embedding_dropout: int | float = 0.0  # probability that a word is absent from the whole batch
+    input_dropout: int | float = 0.0  # probability, on embeddings; one mask for all positions of a row
+    hidden_dropout: int | float = 0.0  # probability, between layers; one mask for all positions of a row
+    output_dropout: int | float = 0.0  # probability, on what heads read; one mask for all positions of a row
+    weight_drop: int | float = 0.0  # probability, on recurrent weights; one mask for a whole batch
+    activation_regularization: int | float = 0.0  # factor of the squared output in a causal LM's training loss
+    temporal_activation_regularization: int | float = 0.0  # likewise, of its squared change from position to position
+    attention_scoring: Literal["general", "dot"] = "general"  # how a decoder compares its state with source positions
+    classifier_dropout: int | float = 0.0  # probability, on what a classification head reads
+    classifier_pooling: Literal["first", "last", "mean", "max"] | None = None  # None: last if causal, else mean
+    initializer_range: int | float = 0.05  # standard deviation of embeddings and linear layers
+    use_cache: bool = True
+    is_encoder_decoder: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    decoder_start_token_id: int | None = None  # what a decoder reads first
+
+    # Audio
+    num_mel_bins: int = 80  # mel bands of a frame; four frames make a position
+
+    # Series
+    context_length: int = 96  # steps that are seen
+    prediction_length: int = 24  # steps that are predicted
+    patch_size: int = 1  # steps per position
+    num_input_channels: int = 1  # numbers per step
+    num_time_features: int = 0  # calendar covariates per step, known of the past and of the future
+    series_loss: Literal["mse", "mae", "huber", "quantile", "student_t"] = "mse"
+    quantiles: list[int | float] | tuple[int | float, ...] = (0.1, 0.5, 0.9)  # of series_loss "quantile"; one is 0.5
+
+    def __post_init__(self, **kwargs):
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+        if self.intermediate_size is None:
+            self.intermediate_size = self.hidden_size
+        if self.is_causal is None:
+            self.is_causal = self.input_type == "tokens"
+        self.quantiles = list(self.quantiles)
+        if self.classifier_pooling is None:
+            self.classifier_pooling = "last" if self.is_causal else "mean"
+        super().__post_init__(**kwargs)
+        # Code is saved beside every model: a map that a loaded config carries from elsewhere must not survive.
+        self.auto_map = {"AutoConfig": "configuration_bm_rnn.BmRnnConfig", **self.heads}
+
+    @property
+    def layer_sizes(self) -> list[int]:
+        """Units of each layer, both directions together."""
+        last = self.intermediate_size if self.output_projection else self.hidden_size
+        return [self.intermediate_size] * (self.num_hidden_layers - 1) + [last]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What `DynamicCache(config=...)` makes of each layer; a property, so that it is not saved."""
+        return ["bm_recurrent"] * self.num_hidden_layers
+
+    def validate_layer_type(self):
+        """Take the place of the base class's check, which knows the library's own names only."""
+
+    def validate_sizes(self):
+        for name in ("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        odd = [size for size in self.layer_sizes if size % 2]
+        if odd and not self.is_causal:
+            raise ValueError(
+                f"is_causal=False halves the units of a layer between two directions; hidden_size={self.hidden_size} "
+                f"and intermediate_size={self.intermediate_size} make one of {odd[0]}, so choose even sizes"
+            )
+
+    def validate_inputs(self):
+        if self.input_type != "tokens" and (self.embedding_size != self.hidden_size or self.is_encoder_decoder):
+            raise ValueError(
+                f"input_type={self.input_type!r} reads no tokens: embedding_size={self.embedding_size} must equal "
+                f"hidden_size={self.hidden_size}, is_encoder_decoder={self.is_encoder_decoder} be False; omit both"
+            )
+        if self.input_type == "series" and self.context_length % self.patch_size:
+            raise ValueError(
+                f"context_length={self.context_length} is not a multiple of patch_size={self.patch_size}; change one "
+                "of them (patch_size=1 makes a position of every step)"
+            )
+
+    def validate_probabilities(self):
+        names = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_drop")
+        for name in (*names, "classifier_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not a probability; choose 0 <= {name} < 1")
+        if self.weight_drop and self.cell_type == "mingru":
+            raise ValueError(
+                f"weight_drop={self.weight_drop} has nothing to act on: cell_type='mingru' has no recurrent weights; "
+                "set it to 0"
+            )
+
+
+__all__ = ["PRESETS", "BmRnnConfig"]

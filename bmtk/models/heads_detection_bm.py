@@ -1,0 +1,249 @@
+"""Anchor-free object detection.  B images, Q locations of all levels, K classes, C channels, N boxes of one image.
+
+FCOS (Tian et al. 2019, arXiv:1904.01355) over a feature pyramid (Lin et al. 2017, arXiv:1612.03144) of the trunk's
+last maps.  Where it follows the authors' later text (2020, arXiv:2006.09214): sampling of centres, centre-ness beside
+the regression instead of the classification, GIoU.  Distances are exp(scale * x) * stride.
+
+What the head asks of a trunk: `outputs.feature_maps`, a list of (B, C, H, W), and for each of them
+`trunk.feature_strides` (pixels) and `trunk.feature_channels`.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .boxes_bm import assign_boxes, centerness, centres, corners, grid_locations, overlap_of_distances, side_distances
+from .heads_image_bm import check_pixels
+
+NUM_TRUNK_LEVELS = 3  # the paper's C3, C4 and C5
+STRIDES_OF_RANGE = (
+    8  # a level of stride s sees boxes whose farthest side is 4 s to 8 s away: 64, 128, ... in the paper
+)
+PRIOR = 0.01  # probability of any class that the classification starts from (Lin et al. 2017, arXiv:1708.02002)
+GROUPS = 32  # of the group norms in the towers
+LARGEST_EXPONENT = math.log(1000.0)  # keeps exp() finite
+
+
+@dataclass
+class DetectionOutput(ModelOutput):
+    """`logits` (B, Q, K), `pred_boxes` (B, Q, 4) as (centre x, centre y, width, height) in parts of the image,
+    `pred_centerness` (B, Q) before the sigmoid, and the three terms of the loss."""
+
+    loss: torch.Tensor | None = None
+    loss_dict: dict | None = None
+    logits: torch.Tensor | None = None
+    pred_boxes: torch.Tensor | None = None
+    pred_centerness: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple | None = None
+
+
+class FeaturePyramid(nn.Module):
+    """Maps of growing stride -> `num_levels` maps of one width; each knows the coarser ones."""
+
+    def __init__(self, channels: list[int], width: int, num_levels: int):
+        super().__init__()
+        self.laterals = nn.ModuleList(nn.Conv2d(inputs, width, 1) for inputs in channels)
+        self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
+        num_extra = num_levels - len(channels)
+        self.extra = nn.ModuleList(nn.Conv2d(width, width, 3, stride=2, padding=1) for _ in range(num_extra))
+
+    def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        merged = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
+        for i in reversed(range(len(merged) - 1)):
+            merged[i] = merged[i] + F.interpolate(merged[i + 1], size=merged[i].shape[-2:], mode="nearest")
+        levels = [smooth(x) for smooth, x in zip(self.smooth, merged, strict=True)]
+        for i, conv in enumerate(self.extra):
+            levels.append(conv(levels[-1] if i == 0 else levels[-1].relu()))
+        return levels
+
+
+def tower(width: int, depth: int) -> nn.Sequential:
+    groups = math.gcd(GROUPS, width)
+    layers = ((nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(groups, width), nn.ReLU()) for _ in range(depth))
+    return nn.Sequential(*(layer for block in layers for layer in block))
+
+
+class DetectionTowers(nn.Module):
+    """Levels (B, C, H, W) -> class logits (B, Q, K), distances in strides (B, Q, 4), centre-ness (B, Q)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.fpn_size
+        self.classification = tower(width, config.num_detection_layers)
+        self.regression = tower(width, config.num_detection_layers)
+        self.class_logits = nn.Conv2d(width, config.num_labels, 3, padding=1)
+        self.distances = nn.Conv2d(width, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(width, 1, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(config.num_feature_levels))
+
+    def forward(self, levels: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, distances, centre_logits = [], [], []
+        for scale, x in zip(self.scales, levels, strict=True):
+            regression = self.regression(x)
+            logits.append(self.class_logits(self.classification(x)).flatten(2))
+            distances.append((scale * self.distances(regression)).clamp(max=LARGEST_EXPONENT).exp().flatten(2))
+            centre_logits.append(self.centerness(regression).flatten(2))
+        by_location = [torch.cat(x, dim=2).transpose(1, 2) for x in (logits, distances, centre_logits)]
+        return by_location[0], by_location[1], by_location[2].squeeze(-1)
+
+    def reset(self) -> None:
+        """Small weights, and few objects to begin with: the focal loss starts calm."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                init.normal_(module.weight, std=0.01)
+        init.constant_(self.class_logits.bias, -math.log((1 - PRIOR) / PRIOR))
+        init.ones_(self.scales)
+
+
+class ObjectDetectionHead:
+    """FCOS.  `labels` is a list of {"class_labels": (N,), "boxes": (N, 4)}, boxes as in `pred_boxes`.
+
+    Every term of the loss is a sum divided by the number of positive locations.  That number is a property of the
+    labels alone, so whoever splits a batch (accumulation, processes) asks `count_items` for every part, and hands the
+    total to each forward as `num_items_in_batch`; then any split gives the same gradient.  Without it, the positives
+    of this forward count, and averages over micro-batches are averages of averages, as in every FCOS.
+    """
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config):
+        check_pixels(config, type(self).__name__)
+        super().__init__(config)
+        self.model = self.trunk_class(config)
+        self.used_maps = last_map_of_each_stride(self.model.feature_strides)[-config.num_feature_levels :]
+        self.strides = [self.model.feature_strides[i] for i in self.used_maps]
+        while len(self.strides) < config.num_feature_levels:
+            self.strides.append(2 * self.strides[-1])
+        channels = [self.model.feature_channels[i] for i in self.used_maps]
+        self.pyramid = FeaturePyramid(channels, config.fpn_size, config.num_feature_levels)
+        self.towers = DetectionTowers(config)
+        self.shapes_of_size = {}
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DetectionTowers):
+            module.reset()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: list[dict[str, torch.Tensor]] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> DetectionOutput:
+        outputs = self.model(pixel_values=pixel_values, **kwargs)
+        levels = self.pyramid([outputs.feature_maps[i] for i in self.used_maps])
+        logits, distances, centre_logits = self.towers(levels)
+        points, strides, ranges = self.locations([x.shape[-2:] for x in levels], logits.device)
+        distances = distances.float() * strides[:, None]  # (B, Q, 4), pixels
+        size = image_size(pixel_values)
+        loss = terms = None
+        if labels is not None:
+            targets = [self.targets(points, strides, ranges, label, size) for label in labels]
+            classes, target_distances = (torch.stack(x) for x in zip(*targets, strict=True))
+            terms = self.loss_terms(logits, distances, centre_logits, classes, target_distances, num_items_in_batch)
+            loss = sum(terms.values())
+        boxes = torch.cat((points - distances[..., :2], points + distances[..., 2:]), dim=-1)
+        return DetectionOutput(
+            loss=loss,
+            loss_dict=terms,
+            logits=logits,
+            pred_boxes=centres(boxes) / size.repeat(2),
+            pred_centerness=centre_logits,
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def locations(self, shapes, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Locations (Q, 2), strides (Q,) and ranges (Q, 2) of the farthest side, in pixels."""
+        points, levels = grid_locations(shapes, self.strides, device)
+        limits = [0.0, *(STRIDES_OF_RANGE * stride for stride in self.strides[:-1]), math.inf]
+        ranges = torch.tensor(list(pairwise(limits)), device=device)
+        return points, torch.tensor(self.strides, device=device, dtype=torch.float32)[levels], ranges[levels]
+
+    def targets(self, points, strides, ranges, label, size) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each location is to say about one image: its class (Q,), K for background, and its distances (Q, 4)."""
+        classes = label["class_labels"].to(points.device)
+        if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < self.config.num_labels:
+            raise ValueError(
+                f"class_labels hold {int(classes.min())} to {int(classes.max())}; num_labels={self.config.num_labels} "
+                f"allows 0 to {self.config.num_labels - 1}"
+            )
+        boxes = corners(label["boxes"].to(points.device, torch.float32).view(-1, 4)) * size.repeat(2)
+        index = assign_boxes(points, strides, ranges, boxes, radius=self.config.center_sampling_radius)
+        background = torch.full_like(index, self.config.num_labels)
+        if len(boxes) == 0:
+            return background, points.new_zeros(len(points), 4)
+        distances = side_distances(points, boxes)[torch.arange(len(points), device=points.device), index.clamp(min=0)]
+        return torch.where(index < 0, background, classes[index.clamp(min=0)]), distances
+
+    def loss_terms(self, logits, distances, centre_logits, classes, target_distances, num_items) -> dict:
+        """Focal loss of all locations; GIoU (or IoU) and centre-ness of the positive ones; each over `num_items`."""
+        positive = classes < self.config.num_labels  # (B, Q)
+        num_items = positive.sum().clamp(min=1) if num_items is None else num_items
+        one_hot = F.one_hot(classes, self.config.num_labels + 1)[..., :-1].float()
+        focal = focal_loss(logits.float(), one_hot, alpha=self.config.focal_alpha, gamma=self.config.focal_gamma)
+        wanted = target_distances[positive]
+        iou, giou = overlap_of_distances(distances[positive], wanted)
+        box_loss = 1 - giou if self.config.box_loss == "giou" else -iou.clamp(min=1e-6).log()
+        centre_loss = F.binary_cross_entropy_with_logits(
+            centre_logits[positive].float(), centerness(wanted), reduction="sum"
+        )
+        sums = {"class": focal.sum(), "box": box_loss.sum(), "centerness": centre_loss}
+        return {name: total / num_items for name, total in sums.items()}
+
+    @torch.no_grad()
+    def count_items(self, pixel_values: torch.Tensor, labels: list[dict[str, torch.Tensor]], **kwargs) -> torch.Tensor:
+        """How many locations of this batch are positive, from its labels and the size of its images; no forward."""
+        shapes = self.level_shapes(pixel_values.shape[-2:])
+        points, strides, ranges = self.locations(shapes, pixel_values.device)
+        size = image_size(pixel_values)
+        classes = [self.targets(points, strides, ranges, label, size)[0] for label in labels]
+        return (torch.stack(classes) < self.config.num_labels).sum()
+
+    def level_shapes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Rows and columns of every level for an image of this height and width, computed without numbers, once."""
+        size = tuple(size)
+        if size not in self.shapes_of_size:
+            with torch.device("meta"):
+                trunk, pyramid = type(self.model)(self.config).eval(), self.pyramid
+                maps = trunk(pixel_values=torch.empty(1, self.config.num_channels, *size)).feature_maps
+            shapes = [tuple(maps[i].shape[-2:]) for i in self.used_maps]
+            for _ in pyramid.extra:
+                shapes.append(tuple((side + 1) // 2 for side in shapes[-1]))
+            self.shapes_of_size[size] = shapes
+        return self.shapes_of_size[size]
+
+
+def image_size(pixel_values: torch.Tensor) -> torch.Tensor:
+    """(width, height) in pixels."""
+    return torch.tensor([pixel_values.shape[-1], pixel_values.shape[-2]], device=pixel_values.device).float()
+
+
+def last_map_of_each_stride(strides: list[int]) -> list[int]:
+    """Indices of the deepest map of each stride, the coarsest three; the stem's own map is left out."""
+    deepest = {stride: index for index, stride in enumerate(strides) if index}
+    if not deepest:
+        raise ValueError("object detection needs a trunk with at least one stage; give hidden_sizes a width")
+    return sorted(deepest.values())[-NUM_TRUNK_LEVELS:]
+
+
+def focal_loss(logits: torch.Tensor, targets: torch.Tensor, *, alpha: float, gamma: float) -> torch.Tensor:
+    """Sigmoid focal loss per element (Lin et al. 2017, arXiv:1708.02002, eq. 5); targets hold 0 and 1."""
+    probability = logits.sigmoid()
+    of_truth = probability * targets + (1 - probability) * (1 - targets)
+    weight = (alpha * targets + (1 - alpha) * (1 - targets)) * (1 - of_truth) ** gamma
+    return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+__all__ = ["DetectionOutput", "ObjectDetectionHead", "focal_loss"]

@@ -1,0 +1,138 @@
+"""Image processor on Pillow and numpy: resize, crop, greyscale, normalise, and what a detector's boxes need.
+
+B images, Q locations, K classes.  The weights of red, green and blue are Pillow's own (ITU-R BT.601).
+"""
+
+import numpy as np
+import PIL.Image
+import torch
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import PILImageResampling
+from transformers.processing_utils import ImagesKwargs
+
+from .boxes_bm import corners, non_maximum_suppression
+
+NUM_CANDIDATES = 1000  # best boxes of an image that enter non-maximum suppression (FCOS, section 4)
+LUMINANCE = np.array([19595, 38470, 7471]) / 65536  # of red, green and blue
+
+
+class BmImageProcessorKwargs(ImagesKwargs, total=False):
+    """do_convert_grayscale (`bool`, *optional*): one channel, the luminance, instead of three."""
+
+    do_convert_grayscale: bool
+
+
+class BmImageProcessor(PilBackend):
+    """Pixels for every image head, and `post_process_object_detection`."""
+
+    valid_kwargs = BmImageProcessorKwargs
+    resample = PILImageResampling.BILINEAR
+    size = {"height": 224, "width": 224}
+    do_resize = True
+    do_center_crop = False
+    do_convert_rgb = True
+    do_convert_grayscale = False
+    do_rescale = True
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+
+    @classmethod
+    def for_config(cls, config, **overrides) -> "BmImageProcessor":
+        """The processor that makes what a model of this configuration reads: its size, and one channel or three."""
+        if config.num_channels not in (1, 3):
+            raise ValueError(f"num_channels={config.num_channels} is neither greyscale (1) nor colour (3)")
+        fields = {"size": {"height": config.image_size, "width": config.image_size}}
+        if config.num_channels == 1:
+            fields |= {"do_convert_grayscale": True, "image_mean": [0.5], "image_std": [0.5]}
+        return cls(**{**fields, **overrides})
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
+        """Arrays of rows and columns, as greyscale images often come, are images of one channel."""
+        if isinstance(images, (list, tuple)):
+            images = [with_channel(image) for image in images]
+        return super()._prepare_images_structure(with_channel(images), expected_ndims)
+
+    def process_image(self, image, do_convert_rgb=None, do_convert_grayscale=None, **kwargs) -> np.ndarray:
+        if do_convert_grayscale:
+            do_convert_rgb = False
+            if isinstance(image, PIL.Image.Image):
+                image = image.convert("L")
+        image = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)  # (channels, height, width)
+        if not do_convert_grayscale or image.shape[0] == 1:
+            return image
+        grey = np.tensordot(LUMINANCE, image[:3], axes=1)[None]
+        return (grey.round() if np.issubdtype(image.dtype, np.integer) else grey).astype(image.dtype)
+
+    def preprocess(self, images, annotations=None, **kwargs) -> BatchFeature:
+        """`pixel_values`, and of `annotations` the `labels` of a detector.
+
+        An annotation is COCO's: {"image_id", "annotations": [{"bbox": [left, top, width, height] in pixels,
+        "category_id", "iscrowd"}]}.  A label is {"class_labels": (N,), "boxes": (N, 4)}, boxes as (centre x, centre y,
+        width, height) in parts of the image; crowds and boxes without area are left out.
+        """
+        annotations = [annotations] if isinstance(annotations, dict) else annotations
+        return super().preprocess(images, annotations, **kwargs)
+
+    def _preprocess(self, images, annotations, **kwargs) -> BatchFeature:
+        features = super()._preprocess(images, **kwargs)
+        if annotations is None:
+            return features
+        if len(annotations) != len(images):
+            raise ValueError(f"{len(images)} images came with {len(annotations)} annotations; pass one for each")
+        if kwargs.get("do_center_crop") or kwargs.get("do_pad"):
+            raise ValueError("do_center_crop and do_pad would move boxes; with annotations set both to False")
+        labels = [label_of(a, *image.shape[-2:]) for a, image in zip(annotations, images, strict=True)]
+        features["labels"] = [BatchFeature(label, tensor_type=kwargs.get("return_tensors")) for label in labels]
+        return features
+
+    def post_process_object_detection(
+        self, outputs, threshold: float = 0.5, target_sizes=None, nms_threshold: float = 0.6, max_detections: int = 100
+    ) -> list[dict[str, torch.Tensor]]:
+        """{"scores" (n,), "labels" (n,), "boxes" (n, 4)} of every image, best first.
+
+        A score is the geometric mean of class probability and centre-ness.  Boxes are (left, top, right, bottom), in
+        pixels of `target_sizes`, (height, width) of each image, or without them in parts of the image.  A box that
+        overlaps a better one of its class by more than `nms_threshold` (intersection over union) is left out.
+        """
+        scores = (outputs.logits.float().sigmoid() * outputs.pred_centerness.float().sigmoid()[..., None]).sqrt()
+        boxes = corners(outputs.pred_boxes.float()).clamp(0, 1)
+        if target_sizes is not None and len(target_sizes) != len(boxes):
+            raise ValueError(f"target_sizes has {len(target_sizes)} sizes for {len(boxes)} images; pass one for each")
+        results = []
+        for index in range(len(boxes)):
+            result = best_boxes(scores[index], boxes[index], threshold, nms_threshold, max_detections)
+            if target_sizes is not None:
+                height, width = (float(side) for side in target_sizes[index])
+                result["boxes"] = result["boxes"] * result["boxes"].new_tensor([width, height, width, height])
+            results.append(result)
+        return results
+
+
+def with_channel(image):
+    return image[None] if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 2 else image
+
+
+def best_boxes(scores, boxes, threshold: float, nms_threshold: float, max_detections: int) -> dict[str, torch.Tensor]:
+    """Of scores (Q, K) and boxes (Q, 4), what passes the threshold, the suppression and the count, best first."""
+    location, label = (scores > threshold).nonzero(as_tuple=True)
+    best, order = scores[location, label].topk(min(NUM_CANDIDATES, len(location)))
+    location, label = location[order], label[order]
+    kept = non_maximum_suppression(boxes[location], best, label, iou_threshold=nms_threshold)[:max_detections]
+    return {"scores": best[kept], "labels": label[kept], "boxes": boxes[location[kept]]}
+
+
+def label_of(annotation: dict, height: int, width: int) -> dict[str, np.ndarray]:
+    """One image's COCO annotation as a label, for an image of this size in pixels."""
+    objects = [entry for entry in annotation["annotations"] if not entry.get("iscrowd")]
+    boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)
+    classes = np.array([entry["category_id"] for entry in objects], dtype=np.int64)
+    size = np.array([width, height], dtype=np.float32)
+    low, high = boxes[:, :2].clip(0, size), (boxes[:, :2] + boxes[:, 2:]).clip(0, size)
+    kept = (high > low).all(-1)
+    boxes = np.concatenate(((low + high) / 2 / size, (high - low) / size), axis=-1)
+    return {"class_labels": classes[kept], "boxes": boxes[kept], "orig_size": np.array([height, width])}
+
+
+__all__ = ["BmImageProcessor"]

@@ -1,0 +1,250 @@
+"""Convolutional networks: convolution mixes the positions.  B rows, L positions, D width; of images C channels, H x W.
+
+Images (image_blocks_bm.py): plain, residual basic, bottleneck and ConvNeXt blocks in stages.  Sequences
+(convolutions_bm.py): filters of several widths, residual and gated dilated stacks, causal or not.  Sources: there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cnn_stems_bm import STEMS, warn_of_token_types
+from .configuration_bm_cnn import BmCnnConfig
+from .convolutions_bm import CLOSINGS, LAYERS, Convolution, ConvolutionLayer
+from .heads_audio_bm import AudioClassificationHead, CTCHead
+from .heads_bm import (
+    CausalLMHead,
+    MaskedLMHead,
+    QuestionAnsweringHead,
+    SequenceClassificationHead,
+    TokenClassificationHead,
+)
+from .heads_detection_bm import ObjectDetectionHead
+from .heads_image_bm import FullyConnectedClassifier, ImageClassificationHead, MaskedImageModelingHead
+from .heads_series_bm import TimeSeriesPredictionHead
+from .image_blocks_bm import ConvNextBlock, ImageStage, build_norm, build_stages
+from .kaiming_bm import KaimingLinear
+from .pooling_bm import POOLINGS, mask_of_positions
+from .stems_bm import positions_from_mask
+
+
+@dataclass
+class ImageModelOutput(ModelOutput):
+    """`last_hidden_state` (B, L, D): the last map, row by row; `pooler_output` (B, D * grid^2): what classifiers read;
+    `feature_maps`: of the stem and of every stage, (B, C, H, W) each."""
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple | None = None
+    feature_maps: tuple | None = None
+
+
+class BmCnnPreTrainedModel(PreTrainedModel):
+    config: BmCnnConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ImageStage", "ResidualConvolutionLayer", "GatedConvolutionLayer", "MultiWidthLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True  # no assisted decoding: the state of a convolution cannot be rolled back
+    _can_record_outputs = {"hidden_states": (ImageStage, ConvolutionLayer)}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Convolutions and hidden classifier layers Kaiming (He et al. 2015, arXiv:1502.01852), others N(0, range)."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, KaimingLinear):
+            init.normal_(module.weight, std=module.std)
+        elif isinstance(module, Convolution):
+            init.zeros_(module.bias)
+        elif isinstance(module, ConvNextBlock):
+            init.constant_(module.layer_scale, self.config.layer_scale_init_value)
+
+    def get_input_embeddings(self) -> nn.Module:
+        if self.config.input_type != "tokens":
+            raise NotImplementedError(f"input_type={self.config.input_type!r} has no token embedding")
+        return self.base_model.stem.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.stem.embed_tokens = value
+
+
+class BmCnnModel(BmCnnPreTrainedModel):
+    """Stem, stages or layers, and for ConvNeXt and sequences a last norm; `pooler_output` is what classifiers read."""
+
+    def __init__(self, config: BmCnnConfig):
+        super().__init__(config)
+        self.stem = STEMS[config.input_type](config)
+        self.main_input_name = self.stem.input_names[0]
+        if config.input_type == "pixels":
+            self.stages = build_stages(config)
+            self.pool = nn.AdaptiveAvgPool2d(config.pooled_grid)
+            closes = config.block_type == "convnext"  # whose residual stream nothing else normalises
+            self.norm = build_norm(config, config.hidden_size) if closes else nn.Identity()
+            self.feature_strides = config.stage_strides
+            self.feature_channels = [config.stem_width, *config.hidden_sizes]
+            self.output_stride = self.feature_strides[-1]
+        else:
+            self.layers = nn.ModuleList(LAYERS[config.block_type](config, i) for i in range(config.num_hidden_layers))
+            self.closing = CLOSINGS[config.block_type](config)
+            self.pool = POOLINGS[config.classifier_pooling]
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModelOutput:
+        """Images: `pixel_values` (B, C, H, W).  Sequences: `input_ids` (B, L), or `inputs_embeds` (B, L, D).
+
+        Audio and series come by name (see their stems).  `attention_mask` (B, past + L) is 0 at padding;
+        `position_ids` (B, L) that restart cut documents apart.
+        """
+        kwargs |= {"pixel_values": pixel_values, "input_ids": input_ids}
+        inputs = {name: kwargs.get(name) for name in self.stem.input_names}
+        if self.config.input_type == "pixels":
+            if pixel_values is None:
+                raise ValueError("pass pixel_values: this bm_cnn has input_type='pixels'")
+            return self.forward_image(**inputs)
+        if (inputs[self.main_input_name] is None) == (inputs_embeds is None):
+            raise ValueError(
+                f"pass {self.main_input_name} or inputs_embeds, and not both: this bm_cnn has input_type="
+                f"{self.config.input_type!r}"
+            )
+        warn_of_token_types(token_type_ids)
+        if inputs_embeds is None:
+            inputs_embeds, attention_mask = self.stem.read(inputs, attention_mask)
+        return self.forward_sequence(inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
+
+    def forward_image(self, pixel_values, bool_masked_pos=None, mask_token=None) -> ImageModelOutput:
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), pixel_values.dtype)
+        maps = [self.stem(pixel_values.to(dtype), bool_masked_pos, mask_token)]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return ImageModelOutput(
+            last_hidden_state=maps[-1].flatten(2).transpose(1, 2),
+            pooler_output=self.norm(self.pool(maps[-1])).flatten(1),
+            feature_maps=tuple(maps),
+        )
+
+    def forward_sequence(self, x, attention_mask, position_ids, past_key_values, use_cache) -> ModelOutput:
+        if not self.config.is_causal:
+            past_key_values = None  # what precedes a row says nothing of what follows it
+        elif use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past, length = (0 if past_key_values is None else past_key_values.get_seq_length()), x.shape[1]
+        places = positions_from_mask(attention_mask, length, past, x.device) if position_ids is None else position_ids
+        mask = mask_of_positions(attention_mask, length)
+        real = None if mask is None else mask[..., None].to(x.dtype)  # (B, L, 1)
+        x, skips = self.stem(x, places), None
+        for layer in self.layers:
+            x, skips = layer(x, skips, position_ids=position_ids, mask=real, past_key_values=past_key_values)
+        x = self.closing(x, skips)
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=x, pooler_output=self.pool(x, mask), past_key_values=past_key_values
+        )
+
+
+class BmCnnBackbone(BackboneMixin, BmCnnPreTrainedModel):
+    """The maps of the stages in `out_features`, for models that take a backbone."""
+
+    has_attentions = False
+
+    def __init__(self, config: BmCnnConfig):
+        super().__init__(config)
+        self.model = BmCnnModel(config)
+        self.num_features = self.model.feature_channels
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        outputs = self.model(pixel_values, **kwargs)
+        named = zip(self.stage_names, outputs.feature_maps, strict=True)
+        maps = tuple(x for name, x in named if name in self.out_features)
+        return BackboneOutput(feature_maps=maps, hidden_states=outputs.feature_maps)
+
+
+class BmCnnForImageClassification(ImageClassificationHead, BmCnnPreTrainedModel):
+    trunk_class = BmCnnModel
+    classifier_class = FullyConnectedClassifier
+
+
+class BmCnnForMaskedImageModeling(MaskedImageModelingHead, BmCnnPreTrainedModel):
+    trunk_class = BmCnnModel
+
+
+class BmCnnForObjectDetection(ObjectDetectionHead, BmCnnPreTrainedModel):
+    trunk_class = BmCnnModel
+
+
+class BmCnnForCausalLM(CausalLMHead, BmCnnPreTrainedModel, GenerationMixin):
+    trunk_class = BmCnnModel
+
+
+class BmCnnForMaskedLM(MaskedLMHead, BmCnnPreTrainedModel):
+    trunk_class = BmCnnModel
+
+
+class BmCnnForSequenceClassification(SequenceClassificationHead, BmCnnPreTrainedModel):
+    trunk_class = BmCnnModel
+
+
+class BmCnnForTokenClassification(TokenClassificationHead, BmCnnPreTrainedModel):
+    trunk_class = BmCnnModel
+
+
+class BmCnnForQuestionAnswering(QuestionAnsweringHead, BmCnnPreTrainedModel):
+    trunk_class = BmCnnModel
+
+
+class BmCnnForAudioClassification(AudioClassificationHead, BmCnnPreTrainedModel):
+    trunk_class = BmCnnModel
+
+
+class BmCnnForCTC(CTCHead, BmCnnPreTrainedModel):
+    trunk_class = BmCnnModel
+
+
+class BmCnnForTimeSeriesPrediction(TimeSeriesPredictionHead, BmCnnPreTrainedModel):
+    trunk_class = BmCnnModel
+
+
+__all__ = [
+    "BmCnnBackbone",
+    "BmCnnForAudioClassification",
+    "BmCnnForCTC",
+    "BmCnnForCausalLM",
+    "BmCnnForImageClassification",
+    "BmCnnForMaskedImageModeling",
+    "BmCnnForMaskedLM",
+    "BmCnnForObjectDetection",
+    "BmCnnForQuestionAnswering",
+    "BmCnnForSequenceClassification",
+    "BmCnnForTimeSeriesPrediction",
+    "BmCnnForTokenClassification",
+    "BmCnnModel",
+    "BmCnnPreTrainedModel",
+]

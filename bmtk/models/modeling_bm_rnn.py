@@ -1,0 +1,434 @@
+"""Recurrent networks: a state passes along the positions.  B rows, L positions, D width, V tokens, S source positions.
+
+Cells by configuration (see recurrence_bm.py), stacked, residual, bidirectional; the regularisers of AWD-LSTM (Merity
+et al. 2017, arXiv:1708.02182): locked dropout (Gal & Ghahramani 2016, arXiv:1512.05287), embedding dropout, weight
+drop, activation regularisation; encoder-decoder with global attention (Luong et al. 2015, arXiv:1508.04025).
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithPast,
+    Seq2SeqModelOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_bm_rnn import BmRnnConfig
+from .heads_audio_bm import AudioClassificationHead, CTCHead
+from .heads_bm import (
+    CausalLMHead,
+    MaskedLMHead,
+    QuestionAnsweringHead,
+    SequenceClassificationHead,
+    TokenClassificationHead,
+)
+from .heads_seq2seq_bm import Seq2SeqLMHead
+from .heads_series_bm import TimeSeriesPredictionHead
+from .pooling_bm import POOLINGS, mask_of_positions
+from .recurrence_bm import Documents, GatedProjection, MinGRU, TorchRecurrence
+from .recurrent_state_bm import RecurrentState  # noqa: F401  (what DynamicCache makes of this family's layers)
+from .rnn_stems_bm import STEMS, LockedDropout
+
+logger = logging.get_logger(__name__)
+
+NORMS = {"none": lambda width: nn.Identity(), "rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm}
+
+
+@dataclass
+class BmRnnModelOutput(BaseModelOutputWithPoolingAndCrossAttentions):
+    """`undropped_hidden_state` (B, L, D): as `last_hidden_state`, before its dropout; while training only.
+
+    `final_state` (B, sum over layers of U, twice for LSTMs): the state after each row; of an encoder only.
+    """
+
+    undropped_hidden_state: torch.Tensor | None = None
+    final_state: torch.Tensor | None = None
+
+
+class BmRnnLayer(GradientCheckpointingLayer):
+    """Norm, recurrence, residual sum, locked dropout."""
+
+    def __init__(self, config: BmRnnConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        units = config.layer_sizes[layer_idx]
+        input_size = config.layer_sizes[layer_idx - 1] if layer_idx else config.embedding_size
+        is_last = layer_idx == config.num_hidden_layers - 1
+        self.norm = NORMS[config.norm_type](input_size)
+        bidirectional = not config.is_causal
+        if config.cell_type == "mingru":
+            self.recurrence = MinGRU(input_size, units, bidirectional=bidirectional)
+        else:
+            self.recurrence = TorchRecurrence(
+                config.cell_type, input_size, units, bidirectional=bidirectional, weight_drop=config.weight_drop
+            )
+        self.is_residual = config.residual and input_size == units
+        self.dropout = LockedDropout(0.0 if is_last else config.hidden_dropout)
+
+    def forward(self, hidden_states, state=None, documents: Documents | None = None, past_key_values=None, **kwargs):
+        """(B, L, D) -> (B, L, U) and the state after it; `state` is where rows start that the cache does not know."""
+        if past_key_values is not None:
+            state = past_key_values.layers[self.layer_idx].state or state
+        mixed, state = self.recurrence(self.norm(hidden_states), state, documents)
+        if past_key_values is not None:
+            past_key_values.update(*state, self.layer_idx, hidden_states.shape[1])
+        if self.is_residual:
+            mixed = hidden_states + mixed
+        return self.dropout(mixed), state
+
+
+class BmRnnPreTrainedModel(PreTrainedModel):
+    config: BmRnnConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BmRnnLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True  # no assisted decoding: a state cannot be rolled back
+    _can_record_outputs = {"hidden_states": BmRnnLayer}
+
+    def post_init(self):
+        config, output = self.config, self.get_output_embeddings()
+        if self._tied_weights_keys and config.tie_word_embeddings and output.in_features != config.embedding_size:
+            raise ValueError(
+                f"tie_word_embeddings=True needs embedding_size={config.embedding_size} equal to hidden_size="
+                f"{config.hidden_size}; widen the layers by intermediate_size (the last one too, if "
+                "output_projection=True), or set tie_word_embeddings=False"
+            )
+        super().post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, initializer_range); recurrences Xavier, orthogonal from state to state, forget gates open (bias 1)."""
+        super()._init_weights(module)
+        if isinstance(module, nn.RNNBase):
+            for name, parameter in module.named_parameters():
+                blocks = [torch.empty_like(block) for block in parameter.split(module.hidden_size)]  # one per gate
+                for block in blocks:
+                    if name.startswith("weight_ih"):
+                        nn.init.xavier_uniform_(block)
+                    elif name.startswith("weight_hh"):
+                        nn.init.orthogonal_(block)
+                    else:
+                        block.zero_()
+                if name.startswith("bias_ih") and isinstance(module, nn.LSTM):
+                    blocks[1].fill_(1.0)  # Jozefowicz et al. 2015; torch's order of gates is i, f, g, o
+                init.copy_(parameter, torch.cat(blocks))
+        elif isinstance(module, GatedProjection):
+            init.xavier_uniform_(module.weight)
+            bias = torch.zeros_like(module.bias).unflatten(0, (module.num_directions, 2, -1))
+            bias[:, 1] = -1.0  # keep as much of the state as an LSTM does at first
+            init.copy_(module.bias, bias.flatten())
+
+    def get_input_embeddings(self) -> nn.Module:
+        if self.config.input_type != "tokens":
+            raise NotImplementedError(f"input_type={self.config.input_type!r} has no token embedding")
+        return self.base_model.stem.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        if self.base_model is not self:
+            self.base_model.set_input_embeddings(value)  # an encoder-decoder has two
+        else:
+            self.stem.embed_tokens = value
+
+
+class BmRnnModel(BmRnnPreTrainedModel):
+    """Stem, layers, norm, projection; returns `last_hidden_state` (B, L, D) and `pooler_output` (B, D)."""
+
+    returns_state = False
+
+    def __init__(self, config: BmRnnConfig):
+        if config.is_encoder_decoder:
+            raise ValueError(
+                "is_encoder_decoder=True makes two stacks, and AutoModel one; load it with AutoModelForSeq2SeqLM"
+            )
+        super().__init__(config)
+        self.stem = STEMS[config.input_type](config)
+        self.main_input_name = self.stem.input_names[0]
+        self.layers = nn.ModuleList(BmRnnLayer(config, i) for i in range(config.num_hidden_layers))
+        width = config.layer_sizes[-1]
+        self.norm = NORMS[config.norm_type](width)
+        self.projection = nn.Linear(width, config.hidden_size) if config.output_projection else nn.Identity()
+        self.dropout = LockedDropout(config.output_dropout)
+        self.pool = POOLINGS[config.classifier_pooling]
+        self.is_causal = config.is_causal
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        initial_state: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BmRnnModelOutput:
+        """A state is reset where `position_ids` (B, L) are 0; `initial_state` is a `final_state` to start from.
+
+        Inputs that are not tokens come by name: input_features, past_values (see the stems).
+        """
+        if token_type_ids is not None:
+            logger.warning_once("token_type_ids are ignored: a bm_rnn tells texts apart by what stands between them")
+        inputs = {name: input_ids if name == "input_ids" else kwargs.pop(name, None) for name in self.stem.input_names}
+        if (inputs[self.main_input_name] is None) == (inputs_embeds is None):
+            raise ValueError(f"pass {self.main_input_name} or inputs_embeds, and not both")
+        if inputs_embeds is None:
+            inputs_embeds, attention_mask = self.stem.read(inputs, attention_mask)
+        if not self.is_causal:
+            past_key_values = None  # a state from the left says nothing about what comes from the right
+        elif use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        has_state = initial_state is not None or (past_key_values is not None and past_key_values.get_seq_length() > 0)
+        documents = Documents.find(attention_mask, position_ids, inputs_embeds, has_state=has_state)
+        hidden_states, final_state = self.stem(inputs_embeds), []
+        for layer, start in zip(self.layers, self._split_state(initial_state), strict=True):
+            hidden_states, state = layer(
+                hidden_states, state=start, documents=documents, past_key_values=past_key_values, **kwargs
+            )
+            final_state += state
+        undropped = self.projection(self.norm(hidden_states))
+        last_hidden_state = self.dropout(undropped)
+        return BmRnnModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=self.pool(last_hidden_state, mask_of_positions(attention_mask, inputs_embeds.shape[1])),
+            past_key_values=past_key_values,
+            undropped_hidden_state=undropped if self.training else None,
+            final_state=torch.cat(final_state, dim=-1) if self.returns_state else None,
+        )
+
+    def _split_state(self, state: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+        """The state of each layer, (hidden, cell), from a `final_state`."""
+        if state is None:
+            return [None] * len(self.layers)
+        has_cell = self.config.cell_type == "lstm"
+        sizes = [size for units in self.config.layer_sizes for size in (units, units if has_cell else 0)]
+        parts = state.split(sizes, dim=-1)
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def activation_penalty(config, outputs, labels, attention_mask=None, position_ids=None, num_items_in_batch=None):
+    """Activation regularisation (AR) and its temporal form (TAR) of `outputs`; `labels` (B, L) are shifted already.
+
+    Merity et al. 2017, sec. 4.6: factors times the mean square of the dropped output, and of the undropped output's
+    change from one position to the next, here as sums over the positions that are predicted from (TAR: and continue a
+    document) divided by the same count as the loss.  So the whole is a mean over the global batch, however it is cut
+    into micro-batches, processes or packed rows.
+    """
+    predicts = labels != -100
+    continues = predicts[:, 1:]
+    if attention_mask is not None:
+        continues = continues & attention_mask[:, -labels.shape[1] : -1].to(torch.bool)
+    if position_ids is not None:
+        continues = continues & (position_ids[:, 1:] != 0)
+    size = outputs.last_hidden_state.float().pow(2).mean(-1)  # (B, L)
+    change = outputs.undropped_hidden_state.float().diff(dim=1).pow(2).mean(-1)  # (B, L - 1)
+    penalty = config.activation_regularization * (size * predicts).sum()
+    penalty = penalty + config.temporal_activation_regularization * (change * continues).sum()
+    return penalty / (predicts.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+class BmRnnForCausalLM(CausalLMHead, BmRnnPreTrainedModel, GenerationMixin):
+    """Predicts the next token.  While training, `loss` holds the activation penalties too; evaluation never does."""
+
+    trunk_class = BmRnnModel
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, L, V); `labels` (B, L) are token ids, shifted inside, -100 where nothing is predicted."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, kept, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.training:
+                shifted = kwargs.get("shift_labels")
+                shifted = F.pad(labels[:, 1:], (0, 1), value=-100) if shifted is None else shifted
+                count = kwargs.get("num_items_in_batch")
+                loss = loss + activation_penalty(self.config, outputs, shifted, attention_mask, position_ids, count)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class LuongAttention(nn.Module):
+    """Global attention: h (B, L, D) over a source (B, S, D) -> tanh(W [context; h]) and weights (B, L, S), eq. 5-8."""
+
+    def __init__(self, config: BmRnnConfig):
+        super().__init__()
+        width = config.hidden_size
+        general = config.attention_scoring == "general"
+        # The matrix of "general" scoring stands on the decoder's side, where a step of generation meets it once.
+        self.query = nn.Linear(width, width, bias=False) if general else nn.Identity()
+        self.combine = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, source: torch.Tensor, source_mask: torch.Tensor | None):
+        scores = (self.query(hidden_states) @ source.transpose(1, 2)).float()
+        if source_mask is not None:
+            scores = scores.masked_fill(source_mask[:, None] == 0, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1).to(source.dtype)
+        return torch.tanh(self.combine(torch.cat((weights @ source, hidden_states), dim=-1))), weights
+
+
+class BmRnnEncoder(BmRnnModel):
+    """One side of an encoder-decoder: also returns `final_state`, where the other side starts."""
+
+    returns_state = True
+
+
+class BmRnnEncoderDecoderModel(BmRnnPreTrainedModel):
+    """An encoder whose last state is where the decoder, always causal, starts, and which every position attends to.
+
+    What is attended to is not fed back into the next input (Luong et al., sec. 3.3): a row could not go through the
+    kernels at once.
+    """
+
+    def __init__(self, config: BmRnnConfig):
+        super().__init__(config)
+        encoder_config, decoder_config = copy.deepcopy(config), copy.deepcopy(config)
+        encoder_config.is_encoder_decoder = decoder_config.is_encoder_decoder = False
+        encoder_config.use_cache, decoder_config.is_causal = False, True
+        self.encoder = BmRnnEncoder(encoder_config)
+        self.decoder = BmRnnModel(decoder_config)
+        self.attention = LuongAttention(config)
+        self.post_init()
+
+    @property
+    def stem(self) -> nn.Module:
+        return self.encoder.stem
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        if not self.config.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings=False gives source and target an embedding each; set "
+                "model.encoder.stem.embed_tokens and model.decoder.stem.embed_tokens yourself"
+            )
+        self.encoder.stem.embed_tokens = self.decoder.stem.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BmRnnModelOutput | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqModelOutput:
+        """`last_hidden_state` (B, L, D) of the target, after attention; `cross_attentions` (B, 1, L, S)."""
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        is_pair = isinstance(
+            past_key_values, EncoderDecoderCache
+        )  # as generate() makes it; a source has no cache here
+        outputs = self.decoder(
+            decoder_input_ids,
+            decoder_attention_mask,
+            past_key_values=past_key_values.self_attention_cache if is_pair else past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            initial_state=encoder_outputs.final_state,
+            **kwargs,
+        )
+        source = encoder_outputs.last_hidden_state
+        attended, weights = self.attention(outputs.last_hidden_state, source, attention_mask)
+        return Seq2SeqModelOutput(
+            last_hidden_state=attended,
+            past_key_values=past_key_values if is_pair else outputs.past_key_values,
+            decoder_hidden_states=outputs.hidden_states,
+            cross_attentions=(weights[:, None],) if kwargs.get("output_attentions") else None,
+            encoder_last_hidden_state=source,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+        )
+
+
+class BmRnnForSeq2SeqLM(Seq2SeqLMHead, BmRnnPreTrainedModel, GenerationMixin):
+    trunk_class = BmRnnEncoderDecoderModel
+
+
+class BmRnnForMaskedLM(MaskedLMHead, BmRnnPreTrainedModel):
+    trunk_class = BmRnnModel
+
+
+class BmRnnForSequenceClassification(SequenceClassificationHead, BmRnnPreTrainedModel):
+    trunk_class = BmRnnModel
+
+
+class BmRnnForTokenClassification(TokenClassificationHead, BmRnnPreTrainedModel):
+    trunk_class = BmRnnModel
+
+
+class BmRnnForQuestionAnswering(QuestionAnsweringHead, BmRnnPreTrainedModel):
+    trunk_class = BmRnnModel
+
+
+class BmRnnForAudioClassification(AudioClassificationHead, BmRnnPreTrainedModel):
+    trunk_class = BmRnnModel
+
+
+class BmRnnForCTC(CTCHead, BmRnnPreTrainedModel):
+    trunk_class = BmRnnModel
+
+
+class BmRnnForTimeSeriesPrediction(TimeSeriesPredictionHead, BmRnnPreTrainedModel):
+    trunk_class = BmRnnModel
+
+
+__all__ = [
+    "BmRnnEncoderDecoderModel",
+    "BmRnnForAudioClassification",
+    "BmRnnForCTC",
+    "BmRnnForCausalLM",
+    "BmRnnForMaskedLM",
+    "BmRnnForQuestionAnswering",
+    "BmRnnForSeq2SeqLM",
+    "BmRnnForSequenceClassification",
+    "BmRnnForTimeSeriesPrediction",
+    "BmRnnForTokenClassification",
+    "BmRnnModel",
+    "BmRnnPreTrainedModel",
+]
