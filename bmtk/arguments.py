@@ -267,8 +267,10 @@ def _without_repeated_fields(classes: list[type]) -> list[type]:
 def _plain_type(hint: object) -> object:
     """The one type a command line can carry: `int | float` is a float, `X | None` an X, a dict is JSON text."""
     members = [m for m in typing.get_args(hint) if m is not type(None)] if typing.get_origin(hint) is not None else []
-    if typing.get_origin(hint) in (typing.Literal, list):
+    if typing.get_origin(hint) is typing.Literal:
         return hint
+    if typing.get_origin(hint) in (list, tuple):
+        return list[_plain_type(members[0])]
     if float in members:
         return float
     if members:
