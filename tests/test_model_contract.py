@@ -121,6 +121,9 @@ def test_a_checkpoint_that_lacks_everything_but_one_matrix_loads_fully_initialis
     assert dict(loaded.named_buffers()).keys() == dict(model.named_buffers()).keys()
     for name, buffer in model.named_buffers():
         assert torch.equal(loaded.get_buffer(name), buffer), name
+    loaded.load_state_dict(model.state_dict())  # what is neither parameter nor buffer shows in the outputs
+    with torch.no_grad():
+        assert torch.equal(output_of(loaded(**case.batch())), output_of(model(**case.batch())))
 
 
 @over(CASES)

@@ -132,7 +132,7 @@ def _hidden_matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     head = model.get_output_embeddings()
     apart = _tables(model) if head is None else _tables(model) | {head.weight}
     for module in model.base_model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module.weight not in apart and module.weight.requires_grad:
+        if isinstance(module, nn.Linear | Conv1D) and module.weight not in apart:
             yield module.weight
 
 

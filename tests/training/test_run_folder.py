@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 
 import pytest
 
@@ -62,13 +63,20 @@ def test_a_configuration_that_cannot_be_read_is_not_taken_for_the_same(tmp_path)
 
 def in_child(body) -> int:
     """Wait status of a forked process that calls `body`: 0 when it returns, 256 when it raises ValueError."""
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12 warns of threads, none of which the child needs
+        child = os.fork()
     if child == 0:
+        signal.alarm(60)
         try:
             body()
+            os._exit(0)
         except ValueError:
             os._exit(1)
-        os._exit(0)
+        finally:
+            os._exit(99)
     return os.waitpid(child, 0)[1]
 
 
