@@ -6,8 +6,8 @@ least that far into its document.  So rows may hold several documents (position_
 (masked positions enter as zeros, as beyond the ends of a row).
 
 Sources: several widths, Kim 2014, arXiv:1408.5882; gated, van den Oord et al. 2016 (WaveNet), arXiv:1609.03499;
-residual, Bai et al. 2018 (TCN), arXiv:1803.01271, here with a norm before it instead of weight norm within, and no ReLU
-after the second convolution and the sum.
+residual, Bai et al. 2018 (TCN), arXiv:1803.01271, here with a norm before it instead of weight norm within, and no
+ReLU after the second convolution and the sum.
 """
 
 import torch

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from head_cases import BERT, CASES, IMAGES, PADDED, SEQ2SEQ, TRUNK, VOCAB, output_of, rows_of, tokens, without_labels
-from transformers import AutoModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+from transformers import AutoModel, DynamicCache, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 import bmtk  # noqa: F401  (registers the families)
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
@@ -231,8 +231,12 @@ def test_towers_of_a_dual_encoder_learn_together(tmp_path):
 
 
 def test_bidirectional_trunks_keep_no_cache():
-    model = AutoModel.from_config(BmTransformerConfig(**BERT))
-    assert model(**tokens(), use_cache=True).past_key_values is None
+    model = AutoModel.from_config(BmTransformerConfig(**BERT)).eval()
+    batch, cache = tokens(), DynamicCache()
+    assert model(**batch, use_cache=True).past_key_values is None
+    outputs = [model(**batch, past_key_values=cache, use_cache=True).last_hidden_state for _ in range(2)]
+    assert torch.equal(*outputs)
+    assert cache.get_seq_length() == 0
 
 
 @torch.no_grad()

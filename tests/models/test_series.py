@@ -134,6 +134,17 @@ def test_a_causal_trunk_reads_its_last_position_only():
     assert (model(**batch).prediction - expected).abs().max() <= 1e-3
 
 
+@pytest.mark.parametrize("positions", ["rotary", "sinusoidal", "learned"])
+@torch.no_grad()
+def test_patches_are_told_apart(positions):
+    """Patches in another order are not the same patches in another order: each knows its place."""
+    model = model_of(position_embedding_type=positions, initializer_range=0.5, num_time_features=0)
+    values = torch.randn(1, 12, 2)
+    hidden = model.model(past_values=values).last_hidden_state
+    swapped = model.model(past_values=values.unflatten(1, (4, 3)).flip(1).flatten(1, 2)).last_hidden_state.flip(1)
+    assert (hidden - swapped).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("patch_size", [1, 3, 12])
 @torch.no_grad()
 def test_patches_hold_consecutive_steps(patch_size):
