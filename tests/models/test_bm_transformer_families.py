@@ -1,4 +1,4 @@
-"""bm_transformer against BERT, ViT, GPT-2, Llama, Mistral and Qwen of transformers; `bmtk convert`; what presets count.
+"""bm_transformer against BERT, ViT, GPT-2, Llama, Mistral and Qwen of transformers; `bmtk convert`; presets.
 
 Weights are copied over, everything is float32 and in eval mode, and differences stay within TOLERANCE.
 """
