@@ -20,10 +20,12 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     AutoModelForObjectDetection,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTimeSeriesPrediction,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -60,6 +62,21 @@ HEADS = {
         labels=token_labels,
         num_items=lambda labels: (labels[:, 1:] != -100).sum().item(),
         chance_loss=lambda labels: math.log(VOCAB),
+    ),
+    "MaskedLM": Head(
+        AutoModelForMaskedLM,
+        per_position=True,
+        labels=token_labels,
+        num_items=lambda labels: (labels != -100).sum().item(),
+        chance_loss=lambda labels: math.log(VOCAB),
+    ),
+    "TokenClassification": Head(
+        AutoModelForTokenClassification,
+        per_position=True,
+        labels=lambda ids, mask: token_labels(ids % LABELS, mask),
+        num_items=lambda labels: (labels != -100).sum().item(),
+        chance_loss=lambda labels: math.log(LABELS),
+        config={"num_labels": LABELS},
     ),
     "SequenceClassification": Head(
         AutoModelForSequenceClassification,
@@ -115,8 +132,8 @@ TOKEN_HEADS = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequ
                "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")  # fmt: skip
 # (family, heads) -> (the files of tests/models that build them, why they are not rows of the table)
 COVERED_ELSEWHERE = {
-    ("bm_transformer", ("AutoModelForMaskedLM", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")): (
-        ["head_cases.py", "test_heads.py"], "their labels choose positions, or are two"
+    ("bm_transformer", ("AutoModelForQuestionAnswering",)): (
+        ["head_cases.py", "test_heads.py"], "it has two labels and two logits"
     ),
     ("bm_transformer", ("AutoModelForSeq2SeqLM",)): (["head_cases.py", "test_heads.py"], "it reads two rows"),
     ("bm_transformer", IMAGE_HEADS): (["head_cases.py", "test_heads.py"], "they read images"),
@@ -168,9 +185,10 @@ SHAPES = {
         BmTransformerConfig,
         {**CLASSIC, "hidden_act": "gelu", "position_embedding_type": "learned", "norm_position": "post",
          "is_causal": False},
-        ("Model", "SequenceClassification", "MultiLabelClassification", "Regression"),
+        ("Model", "MaskedLM", "TokenClassification", "SequenceClassification", "MultiLabelClassification",
+         "Regression"),
     ),
-    "transformer_rotary_encoder": (BmTransformerConfig, {**MODERN, "is_causal": False}, ("Model",)),
+    "transformer_rotary_encoder": (BmTransformerConfig, {**MODERN, "is_causal": False}, ("Model", "MaskedLM")),
 }  # fmt: skip
 
 
@@ -201,7 +219,7 @@ class Family:
 def transformer_starting_value(name: str, config: PreTrainedConfig) -> tuple[str, float]:
     if name.endswith(".bias"):
         return "constant", 0.0
-    if name.endswith("norm.weight"):
+    if name.endswith("norm.weight") or name == "transform.2.weight":
         return "constant", 1.0
     into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
     scale = math.sqrt(2 * config.num_hidden_layers) if into_residual else 1.0
@@ -313,6 +331,9 @@ CASES = {case.name: case for shape, (_, _, heads) in SHAPES.items() for case in 
 LOSS_CASES = {name: case for name, case in CASES.items() if case.head.labels is not None}
 CAUSAL_CASES = {name: case for name, case in CASES.items() if case.config().is_causal and case.head.per_position}
 GENERATING_CASES = {name: case for name, case in CASES.items() if case.head_name == "CausalLM"}
+PIPELINE_CASES = {  # those of other heads run in models/test_heads.py
+    name: case for name, case in LOSS_CASES.items() if case.head_name == "CausalLM" or not case.head.per_position
+}
 POSITION_CASES = {name: case for name, case in CASES.items() if case.head.per_position}
 
 
