@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -25,6 +26,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+logger = logging.getLogger(__name__)
+# Where a run's data are, and what they are called: the command line replaces all of them or none.
+SOURCE_KEYS = frozenset(("dataset", "train_file", "validation_file", "test_file"))
+NAMES_OF_SOURCES = frozenset(("data_name", "data_licence"))
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]"
 # Keys that may differ when a run goes on: they say where it is described and published, not what is learned.
 FREE_RUN_KEYS = frozenset(("config", "preset", "dry_run", "push_to_hub", "private", "trust_remote_code"))
@@ -75,6 +81,8 @@ class RunConfig:
         Raises: FileNotFoundError for a missing file (listing what is there), ValueError for a file that is not flat.
         """
         cli = dict(_cli_pairs(argv))
+        if {"config", "preset"} <= cli.keys():
+            raise ValueError("--config and --preset both name a config file; give one of them")
         default_task, default_name = default.split("/")
         if isinstance(cli.get("config"), str):
             path = Path(cli["config"])
@@ -82,7 +90,10 @@ class RunConfig:
             path = configs / str(cli.get("task", default_task)) / f"{cli.get('preset', default_name)}.yaml"
             if "task" in cli and "preset" not in cli and not path.exists():
                 return cls({}, argv)  # a task without the default's name: the command line says everything
-        return cls(read_yaml(path), argv)
+        values = read_yaml(path)
+        if SOURCE_KEYS & cli.keys():  # the user's own data: neither mixed with the file's nor under its name
+            values = {key: value for key, value in values.items() if key not in SOURCE_KEYS | NAMES_OF_SOURCES}
+        return cls(values, argv)
 
     def get(self, key: str, default: object = None) -> object:
         """The raw value of `key`: from the command line, else from the file, else `default`."""
@@ -96,10 +107,13 @@ class RunConfig:
         """
         classes = _without_repeated_fields(classes)
         known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
-        on_cli = [key.removeprefix("no_") if key.removeprefix("no_") in known else key for key in self.cli_values]
-        unknown = [key for key in [*self.file_values, *on_cli] if key not in known | {"help"}]
+        switches = {f"no_{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.default is True}
+        unknown = [key for key in self.file_values if key not in known]
+        unknown += [key for key in self.cli_values if key not in known | switches | {"help"}]
         if unknown:
             raise ValueError("\n".join(_unknown_key(key, known) for key in dict.fromkeys(unknown)))
+        if short := [text for text in self.argv if re.match(r"-[A-Za-z]\w+", text)]:
+            raise ValueError(f"'{short[0]}' is no option; options begin with two dashes: '-{short[0]}'")
         parser = _Parser(classes, description=description, usage=USAGE, allow_abbrev=False, formatter_class=_Help)
         in_file = [text for key, value in self.file_values.items() for text in _as_argv(key, value)]
         return list(parser.parse_args_into_dataclasses([*in_file, *self.argv], look_for_args_file=False))
@@ -160,11 +174,17 @@ def build_model(run: RunArguments, auto_class: type, architecture: dict[str, obj
     A loaded one takes neither but a head's labels.  Raises: ValueError for an unknown model_type.
     """
     if run.model:
+        if architecture:
+            logger.warning("%s keeps its own architecture: %s not applied", run.model, ", ".join(architecture))
         labels = {k: v for k, v in from_data.items() if k in ("id2label", "label2id", "num_labels", "problem_type")}
         trust = {"trust_remote_code": True} if run.trust_remote_code else {}
         return auto_class.from_pretrained(run.model, dtype="float32", **labels, **trust)
-    config = _config_class(run.model_type)(**{**from_data, **architecture})
-    return auto_class.from_config(config)
+    if wrong := [f"{name}={architecture[name]}" for name in SIZES if architecture.get(name, 1) < 1]:
+        raise ValueError(f"{', '.join(wrong)} must be at least 1")
+    config_class = _config_class(run.model_type)
+    known = {f.name for f in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
+    fields = {name: value for name, value in from_data.items() if name in known}  # a recurrent net has no positions
+    return auto_class.from_config(config_class(**{**fields, **architecture}))
 
 
 def read_yaml(path: Path) -> dict[str, object]:
@@ -178,7 +198,7 @@ def read_yaml(path: Path) -> dict[str, object]:
         raise FileNotFoundError(f"config file {path} does not exist{hint}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path} is not YAML: {error}") from error
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise ValueError(f"config file {path} must be flat: one `key: value` per line, no nesting")

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import transformers
@@ -35,7 +36,9 @@ class EvaluationArguments:
     _argument_group_name = "evaluation"
 
     model: str | None = field(default=None, metadata={"help": "folder or Hub id of the model or adapter"})
-    split: str = field(default="test", metadata={"help": "rows to evaluate on: test, validation or train"})
+    split: Literal["test", "validation", "train"] = field(
+        default="test", metadata={"help": "rows to evaluate on: test, validation or train"}
+    )
     batch_size: int = field(default=64, metadata={"help": "rows per process and forward pass; changes no result"})
     output: str | None = field(
         default=None, metadata={"help": "file for the metrics; default: metrics.json in the model's folder, or here"}

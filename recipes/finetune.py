@@ -67,8 +67,8 @@ def main(argv: list[str]) -> None:
     free_keys = finetuning.FREE_KEYS | arguments.FREE_RUN_KEYS | task_class.free_keys
     with contextlib.ExitStack() as stack:
         if is_main:
-            check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
             stack.enter_context(locked(folder))
+            check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
         request = stack.enter_context(noted_signals(second_stops_at_once=args.world_size == 1))
         history = RecordHistory(folder)
         callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]

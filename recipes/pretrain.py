@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     accelerator = build_accelerator(args)
     if run.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            task = task_class(data_args, Path(folder))
+            task = task_class(data_args, Path(folder), model=run.model)
             print(plan(config, task, new_model(run, architecture, task, args), args, accelerator))
         return
 
@@ -59,11 +59,11 @@ def main(argv: list[str]) -> None:
     free_keys = FREE_KEYS | arguments.FREE_RUN_KEYS | task_class.free_keys
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
-            check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
             stack.enter_context(locked(folder))
+            check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
         started_at = facts.now()
         with accelerator.main_process_first():
-            task = task_class(data_args, folder)
+            task = task_class(data_args, folder, model=run.model)
         model = new_model(run, architecture, task, args)
         state, speeds = fit(model, task, args, config, accelerator)
         if accelerator.is_main_process:

@@ -272,6 +272,14 @@ def test_lora_learns_and_leaves_an_adapter(adapter, undecided, tmp_path):
     assert next_command == f"accelerate launch recipes/evaluate.py --model {adapter}"
 
 
+def test_an_adapter_is_evaluated_with_the_pooling_it_was_trained_with(pretrained, tmp_path):
+    folder = run(tmp_path / "run", "--model", pretrained, "--adapter", "lora", "--max_steps", "4")
+    assert facts(folder)["config"]["classifier_pooling"] == "mean"  # the decoder's own is "last"
+    evaluate.main(["--model", str(folder)])
+    again = json.loads((folder / "metrics.json").read_text())["metrics"]["test/loss"]
+    assert again == pytest.approx(facts(folder)["metrics"]["test/loss"], abs=1e-6)
+
+
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_a_merged_adapter_of_bert_is_a_whole_model_with_the_same_predictions(bert, tmp_path):
     folder = run_bert(tmp_path / "run", bert, *LORA, "--merge_adapter", "--max_steps", "10")
@@ -345,7 +353,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     for pattern in (
         r"parameters +39,104 \(39,104 trained\)",
         r"steps +60 \(6 epochs\)",
-        r"estimated time +[\d.]+ min",
+        r"estimated time +[\d.]+ (s|min) ",
     ):
         assert re.search(pattern, printed), pattern
     assert not (tmp_path / "run").exists()

@@ -591,6 +591,20 @@ def test_resized_embeddings_keep_old_tokens_and_learn_new_ones(case, tmp_path):
         assert torch.equal(case.head.auto_class.from_pretrained(tmp_path)(**batch).logits, model(**batch).logits)
 
 
+@over(CASES)
+@torch.no_grad()
+def test_embeddings_that_are_set_are_used(case):
+    model, batch = case.model(), case.batch()
+    before = output_of(model(**batch))
+    shifted = nn.Embedding.from_pretrained(model.get_input_embeddings().weight.roll(1, dims=0))
+    model.set_input_embeddings(shifted)
+    assert model.get_input_embeddings() is shifted
+    assert not torch.equal(output_of(model(**batch)), before)
+    if case.name in GENERATING_CASES:
+        model.set_output_embeddings(nn.Linear(model.config.hidden_size, 3))
+        assert model(**{**batch, "labels": None}).logits.shape[-1] == 3
+
+
 # Classification heads ------------------------------------------------------------------------------------------------
 
 CLASSIFIERS = {name: case for name, case in LOSS_CASES.items() if not case.head.per_position}

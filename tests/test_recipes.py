@@ -52,7 +52,7 @@ def test_every_config_binds_and_the_command_in_its_header_runs_it(config, monkey
     assert command.startswith("# accelerate launch ")
     words = command.split()
     argv = words[next(i for i, word in enumerate(words) if RECIPE.search(word)) + 1 :]
-    by_header, by_file = (recipe_of(config).read_arguments(argv) for argv in (argv, [*argv, "--config", str(config)]))
+    by_header, by_file = map(recipe_of(config).read_arguments, (argv, ["--config", str(config)]))
     assert by_header[2].output_dir == by_file[2].output_dir == read_yaml(config)["output_dir"]
     assert by_header[0].task == config.parent.name
     assert len(facts) >= 1, "the header says the hardware and the minutes"
@@ -135,14 +135,20 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"parameters +41,632 ", printed)
     assert re.search(r"tokens per step +512\n", printed)
-    assert re.search(r"estimated time +[\d.]+ minutes", printed)
+    assert re.search(r"estimated time +[\d.]+ s ", printed)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--train_file", "nowhere.txt"], r"source='nowhere.txt' does not exist"),
+        (["--train_file", "no.txt", "--validation_file", "no.txt"], r"source='no.txt' does not exist"),
+        (["--train_file", "mine.txt"], r"validation_file is not set: name a text that is not trained on"),
+        (["--hidden_size", "0"], r"hidden_size=0 must be at least 1"),
+        (["--model", "tests"], r"model='tests' is a folder without config.json"),
+        (["-seed", "1"], r"'-seed' is no option; options begin with two dashes: '--seed'"),
+        (["--no_qk_norm"], r"unknown key 'no_qk_norm'; did you mean 'qk_norm'"),
+        (["--config", "x.yaml"], r"--config and --preset both name a config file"),
         (["--vocab_size", "100"], r"vocab_size=100 is too small for kind='byte_bpe'; it needs at least 257"),
         (["--learing_rate", "1"], r"unknown key 'learing_rate'; did you mean 'learning_rate'\?"),
         (["--task", "chess"], r"chess/smoke\.yaml does not exist; .* holds causal_lm"),
@@ -156,3 +162,27 @@ def test_bad_input_is_one_clear_error_and_no_model(argv, message, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
         pretrain.main(["--preset", "smoke", "--output_dir", str(tmp_path / "run"), *argv])
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_settings_mended_before_the_first_checkpoint_run_at_once(tmp_path):
+    from recipes import pretrain
+
+    argv = ["--preset", "smoke", "--output_dir", str(tmp_path / "run"), "--num_train_steps", "1"]
+    with pytest.raises(OSError, match="does not exist"):
+        pretrain.main([*argv, "--train_file", "no.txt", "--validation_file", "no.txt"])
+    pretrain.main(argv)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_going_on_with_a_model_keeps_its_tokenizer_and_its_shape(pretrained, tmp_path, caplog):
+    from recipes import pretrain
+
+    argv = ["--preset", "smoke", "--model", str(pretrained), "--output_dir", str(tmp_path), "--num_train_steps", "1"]
+    text = tmp_path / "text.txt"
+    text.write_text("Another text, of another kind.\n" * 200)
+    pretrain.main([*argv, "--train_file", str(text), "--validation_file", str(text)])
+    assert (tmp_path / "tokenizer.json").read_bytes() == (pretrained / "tokenizer.json").read_bytes()
+    assert "keeps its own architecture: hidden_size" in caplog.text
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["data"]["name"] == "text.txt"
+    assert facts["data"]["licence"] is None

@@ -15,7 +15,7 @@ def run_summary(directory: str | Path, *, next_command: str) -> str:
         ("parameters", run["model"].get("num_parameters")),
         ("training time", format_seconds(run.get("train_seconds") or 0.0)),
         ("tokens per second", run["throughput"].get("tokens_per_second")),
-        ("MFU", run["throughput"].get("mfu")),
+        ("MFU", f"{mfu:.1%}" if (mfu := run["throughput"].get("mfu")) is not None else None),
         ("checkpoint", directory),
         ("report", directory / "report.html"),
     ]
@@ -31,7 +31,7 @@ def run_plan(config: dict, model, *, steps: int, epochs: float, tokens_per_step:
         ("tokens per step", tokens_per_step),
         ("steps", f"{steps:,} ({epochs:.3g} epochs)"),
         ("tokens in all", steps * tokens_per_step),
-        ("estimated time", f"{steps * seconds_per_step / 60:.1f} minutes ({seconds_per_step * 1e3:.0f} ms per step)"),
+        ("estimated time", f"{format_seconds(steps * seconds_per_step)} ({seconds_per_step * 1e3:.0f} ms per step)"),
     ]
     config_table = text_table(list(config.items()))
     return f"config\n{config_table}\n\nplan (dry run: nothing is trained or saved)\n{text_table(rows)}"

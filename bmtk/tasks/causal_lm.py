@@ -57,7 +57,10 @@ class CausalLMArguments:
 
 
 class CausalLM:
-    """The rows, metrics and samples of one run.  Tokenises into `folder` what is not there yet."""
+    """The rows, metrics and samples of one run.  Tokenises into `folder` what is not there yet.
+
+    `model` is the model that training goes on with: its own tokenizer is read, never a new one.
+    """
 
     arguments = CausalLMArguments
     auto_class = AutoModelForCausalLM
@@ -71,8 +74,9 @@ class CausalLM:
     # Settings that change what is shown, not what is learned: they may differ when a run is resumed.
     free_keys = frozenset(("corpus_dir", "data_name", "data_licence", "prompts", "sample_tokens"))
 
-    def __init__(self, args: CausalLMArguments, folder: Path):
+    def __init__(self, args: CausalLMArguments, folder: Path, *, model: str | None = None):
         self.args = args
+        self.model = model
         train = self._texts(args.train_file, "train")
         validation = self._texts(args.validation_file, "validation")
         corpus = Path(args.corpus_dir) if args.corpus_dir else folder / "corpus"
@@ -155,12 +159,12 @@ class CausalLM:
             split: {"documents": store.num_documents, "tokens": store.num_tokens, "bytes": store.num_bytes}
             for split, store in stores.items()
         }
-        source = self.args.dataset or ", ".join(self.args.train_file)
+        source = ", ".join(self.args.train_file) if self.args.train_file else self.args.dataset
         return {
             "name": self.args.data_name or Path(source).name,
             "source": source,
             "licence": self.args.data_licence,
-            "tokenizer": f"{self.args.tokenizer}, {len(self.processor)} tokens",
+            "tokenizer": f"{self.model or self.args.tokenizer}, {len(self.processor)} tokens",
             **sizes,
         }
 
@@ -179,8 +183,13 @@ class CausalLM:
 
     def _tokenizer(self, texts: Texts, folder: Path) -> PreTrainedTokenizerBase:
         """The named tokenizer, or one trained on the training text (kept in `folder`, and kept only for this text)."""
-        if self.args.tokenizer not in TRAINED_KINDS:
-            return AutoTokenizer.from_pretrained(self.args.tokenizer)
+        if self.model and Path(self.model).is_dir() and not (Path(self.model) / "config.json").is_file():
+            raise ValueError(
+                f"model={self.model!r} is a folder without config.json; give one that holds a saved model"
+            )
+        finished = self.model if self.args.tokenizer in TRAINED_KINDS else self.args.tokenizer
+        if finished:
+            return AutoTokenizer.from_pretrained(finished)
         identity = {"kind": self.args.tokenizer, "vocab_size": self.args.vocab_size, "texts": texts.fingerprint}
         stamp = folder / "trained_on.json"
         if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == identity:

@@ -137,13 +137,13 @@ def read_config(model: str, chosen: dict[str, object], **loading: object) -> tup
 class TrainedModel:
     """A finished model: a whole one, or an adapter whose base is where `adapter_config.json` says.
 
-    `labels` are the labels of an adapter, which only its run.json can tell.
+    The labels of an adapter, and how its head pools, only its run.json can tell.
     Raises: ValueError if it, or its base, cannot be found.
     """
 
     def __init__(self, name: str, **loading: object):
         self.name, self.loading, self.labels = name, loading, []
-        self.base = name
+        self.base, head = name, {}
         if (Path(name) / ADAPTER_CONFIG).is_file():
             self.base = json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8"))[
                 "base_model_name_or_path"
@@ -151,7 +151,9 @@ class TrainedModel:
             facts = Path(name) / "run.json"
             run = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
             self.labels = run.get("data", {}).get("labels", [])
-        self.config, _ = read_config(self.base, {}, **loading)
+            settings = run.get("config", {}).items()
+            head = {key: value for key, value in settings if key.startswith("classifier_") and value is not None}
+        self.config, _ = read_config(self.base, head, **loading)
 
     def load(self, auto_class) -> PreTrainedModel | PeftModel:
         """The model with its head.  Raises: ValueError if it was saved without one."""

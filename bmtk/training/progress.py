@@ -100,7 +100,7 @@ class Progress:
             return
         raise FloatingPointError(
             f"{told}; this update was not applied, and the newest checkpoint is from before it: {remedy}, "
-            "then run the same command again"
+            "then run again (with overwrite_output_dir, if settings changed and checkpoints are there)"
         )
 
     def log(self, learning_rate: float, report: Callable[[dict], None] | None) -> str:

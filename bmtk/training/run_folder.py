@@ -41,9 +41,11 @@ def check_output_dir(directory: str | Path, config: dict, *, overwrite: bool, fr
         directory.mkdir(parents=True, exist_ok=True)
         if overwrite:
             _delete_run(directory)
+        elif not (found := _what_would_be_lost(directory)):
+            pass  # nothing yet, or a run that ended before its first checkpoint: mended settings may replace it
         elif (directory / RUN_CONFIG).exists():
             _refuse_another_run(directory, config, free_keys)
-        elif found := _what_is_there(directory):
+        else:
             raise ValueError(
                 f"output_dir={str(directory)!r} holds {', '.join(found)}, but not a run that could be resumed; choose "
                 "another output_dir, or set overwrite_output_dir to replace them"
@@ -83,6 +85,12 @@ def _refuse_another_run(directory: Path, config: dict, free_keys: Collection[str
             + "\nchoose another output_dir, give the settings of the run that is there to resume it, or set "
             "overwrite_output_dir to delete it"
         )
+
+
+def _what_would_be_lost(directory: Path) -> list[str]:
+    """What a run has left that took time to make: checkpoints, weights, facts."""
+    found = [name for name in _what_is_there(directory) if name not in (RUN_CONFIG, "history.jsonl")]
+    return [name for name in found if name != CHECKPOINTS or any((directory / CHECKPOINTS).iterdir())]
 
 
 def _what_is_there(directory: Path) -> list[str]:

@@ -53,7 +53,7 @@ def test_neighbours_are_torn_apart():
 
 
 def test_more_rows_than_memory_could_hold_are_no_trouble():
-    positions = np.arange(10**15, 10**15 + 1000)
+    positions = 10**15 + 2**33 * np.arange(1000)  # all alike in their lower 32 bits
     rows = permuted_index(positions, num_rows=10**16, seed=0, epoch=0)
     assert len(set(rows.tolist())) == 1000
     assert 0 <= rows.min() < rows.max() < 10**16

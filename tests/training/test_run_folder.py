@@ -19,6 +19,7 @@ def test_the_same_run_may_come_back_with_another_cadence(tmp_path):
 
 def test_another_run_is_refused_with_the_keys_that_differ(tmp_path):
     check_output_dir(tmp_path, CONFIG, overwrite=False)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds another run") as told:
         check_output_dir(tmp_path, {"learning_rate": 0.2, "save_steps": 1, "extra": "x"}, overwrite=False)
     message = str(told.value)
@@ -28,6 +29,14 @@ def test_another_run_is_refused_with_the_keys_that_differ(tmp_path):
     assert "save_steps" not in message
     assert "choose another output_dir" in message
     assert "overwrite_output_dir" in message
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_gives_way_to_mended_settings(tmp_path):
+    check_output_dir(tmp_path, CONFIG, overwrite=False)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "history.jsonl").write_text("{}")
+    check_output_dir(tmp_path, CONFIG | {"learning_rate": 0.2}, overwrite=False)
+    assert '"learning_rate": 0.2' in (tmp_path / "run_config.json").read_text()
 
 
 def test_overwriting_deletes_the_former_run_and_nothing_else(tmp_path):
@@ -57,6 +66,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 def test_a_configuration_that_cannot_be_read_is_not_taken_for_the_same(tmp_path):
     (tmp_path / "run_config.json").write_text('{"learning_rate": 0.')
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(ValueError, match=r"run_config\.json cannot be read .*overwrite_output_dir"):
         check_output_dir(tmp_path, CONFIG, overwrite=False)
 
@@ -103,6 +113,7 @@ def test_the_refusal_names_the_process(tmp_path):
                 os.write(write, str(error).encode())
 
         in_child(enter)
+    os.close(write)
     assert f"is in use by process {os.getpid()} on" in os.read(read, 1000).decode()
 
 
