@@ -33,7 +33,7 @@ from recipes import evaluate, finetune
 
 ROOT = Path(__file__).parent.parent
 REVIEWS = ROOT / "recipes" / "data" / "reviews"
-LORA = ["--adapter", "lora", "--lora_rank", "4", "--learning_rate", "0.02", "--num_train_epochs", "3"]
+LORA = ["--adapter", "lora", "--lora_rank", "4", "--learning_rate", "0.01", "--num_train_epochs", "3"]
 SHORT = ["--num_train_epochs", "2", "--warmup_steps", "0"]
 
 
@@ -178,7 +178,10 @@ def test_a_pretrained_decoder_keeps_its_trunk_under_a_new_head(pretrained, tmp_p
     ]
     folder = run(tmp_path / "run", *argv)
     printed = capsys.readouterr().out
-    assert f"note: NEWLY INITIALISED, to be learned from these data: score.weight (not in {pretrained})" in printed
+    assert (
+        f"note: NEWLY INITIALISED, to be learned from these data: score.bias, score.weight (not in {pretrained})"
+        in printed
+    )
     assert "keeps its own architecture: max_position_embeddings not applied" in printed
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.classifier_pooling == "mean"
     before, after = load_file(pretrained / "model.safetensors"), load_file(folder / "model.safetensors")
@@ -336,7 +339,10 @@ def test_a_classifier_for_other_labels_gets_a_new_head(finetuned, tmp_path, caps
     data = ["--dataset", tmp_path / "train.csv", "--model", finetuned, "--max_steps", "1"]
     folder = run(tmp_path / "run", *data)
     printed = capsys.readouterr().out
-    assert "was trained for another number of labels: score.weight was (2, 32), is (3, 32)" in printed
+    assert (
+        "was trained for another number of labels: score.bias was (2,), is (3,); score.weight was (2, 32), is (3, 32)"
+        in printed
+    )
     assert "there are no validation rows: 3 of the 30 training rows are held out" in printed
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.id2label == {0: "a", 1: "b", 2: "c"}
 
@@ -351,7 +357,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     run(tmp_path / "run", "--dry_run", "--gradient_accumulation_steps", "2")
     printed = capsys.readouterr().out
     for pattern in (
-        r"parameters +39,104 \(39,104 trained\)",
+        r"parameters +39,106 \(39,106 trained\)",
         r"steps +60 \(6 epochs\)",
         r"estimated time +[\d.]+ (s|min) ",
     ):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,20 @@ from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.models.modeling_bm_transformer import BmTransformerForCausalLM
 
 ROOT = Path(__file__).parents[2]
-CODE = {"configuration_bm_transformer.py", "modeling_bm_transformer.py", "stems_bm.py", "heads_bm.py"}
+MODELS = ROOT / "bmtk" / "models"
+
+
+def code_of(name: str) -> set[str]:
+    """A file of bmtk/models and all that it imports from beside it."""
+    found, waiting = set(), [name]
+    while waiting:
+        found.add(name := waiting.pop())
+        siblings = re.findall(r"^from \.(\w+) import", (MODELS / name).read_text(), re.MULTILINE)
+        waiting += [f"{sibling}.py" for sibling in siblings if f"{sibling}.py" not in found]
+    return found
+
+
+CODE = code_of("configuration_bm_transformer.py") | code_of("modeling_bm_transformer.py")
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 PUBLISHER = """
