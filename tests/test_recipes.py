@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,12 @@ def launch(*argv, env=None, **kwargs):
     command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE, **kwargs)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 def sha256(path: Path) -> str:
@@ -118,7 +125,8 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(pretrained, tmp_path):
 def test_two_processes_reach_the_weights_of_one(pretrained, tmp_path):
     argv = ["--preset", "smoke", "--output_dir", tmp_path / "run", *TINY]
     env = {"ACCELERATE_USE_CPU": "true"}
-    process = launch("--multi_gpu", "--num_processes", "2", "recipes/pretrain.py", *argv, env=env)
+    ranks = ["--multi_gpu", "--num_processes", "2", "--main_process_port", free_port()]
+    process = launch(*ranks, "recipes/pretrain.py", *argv, env=env)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
