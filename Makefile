@@ -6,6 +6,8 @@ export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: pretrain test lint clean
 
+# Without OMP_NUM_THREADS accelerate sets it to the same number, and says so at length.
+pretrain: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 pretrain: .venv/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py $(ARGS)
 

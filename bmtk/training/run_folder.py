@@ -76,7 +76,7 @@ def _refuse_another_run(directory: Path, config: dict, free_keys: Collection[str
     lines = [
         f"{key}: {former.get(key, absent)!r} there, {config.get(key, absent)!r} now"
         for key in sorted(former.keys() | config.keys())
-        if key not in free_keys and former.get(key, absent) != config.get(key, absent)
+        if key not in free_keys and former.get(key) != config.get(key)  # a newer version knows more keys, all unset
     ]
     if lines:
         raise ValueError(

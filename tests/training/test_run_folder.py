@@ -31,6 +31,12 @@ def test_another_run_is_refused_with_the_keys_that_differ(tmp_path):
     assert "overwrite_output_dir" in message
 
 
+def test_a_run_comes_back_to_a_version_that_knows_more_settings(tmp_path):
+    check_output_dir(tmp_path, CONFIG, overwrite=False)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    check_output_dir(tmp_path, CONFIG | {"a_new_setting": None}, overwrite=False)
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_gives_way_to_mended_settings(tmp_path):
     check_output_dir(tmp_path, CONFIG, overwrite=False)
     (tmp_path / "checkpoints").mkdir()
