@@ -155,7 +155,12 @@ def test_loaded_outputs_equal_the_saved_ones_exactly(saved):
 
 def test_uploaded_code_loads_without_bmtk(saved, tmp_path):
     wanted = [(str(saved / name), case.auto_class) for name, case in CASES.items()]
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     command = [sys.executable, "-c", LOADED_ELSEWHERE, json.dumps(wanted)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
