@@ -17,6 +17,7 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "agg",
+    "OMP_NUM_THREADS": "1",  # sums in one order: what is compared to the last digits is equal on every machine
 }
 
 pytest_plugins = ["stand_in_hub", "smoke_runs"]
