@@ -45,6 +45,10 @@ class CausalLMHead:
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    def penalty(self, outputs, labels, attention_mask, position_ids, **kwargs) -> torch.Tensor | float:
+        """What a family adds to the loss while it trains, divided by the same count; nothing, unless it says so."""
+        return 0.0
+
     @can_return_tuple
     def forward(
         self,
@@ -73,6 +77,8 @@ class CausalLMHead:
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.training:
+                loss = loss + self.penalty(outputs, labels, attention_mask, position_ids, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

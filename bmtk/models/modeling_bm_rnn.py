@@ -18,7 +18,6 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
-    CausalLMOutputWithPast,
     Seq2SeqModelOutput,
 )
 from transformers.processing_utils import Unpack
@@ -250,45 +249,11 @@ class BmRnnForCausalLM(CausalLMHead, BmRnnPreTrainedModel, GenerationMixin):
 
     trunk_class = BmRnnModel
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """Logits (B, L, V); `labels` (B, L) are token ids, shifted inside, -100 where nothing is predicted."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, kept, V)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if self.training:
-                shifted = kwargs.get("shift_labels")
-                shifted = F.pad(labels[:, 1:], (0, 1), value=-100) if shifted is None else shifted
-                count = kwargs.get("num_items_in_batch")
-                loss = loss + activation_penalty(self.config, outputs, shifted, attention_mask, position_ids, count)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+    def penalty(
+        self, outputs, labels, attention_mask, position_ids, shift_labels=None, num_items_in_batch=None, **kwargs
+    ):
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+        return activation_penalty(self.config, outputs, shifted, attention_mask, position_ids, num_items_in_batch)
 
 
 class LuongAttention(nn.Module):
