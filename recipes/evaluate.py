@@ -25,7 +25,12 @@ from bmtk.hub import facts, summary
 from bmtk.tasks import finetuning_task
 from bmtk.training import finetuning
 
-OF_TRAINING = ("tokenizer", "vocab_size", "validation_fraction")  # data settings that a finished model has no use for
+OF_TRAINING = (
+    "tokenizer",
+    "vocab_size",
+    "validation_fraction",
+    "leakage",
+)  # data settings that a finished model has no use for
 SOURCES = ("dataset", "train_file", "validation_file", "test_file", "data_name", "data_licence")
 
 
@@ -84,12 +89,13 @@ def main(argv: list[str]) -> None:
             folder, per_device_eval_batch_size=evaluation.batch_size, eval_strategy="no", save_strategy="no"
         )
         trainer = finetuning.build_trainer(model, task, args, folder=Path(folder))
-        prediction = trainer.predict(task.rows[evaluation.split], metric_key_prefix="test")
+        rows = task.rows[evaluation.split]
+        output = trainer.predict(rows, metric_key_prefix="test")
     if args.process_index == 0:
-        metrics = finetuning.recorded_metrics(prediction.metrics)
+        metrics = finetuning.recorded_metrics(output.metrics)
         metrics = {key.replace("test/", f"{evaluation.split}/"): value for key, value in metrics.items()}
         print("".join(f"note: {line}\n" for line in task.notes), end="")
-        print(task.table(prediction))
+        print(task.table(output.predictions, rows))
         print(summary.text_table([(key.replace("/", " ").replace("_", " "), value) for key, value in metrics.items()]))
         print(f"written to {write_metrics(evaluation, task, metrics)}")
 

@@ -42,7 +42,9 @@ def read_arguments(argv: list[str]) -> list:
     architecture = arguments.model_fields(values.get("model_type", "bm_transformer"))
     groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments]
     bound = values.bind([*groups, AdapterArguments, architecture], description=__doc__)
-    bound[0].task = bound[0].task or "sequence_classification"
+    bound[0].task = task_class.name
+    if bound[2].load_best_model_at_end:
+        finetuning.choose_best_by(bound[2], values.get("metric_for_best_model", task_class.main_metric))
     return bound
 
 
@@ -70,14 +72,14 @@ def main(argv: list[str]) -> None:
             stack.enter_context(locked(folder))
             check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
         request = stack.enter_context(noted_signals(second_stops_at_once=args.world_size == 1))
-        history = RecordHistory(folder)
+        history = RecordHistory(folder, unit=task.unit)
         callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
         trainer = finetuning.build_trainer(model, task, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
         checkpoint = finetuning.checkpoint_to_resume(folder, args.resume_from_checkpoint)
         if checkpoint and is_main:
             print(f"going on from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)
-        metrics, samples = finetuning.evaluate(trainer, task)
+        results = finetuning.evaluate(trainer, task)
         finetuning.save(trainer, folder, merge=adapter.merge_adapter)
         if is_main:
             conclude(
@@ -91,9 +93,8 @@ def main(argv: list[str]) -> None:
                 started_at=started_at,
                 train_seconds=history.seconds,
                 model=model_facts(trainer, run, adapter),
-                metrics=metrics,
                 throughput=history.throughput,
-                samples=samples,
+                **vars(results),
             )
         trainer.accelerator.wait_for_everyone()
 
@@ -137,8 +138,9 @@ def plan(config, task, model, args) -> str:
         model,
         steps=steps,
         epochs=steps * step_rows / num_rows,
-        tokens_per_step=round(step_rows * task.tokens_per_row("train")),
-        seconds_per_step=seconds_per_step(model, batches, Accelerator(), lambda batch: len(batch["labels"])),
+        per_step=round(step_rows * task.units_per_row("train")),
+        unit=task.unit,
+        seconds_per_step=seconds_per_step(model, batches, Accelerator(), task.num_items),
     )
 
 

@@ -138,7 +138,8 @@ def plan(config, task, model, args, accelerator) -> str:
         model,
         steps=steps,
         epochs=steps / batches.steps_per_epoch,
-        tokens_per_step=args.batch_size * task.row_length,
+        per_step=args.batch_size * task.row_length,
+        unit="tokens",
         seconds_per_step=seconds_per_step(model, batches[0], accelerator, task.num_items),
     )
 

@@ -30,6 +30,7 @@ from bmtk.hub.wording import (
     plural,
     show,
     slug,
+    speed_of,
     split_metric,
 )
 
@@ -153,8 +154,8 @@ def procedure_rows(run: dict) -> list[tuple[str, str]]:
     ]
     if is_number(run.get("train_seconds")):
         rows.append(("training time", format_seconds(run["train_seconds"])))
-    if is_number(speed.get("tokens_per_second")):
-        rows.append(("tokens per second", format_compact(speed["tokens_per_second"])))
+    if measured := speed_of(speed):
+        rows.append((measured[0], format_compact(measured[1])))
     if is_number(speed.get("mfu")):
         rows.append(("model FLOPs utilisation", f"{100 * speed['mfu']:.1f} %"))
     return rows

@@ -81,8 +81,8 @@ def tiles(run: dict) -> list[tuple[str, str]]:
     found = [(shown, label) for label, shown in ranked_metrics(run)[:3]]
     if wording.is_number(run.get("train_seconds")):
         found.append((wording.format_seconds(run["train_seconds"]), "Training time"))
-    if wording.is_number(run["throughput"].get("tokens_per_second")):
-        found.append((wording.format_compact(run["throughput"]["tokens_per_second"]), "Tokens per second"))
+    if speed := wording.speed_of(run["throughput"]):
+        found.append((wording.format_compact(speed[1]), speed[0].capitalize()))
     return found
 
 
@@ -291,12 +291,13 @@ def charts(run: dict, history: History) -> list[Chart]:
     """Return the charts that the history has values for, the loss first."""
     validation = history.validation_keys()
     losses = tuple(key for key in validation if wording.split_metric(key)[1] == "loss")
+    speeds = [key for key in history.columns if key.endswith("_per_second") and "/" not in key]
     unit = "nats per token" if run["task"].endswith("_lm") else "nats"
     panels = [
         Panel("Loss", unit, ("loss",), losses, wide=True),
         Panel("Learning rate", "", ("learning_rate",), from_zero=True, is_smooth=False),
         Panel("Gradient norm", "before clipping", ("grad_norm",)),
-        Panel("Throughput", "tokens per second", ("tokens_per_second",), from_zero=True),
+        *(Panel("Throughput", key.replace("_", " "), (key,), from_zero=True) for key in speeds),
         Panel("Model FLOPs utilisation", "%", ("mfu",), from_zero=True, scale=100),
     ]
     others = (key for key in validation if wording.split_metric(key)[1] not in NOT_A_CHART)

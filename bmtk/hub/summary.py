@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bmtk.hub.facts import read_run
-from bmtk.hub.wording import format_number, format_seconds, is_number, metric_label
+from bmtk.hub.wording import format_number, format_seconds, is_number, metric_label, speed_of
 
 
 def run_summary(directory: str | Path, *, next_command: str) -> str:
@@ -14,7 +14,7 @@ def run_summary(directory: str | Path, *, next_command: str) -> str:
         *((metric_label(name), value) for name, value in run["metrics"].items()),
         ("parameters", run["model"].get("num_parameters")),
         ("training time", format_seconds(run.get("train_seconds") or 0.0)),
-        ("tokens per second", run["throughput"].get("tokens_per_second")),
+        *filter(None, [speed_of(run["throughput"])]),
         ("MFU", f"{mfu:.1%}" if (mfu := run["throughput"].get("mfu")) is not None else None),
         ("checkpoint", directory),
         ("report", directory / "report.html"),
@@ -22,15 +22,17 @@ def run_summary(directory: str | Path, *, next_command: str) -> str:
     return "\n".join(["", *samples, text_table(rows), "", f"next: {next_command}"])
 
 
-def run_plan(config: dict, model, *, steps: int, epochs: float, tokens_per_step: int, seconds_per_step: float) -> str:
+def run_plan(
+    config: dict, model, *, steps: int, epochs: float, per_step: int, unit: str, seconds_per_step: float
+) -> str:
     """What a run would be: its resolved config, its size, and how long it would take on this machine."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = [
         ("model", type(model).__name__),
         ("parameters", f"{model.num_parameters():,} ({trainable:,} trained)"),
-        ("tokens per step", tokens_per_step),
+        (f"{unit} per step", per_step),
         ("steps", f"{steps:,} ({epochs:.3g} epochs)"),
-        ("tokens in all", steps * tokens_per_step),
+        (f"{unit} in all", steps * per_step),
         ("estimated time", f"{format_seconds(steps * seconds_per_step)} ({seconds_per_step * 1e3:.0f} ms per step)"),
     ]
     config_table = text_table(list(config.items()))

@@ -61,6 +61,12 @@ def metric_label(key: str) -> str:
     return label[:1].upper() + label[1:]
 
 
+def speed_of(throughput: dict) -> tuple[str, float] | None:
+    """Return what was measured ("tokens per second") and how much of it; None where no speed was recorded."""
+    found = ((key, value) for key, value in throughput.items() if key.endswith("_per_second") and is_number(value))
+    return next(((key.replace("_", " "), value) for key, value in found), None)
+
+
 def format_number(value: float) -> str:
     """Return a number as a reader wants it: grouped when whole, four significant digits otherwise."""
     if not math.isfinite(value):

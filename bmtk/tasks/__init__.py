@@ -2,6 +2,7 @@
 
 from .causal_lm import CausalLM
 from .sequence_classification import SequenceClassification
+from .task import Task
 
 TASKS = {
     "causal_lm": CausalLM,
@@ -18,7 +19,7 @@ def task_named(name: object) -> type:
 
 def finetuning_task(name: object) -> type:
     """The class of a task that `recipes/finetune.py` and `recipes/evaluate.py` serve.  Raises: ValueError likewise."""
-    served = [other for other, task_class in TASKS.items() if hasattr(task_class, "reduce_logits")]
+    served = [other for other, task_class in TASKS.items() if issubclass(task_class, Task)]
     if task_named(name) and name not in served:
         raise ValueError(f"task={name!r} belongs to recipes/pretrain.py; this recipe knows {', '.join(served)}")
     return TASKS[name]

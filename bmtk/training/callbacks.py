@@ -16,16 +16,17 @@ NOT_RECORDED = ("runtime", "samples_per_second", "steps_per_second", "model_prep
 class RecordHistory(TrainerCallback):
     """Writes what Trainer logs to `history.jsonl`, in the words of the project's own loop."""
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, *, unit: str = "tokens"):
         self.history = History(directory)
+        self.unit = unit  # what `state.num_input_tokens_seen` counts, padding left out
         self.seconds = 0.0  # of training, with the time before a resumption
-        self.tokens = 0  # real ones, padding not counted
+        self.units = 0
         self.is_training = False
 
     @property
     def throughput(self) -> dict[str, float]:
         """Mean speed of the whole run, evaluations and checkpoints included."""
-        return {"tokens_per_second": self.tokens / self.seconds} if self.tokens and self.seconds else {}
+        return {f"{self.unit}_per_second": self.units / self.seconds} if self.units and self.seconds else {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -33,13 +34,13 @@ class RecordHistory(TrainerCallback):
         self.history.cut(after=state.global_step)
         former = [record["seconds"] for record in self.history.read() if "seconds" in record]
         self.started = time.monotonic() - (former[-1] if former else 0.0)
-        self.last_tokens, self.last_time = state.num_input_tokens_seen, time.monotonic()
+        self.last_units, self.last_time = state.num_input_tokens_seen, time.monotonic()
         self.is_training = True
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.is_training:
             self.seconds = time.monotonic() - self.started
-            self.tokens = state.num_input_tokens_seen
+            self.units = state.num_input_tokens_seen
         self.is_training = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -51,11 +52,11 @@ class RecordHistory(TrainerCallback):
         if not self.is_training:  # only the main process has a clock
             return {}
         now = time.monotonic()
-        tokens = state.num_input_tokens_seen - self.last_tokens
-        speed = {"tokens": state.num_input_tokens_seen, "tokens_per_second": tokens / (now - self.last_time)}
-        self.last_tokens, self.last_time = state.num_input_tokens_seen, now
+        units = state.num_input_tokens_seen - self.last_units
+        speed = {self.unit: state.num_input_tokens_seen, f"{self.unit}_per_second": units / (now - self.last_time)}
+        self.last_units, self.last_time = state.num_input_tokens_seen, now
         values = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "epoch") if key in logs}
-        return {**values, **(speed if tokens else {}), "seconds": now - self.started}
+        return {**values, **(speed if units else {}), "seconds": now - self.started}
 
 
 def recorded_metrics(logs: dict[str, float]) -> dict[str, float]:

@@ -5,17 +5,21 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from peft import PeftModel
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from .adapters import ADAPTER_CONFIG, load_adapter
 from .callbacks import Progress, recorded_metrics
 from .run_folder import CHECKPOINTS
+from .updates import LossSum
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +28,8 @@ FREE_KEYS = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint logging_steps save_total_limit report_to disable_tqdm "
     "run_name per_device_eval_batch_size dataloader_num_workers dataloader_pin_memory merge_adapter".split()
 )
+LOWER_IS_BETTER = frozenset("loss mse mae mase wer cer perplexity".split())  # of the metrics that choose a best model
+SHORT = 20  # batches of an evaluation that shows no progress bar
 
 
 def _settled(default):
@@ -48,7 +54,6 @@ class FineTuningArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "rows per device in evaluations"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of history.jsonl"})
     save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
-    include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "tokens that are counted"})
 
     logging_nan_inf_filter: bool = _settled(False)  # True logs a NaN loss as 0.0
     # A token would be pickled into training_args.bin; publishing is done by bmtk.hub, from the login or HF_TOKEN.
@@ -59,6 +64,10 @@ class FineTuningArguments(TrainingArguments):
     hub_private_repo: bool | None = _settled(None)
     hub_always_push: bool = _settled(False)
     hub_revision: str | None = _settled(None)
+    include_num_input_tokens_seen: str = _settled("no")
+    remove_unused_columns: bool = _settled(False)
+    batch_eval_metrics: bool = _settled(False)
+    eval_do_concat_batches: bool = _settled(True)
     label_names: list[str] = field(default_factory=lambda: ["labels"], init=False)  # columns, as Trainer calls them
     do_train: bool = _settled(False)  # these three are read by Hugging Face's example scripts only
     do_eval: bool = _settled(False)
@@ -190,39 +199,127 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbacks: Sequence = ()) -> Trainer:
-    """Trainer on the task's rows, with its loss and metrics, and with checkpoints in `folder`.
+class TaskTrainer(Trainer):
+    """Trainer whose loss and metrics are exact: it asks the task, where Trainer averages averages.
 
-    The loss is the task's own (see there), so that it does not depend on the batch size or on accumulation.
+    - A loss is a sum over the items of the whole optimizer step divided by their number, also for models that accept
+      `num_items_in_batch` and drop it, and for labels that are not one tensor.
+    - An evaluation sees every row once on any number of processes, keeps a prediction for each instead of its logits,
+      and scores all of them at once; Trainer's loss is a mean of batch means in which rows that fill up the last
+      batches count twice.
     """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, args: TrainingArguments, task, *, callbacks: Sequence = ()):
+        super().__init__(
+            model,
+            args,
+            train_dataset=task.rows.get("train"),
+            eval_dataset=task.rows.get("validation"),
+            processing_class=task.processor,
+            data_collator=task.collator(),
+            callbacks=list(callbacks),
+        )
+        self.task = task
+        self.own_loss = None if task.criterion else LossSum(model, model, args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        counts = [int(self.task.num_items(batch)) for batch in batch_samples]
+        units = [int(self.task.num_units(batch)) for batch in batch_samples]
+        totals = torch.tensor([sum(counts), sum(units)], device=device)
+        totals = self.accelerator.reduce(totals) if self.args.world_size > 1 else totals
+        self.state.num_input_tokens_seen += int(totals[1])  # the one counter of units that a checkpoint keeps
+        return totals[0].clamp(min=1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The batch's summed loss over the items of the step; times the processes, which average their gradients."""
+        assert not return_outputs
+        if self.own_loss:
+            self.own_loss.model = model
+            loss = self.own_loss(inputs, int(self.task.num_items(inputs)), num_items_in_batch)
+        else:
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            smoothing = self.args.label_smoothing_factor
+            loss = self.task.criterion(outputs, inputs, label_smoothing=smoothing) / num_items_in_batch
+        return loss * self.args.world_size
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """This process's share of the rows, in order."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rank, world = self.args.process_index, self.args.world_size
+        share = Subset(rows, range(len(rows) * rank // world, len(rows) * (rank + 1) // world))
+        workers = self.args.dataloader_num_workers
+        return DataLoader(share, self.args.eval_batch_size, collate_fn=self.data_collator, num_workers=workers)
+
+    get_test_dataloader = get_eval_dataloader
+
+    @torch.no_grad()
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
+        model = self.accelerator.unwrap_model(self.model)
+        model.to(self.args.device).eval()
+        predictions = []
+        with tqdm(total=len(dataloader), desc=description, leave=False, disable=self._is_quiet(dataloader)) as bar:
+            for batch in dataloader:
+                with self.accelerator.autocast():
+                    predictions += self.task.predict(model, self._prepare_inputs(batch))
+                bar.update()
+        if self.args.world_size > 1:
+            predictions = gather_object(predictions)
+        rows = dataloader.dataset.dataset
+        metrics = self.task.score(predictions, rows)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=predictions, label_ids=None, metrics=named, num_samples=len(rows))
+
+    def _is_quiet(self, dataloader: DataLoader) -> bool:
+        return self.args.disable_tqdm or not self.is_world_process_zero() or len(dataloader) < SHORT
+
+
+def choose_best_by(args: TrainingArguments, metric: str) -> None:
+    """Let `load_best_model_at_end` go by `metric`, whichever way is better."""
+    args.metric_for_best_model = metric
+    args.greater_is_better = metric not in LOWER_IS_BETTER
+
+
+def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbacks: Sequence = ()) -> TaskTrainer:
+    """The trainer of the task's rows, with its loss and metrics, and with checkpoints in `folder`.
+
+    Raises: ValueError for a setting that the task's loss does not have.
+    """
+    if args.label_smoothing_factor and not task.criterion:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} has no effect on {task.name}, whose loss is the "
+            "model's own; leave it out"
+        )
     args.output_dir = str(folder)
     args.dataloader_pin_memory &= torch.cuda.is_available()
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=task.rows.get("train"),
-        eval_dataset=task.rows.get("validation"),
-        processing_class=task.processor,
-        data_collator=task.collator(),
-        compute_loss_func=partial(task.loss, label_smoothing=args.label_smoothing_factor),
-        compute_metrics=task.metrics,
-        preprocess_logits_for_metrics=task.reduce_logits,
-        callbacks=list(callbacks),
-    )
+    args.remove_unused_columns = False  # the task's rows hold what its collator reads
+    args.include_num_input_tokens_seen = "no"  # counted by the task
+    trainer = TaskTrainer(model, args, task, callbacks=callbacks)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     return trainer
 
 
-def evaluate(trainer: Trainer, task) -> tuple[dict[str, float], list[dict[str, str]]]:
-    """Metrics of every split that was not trained on, and some predictions on the last of them."""
-    metrics, samples = {}, []
+@dataclass
+class Results:
+    """Metrics of every split that was not trained on, and what there is to see of the last of them."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    figures: list[dict[str, str]] = field(default_factory=list)
+
+
+def evaluate(trainer: TaskTrainer, task) -> Results:
+    """Measure the trained model on the validation and test rows."""
+    results = Results()
     for split in (split for split in task.rows if split != "train"):
-        prediction = trainer.predict(task.rows[split], metric_key_prefix=split)
-        metrics |= recorded_metrics(prediction.metrics)
-        samples = task.samples(prediction.predictions[0], split)
-    return metrics, samples
+        output = trainer.predict(task.rows[split], metric_key_prefix=split)
+        results.metrics |= recorded_metrics(output.metrics)
+        results.samples = task.samples(output.predictions, task.rows[split])
+        results.figures = task.figures(output.predictions, task.rows[split])
+    return results
 
 
 def save(trainer: Trainer, directory: str | Path, *, merge: bool):

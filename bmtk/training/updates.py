@@ -8,7 +8,7 @@ stays there, and the host does not wait for it; elsewhere the host reads one num
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -31,34 +31,59 @@ class Update:
 
 
 def accepts_item_count(model: PreTrainedModel) -> bool:
-    """Whether the loss of `model` takes num_items_in_batch; else it is a mean over the items of the call."""
+    """Whether `model` can be given num_items_in_batch, which does not say that its loss is divided by it."""
     declared = getattr(model, "accepts_loss_kwargs", None)
     if declared is not None:
         return declared
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    parameters = inspect.signature(type(model).forward).parameters
+    has_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return has_any or "num_items_in_batch" in parameters
 
 
-def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copy a batch to the device; from pinned memory where that lets the host go on at once."""
-    if device.type == "cuda":
-        return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
-    return {key: value.to(device) for key, value in batch.items()}
+@torch.no_grad()
+def divides_by_count(model: PreTrainedModel, batch: dict, options: dict) -> bool:
+    """Whether the loss of `model` is a sum divided by num_items_in_batch; else it is a mean over the batch's items.
+
+    Measured, because many models of transformers accept the number and drop it.  Draws no random numbers.
+    """
+    if not accepts_item_count(model):
+        return False
+    was_training = model.training
+    model.eval()
+    of_one, of_two = (
+        model(**batch, **options, num_items_in_batch=torch.tensor(count, device=model.device)).loss.double()
+        for count in (1, 2)
+    )
+    model.train(was_training)
+    return bool((of_one - 2 * of_two).abs() <= (of_one - of_two).abs())
+
+
+def on_device(batch, device: torch.device):
+    """Copy a batch (tensors in dictionaries and lists) to the device; without waiting where memory can be pinned."""
+    if isinstance(batch, Mapping):
+        return {key: on_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list):
+        return [on_device(value, device) for value in batch]
+    if device.type == "cuda" and batch.device.type == "cpu":
+        return batch.pin_memory().to(device, non_blocking=True)
+    return batch.to(device)
 
 
 class LossSum:
     """Calls a model so that its loss is the sum over the batch's items, divided by a count that the caller gives."""
 
     def __init__(self, model: torch.nn.Module, unwrapped: PreTrainedModel, device: torch.device):
-        self.model = model
+        self.model, self.unwrapped = model, unwrapped
         self.device = device
-        self.takes_count = accepts_item_count(unwrapped)
+        self.takes_count: bool | None = None  # not known before the first batch
         parameters = inspect.signature(type(unwrapped).forward).parameters
         # With a cache, packed rows are attended across documents without a warning.
         self.options = {"use_cache": False} if "use_cache" in parameters or _caches(unwrapped) else {}
 
     def __call__(self, batch: dict[str, torch.Tensor], own_items: int, count: torch.Tensor) -> torch.Tensor:
         batch = on_device(batch, self.device)
+        if self.takes_count is None and own_items:
+            self.takes_count = divides_by_count(self.unwrapped, batch, self.options)
         if self.takes_count:
             return self.model(**batch, **self.options, num_items_in_batch=count).loss
         return self.model(**batch, **self.options).loss * (own_items / count)

@@ -1,24 +1,28 @@
 """Sequence classification: rows, labels, loss and metrics, against literal values and scikit-learn."""
 
 import json
-from types import SimpleNamespace
+import re
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    f1_score,
+    log_loss,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
 from transformers import AutoTokenizer, BertConfig, LlamaConfig
 
 from bmtk.data.tokenizers import train_tokenizer
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
-from bmtk.tasks.sequence_classification import (
-    SequenceClassification,
-    SequenceClassificationArguments,
-    scores_by_label,
-)
+from bmtk.tasks.classification import class_weights, scores_by_label
+from bmtk.tasks.sequence_classification import SequenceClassification, SequenceClassificationArguments
 
 TRAIN = [("good soup", "good"), ("bad soup", "bad"), ("good day", "good"), ("bad day", "bad")]
+OTHERS = [("fine soup", "good"), ("poor soup", "bad")]
 
 
 def write_csv(path, rows, columns=("text", "label")):
@@ -27,7 +31,7 @@ def write_csv(path, rows, columns=("text", "label")):
     return [str(path)]
 
 
-def make_task(tmp_path, train=TRAIN, validation=TRAIN[:2], **settings):
+def make_task(tmp_path, train=TRAIN, validation=OTHERS, **settings):
     """A task on CSV files, with a byte tokenizer trained on them."""
     files = {"train_file": write_csv(tmp_path / "train.csv", train)}
     if validation:
@@ -76,7 +80,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
         rows.to_csv(path, sep="\t")
     else:
         write[suffix](path)
-    args = SequenceClassificationArguments(train_file=[str(path)], validation_file=[str(path)], vocab_size=300)
+    files = {"train_file": [str(path)], "validation_file": [str(path)]}
+    args = SequenceClassificationArguments(**files, vocab_size=300, leakage="allow")
     task = SequenceClassification(args)
     assert list(task.rows["train"]["text"]) == ["NA", "1e5", 'a "b", c']
     assert list(task.rows["train"]["label"]) == ["null", "x", "x"]
@@ -84,12 +89,12 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
 
 def test_a_folder_is_read_by_the_names_of_its_files(tmp_path):
     write_csv(tmp_path / "train-00000.csv", TRAIN)
-    write_csv(tmp_path / "dev.csv", TRAIN[:1])
+    write_csv(tmp_path / "dev.csv", OTHERS[:1])
     (tmp_path / "test").mkdir()
-    write_csv(tmp_path / "test" / "part.csv", TRAIN[:3])
+    write_csv(tmp_path / "test" / "part.csv", [*OTHERS, ("new", "good")])
     task = SequenceClassification(SequenceClassificationArguments(dataset=str(tmp_path), vocab_size=300))
     assert {split: len(rows) for split, rows in task.rows.items()} == {"train": 4, "validation": 1, "test": 3}
-    one = write_csv(tmp_path / "other.csv", TRAIN[:2])
+    one = write_csv(tmp_path / "other.csv", OTHERS)
     args = SequenceClassificationArguments(dataset=str(tmp_path), test_file=one, vocab_size=300)
     assert len(SequenceClassification(args).rows["test"]) == 2
 
@@ -120,9 +125,8 @@ def test_label_names_name_integers(tmp_path):
 def test_class_labels_of_a_data_set_keep_their_names_and_secret_test_labels_are_left_out(tmp_path):
     kind = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
     for split, labels in {"train": [1, 0], "validation": [0, 1], "test": [-1, -1]}.items():
-        Dataset.from_dict({"text": ["a", "b"], "label": labels}, features=kind).to_parquet(
-            tmp_path / f"{split}.parquet"
-        )
+        texts = [f"{split} a", f"{split} b"]
+        Dataset.from_dict({"text": texts, "label": labels}, features=kind).to_parquet(tmp_path / f"{split}.parquet")
     task = SequenceClassification(SequenceClassificationArguments(dataset=str(tmp_path), vocab_size=300))
     assert list(task.rows["train"]["label"]) == ["pos", "neg"]
     assert "test" not in task.rows
@@ -182,14 +186,17 @@ def test_evaluation_of_unknown_labels_is_refused(tmp_path):
 
 def test_long_texts_are_cut_and_their_share_is_said(tmp_path):
     rows = [("12345678", "good"), ("12345678", "bad"), ("123456789", "good")]  # a token per character
-    task = make_task(tmp_path, rows, rows[:1], tokenizer="char", max_length=8)
+    task = make_task(tmp_path, rows, [("1", "good")], tokenizer="char", max_length=8)
     configured(task)
     assert list(map(len, task.rows["train"]["input_ids"])) == [8, 8, 8]
-    assert task.notes == ["1 of 3 train texts (33.3%) are longer than 8 tokens and were cut"]
-    task = make_task(tmp_path, rows, rows[:1], tokenizer="char")
+    assert task.notes == [
+        "training labels: good 66.7%, bad 33.3%",
+        "1 of 3 train texts (33.3%) are longer than 8 tokens and were cut",
+    ]
+    task = make_task(tmp_path, rows, [("1", "good")], tokenizer="char")
     configured(task, max_position_embeddings=7)
     assert list(map(len, task.rows["train"]["input_ids"])) == [7, 7, 7]
-    assert task.notes[0] == "3 of 3 train texts (100.0%) are longer than 7 tokens and were cut"
+    assert task.notes[1] == "3 of 3 train texts (100.0%) are longer than 7 tokens and were cut"
     task = make_task(tmp_path, max_length=17)
     with pytest.raises(ValueError, match="max_length=17 exceeds the model's limit of 16 tokens; lower it"):
         configured(task)
@@ -278,52 +285,107 @@ def test_no_data_and_folders_without_splits_are_refused(tmp_path):
         SequenceClassification(SequenceClassificationArguments(dataset="no/body"))
 
 
-def predictions(seed=0, rows=57, labels=4):
-    draw = np.random.default_rng(seed)
-    truth = draw.integers(0, labels, rows)
-    logits = torch.tensor(draw.normal(size=(rows, labels)), dtype=torch.float32)
-    predicted, losses = SequenceClassification.reduce_logits(logits, torch.tensor(truth))
-    return SimpleNamespace(predictions=(predicted.numpy(), losses.numpy()), label_ids=truth), logits
+class Fixed(torch.nn.Module):
+    """A model that gives the logits it was made with, row by row."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, rows):
+        return {"logits": self.logits[rows]}
 
 
-def test_metrics_equal_those_of_scikit_learn():
-    prediction, logits = predictions()
-    metrics = SequenceClassification.metrics(prediction)
-    predicted, truth = prediction.predictions[0], prediction.label_ids
-    assert metrics["accuracy"] == pytest.approx(accuracy_score(truth, predicted), abs=1e-12)
-    assert metrics["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"), abs=1e-12)
-    assert metrics["loss"] == pytest.approx(log_loss(truth, logits.double().softmax(-1), labels=range(4)), abs=1e-6)
-    precision, recall, f1, rows = precision_recall_fscore_support(truth, predicted)
-    scores = scores_by_label(truth, predicted)
+def predicted(logits, truth, task):
+    return task.predict(Fixed(logits), {"rows": torch.arange(len(truth)), "labels": torch.tensor(truth)})
+
+
+@pytest.fixture
+def seven(tmp_path):
+    """A task with seven labels, and predictions for 57 rows."""
+    rows = [(f"text {i}", f"label {i % 7}") for i in range(14)]
+    task = make_task(tmp_path, rows, [("new", "label 0")])
+    configured(task)
+    draw = np.random.default_rng(0)
+    truth, logits = draw.integers(0, 7, 57), torch.tensor(draw.normal(size=(57, 7)), dtype=torch.float32)
+    return task, predicted(logits, truth, task), truth, logits
+
+
+def test_metrics_equal_those_of_scikit_learn(seven):
+    task, predictions, truth, logits = seven
+    metrics, best = task.score(predictions), logits.argmax(-1).numpy()
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(truth, best), abs=1e-12)
+    assert metrics["macro_f1"] == pytest.approx(f1_score(truth, best, average="macro"), abs=1e-12)
+    assert metrics["loss"] == pytest.approx(log_loss(truth, logits.double().softmax(-1), labels=range(7)), abs=1e-6)
+    top = top_k_accuracy_score(truth, logits.numpy(), k=5, labels=range(7))
+    assert metrics["top5_accuracy"] == pytest.approx(top, abs=1e-12)
+    precision, recall, f1, rows = precision_recall_fscore_support(truth, best)
+    scores = scores_by_label(truth, best)
     for name, expected in {"precision": precision, "recall": recall, "f1": f1, "rows": rows}.items():
         assert [row[name] for row in scores] == pytest.approx(list(expected))
 
 
 def test_a_label_that_is_never_predicted_scores_zero_and_one_that_never_occurs_does_not_count():
-    truth, predicted = np.array([0, 0, 2, 2]), np.array([0, 0, 0, 0])
-    scores = scores_by_label(truth, predicted)
+    truth, best = np.array([0, 0, 2, 2]), np.array([0, 0, 0, 0])
+    scores = scores_by_label(truth, best)
     assert [row["f1"] for row in scores] == [pytest.approx(2 / 3), 0.0]
-    assert f1_score(truth, predicted, average="macro", zero_division=0) == pytest.approx(np.mean([2 / 3, 0.0]))
+    assert f1_score(truth, best, average="macro", zero_division=0) == pytest.approx(np.mean([2 / 3, 0.0]))
 
 
-def test_the_loss_of_parts_adds_up_to_the_loss_of_the_whole():
-    logits, labels = torch.randn(7, 3), torch.randint(3, (7,))
-    whole = SequenceClassification.loss({"logits": logits}, labels)
-    parts = [
-        SequenceClassification.loss({"logits": logits[part]}, labels[part], num_items_in_batch=7)
-        for part in (slice(0, 5), slice(5, 7))
-    ]
-    assert torch.allclose(whole, torch.nn.functional.cross_entropy(logits, labels))
+def test_the_loss_of_parts_adds_up_to_the_loss_of_the_whole(tmp_path):
+    task = make_task(tmp_path)
+    configured(task)
+    logits, labels = torch.randn(7, 2), torch.randint(2, (7,))
+    whole = task.criterion({"logits": logits}, {"labels": labels})
+    parts = [task.criterion({"logits": logits[part]}, {"labels": labels[part]}) for part in (slice(0, 5), slice(5, 7))]
+    assert torch.allclose(whole, torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
     assert torch.allclose(sum(parts), whole)
 
 
-def test_samples_show_texts_with_the_label_they_got(tmp_path):
+def test_focal_loss_and_class_weights_are_their_formulas(tmp_path):
+    rows = [("a", "x"), ("b", "x"), ("c", "x"), ("d", "y")]
+    task = make_task(tmp_path, rows, [("new", "x")], loss="focal", focal_gamma=3.0, class_weights=["balanced"])
+    configured(task)
+    assert task.weights.tolist() == pytest.approx([4 / 2 / 3, 4 / 2 / 1])
+    logits, labels = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 1])
+    expected = 0.0
+    for row, label in zip(logits.double(), labels.tolist(), strict=True):
+        probability = (row[label].exp() / row.exp().sum()).item()
+        expected -= [2 / 3, 2.0][label] * (1 - probability) ** 3 * np.log(probability)
+    assert task.criterion({"logits": logits}, {"labels": labels}).item() == pytest.approx(expected, rel=1e-5)
+    assert class_weights(["1", "2.5"], ["x", "y"], [3, 1]).tolist() == [1.0, 2.5]
+    for given in (["1"], ["1", "heavy"], ["1", "-1"]):
+        with pytest.raises(ValueError, match="must be 'balanced', or a number of at least 0 for each of the 2 labels"):
+            class_weights(given, ["x", "y"], [3, 1])
+
+
+def test_samples_show_texts_with_the_label_they_got_and_then_the_worst(tmp_path):
     task = make_task(tmp_path)
     configured(task)
-    assert task.samples(np.array([1, 1, 1, 0]), "train", count=2) == [
+    sure = torch.tensor([[0.0, 4.0], [0.0, 3.0], [0.0, 5.0], [1.0, 0.0]])  # good, good, good, bad
+    predictions = predicted(sure, [1, 0, 1, 0], task)
+    assert task.samples(predictions, task.rows["train"], count=1) == [
         {"prompt": "good soup", "text": " -> good"},
-        {"prompt": "bad day", "text": " -> bad"},
+        {"prompt": "bad soup", "text": " -> good (labelled bad)"},
     ]
-    assert task.samples(np.array([0, 1]), "validation")[0]["text"] == " -> bad (labelled good)"
+    assert task.describe(predictions[0]) == {"label": "good", "score": pytest.approx(0.982014, abs=1e-6)}
     assert task.facts()["train"] == {"rows": 4, "tokens": sum(map(len, task.rows["train"]["input_ids"]))}
     json.dumps(task.facts())
+
+
+def test_training_rows_that_are_measured_on_are_refused_dropped_or_said(tmp_path):
+    rows = [("old news", "good"), *OTHERS]
+    found = r"1 of 4 training rows have an input that is among the validation rows \(train row 2 is validation row 1\)"
+    with pytest.raises(ValueError, match=found + "; leakage=drop leaves them out of training, leakage=allow trains"):
+        make_task(tmp_path, validation=[("bad soup", "bad"), *OTHERS])
+    task = make_task(tmp_path, validation=[("bad soup", "bad"), *OTHERS], leakage="drop")
+    assert list(task.rows["train"]["text"]) == ["good soup", "good day", "bad day"]
+    assert len(task.rows["validation"]) == 3
+    assert re.fullmatch(found + ": left out of training", task.notes[-1])
+    task = make_task(tmp_path, validation=[("bad soup", "bad"), *OTHERS], leakage="allow")
+    assert len(task.rows["train"]) == 4
+    assert task.notes[-1].endswith("the results on these are not honest")
+    with pytest.raises(ValueError, match="nothing would be left to train on"):
+        make_task(tmp_path, rows, rows, leakage="drop")
+    with pytest.raises(ValueError, match="leakage='ignore' is unknown; choose one of stop, drop, allow"):
+        make_task(tmp_path, leakage="ignore")

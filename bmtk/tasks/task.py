@@ -1,0 +1,262 @@
+"""What the recipes ask of a fine-tuning task.  One task is one file with one subclass of `Task`.
+
+    rows on disk -> read_rows -> encode -> collator -> model -> predict -> score, describe, samples, figures
+
+Everything that is measured goes through `predict`: one prediction for each row, small enough to keep (a label, a text,
+boxes), never the logits.  So metrics are over whole splits, whatever the batch size and the number of processes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from bmtk.data.duplicates import fingerprints
+from bmtk.data.tables import SPLITS, read_splits
+
+LEAKAGE = ("stop", "drop", "allow")
+Prediction = dict[str, Any]
+
+
+def setting(default, text: str):
+    """A field of a dataclass of arguments with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DataArguments:
+    """Where the rows are, and what they are called."""
+
+    dataset: str | None = setting(None, "folder with train, validation and test parts, a file, or Hub id owner/name")
+    train_file: list[str] | None = setting(None, "training rows: .csv, .tsv, .jsonl, .json, .parquet; over dataset")
+    validation_file: list[str] | None = setting(None, "validation rows, likewise")
+    test_file: list[str] | None = setting(None, "test rows, likewise")
+    validation_fraction: float = setting(0.1, "share of training rows held out where no validation rows are given")
+    leakage: str = setting(
+        "stop", "training rows whose input is among the validation or test rows, too: stop, drop (them) or allow"
+    )
+    data_name: str | None = setting(None, "what the model card calls the data; default: the source's own name")
+    data_licence: str | None = setting(None, "licence of the data, for the model card")
+
+    def __post_init__(self):
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction={self.validation_fraction} is not a share; choose between 0 and 1")
+        if self.leakage not in LEAKAGE:
+            raise ValueError(f"leakage={self.leakage!r} is unknown; choose one of {', '.join(LEAKAGE)}")
+
+
+class Task:
+    """The rows, labels, loss and metrics of one run.
+
+    `model` is the folder or Hub id whose processor is read if `args` name no other; of `splits`, those are read that
+    are there (none: a task without data, for `encode_inputs`).  `notes` collects, in sentences, what was found in the
+    data and what was decided without being asked for.
+
+    A subclass fills in the class attributes and the methods that raise NotImplementedError.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[dict[str, str]]  # pipeline_tag, auto_class, noun, limits: for the model card
+    arguments: ClassVar[type[DataArguments]]
+    auto_class: ClassVar[type]
+    peft_task_type: ClassVar[str | None] = None
+    free_keys: ClassVar[frozenset[str]] = frozenset(("data_name", "data_licence"))  # may differ when a run is resumed
+    unit: ClassVar[str] = "rows"  # what throughput is counted in
+    inputs: ClassVar[tuple[str, ...]]  # columns of `read_rows` that make two rows the same
+    main_metric: ClassVar[str]  # of `score`; what `load_best_model_at_end` goes by unless told otherwise
+    # Sum of a batch's losses from (outputs, batch, label_smoothing=...); None: the model's own loss.
+    criterion: ClassVar[Callable | None] = None
+
+    def __init__(
+        self,
+        args: DataArguments,
+        *,
+        model: str | None = None,
+        splits: Sequence[str] = SPLITS,
+        seed: int = 42,
+        **loading: object,
+    ):
+        self.args, self.model, self.seed, self.loading = args, model, seed, loading
+        self.notes: list[str] = []
+        read = {split: self.read_rows(table, split, labelled=True) for split, table in self._tables(splits).items()}
+        self.rows: dict[str, Any] = {split: rows for split, rows in read.items() if rows is not None}
+        self._keep_apart()
+        self.prepare()
+
+    # ------------------------------------------------------------------------------------------------ rows
+
+    def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
+        """The columns of `table` that the task reads, under its own names; None for a split without labels.
+
+        `where` names the rows in errors ("train").  Raises: ValueError for a column or value that cannot be used.
+        """
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Make what comes of all rows together: the labels' names, a tokenizer."""
+
+    @property
+    def config_fields(self) -> dict[str, object]:
+        """What the configuration of a new model takes from the data."""
+        return {}
+
+    def configure(self, config, *, labels: Sequence[str] = ()) -> None:
+        """Write into `config` what the data say (labels, padding), and turn `rows` into what the collator reads.
+
+        `labels` are those of a model whose configuration does not say them.
+        Raises: ValueError if the model cannot read the rows.
+        """
+        self.rows = {split: self.encode(rows, split) for split, rows in self.rows.items()}
+
+    def encode(self, rows: Dataset, where: str) -> Any:
+        """Rows as `read_rows` gives them, as rows that the collator reads; with `labels` if they have any."""
+        raise NotImplementedError
+
+    def encode_inputs(self, table: Dataset) -> Any:
+        """Rows without labels, for predictions; call `configure` first."""
+        return self.encode(self.read_rows(table, "input", labelled=False), "input")
+
+    def collator(self) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+        """Makes a batch of rows."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    @staticmethod
+    def num_items(batch: Mapping[str, Any]) -> int | torch.Tensor:
+        """How many losses of a batch are summed: its rows, or its predicted positions."""
+        return len(batch["labels"])
+
+    def num_units(self, batch: Mapping[str, Any]) -> int:
+        """How many `unit`s a batch holds, padding not counted."""
+        return len(batch["labels"])
+
+    def units_per_row(self, split: str) -> float:
+        """Mean number of `unit`s in a row of a split."""
+        return 1.0
+
+    # ------------------------------------------------------------------------------------------------ results
+
+    def predict(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
+        """One prediction for each row of a batch; with `loss` (a sum) and `items` if the batch has labels."""
+        raise NotImplementedError
+
+    def score(self, predictions: Sequence[Prediction], rows) -> dict[str, float]:
+        """Metrics over all `rows` at once."""
+        raise NotImplementedError
+
+    def describe(self, prediction: Prediction) -> dict[str, object]:
+        """A prediction in words and plain numbers, for a line of CSV or JSON."""
+        raise NotImplementedError
+
+    def samples(self, predictions: Sequence[Prediction], rows, count: int = 4) -> list[dict[str, str]]:
+        """Some rows and what was predicted for them ({"prompt", "text"}): from all over, then the worst."""
+        return []
+
+    def figures(self, predictions: Sequence[Prediction], rows) -> list[dict[str, str]]:
+        """Pictures for the report: {"title", "svg"}, or {"title", "png_base64"}."""
+        return []
+
+    def table(self, predictions: Sequence[Prediction], rows) -> str:
+        """More than `score` says, for the terminal; empty: nothing."""
+        return ""
+
+    # ------------------------------------------------------------------------------------------------ in words
+
+    def facts(self) -> dict[str, object]:
+        """What the report and the model card say of the data."""
+        args = self.args
+        source = args.dataset or ", ".join(args.train_file or args.test_file or args.validation_file or [])
+        name = args.data_name or Path(source).stem
+        return {"name": name, "source": source, "licence": args.data_licence, **self.sizes()}
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Split -> what it holds, counted."""
+        return {split: {"rows": len(rows)} for split, rows in self.rows.items()}
+
+    def next_command(self, directory: Path) -> str:
+        """What to type to see the result; pipeline() would give an adapter the labels of its base."""
+        if (directory / "adapter_config.json").is_file():
+            return f"accelerate launch recipes/evaluate.py --model {directory}"
+        return (
+            f'python -c "import bmtk; from transformers import pipeline; '
+            f"print(pipeline('{self.about['pipeline_tag']}', model='{directory}')({self.example_input()}))\""
+        )
+
+    def example_input(self) -> str:
+        """Python source of what `pipeline` may be called with."""
+        return "'A text of your own.'"
+
+    # ------------------------------------------------------------------------------------------------ inside
+
+    def _tables(self, splits: Sequence[str]) -> dict[str, Dataset]:
+        """The splits that there are; validation rows are held out of the training rows if none are given."""
+        args = self.args
+        if not splits:
+            return {}
+        if not (args.dataset or args.train_file or args.validation_file or args.test_file):
+            raise ValueError("no data: set dataset (a folder, a file or a Hub id), or train_file")
+        files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+        tables = read_splits(args.dataset, files=files, splits=splits)
+        self.holds_out = "train" in tables and "validation" in splits and "validation" not in tables
+        if self.holds_out:
+            count = len(tables["train"])
+            held_out = round(count * args.validation_fraction)
+            if not 0 < held_out < count:
+                raise ValueError(
+                    f"{count} training rows are too few to hold out {args.validation_fraction:.0%} of them"
+                )
+            parts = tables["train"].train_test_split(held_out, seed=self.seed)
+            tables |= {"train": parts["train"], "validation": parts["test"]}
+            self.notes.append(
+                f"there are no validation rows: {held_out:,} of the {count:,} training rows are held out "
+                f"(validation_fraction={args.validation_fraction}, seed {self.seed})"
+            )
+        return tables
+
+    def _keep_apart(self) -> None:
+        """See to it that no input is trained on that is measured on."""
+        others = [split for split in self.rows if split != "train"]
+        if "train" not in self.rows or not others:
+            return
+        seen = {
+            mark: f"{split} row {row}"
+            for split in others
+            for row, mark in enumerate(fingerprints(self.rows[split], self.inputs), 1)
+        }
+        marks = fingerprints(self.rows["train"], self.inputs)
+        leaks = [row for row, mark in enumerate(marks) if mark in seen]
+        if not leaks:
+            return
+        found = (
+            f"{len(leaks):,} of {len(marks):,} training rows have an input that is among the {' or '.join(others)} "
+            f"rows (train row {leaks[0] + 1} is {seen[marks[leaks[0]]]})"
+        )
+        if self.args.leakage == "drop" or (self.args.leakage == "stop" and self.holds_out):
+            kept = np.setdiff1d(np.arange(len(marks)), leaks)
+            if not len(kept):
+                raise ValueError(f"{found}; nothing would be left to train on")
+            self.rows["train"] = self.rows["train"].select(kept)
+            self.notes.append(f"{found}: left out of training")
+        elif self.args.leakage == "allow":
+            self.notes.append(f"{found}: the results on these are not honest")
+        else:
+            raise ValueError(f"{found}; leakage=drop leaves them out of training, leakage=allow trains on them")
+
+
+def mean_loss(predictions: Sequence[Prediction]) -> float:
+    """Loss per item over all predictions, whatever the batches were."""
+    return float(sum(p["loss"] for p in predictions) / max(1, sum(p["items"] for p in predictions)))
+
+
+def spread_and_worst(predictions: Sequence[Prediction], count: int) -> list[int]:
+    """`count` rows from all over a split, then the `count` with the largest loss that are not among them."""
+    spread = np.linspace(0, len(predictions) - 1, min(count, len(predictions))).astype(int).tolist()
+    if not predictions or "loss" not in predictions[0]:
+        return spread
+    by_loss = np.argsort([-p["loss"] for p in predictions], kind="stable").tolist()
+    return spread + [row for row in by_loss if row not in spread][:count]

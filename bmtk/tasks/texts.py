@@ -1,0 +1,123 @@
+"""What the tasks that read texts share: a tokenizer, and how much of a text is read."""
+
+from dataclasses import dataclass
+
+from datasets import Dataset
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from bmtk.data.tokenizers import train_tokenizer
+
+from .task import Task, setting
+
+TRAINED_KINDS = ("byte_bpe", "char")
+LONGEST = 512  # tokens read of a text where neither tokenizer nor model states a limit
+
+
+@dataclass
+class TextArguments:
+    """Which tokenizer, and how many tokens of a text are read."""
+
+    tokenizer: str | None = setting(
+        None, "folder or Hub id; byte_bpe or char: train one on these texts; default: the model's own, else byte_bpe"
+    )
+    vocab_size: int = setting(4096, "tokens of a tokenizer to be trained, at most")
+    max_length: int | None = setting(None, "tokens read per text, longer ones are cut; default: the model's limit")
+
+    def check_lengths(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} must be at least 1 token")
+
+
+class TextTask(Task):
+    """A task whose rows become `input_ids`.  A subclass says in `training_texts` what a tokenizer is trained on."""
+
+    unit = "tokens"
+
+    def training_texts(self) -> list[str]:
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.processor = self._tokenizer()
+
+    @property
+    def config_fields(self) -> dict[str, object]:
+        ends = {"bos_token_id": self.processor.bos_token_id, "eos_token_id": self.processor.eos_token_id}
+        return {**super().config_fields, "vocab_size": len(self.processor), **ends}
+
+    def configure(self, config, **options) -> None:
+        """Write the padding token into `config`.  Raises: ValueError if the model cannot read the tokens."""
+        if config.pad_token_id is None:  # several models find a text's last token by it
+            config.pad_token_id = self.processor.pad_token_id
+        if len(self.processor) > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(self.processor)} tokens, the model knows vocab_size={config.vocab_size}; "
+                "leave tokenizer out to use the model's own"
+            )
+        self.longest = self._longest(config)
+        super().configure(config, **options)
+
+    def collator(self) -> DataCollatorWithPadding:
+        """Pads the texts of a batch to the longest of them."""
+        return DataCollatorWithPadding(self.processor)
+
+    def num_units(self, batch) -> int:
+        return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+    def units_per_row(self, split: str) -> float:
+        return self._num_tokens(split) / len(self.rows[split])
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        return {split: {"rows": len(rows), "tokens": self._num_tokens(split)} for split, rows in self.rows.items()}
+
+    def _num_tokens(self, split: str) -> int:
+        return sum(map(len, self.rows[split]["input_ids"]))
+
+    def keep_rows_with_text(self, rows: Dataset, texts: list[str | None], *, option: str, where: str) -> Dataset:
+        """`rows` without those whose text is missing or blank; it is said how many.  Raises: ValueError if all are."""
+        kept = [row for row, text in enumerate(texts) if text and not text.isspace()]
+        if not kept:
+            raise ValueError(f"{option}={getattr(self.args, option)!r} of the {where} data holds no text at all")
+        if len(kept) < len(texts):
+            self.notes.append(f"{len(texts) - len(kept):,} of {len(texts):,} {where} rows have no text: left out")
+        return rows.select(kept)
+
+    def say_what_was_cut(self, lengths: list[int], where: str) -> None:
+        cut = sum(length > self.longest for length in lengths)
+        if cut:
+            share = f"{cut:,} of {len(lengths):,} {where} texts ({cut / len(lengths):.1%})"
+            self.notes.append(f"{share} are longer than {self.longest} tokens and were cut")
+
+    def _longest(self, config) -> int:
+        """Tokens read per text."""
+        stated = [self.processor.model_max_length, getattr(config, "max_position_embeddings", None)]
+        limit = min((tokens for tokens in stated if tokens and tokens < 10**9), default=None)  # 10**30 means "none"
+        if limit and self.args.max_length and self.args.max_length > limit:
+            raise ValueError(
+                f"max_length={self.args.max_length} exceeds the model's limit of {limit} tokens; lower it, or use a "
+                "model with a larger one"
+            )
+        return self.args.max_length or limit or LONGEST
+
+    def _tokenizer(self):
+        source = self.args.tokenizer or self.model or TRAINED_KINDS[0]
+        if source in TRAINED_KINDS:
+            if "train" not in self.rows:
+                raise ValueError(f"tokenizer={source} needs training rows to be trained on; name a finished tokenizer")
+            return train_tokenizer(self.training_texts(), kind=source, vocab_size=self.args.vocab_size)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **self.loading)
+        except (OSError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"no tokenizer can be loaded from {source!r}: {reason}; name one with tokenizer"
+            ) from error
+        if tokenizer.pad_token is None:
+            stand_in = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+            if stand_in is None:
+                raise ValueError(
+                    f"the tokenizer {source} has no padding token, nor another that could stand in for it"
+                )
+            tokenizer.pad_token = stand_in
+            self.notes.append(f"the tokenizer has no padding token: {stand_in!r} stands in for it")
+        return tokenizer
