@@ -1,4 +1,4 @@
-"""Rows with columns: CSV, JSON-lines and Parquet files, folders of them, and Hub data sets, as `datasets.Dataset`.
+"""Rows with columns: CSV, JSON-lines and Parquet files, folders of them or of images or recordings, Hub data sets.
 
 For data sets of examples (a text and its label); corpora of documents are read by `sources`.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 
+from .media import MEDIA_SUFFIXES, has_media, media_files, media_rows, undecoded
 from .sources import SPLIT_NAMES
 
 SPLITS = tuple(SPLIT_NAMES)
@@ -37,8 +38,26 @@ def read_splits(
     return {split: found[split] for split in splits if split in found}
 
 
+def read_all(source: str, *, option: str) -> datasets.Dataset:
+    """Every row of a table file, a folder of them, an image or recording, or a folder of these; splits play no role.
+
+    Raises: FileNotFoundError if there is no such path (`option` named it), ValueError if it cannot be read.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{option}={str(path)!r} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
+    if path.is_file() and path.suffix.lower() in MEDIA_SUFFIXES:
+        return media_rows(path.parent, [path])
+    if path.is_dir() and has_media(path):
+        return media_rows(path, media_files(path))
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    if not files:
+        raise ValueError(f"{option}={str(path)!r} holds no table ({', '.join(SUFFIXES)}), image or recording")
+    return read_table(files)
+
+
 def read_table(paths: Sequence[Path]) -> datasets.Dataset:
-    """The rows of one or more files of the same kind, in the order given."""
+    """The rows of one or more files of the same kind, in the order given; images and recordings are not decoded."""
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"data file {path} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
@@ -52,7 +71,7 @@ def read_table(paths: Sequence[Path]) -> datasets.Dataset:
         raise ValueError(f"{names}: an empty file has no rows")
     if suffixes[0] in DELIMITERS:
         return datasets.concatenate_datasets([_read_csv(path, DELIMITERS[path.suffix]) for path in paths])
-    return _load(BUILDERS[suffixes[0]], where=names, data_files=[str(path) for path in paths])["train"]
+    return undecoded(_load(BUILDERS[suffixes[0]], where=names, data_files=[str(path) for path in paths])["train"])
 
 
 def _read_csv(path: Path, delimiter: str) -> datasets.Dataset:
@@ -95,6 +114,8 @@ def _local_splits(dataset: str, splits: Sequence[str]) -> dict[str, datasets.Dat
         raise FileNotFoundError(f"dataset={str(path)!r} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
     if path.is_file():
         return {splits[0]: read_table([path])}
+    if has_media(path):
+        return _media_splits(path, splits)
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     found = {split: [file for file in files if _belongs(file.relative_to(path), split)] for split in SPLIT_NAMES}
     if not any(found.values()):
@@ -104,6 +125,15 @@ def _local_splits(dataset: str, splits: Sequence[str]) -> dict[str, datasets.Dat
             f"there is: {there}; name the files with train_file and validation_file"
         )
     return {split: read_table(names) for split, names in found.items() if names and split in splits}
+
+
+def _media_splits(path: Path, splits: Sequence[str]) -> dict[str, datasets.Dataset]:
+    """Rows of `path/train/...`, `path/test/...`; a folder without such parts is all of the first of `splits`."""
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
+    parts = {split: [f for f in folders if f.name in names] for split, names in SPLIT_NAMES.items() if split in splits}
+    if not any(parts.values()):
+        return {splits[0]: media_rows(path, media_files(path))}
+    return {split: media_rows(found[0], media_files(found[0])) for split, found in parts.items() if found}
 
 
 def _belongs(path: Path, split: str) -> bool:
@@ -118,7 +148,7 @@ def _hub_splits(dataset: str) -> dict[str, datasets.Dataset]:
         name, *([config] if config else []), where=f"dataset={dataset!r} (no folder or file here, so a Hub id)"
     )
     names = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in aliases}
-    return {names[name]: rows for name, rows in loaded.items() if name in names}
+    return {names[name]: undecoded(rows) for name, rows in loaded.items() if name in names}
 
 
 def _load(*args: str, where: str, **options) -> datasets.DatasetDict:

@@ -1,11 +1,15 @@
 """Tasks: how rows become batches and outputs become metrics.  One file each; recipes know them only through TASKS."""
 
+from .audio_classification import AudioClassification
 from .causal_lm import CausalLM
+from .image_classification import ImageClassification
 from .sequence_classification import SequenceClassification
 from .task import Task
 
 TASKS = {
+    "audio_classification": AudioClassification,
     "causal_lm": CausalLM,
+    "image_classification": ImageClassification,
     "sequence_classification": SequenceClassification,
 }
 

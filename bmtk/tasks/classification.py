@@ -154,7 +154,7 @@ class Classification(Task):
         return metrics
 
     def describe(self, prediction: Prediction) -> dict[str, object]:
-        return {"label": self.labels[prediction["label"]], "score": round(prediction["score"], 6)}
+        return {"prediction": self.labels[prediction["label"]], "score": round(prediction["score"], 6)}
 
     def samples(self, predictions: Sequence[Prediction], rows, count: int = 4) -> list[dict[str, str]]:
         return [

@@ -368,7 +368,7 @@ def test_samples_show_texts_with_the_label_they_got_and_then_the_worst(tmp_path)
         {"prompt": "good soup", "text": " -> good"},
         {"prompt": "bad soup", "text": " -> good (labelled bad)"},
     ]
-    assert task.describe(predictions[0]) == {"label": "good", "score": pytest.approx(0.982014, abs=1e-6)}
+    assert task.describe(predictions[0]) == {"prediction": "good", "score": pytest.approx(0.982014, abs=1e-6)}
     assert task.facts()["train"] == {"rows": 4, "tokens": sum(map(len, task.rows["train"]["input_ids"]))}
     json.dumps(task.facts())
 

@@ -1,0 +1,130 @@
+"""Images and recordings: folders of them as rows, and their decoding, with errors that name the row.
+
+A folder is read as the field's tools read it: `class/file`, or files with a `metadata.csv` or `metadata.jsonl` beside
+them whose column `file_name` names them (other columns are theirs).  Values stay undecoded, {"bytes", "path"}, until
+a row is needed, so that one broken file costs one row and not the whole run.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import soundfile
+import soxr
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)
+METADATA = ("metadata.jsonl", "metadata.csv")
+FILE_NAME = "file_name"  # the column of metadata that names a file
+
+
+def media_files(folder: Path) -> list[Path]:
+    """Images or recordings in and below a folder, by name."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in MEDIA_SUFFIXES and path.is_file())
+
+
+def has_media(folder: Path) -> bool:
+    return next((True for path in folder.rglob("*") if path.suffix.lower() in MEDIA_SUFFIXES), False)
+
+
+def media_rows(folder: Path, files: Sequence[Path]) -> datasets.Dataset:
+    """A row for each file: `image` or `audio`, and the columns of metadata, or `label`, the name of its own folder.
+
+    Raises: ValueError for a mixture of kinds, or metadata that name files that are not there.
+    """
+    kinds = {"image" if path.suffix.lower() in IMAGE_SUFFIXES else "audio" for path in files}
+    if len(kinds) != 1:
+        raise ValueError(f"{folder} holds {' and '.join(sorted(kinds)) or 'no'} files; give a folder of one kind")
+    (kind,) = kinds
+    tables = [path for name in METADATA for path in sorted(folder.rglob(name))]
+    if tables:
+        chosen = set(files)
+        rows = [row for table in tables for row in _metadata(table) if row[FILE_NAME] in chosen]
+        paths = [row.pop(FILE_NAME) for row in rows]
+        names = dict.fromkeys(name for row in rows for name in row)
+        columns = {name: [row.get(name) for row in rows] for name in names if name != kind}
+    else:
+        paths = files
+        is_sorted_by_class = all(path.parent != folder for path in files)
+        columns = {"label": [path.parent.name for path in files]} if is_sorted_by_class else {}
+    values = [{"bytes": None, "path": str(path)} for path in paths]
+    return datasets.Dataset.from_dict({kind: values, **columns})
+
+
+def _metadata(table: Path) -> list[dict[str, object]]:
+    """The rows of one file of metadata, with `file_name` as a path."""
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        if table.suffix == ".csv":
+            rows = list(csv.DictReader(file))
+        else:
+            rows = [json.loads(line) for line in file if line.strip()]
+    for number, row in enumerate(rows, 1):
+        if FILE_NAME not in row:
+            raise ValueError(
+                f"{table}, row {number}: no column {FILE_NAME}, which names the file; there is {list(row)}"
+            )
+        row[FILE_NAME] = table.parent / row[FILE_NAME]
+        if not row[FILE_NAME].is_file():
+            raise ValueError(f"{table}, row {number}: {row[FILE_NAME]} does not exist; mend the name or drop the row")
+    return rows
+
+
+def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
+    """The same rows, with images and recordings as {"bytes", "path"}."""
+    for name, kind in rows.features.items():
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(kind, datasets.Audio):
+            plain = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+            # Audio(decode=False) would still need torchcodec; the stored values are these two fields
+            table = rows.data.table if rows._indices is None else rows.flatten_indices().data.table
+            features = datasets.Features({**rows.features, name: plain})
+            rows = datasets.Dataset(datasets.table.InMemoryTable(table.cast(features.arrow_schema)))
+    return rows
+
+
+def decode_image(value: dict[str, object], where: str) -> PIL.Image.Image:
+    """The image of a row.  Raises: ValueError that says `where` and what is wrong with it."""
+    try:
+        source = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
+        image = PIL.Image.open(source)
+        image.load()
+        return image
+    except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"{where} is not an image that can be read: {_named(value)}{error}") from error
+
+
+def decode_audio(value: dict[str, object], where: str, *, sampling_rate: int) -> np.ndarray:
+    """The samples of a recording, one channel at `sampling_rate` Hz, float32 in [-1, 1].
+
+    Raises: ValueError that says `where` and what is wrong with it.
+    """
+    try:
+        samples, rate = _samples(value)
+    except (OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{where} is not a recording that can be read: {_named(value)}{error}") from error
+    samples = samples.mean(axis=1)
+    if not len(samples):
+        raise ValueError(f"{where} is a recording without a sample: {_named(value)}leave it out")
+    return samples if rate == sampling_rate else _resampled(samples, rate, sampling_rate)
+
+
+def _samples(value: dict[str, object]) -> tuple[np.ndarray, int]:
+    """Samples (N, channels) and their rate."""
+    source = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
+    return soundfile.read(source, dtype="float32", always_2d=True)
+
+
+def _resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    return soxr.resample(samples, rate, wanted).astype(np.float32)
+
+
+def _named(value: object) -> str:
+    path = value.get("path") if isinstance(value, dict) else None
+    return f"{path}: " if path else ""

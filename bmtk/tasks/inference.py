@@ -1,0 +1,72 @@
+"""Rows that predictions are wanted for, and the file that the predictions go to."""
+
+import csv
+import json
+from pathlib import Path
+
+from datasets import Dataset
+
+from bmtk.data.tables import read_all
+
+SUFFIXES = (".csv", ".jsonl")
+LONGEST_CELL = 1000  # characters of an input that are repeated beside its prediction
+
+
+def read_inputs(source: str) -> Dataset:
+    """The rows of a table, or one for each image or recording of a folder.  Raises: as `read_all`."""
+    return read_all(source, option="input")
+
+
+class PredictionFile:
+    """A line of CSV or JSON for each row, written beside its final place until it is whole.
+
+    Opened as a context: what an error leaves unfinished is removed, and a former file stays as it was.
+
+    Raises: ValueError for another kind of file, FileNotFoundError if its folder is not there.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.count, self.writer = Path(path), 0, None
+        if self.path.suffix not in SUFFIXES:
+            raise ValueError(f"output={path!r} must end in one of {', '.join(SUFFIXES)}")
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"the folder of output={path!r} does not exist; make it first")
+        self.beside = self.path.with_name(self.path.name + ".part")
+
+    def __enter__(self) -> "PredictionFile":
+        self.file = self.beside.open("w", encoding="utf-8", newline="")
+        return self
+
+    def write(self, row: dict[str, object]) -> None:
+        if self.path.suffix == ".jsonl":
+            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        else:
+            if self.writer is None:
+                self.writer = csv.DictWriter(self.file, list(row))
+                self.writer.writeheader()
+            self.writer.writerow({key: _cell(value) for key, value in row.items()})
+        self.count += 1
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.file.close()
+        if kind is None:
+            self.beside.replace(self.path)
+        else:
+            self.beside.unlink()
+
+    @staticmethod
+    def shown(row: dict[str, object]) -> dict[str, object]:
+        """What of an input row is repeated: text (its beginning), numbers and paths; not pixels or samples."""
+        shown = {}
+        for name, value in row.items():
+            if isinstance(value, dict) and isinstance(value.get("path"), str):
+                value = value["path"]
+            if isinstance(value, str):
+                value = value[:LONGEST_CELL]
+            if value is None or isinstance(value, str | int | float | bool):
+                shown[name] = value
+        return shown
+
+
+def _cell(value: object) -> object:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

@@ -1,0 +1,108 @@
+"""Predict with a saved model, adapter or Hub model: rows, a folder of images or recordings in; CSV or JSON lines out.
+
+    accelerate launch recipes/predict.py --model outputs/sst2 --input reviews.csv
+    accelerate launch recipes/predict.py --model outputs/fashion --input photographs/ --output labels.jsonl
+
+A line of the output is a row of the input and what was predicted for it.  What the model's own recipe.yaml says of its
+data (names of columns, lengths) holds here too, unless the command line says otherwise.
+"""
+
+import dataclasses
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+import bmtk  # noqa: F401  registers the model families
+from bmtk import arguments
+from bmtk.hub import facts
+from bmtk.tasks import finetuning_task
+from bmtk.tasks.inference import PredictionFile, read_inputs
+from bmtk.training import finetuning
+from bmtk.training.updates import on_device
+
+# Data settings of a training run that do not concern rows to be predicted.
+OF_TRAINING = (
+    "tokenizer",
+    "vocab_size",
+    "dataset",
+    "train_file",
+    "validation_file",
+    "test_file",
+    "validation_fraction",
+)
+
+
+@dataclass
+class PredictionArguments:
+    """Which model, which rows, where to."""
+
+    _argument_group_name = "prediction"
+
+    model: str | None = field(default=None, metadata={"help": "folder or Hub id of the model or adapter"})
+    input: str | None = field(
+        default=None,
+        metadata={"help": "rows (.csv, .tsv, .jsonl, .json, .parquet), one image or recording, or a folder"},
+    )
+    output: str = field(default="predictions.csv", metadata={"help": "file to write: .csv or .jsonl"})
+    batch_size: int = field(default=32, metadata={"help": "rows per forward pass; changes no result"})
+    task: str | None = field(default=None, metadata={"help": "what the model does; default: what its run.json says"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code from the Hub or folder: only for sources you have read"}
+    )
+
+
+def read_arguments(argv: list[str]) -> tuple[PredictionArguments, object]:
+    """The model and the rows; how rows are read is taken from the run that made the model."""
+    values = arguments.RunConfig({}, argv)
+    if not {"-h", "--help"} & set(argv):
+        for key, what in (("model", "the folder or Hub id of a model"), ("input", "the file or folder to read")):
+            if not values.get(key):
+                raise ValueError(f"{key} is not set: name {what}")
+    folder = Path(str(values.get("model")))
+    run = facts.read_run(folder) if (folder / "run.json").is_file() else {}
+    task_class = finetuning_task(values.get("task", run.get("task", "sequence_classification")))
+    recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
+    known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
+    values.file_values = {key: value for key, value in recipe.items() if key in known}
+    prediction, data_args = values.bind([PredictionArguments, task_class.arguments], description=__doc__)
+    prediction.task = task_class.name
+    return prediction, data_args
+
+
+@torch.no_grad()
+def main(argv: list[str]) -> None:
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    args, data_args = read_arguments(argv)
+    loading = {"trust_remote_code": True} if args.trust_remote_code else {}
+    table = read_inputs(args.input)
+    output = PredictionFile(args.output)
+    trained = finetuning.TrainedModel(args.model, **loading)
+    task = finetuning_task(args.task)(data_args, model=args.model, splits=(), **loading)
+    task.configure(trained.config, labels=trained.labels)
+    accelerator = Accelerator()
+    model = trained.load(task.auto_class).to(accelerator.device).eval()
+    rows = task.encode_inputs(table)
+    batches = DataLoader(rows, args.batch_size, collate_fn=task.collator())
+    with output, tqdm(total=len(rows), desc="predicting", unit="row") as bar:
+        for batch in batches:
+            predictions = task.predict(model, on_device(batch, accelerator.device))
+            for prediction in predictions:
+                output.write({**output.shown(table[output.count]), **task.describe(prediction)})
+            bar.update(len(predictions))
+    print("".join(f"note: {line}\n" for line in task.notes), end="")
+    print(f"{output.count:,} predictions written to {output.path}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with arguments.clean_errors():
+        main(sys.argv[1:])
