@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import inspect
 import json
-import logging
 import os
 import re
 import sys
@@ -26,7 +25,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-logger = logging.getLogger(__name__)
 # Where a run's data are, and what they are called: the command line replaces all of them or none.
 SOURCE_KEYS = frozenset(("dataset", "train_file", "validation_file", "test_file"))
 NAMES_OF_SOURCES = frozenset(("data_name", "data_licence"))
@@ -162,29 +160,14 @@ def model_fields(model_type: str) -> type:
 
 
 def chosen_fields(architecture: object) -> dict[str, object]:
-    """The fields of a bound `model_fields` that file or command line set; JSON text of dictionaries is read."""
-    chosen = {name: value for name, value in vars(architecture).items() if value is not None}
-    return {k: json.loads(v) if isinstance(v, str) and v.startswith(("{", "[")) else v for k, v in chosen.items()}
+    """The fields of a bound `model_fields` that file or command line set; JSON text of dictionaries is read.
 
-
-def build_model(run: RunArguments, auto_class: type, architecture: dict[str, object], **from_data: object):
-    """The model of a run, in float32: `run.model` loaded, or a new `run.model_type`.
-
-    A new one takes `architecture` from the config and `from_data` (vocabulary, labels) from the task; the config wins.
-    A loaded one takes neither but a head's labels.  Raises: ValueError for an unknown model_type.
+    Raises: ValueError for a size below 1.
     """
-    if run.model:
-        if architecture:
-            logger.warning("%s keeps its own architecture: %s not applied", run.model, ", ".join(architecture))
-        labels = {k: v for k, v in from_data.items() if k in ("id2label", "label2id", "num_labels", "problem_type")}
-        trust = {"trust_remote_code": True} if run.trust_remote_code else {}
-        return auto_class.from_pretrained(run.model, dtype="float32", **labels, **trust)
-    if wrong := [f"{name}={architecture[name]}" for name in SIZES if architecture.get(name, 1) < 1]:
+    chosen = {name: value for name, value in vars(architecture).items() if value is not None}
+    if wrong := [f"{name}={chosen[name]}" for name in SIZES if chosen.get(name, 1) < 1]:
         raise ValueError(f"{', '.join(wrong)} must be at least 1")
-    config_class = _config_class(run.model_type)
-    known = {f.name for f in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
-    fields = {name: value for name, value in from_data.items() if name in known}  # a recurrent net has no positions
-    return auto_class.from_config(config_class(**{**fields, **architecture}))
+    return {k: json.loads(v) if isinstance(v, str) and v.startswith(("{", "[")) else v for k, v in chosen.items()}
 
 
 def read_yaml(path: Path) -> dict[str, object]:

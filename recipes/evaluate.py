@@ -11,19 +11,20 @@ import dataclasses
 import json
 import logging
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import datasets
 import transformers
+from accelerate import Accelerator
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import facts, summary
-from bmtk.tasks import finetuning_task
+from bmtk.tasks import task_named
 from bmtk.training import finetuning
+from bmtk.training.predicting import predict_all
 
 OF_TRAINING = (
     "tokenizer",
@@ -64,7 +65,7 @@ def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
         raise ValueError("model is not set: name the folder or Hub id of the model to evaluate")
     folder = Path(str(values.get("model")))
     run = facts.read_run(folder) if (folder / "run.json").is_file() else {}
-    task_class = finetuning_task(values.get("task", run.get("task", "sequence_classification")))
+    task_class = task_named(values.get("task", run.get("task", "sequence_classification")))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
     known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
     if any(values.get(key) for key in SOURCES) or Path(str(recipe.get("dataset"))).is_file():
@@ -81,21 +82,20 @@ def main(argv: list[str]) -> None:
     evaluation, data_args = read_arguments(argv)
     loading = {"trust_remote_code": True} if evaluation.trust_remote_code else {}
     trained = finetuning.TrainedModel(evaluation.model, **loading)
-    task = finetuning_task(evaluation.task)(data_args, model=evaluation.model, splits=[evaluation.split], **loading)
+    task = task_named(evaluation.task)(data_args, model=evaluation.model, splits=[evaluation.split], **loading)
+    if evaluation.split not in task.rows:
+        raise ValueError(f"the data have no labelled {evaluation.split} rows; choose another split, or name a file")
     task.configure(trained.config, labels=trained.labels)
-    model = trained.load(task.auto_class)
-    with tempfile.TemporaryDirectory() as folder:
-        args = finetuning.FineTuningArguments(
-            folder, per_device_eval_batch_size=evaluation.batch_size, eval_strategy="no", save_strategy="no"
-        )
-        trainer = finetuning.build_trainer(model, task, args, folder=Path(folder))
-        rows = task.rows[evaluation.split]
-        output = trainer.predict(rows, metric_key_prefix="test")
-    if args.process_index == 0:
-        metrics = finetuning.recorded_metrics(output.metrics)
-        metrics = {key.replace("test/", f"{evaluation.split}/"): value for key, value in metrics.items()}
+    accelerator = Accelerator()
+    model, rows = trained.load(task.auto_class).to(accelerator.device), task.rows[evaluation.split]
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    batches = task.batches_in_order(rows, batch_size=evaluation.batch_size, **share)
+    num_batches = -(-len(rows) // evaluation.batch_size // accelerator.num_processes)
+    predictions = predict_all(model, batches, accelerator, task.predict, num_batches=num_batches)
+    if accelerator.is_main_process:
+        metrics = {f"{evaluation.split}/{name}": value for name, value in task.score(predictions, rows).items()}
         print("".join(f"note: {line}\n" for line in task.notes), end="")
-        print(task.table(output.predictions, rows))
+        print(task.table(predictions, rows))
         print(summary.text_table([(key.replace("/", " ").replace("_", " "), value) for key, value in metrics.items()]))
         print(f"written to {write_metrics(evaluation, task, metrics)}")
 

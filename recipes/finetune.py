@@ -11,20 +11,18 @@ Stop it whenever you like: the same command goes on where it stopped.
 import contextlib
 import logging
 import sys
-from itertools import islice
 from pathlib import Path
 
 import datasets
 import transformers
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import facts, summary
 from bmtk.hub.conclusion import conclude
-from bmtk.tasks import finetuning_task
+from bmtk.tasks import task_named
 from bmtk.training import finetuning
 from bmtk.training.adapters import AdapterArguments, add_adapter
 from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
@@ -38,7 +36,7 @@ CONFIGS = Path(__file__).parent / "configs"
 def read_arguments(argv: list[str]) -> list:
     """What config file and command line say: run, data, Trainer, adapter and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="sequence_classification/sst2")
-    task_class = finetuning_task(values.get("task", "sequence_classification"))
+    task_class = task_named(values.get("task", "sequence_classification"))
     architecture = arguments.model_fields(values.get("model_type", "bm_transformer"))
     groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments]
     bound = values.bind([*groups, AdapterArguments, architecture], description=__doc__)
@@ -53,7 +51,7 @@ def main(argv: list[str]) -> None:
     transformers.logging.disable_progress_bar()  # of files; Trainer's own bar stays
     run, data_args, args, adapter, architecture = read_arguments(argv)
     config = arguments.resolved_config(run, data_args, args, adapter, architecture)
-    task_class = finetuning_task(run.task)
+    task_class = task_named(run.task)
     is_main = args.process_index == 0
     started_at = facts.now()
     with args.main_process_first():
@@ -105,17 +103,11 @@ def trust(run) -> dict[str, bool]:
 
 def build_model(run, task, adapter, chosen):
     """The model that training starts from: pretrained under the task's head, or new; with its adapter."""
-    if run.model:
-        config, notes = finetuning.read_config(run.model, chosen, **trust(run))
-        task.configure(config)
-        model, more = finetuning.load_for_task(task.auto_class, run.model, config, **trust(run))
-        task.notes += notes + more
-    elif adapter.adapter:
+    if adapter.adapter and not run.model:
         raise ValueError(f"adapter={adapter.adapter} changes a pretrained model; name one with model")
-    else:
-        config = AutoConfig.for_model(run.model_type, **{**task.config_fields, **chosen})
-        task.configure(config)
-        model = task.auto_class.from_config(config)
+    model = finetuning.starting_model(run, task, chosen, **trust(run))
+    task.prepare_to_save(model)
+    if not run.model:
         task.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
     return add_adapter(model, adapter, task_type=task.peft_task_type) if adapter.adapter else model
 
@@ -128,11 +120,11 @@ def model_facts(trainer, run, adapter) -> dict[str, object]:
 
 def plan(config, task, model, args) -> str:
     """What a run would be, timed by a rehearsal of its first step."""
-    loader = DataLoader(task.rows["train"], args.per_device_train_batch_size, collate_fn=task.collator())
-    batches = list(islice(loader, args.gradient_accumulation_steps))
-    num_rows = len(task.rows["train"])
+    num_rows, share = len(task.rows["train"]), args.per_device_train_batch_size * args.gradient_accumulation_steps
+    sizes = {"batch_size": share, "micro_batch_size": args.per_device_train_batch_size, "seed": args.seed}
+    batches = task.train_batches(**sizes)[0]
     steps = finetuning.total_steps(args, num_rows)
-    step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    step_rows = share * args.world_size
     return summary.run_plan(
         config,
         model,

@@ -17,13 +17,12 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import facts
-from bmtk.tasks import finetuning_task
+from bmtk.tasks import task_named
 from bmtk.tasks.inference import PredictionFile, read_inputs
 from bmtk.training import finetuning
 from bmtk.training.updates import on_device
@@ -68,7 +67,7 @@ def read_arguments(argv: list[str]) -> tuple[PredictionArguments, object]:
                 raise ValueError(f"{key} is not set: name {what}")
     folder = Path(str(values.get("model")))
     run = facts.read_run(folder) if (folder / "run.json").is_file() else {}
-    task_class = finetuning_task(values.get("task", run.get("task", "sequence_classification")))
+    task_class = task_named(values.get("task", run.get("task", "sequence_classification")))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
     known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
     values.file_values = {key: value for key, value in recipe.items() if key in known}
@@ -86,12 +85,12 @@ def main(argv: list[str]) -> None:
     table = read_inputs(args.input)
     output = PredictionFile(args.output)
     trained = finetuning.TrainedModel(args.model, **loading)
-    task = finetuning_task(args.task)(data_args, model=args.model, splits=(), **loading)
+    task = task_named(args.task)(data_args, model=args.model, splits=(), **loading)
     task.configure(trained.config, labels=trained.labels)
     accelerator = Accelerator()
     model = trained.load(task.auto_class).to(accelerator.device).eval()
     rows = task.encode_inputs(table)
-    batches = DataLoader(rows, args.batch_size, collate_fn=task.collator())
+    batches = task.batches_in_order(rows, batch_size=args.batch_size)
     with output, tqdm(total=len(rows), desc="predicting", unit="row") as bar:
         for batch in batches:
             predictions = task.predict(model, on_device(batch, accelerator.device))

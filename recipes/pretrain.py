@@ -24,7 +24,9 @@ from bmtk.hub.conclusion import conclude
 from bmtk.tasks import task_named
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint, save_model
-from bmtk.training.loop import build_accelerator, evaluate_sums, prepare, train
+from bmtk.training.finetuning import starting_model
+from bmtk.training.loop import build_accelerator, prepare, train
+from bmtk.training.predicting import Results, measure, predict_all
 from bmtk.training.rehearsal import seconds_per_step
 from bmtk.training.run_folder import check_output_dir, locked
 from bmtk.training.schedules import build_schedule
@@ -40,7 +42,7 @@ def read_arguments(argv: list[str]) -> list:
     architecture = arguments.model_fields(values.get("model_type", "bm_transformer"))
     groups = [arguments.RunArguments, task_class.arguments, LoopArguments, architecture]
     bound = values.bind(groups, description=__doc__)
-    bound[0].task = bound[0].task or "causal_lm"
+    bound[0].task = task_class.name
     return bound
 
 
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> None:
     accelerator = build_accelerator(args)
     if run.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            task = task_class(data_args, Path(folder), model=run.model)
+            task = task_class(data_args, folder=Path(folder), **of_run(run, args))
             print(plan(config, task, new_model(run, architecture, task, args), args, accelerator))
         return
 
@@ -63,9 +65,10 @@ def main(argv: list[str]) -> None:
             check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
         started_at = facts.now()
         with accelerator.main_process_first():
-            task = task_class(data_args, folder, model=run.model)
+            task = task_class(data_args, folder=folder, **of_run(run, args))
         model = new_model(run, architecture, task, args)
-        state, speeds = fit(model, task, args, config, accelerator)
+        accelerator.print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)
+        state, results, speeds = fit(model, task, args, config, accelerator)
         if accelerator.is_main_process:
             save_model(folder, model, task.processor)
             conclude(
@@ -79,38 +82,51 @@ def main(argv: list[str]) -> None:
                 started_at=started_at,
                 train_seconds=state.seconds,
                 model=facts.model_facts(model, base_model=run.model),
-                metrics=state.metrics,
                 throughput=speeds,
-                samples=task.samples(model, seed=args.seed),
+                **vars(results),
             )
         accelerator.wait_for_everyone()
+
+
+def of_run(run, args) -> dict[str, object]:
+    """What a task takes from the run's settings."""
+    trust = {"trust_remote_code": True} if run.trust_remote_code else {}
+    return {"model": run.model, "seed": args.seed, **trust}
 
 
 def new_model(run, architecture, task, args):
     """The model that training starts from, the same on every process."""
     set_seed(args.seed)
-    model = arguments.build_model(run, task.auto_class, arguments.chosen_fields(architecture), **task.config_fields)
-    task.check_model(model.config)
+    trust = {"trust_remote_code": True} if run.trust_remote_code else {}
+    model = starting_model(run, task, arguments.chosen_fields(architecture), **trust)
     task.prepare_to_save(model)
     return model
 
 
-def fit(model, task, args, config, accelerator) -> tuple[TrainState, dict[str, float]]:
-    """Train to the end, from the newest checkpoint if there is one; return the last state and the run's speeds."""
+def fit(model, task, args, config, accelerator) -> tuple[TrainState, Results, dict[str, float]]:
+    """Train to the end, from the newest checkpoint if there is one; return the last state, results and speeds."""
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = task.train_batches(
         batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, seed=args.seed, **ranks
     )
-    meter = build_meter(model, task.row_length, accelerator)
+    one_row = next(task.batches_in_order(task.rows["train"], batch_size=1))
+    meter = build_meter(model, task.unit, one_row, accelerator)
     wrapped, optimizer = prepare(model, args, accelerator)
     state, newest = TrainState(), newest_checkpoint(args.output_dir)
     if newest:
         state = load_checkpoint(newest, model=wrapped, optimizer=optimizer, accelerator=accelerator)
         accelerator.print(f"going on after step {state.step:,} ({newest})")
 
+    def predict(split: str) -> list:
+        rows = task.batches_in_order(task.rows[split], batch_size=batches.micro_batch_size, **ranks)
+        return predict_all(wrapped, rows, accelerator, task.predict)
+
+    kept = {}  # predictions of the last evaluation, which is that of the finished model
+
     def evaluate() -> dict[str, float]:
-        rows = task.validation_batches(batch_size=batches.micro_batch_size, **ranks)
-        return task.metrics(*evaluate_sums(wrapped, rows, accelerator, task.num_items))
+        kept["validation"] = predict("validation")
+        metrics = task.score(kept["validation"], task.rows["validation"])
+        return {f"validation/{name}": value for name, value in metrics.items()}
 
     saved = {"model": wrapped, "optimizer": optimizer, "accelerator": accelerator, "processor": task.processor}
     train(
@@ -122,11 +138,13 @@ def fit(model, task, args, config, accelerator) -> tuple[TrainState, dict[str, f
         args=args,
         state=state,
         num_items=task.num_items,
-        evaluate=evaluate,
+        criterion=task.criterion,
+        evaluate=evaluate if "validation" in task.rows else None,
         save=partial(save_checkpoint, args.output_dir, config=config, keep=args.save_total_limit, **saved),
         meter=meter,
     )
-    return state, meter.of_run(state.tokens, state.seconds)
+    results = measure(task, model, lambda split: kept.get(split) or predict(split), seed=args.seed)
+    return state, results, meter.of_run(state.tokens, state.seconds)
 
 
 def plan(config, task, model, args, accelerator) -> str:
@@ -138,8 +156,8 @@ def plan(config, task, model, args, accelerator) -> str:
         model,
         steps=steps,
         epochs=steps / batches.steps_per_epoch,
-        per_step=args.batch_size * task.row_length,
-        unit="tokens",
+        per_step=round(args.batch_size * task.units_per_row("train")),
+        unit=task.unit,
         seconds_per_step=seconds_per_step(model, batches[0], accelerator, task.num_items),
     )
 

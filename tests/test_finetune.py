@@ -29,7 +29,7 @@ from bmtk.data.tokenizers import train_tokenizer
 from bmtk.tasks.sequence_classification import SequenceClassification
 from bmtk.training import callbacks
 from bmtk.training.adapters import AdapterArguments, add_adapter
-from recipes import evaluate, finetune
+from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parent.parent
 REVIEWS = ROOT / "recipes" / "data" / "reviews"
@@ -394,13 +394,28 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(argv, message, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_task_of_pretraining_is_refused():
-    with pytest.raises(
-        ValueError, match=r"task='causal_lm' belongs to recipes/pretrain\.py; this recipe knows sequence_cl"
-    ):
-        finetune.read_arguments(["--task", "causal_lm", "--preset", "smoke"])
-    with pytest.raises(ValueError, match=r"task='causal_lm' belongs to recipes/pretrain\.py"):
-        evaluate.main(["--task", "causal_lm", "--model", "outputs/pretrain"])
+def test_a_language_model_is_finetuned_evaluated_and_asked_by_the_same_recipes(pretrained, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question.\n" * 60)
+    files = [f"--{split}_file={text}" for split in ("train", "validation", "test")]
+    argv = ["--model", str(pretrained), *files, "--learning_rate", "3e-3"]
+    settings = ["--context_length", "32", "--num_train_epochs", "4", "--disable_tqdm", "true"]
+    config = tmp_path / "lm.yaml"
+    config.write_text("task: causal_lm\nprompts: [To be]\nsample_tokens: 8\n")
+    folder = tmp_path / "run"
+    finetune.main(["--config", str(config), *argv, *settings, "--output_dir", str(folder)])
+    metrics = facts(folder)["metrics"]
+    before = json.loads((pretrained / "run.json").read_text())["metrics"]["validation/perplexity"]
+    assert metrics["test/perplexity"] < before / 2
+    evaluate.main(["--model", str(folder), "--batch_size", "3", "--output", str(tmp_path / "again.json")])
+    again = json.loads((tmp_path / "again.json").read_text())["metrics"]
+    assert again == pytest.approx({k: v for k, v in metrics.items() if k.startswith("test/")}, rel=1e-6)
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text('text\nTo be\n"or not to be, that"\n')
+    predict.main(["--model", str(folder), "--input", str(prompts), "--output", str(tmp_path / "out.jsonl")])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == ["To be", "or not to be, that"]
+    assert all(line["prediction"] for line in lines)
 
 
 def test_what_would_leak_or_hide_something_is_settled(tmp_path, finetuned):

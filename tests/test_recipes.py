@@ -182,7 +182,7 @@ def test_settings_mended_before_the_first_checkpoint_run_at_once(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_going_on_with_a_model_keeps_its_tokenizer_and_its_shape(pretrained, tmp_path, caplog):
+def test_going_on_with_a_model_keeps_its_tokenizer_and_its_shape(pretrained, tmp_path, capsys):
     from recipes import pretrain
 
     argv = ["--preset", "smoke", "--model", str(pretrained), "--output_dir", str(tmp_path), "--num_train_steps", "1"]
@@ -190,7 +190,7 @@ def test_going_on_with_a_model_keeps_its_tokenizer_and_its_shape(pretrained, tmp
     text.write_text("Another text, of another kind.\n" * 200)
     pretrain.main([*argv, "--train_file", str(text), "--validation_file", str(text)])
     assert (tmp_path / "tokenizer.json").read_bytes() == (pretrained / "tokenizer.json").read_bytes()
-    assert "keeps its own architecture: hidden_size" in caplog.text
+    assert "keeps its own architecture: hidden_size" in capsys.readouterr().out
     facts = json.loads((tmp_path / "run.json").read_text())
     assert facts["data"]["name"] == "text.txt"
     assert facts["data"]["licence"] is None

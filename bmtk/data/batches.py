@@ -1,6 +1,7 @@
 """The batches of any optimizer step, for any number of processes, looked up rather than replayed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -10,10 +11,35 @@ from bmtk.data.order import permuted_index
 
 
 class Rows(Protocol):
-    """What batches are made of: a number of rows, and a dict of tensors for any list of them."""
+    """What batches are made of: a number of rows, and a dict of tensors for any list of them.
+
+    `epochs` holds the pass over the data in which each row is asked for: what is drawn at random for a row (a mask, a
+    crop) is a function of the row and its epoch, so that no restart changes it.
+    """
 
     def __len__(self) -> int: ...
-    def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]: ...
+    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]: ...
+
+
+class CollatedRows:
+    """The rows of a map-style data set and what makes a batch of them, as `Rows`.
+
+    A data set that draws at random has `set_epoch`, as those that accelerate's loaders know.
+    """
+
+    def __init__(self, examples, collate: Callable[[list], dict]):
+        self.examples, self.collate = examples, collate
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
+        rows = []
+        for epoch, places in groupby(zip(epochs, indices, strict=True), key=lambda place: int(place[0])):
+            if hasattr(self.examples, "set_epoch"):
+                self.examples.set_epoch(epoch)
+            rows += [self.examples[int(index)] for _, index in places]
+        return self.collate(rows)
 
 
 class GlobalBatches:
@@ -60,19 +86,20 @@ class GlobalBatches:
         """Optimizer steps in which every row is seen once: not a whole number when a batch spans two epochs."""
         return len(self.rows) / self.batch_size
 
-    def row_indices(self, step: int) -> np.ndarray:
-        """Rows of optimizer step `step` that are this rank's, in order: (share,) int64."""
+    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of optimizer step `step` that are this rank's, in order, and the epoch of each: (share,) int64 both."""
         if step < 0:
             raise IndexError(f"step={step} must be 0 or more")
         first = step * self.batch_size + self.rank * self.share
         epoch, position = np.divmod(np.arange(first, first + self.share), len(self.rows))
         if not self.shuffle:
-            return position
-        return permuted_index(position, num_rows=len(self.rows), seed=self.seed, epoch=epoch)
+            return position, epoch
+        return permuted_index(position, num_rows=len(self.rows), seed=self.seed, epoch=epoch), epoch
 
     def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
-        indices = self.row_indices(step)
-        return [self.rows[indices[i : i + self.micro_batch_size]] for i in range(0, self.share, self.micro_batch_size)]
+        indices, epochs = self.places(step)
+        cuts = [slice(i, i + self.micro_batch_size) for i in range(0, self.share, self.micro_batch_size)]
+        return [self.rows.batch(indices[cut], epochs[cut]) for cut in cuts]
 
 
 def sequential_batches(
@@ -88,7 +115,8 @@ def sequential_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1 row")
     first, last = len(rows) * rank // world_size, len(rows) * (rank + 1) // world_size
-    return (rows[range(i, min(i + batch_size, last))] for i in range(first, last, batch_size))
+    shares = (range(i, min(i + batch_size, last)) for i in range(first, last, batch_size))
+    return (rows.batch(share, [0] * len(share)) for share in shares)
 
 
 def _check_rank(rank: int, world_size: int) -> None:

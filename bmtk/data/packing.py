@@ -35,6 +35,14 @@ class PackedRows:
     def __len__(self) -> int:
         return -(-(self.store.num_tokens - 1) // self.context_length)
 
+    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Rows are the same in all epochs."""
+        return self[indices]
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What a DataLoader asks for: a batch already, which a collator leaves as it is."""
+        return self[indices]
+
     def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         tokens, is_start = self._read(indices)
         labels = np.where(is_start[:, 1:], IGNORED, tokens[:, 1:])  # (B, L)

@@ -78,6 +78,13 @@ def read_texts(
     return Texts(name, hashlib.sha256(description.encode()).hexdigest(), tuple(parts))
 
 
+def has_split(source: str, split: str) -> bool:
+    """Whether the folder `source` has files named after `split`; other sources are not looked into."""
+    folder, wanted = Path(source).expanduser(), SPLIT_NAMES.get(split, (split,))
+    files = (path for path in folder.rglob("*") if path.suffix in SUFFIXES) if folder.is_dir() else ()
+    return any(_is_named_after(path.relative_to(folder), wanted) for path in files)
+
+
 def text_fingerprint(texts: Texts | Sequence[str]) -> str:
     """What changes when the documents do; a list is hashed whole. Raises: TypeError for a generator or one string."""
     if isinstance(texts, Texts):

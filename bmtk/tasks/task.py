@@ -1,4 +1,4 @@
-"""What the recipes ask of a fine-tuning task.  One task is one file with one subclass of `Task`.
+"""What the recipes ask of a task.  One task is one file with one subclass of `Task`.
 
     rows on disk -> read_rows -> encode -> collator -> model -> predict -> score, describe, samples, figures
 
@@ -6,7 +6,8 @@ Everything that is measured goes through `predict`: one prediction for each row,
 boxes), never the logits.  So metrics are over whole splits, whatever the batch size and the number of processes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from bmtk.data.batches import CollatedRows, GlobalBatches, Rows, sequential_batches
 from bmtk.data.duplicates import fingerprints
 from bmtk.data.tables import SPLITS, read_splits
 
@@ -78,8 +81,10 @@ class Task:
         model: str | None = None,
         splits: Sequence[str] = SPLITS,
         seed: int = 42,
+        folder: Path | None = None,
         **loading: object,
     ):
+        """`folder` is where a task may keep what it prepares; `loading` is for `from_pretrained`."""
         self.args, self.model, self.seed, self.loading = args, model, seed, loading
         self.notes: list[str] = []
         read = {split: self.read_rows(table, split, labelled=True) for split, table in self._tables(splits).items()}
@@ -104,6 +109,13 @@ class Task:
         """What the configuration of a new model takes from the data."""
         return {}
 
+    def new_config(self, model_type: str, chosen: Mapping[str, object]):
+        """The configuration of a new model: `chosen` fields, over what the data say of those that it has."""
+        config_class = CONFIG_MAPPING[model_type]
+        known = {f.name for f in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
+        from_data = {name: value for name, value in self.config_fields.items() if name in known}
+        return config_class(**{**from_data, **chosen})
+
     def configure(self, config, *, labels: Sequence[str] = ()) -> None:
         """Write into `config` what the data say (labels, padding), and turn `rows` into what the collator reads.
 
@@ -124,7 +136,22 @@ class Task:
         """Makes a batch of rows."""
         raise NotImplementedError
 
+    def batch_rows(self, rows) -> Rows:
+        """What `encode` returns, as rows of which a batch can be asked."""
+        return CollatedRows(rows, self.collator())
+
+    def train_batches(self, **sizes) -> GlobalBatches:
+        """The batches of any training step; `sizes` are GlobalBatches' own arguments."""
+        return GlobalBatches(self.batch_rows(self.rows["train"]), **sizes)
+
+    def batches_in_order(self, rows, **sizes) -> Iterator[dict[str, torch.Tensor]]:
+        """Every one of `rows` once; `sizes` are sequential_batches' own arguments."""
+        return sequential_batches(self.batch_rows(rows), **sizes)
+
     # ------------------------------------------------------------------------------------------------ training
+
+    def prepare_to_save(self, model) -> None:
+        """Set what is saved with the weights: how `generate()` writes by default."""
 
     @staticmethod
     def num_items(batch: Mapping[str, Any]) -> int | torch.Tensor:
@@ -152,6 +179,10 @@ class Task:
     def describe(self, prediction: Prediction) -> dict[str, object]:
         """A prediction in words and plain numbers, for a line of CSV or JSON."""
         raise NotImplementedError
+
+    def written(self, model, *, seed: int) -> list[dict[str, str]]:
+        """What a model writes that is given nothing to go by but a prompt: {"prompt", "text"}."""
+        return []
 
     def samples(self, predictions: Sequence[Prediction], rows, count: int = 4) -> list[dict[str, str]]:
         """Some rows and what was predicted for them ({"prompt", "text"}): from all over, then the worst."""

@@ -5,19 +5,19 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapters import ADAPTER_CONFIG, load_adapter
-from .callbacks import Progress, recorded_metrics
+from .callbacks import Progress
+from .predicting import Results, measure, predict_all
 from .run_folder import CHECKPOINTS
 from .updates import LossSum
 
@@ -29,7 +29,6 @@ FREE_KEYS = frozenset(
     "run_name per_device_eval_batch_size dataloader_num_workers dataloader_pin_memory merge_adapter".split()
 )
 LOWER_IS_BETTER = frozenset("loss mse mae mase wer cer perplexity".split())  # of the metrics that choose a best model
-SHORT = 20  # batches of an evaluation that shows no progress bar
 
 
 def _settled(default):
@@ -143,6 +142,22 @@ def read_config(model: str, chosen: dict[str, object], **loading: object) -> tup
     return config, [f"{model} keeps its own architecture: {', '.join(others)} not applied"] if others else []
 
 
+def starting_model(run, task, chosen: dict[str, object], **loading: object) -> PreTrainedModel:
+    """The model that training starts from: `run.model` under the task's head, or a new `run.model_type`.
+
+    `chosen` are fields of its configuration.  What was decided on the way is said in `task.notes`.
+    """
+    if not run.model:
+        config = task.new_config(run.model_type, chosen)
+        task.configure(config)
+        return task.auto_class.from_config(config)
+    config, notes = read_config(run.model, chosen, **loading)
+    task.configure(config)
+    model, more = load_for_task(task.auto_class, run.model, config, **loading)
+    task.notes += notes + more
+    return model
+
+
 class TrainedModel:
     """A finished model: a whole one, or an adapter whose base is where `adapter_config.json` says.
 
@@ -222,7 +237,9 @@ class TaskTrainer(Trainer):
             callbacks=list(callbacks),
         )
         self.task = task
-        self.own_loss = None if task.criterion else LossSum(model, model, args.device)
+        smoothing = {"label_smoothing": args.label_smoothing_factor} if args.label_smoothing_factor else {}
+        criterion = partial(task.criterion, **smoothing) if task.criterion else None
+        self.loss = LossSum(model, model, args.device, criterion=criterion)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         counts = [int(self.task.num_items(batch)) for batch in batch_samples]
@@ -235,14 +252,8 @@ class TaskTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The batch's summed loss over the items of the step; times the processes, which average their gradients."""
         assert not return_outputs
-        if self.own_loss:
-            self.own_loss.model = model
-            loss = self.own_loss(inputs, int(self.task.num_items(inputs)), num_items_in_batch)
-        else:
-            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-            smoothing = self.args.label_smoothing_factor
-            loss = self.task.criterion(outputs, inputs, label_smoothing=smoothing) / num_items_in_batch
-        return loss * self.args.world_size
+        self.loss.model = model  # wrapped for several devices
+        return self.loss(inputs, int(self.task.num_items(inputs)), num_items_in_batch) * self.args.world_size
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """This process's share of the rows, in order."""
@@ -254,25 +265,23 @@ class TaskTrainer(Trainer):
 
     get_test_dataloader = get_eval_dataloader
 
-    @torch.no_grad()
+    def predictions(self, dataloader: DataLoader, description: str) -> list:
+        """A prediction for each row of the loader's split, from all processes."""
+        return predict_all(
+            self.model.to(self.args.device),
+            dataloader,
+            self.accelerator,
+            self.task.predict,
+            description=description,
+            num_batches=len(dataloader),
+            show_progress=not self.args.disable_tqdm,
+        )
+
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
-        model = self.accelerator.unwrap_model(self.model)
-        model.to(self.args.device).eval()
-        predictions = []
-        with tqdm(total=len(dataloader), desc=description, leave=False, disable=self._is_quiet(dataloader)) as bar:
-            for batch in dataloader:
-                with self.accelerator.autocast():
-                    predictions += self.task.predict(model, self._prepare_inputs(batch))
-                bar.update()
-        if self.args.world_size > 1:
-            predictions = gather_object(predictions)
-        rows = dataloader.dataset.dataset
+        predictions, rows = self.predictions(dataloader, description), dataloader.dataset.dataset
         metrics = self.task.score(predictions, rows)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=predictions, label_ids=None, metrics=named, num_samples=len(rows))
-
-    def _is_quiet(self, dataloader: DataLoader) -> bool:
-        return self.args.disable_tqdm or not self.is_world_process_zero() or len(dataloader) < SHORT
 
 
 def choose_best_by(args: TrainingArguments, metric: str) -> None:
@@ -302,24 +311,13 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
     return trainer
 
 
-@dataclass
-class Results:
-    """Metrics of every split that was not trained on, and what there is to see of the last of them."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    samples: list[dict[str, str]] = field(default_factory=list)
-    figures: list[dict[str, str]] = field(default_factory=list)
-
-
 def evaluate(trainer: TaskTrainer, task) -> Results:
     """Measure the trained model on the validation and test rows."""
-    results = Results()
-    for split in (split for split in task.rows if split != "train"):
-        output = trainer.predict(task.rows[split], metric_key_prefix=split)
-        results.metrics |= recorded_metrics(output.metrics)
-        results.samples = task.samples(output.predictions, task.rows[split])
-        results.figures = task.figures(output.predictions, task.rows[split])
-    return results
+
+    def predict_split(split: str) -> list:
+        return trainer.predictions(trainer.get_eval_dataloader(task.rows[split]), split)
+
+    return measure(task, trainer.accelerator.unwrap_model(trainer.model), predict_split, seed=trainer.args.seed)
 
 
 def save(trainer: Trainer, directory: str | Path, *, merge: bool):

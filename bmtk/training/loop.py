@@ -5,7 +5,7 @@ optimizer, a schedule and an accelerator.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -18,7 +18,7 @@ from .interruption import Stopped, StopRequest, noted_signals
 from .optimizers import NamedOptimizer, build_optimizer
 from .progress import Progress
 from .throughput import Meter
-from .updates import LossSum, Update, Updater
+from .updates import Update, Updater
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     args: LoopArguments,
     state: TrainState,
     num_items: Callable[[dict], int],
+    criterion: Callable[..., torch.Tensor] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     save: Callable[[TrainState], object] | None = None,
     log: Callable[[dict], None] | None = None,
@@ -80,14 +81,16 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     """Train `model` from `state.step` to the end of the run, and return `state`, which is changed in place.
 
     batches[step] is the list of this process's micro-batches of optimizer step `step`; batches.steps_per_epoch is read
-    when args.num_train_steps is -1.  num_items(batch) counts the items whose losses are summed.  evaluate() and
-    save(state) are called on every process, log(record) on the main one, for each line of history.jsonl.
+    when args.num_train_steps is -1.  num_items(batch) counts the items whose losses are summed, and
+    criterion(outputs, batch) sums them, if the model's own loss shall not be used.  evaluate() and save(state) are
+    called on every process, log(record) on the main one, for each line of history.jsonl.
 
     Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop"; Stopped (exit code 130 or 143)
     after SIGINT or SIGTERM, when the step is finished and saved.
     """
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
-    updater = Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=args.max_grad_norm)
+    losses = {"num_items": num_items, "criterion": criterion}
+    updater = Updater(model, optimizer, accelerator, max_grad_norm=args.max_grad_norm, **losses)
     run = Progress(accelerator, args, state, total=total, meter=meter or Meter())
     run.begin()
     model.train()
@@ -122,33 +125,3 @@ def _stopped(request: StopRequest, state: TrainState, total: int, *, saved: bool
     remedy = "saved; run the same command again to resume" if saved else "nothing was saved, as this run saves nothing"
     logger.warning("stopped after step %d of %d: %s", state.step, total, remedy)
     return Stopped(request.exit_code)
-
-
-@torch.no_grad()
-def evaluate_sums(
-    model: torch.nn.Module,
-    batches: Iterable[dict[str, torch.Tensor]],
-    accelerator: Accelerator,
-    num_items: Callable[[dict], int],
-) -> tuple[float, int]:
-    """Sum the loss over all items of all processes' `batches`, and count the items: (loss_sum, num_items).
-
-    Their quotient is the mean loss per item, however the rows were batched or shared out; processes may have different
-    numbers of batches.  Sums are kept in float64.
-    """
-    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-    loss = LossSum(unwrapped, unwrapped, accelerator.device)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    one = torch.ones((), dtype=torch.int64, device=accelerator.device)
-    count, was_training = 0, model.training
-    model.eval()
-    for batch in batches:
-        own_items = int(num_items(batch))
-        if own_items:
-            loss_sum += loss(batch, own_items, one)
-            count += own_items
-    model.train(was_training)
-    if accelerator.num_processes == 1:
-        return float(loss_sum), count
-    totals = accelerator.reduce(torch.stack([loss_sum, torch.full_like(loss_sum, count)]))
-    return float(totals[0]), int(totals[1])

@@ -105,7 +105,7 @@ class Progress:
 
     def log(self, learning_rate: float, report: Callable[[dict], None] | None) -> str:
         """Write a line of history about the steps since the last one; return it for the progress bar."""
-        record = {"step": self.state.step, "learning_rate": learning_rate, "tokens": self.state.tokens}
+        record = {"step": self.state.step, "learning_rate": learning_rate, self.meter.unit: self.state.tokens}
         if self.state.window_items:
             record["loss"] = self.state.window_loss / self.state.window_items
             record["grad_norm"] = self.grad_norm
@@ -114,8 +114,8 @@ class Progress:
         self.state.window_loss, self.state.window_items, self.window_tokens = 0.0, 0, 0
         self._write(record, report)
         mfu = f", MFU {record['mfu']:.1%}" if "mfu" in record else ""
-        loss = record.get("loss", math.nan)
-        return f"loss {loss:.4f}, lr {learning_rate:.2e}, {record['tokens_per_second']:,.0f} tokens/s{mfu}"
+        loss, speed = record.get("loss", math.nan), f"{self.meter.unit}_per_second"
+        return f"loss {loss:.4f}, lr {learning_rate:.2e}, {record[speed]:,.0f} {self.meter.unit}/s{mfu}"
 
     def evaluate_if_due(self, evaluate: Callable[[], dict[str, float]] | None, report: Callable[[dict], None] | None):
         """Evaluate where the run comes to an evaluation; random numbers drawn meanwhile do not disturb training."""

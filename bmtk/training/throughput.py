@@ -11,7 +11,10 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+
+from .updates import on_device
 
 # Dense 16-bit matrix FLOP/s with 32-bit accumulation, from the makers' data sheets.  The first name that the device's
 # name contains is taken, so a longer name stands before a shorter one.
@@ -100,11 +103,13 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0
 class Meter:
     """A stop watch of training time, which leaves pauses out, and the speeds that follow from it.
 
-    flops_per_token and peak_flops (of all devices of the run together) may be None: then no MFU is told.
+    flops_per_unit and peak_flops (of all devices of the run together) may be None: then no MFU is told.
     """
 
-    def __init__(self, flops_per_token: float | None = None, peak_flops: float | None = None, *, seconds: float = 0.0):
-        self.flops_per_token = flops_per_token
+    def __init__(
+        self, flops_per_unit: float | None = None, peak_flops: float | None = None, *, unit="tokens", seconds=0.0
+    ):
+        self.flops_per_unit, self.unit = flops_per_unit, unit
         self.peak_flops = peak_flops
         self._before = seconds  # training seconds until the last lap
         self._lap_started = time.perf_counter()
@@ -118,15 +123,12 @@ class Meter:
         """Start anew, with `seconds` of training already done."""
         self._before, self._lap_started = seconds, time.perf_counter()
 
-    def lap(self, tokens: int) -> dict[str, float]:
-        """Speeds since the last lap, in which all processes together trained on `tokens`."""
+    def lap(self, units: int) -> dict[str, float]:
+        """Speeds since the last lap, in which all processes together trained on so many `units`."""
         now = time.perf_counter()
         elapsed = max(now - self._lap_started, 1e-9)
         self._before, self._lap_started = self._before + elapsed, now
-        speeds = {"tokens_per_second": tokens / elapsed}
-        if self.flops_per_token and self.peak_flops:
-            speeds["mfu"] = tokens / elapsed * self.flops_per_token / self.peak_flops
-        return speeds
+        return self._speeds(units / elapsed)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -135,16 +137,40 @@ class Meter:
         yield
         self._lap_started += time.perf_counter() - started
 
-    def of_run(self, tokens: int, seconds: float) -> dict[str, float]:
+    def of_run(self, units: int, seconds: float) -> dict[str, float]:
         """Mean speeds of a whole run, and what they are measured against."""
-        speeds = {"tokens_per_second": tokens / max(seconds, 1e-9)}
-        if self.flops_per_token and self.peak_flops:
-            speeds["mfu"] = speeds["tokens_per_second"] * self.flops_per_token / self.peak_flops
-        return {**speeds, "flops_per_token": self.flops_per_token, "peak_flops": self.peak_flops}
+        speeds = self._speeds(units / max(seconds, 1e-9))
+        singular = self.unit.removesuffix("s")
+        return {**speeds, f"flops_per_{singular}": self.flops_per_unit, "peak_flops": self.peak_flops}
+
+    def _speeds(self, units_per_second: float) -> dict[str, float]:
+        speeds = {f"{self.unit}_per_second": units_per_second}
+        if self.flops_per_unit and self.peak_flops:
+            speeds["mfu"] = units_per_second * self.flops_per_unit / self.peak_flops
+        return speeds
 
 
-def build_meter(model: PreTrainedModel, context_length: int, accelerator: Accelerator) -> Meter:
-    """Return the meter of a run: it knows what the model needs and what all its devices together can do."""
+def build_meter(model: PreTrainedModel, unit: str, row: dict, accelerator: Accelerator) -> Meter:
+    """Return the meter of a run: it knows what the model needs and what all its devices together can do.
+
+    `row` is a batch of one row, of which the operations are counted where a unit is not a token.
+    """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     peak = peak_flops(accelerator.device, dtype)
-    return Meter(flops_per_token(model, context_length), peak * accelerator.num_processes)
+    of_unit = flops_per_token(model, row["input_ids"].shape[1]) if unit == "tokens" else flops_per_row(model, row)
+    return Meter(of_unit, peak * accelerator.num_processes, unit=unit)
+
+
+@torch.no_grad()
+def flops_per_row(model: PreTrainedModel, row: dict) -> float:
+    """Floating-point operations that one row costs in training: three times those of its forward pass.
+
+    Counted where torch can (matrix products, convolutions, attention); recurrent kernels are not among them.
+    """
+    was_training = model.training
+    model.eval()
+    inputs = {name: value for name, value in on_device(row, model.device).items() if name != "labels"}
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    model.train(was_training)
+    return 3.0 * counter.get_total_flops()

@@ -72,8 +72,16 @@ def on_device(batch, device: torch.device):
 class LossSum:
     """Calls a model so that its loss is the sum over the batch's items, divided by a count that the caller gives."""
 
-    def __init__(self, model: torch.nn.Module, unwrapped: PreTrainedModel, device: torch.device):
-        self.model, self.unwrapped = model, unwrapped
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        unwrapped: PreTrainedModel,
+        device: torch.device,
+        *,
+        criterion: Callable[..., torch.Tensor] | None = None,
+    ):
+        """`criterion(outputs, batch)` is a sum that takes the place of the model's own loss."""
+        self.model, self.unwrapped, self.criterion = model, unwrapped, criterion
         self.device = device
         self.takes_count: bool | None = None  # not known before the first batch
         parameters = inspect.signature(type(unwrapped).forward).parameters
@@ -82,6 +90,9 @@ class LossSum:
 
     def __call__(self, batch: dict[str, torch.Tensor], own_items: int, count: torch.Tensor) -> torch.Tensor:
         batch = on_device(batch, self.device)
+        if self.criterion:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            return self.criterion(self.model(**inputs, **self.options), batch) / count
         if self.takes_count is None and own_items:
             self.takes_count = divides_by_count(self.unwrapped, batch, self.options)
         if self.takes_count:
@@ -104,11 +115,12 @@ class Updater:
         *,
         num_items: Callable[[dict], int],
         max_grad_norm: float,
+        criterion: Callable[..., torch.Tensor] | None = None,
     ):
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.num_items, self.max_grad_norm = num_items, max_grad_norm
         unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self.loss = LossSum(model, unwrapped, accelerator.device)
+        self.loss = LossSum(model, unwrapped, accelerator.device, criterion=criterion)
         self.skips_on_device = accelerator.device.type == "cuda" and optimizer.can_skip_on_device
 
     def step(self, micro_batches: list[dict[str, torch.Tensor]], *, stop_requested: bool = False) -> Update:

@@ -15,13 +15,25 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from tiny_run import Stopping, TinyBatches, arguments, digest, num_items, read_history, rows, run, tiny_model
+from tiny_run import (
+    Stopping,
+    TinyBatches,
+    arguments,
+    digest,
+    num_items,
+    predict,
+    read_history,
+    rows,
+    run,
+    tiny_model,
+)
 from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetForImageClassification
 
 import bmtk
 from bmtk.training.arguments import LoopArguments
-from bmtk.training.loop import evaluate_sums, prepare
-from bmtk.training.updates import Updater, accepts_item_count
+from bmtk.training.loop import prepare
+from bmtk.training.predicting import predict_all
+from bmtk.training.updates import LossSum, Updater, accepts_item_count, divides_by_count
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 ENVIRONMENT = os.environ | {
@@ -71,10 +83,29 @@ def test_a_model_whose_loss_is_a_mean_is_weighed_by_its_items():
     model, optimizer = prepare(model, args, accelerator)
     updater = Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=0.0)
     torch.testing.assert_close(updater.step(TinyBatches(3)[3]).loss, gradient(0)["loss"])
-    validation = evaluate_sums(model, [rows([1, 2, 3]), rows([4])], accelerator, num_items)
-    assert validation == pytest.approx(
-        evaluate_sums(tiny_model(), [rows([1, 2, 3, 4])], accelerator, num_items), rel=1e-6
-    )
+
+
+def test_whether_a_loss_is_divided_by_the_count_is_measured():
+    """transformers' ResNet accepts num_items_in_batch and drops it; GPT-2 divides by it."""
+    ids = torch.randint(0, 8, (2, 6))
+    decoder = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8, n_positions=8))
+    assert divides_by_count(decoder, {"input_ids": ids, "labels": ids}, {})
+    images = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3)
+    ).train()
+    batch = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 1])}
+    statistics = {name: buffer.clone() for name, buffer in images.named_buffers()}
+    torch.manual_seed(0)
+    assert accepts_item_count(images)
+    assert not divides_by_count(images, batch, {})
+    assert images.training
+    assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(0)))
+    assert all(torch.equal(buffer, statistics[name]) for name, buffer in images.named_buffers())
+    images.eval()
+    losses, count = LossSum(images, images, torch.device("cpu")), torch.tensor(4)
+    parts = [{name: value[part] for name, value in batch.items()} for part in (slice(0, 3), slice(3, 4))]
+    total = losses(parts[0], 3, count) + losses(parts[1], 1, count)
+    torch.testing.assert_close(total, images(**batch).loss)
 
 
 def test_a_model_says_whether_its_loss_takes_the_count():
@@ -89,11 +120,11 @@ def test_the_loss_of_an_evaluation_does_not_depend_on_the_batch_size():
     results = []
     for size in (1, 2, 5, 17):
         batches = [rows(numbers[start : start + size]) for start in range(0, len(numbers), size)]
-        results.append(evaluate_sums(model, batches, accelerator, num_items))
-    for loss_sum, count in results[1:]:
-        assert count == results[0][1]
-        assert loss_sum == pytest.approx(results[0][0], rel=1e-6)
-    assert model.training
+        results.append(predict_all(model.train(), batches, accelerator, predict))
+        assert model.training
+    for predictions in results[1:]:
+        assert [row["items"] for row in predictions] == [row["items"] for row in results[0]]
+        assert [row["loss"] for row in predictions] == pytest.approx([row["loss"] for row in results[0]], rel=1e-5)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

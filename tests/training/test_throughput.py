@@ -6,7 +6,7 @@ from tiny_run import tiny_model
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from bmtk.training import throughput
-from bmtk.training.throughput import Meter, flops_per_token, peak_flops
+from bmtk.training.throughput import Meter, flops_per_row, flops_per_token, peak_flops
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -43,7 +43,7 @@ def test_the_measured_peak_of_this_cpu_is_not_below_what_a_product_reaches():
 def test_the_meter_leaves_pauses_out(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    meter = Meter(flops_per_token=10.0, peak_flops=1000.0)
+    meter = Meter(flops_per_unit=10.0, peak_flops=1000.0)
     meter.start(seconds=50.0)
     now[0] += 2.0
     with meter.paused():
@@ -57,3 +57,21 @@ def test_the_meter_leaves_pauses_out(monkeypatch):
 
 def test_a_meter_that_knows_no_peak_tells_no_mfu():
     assert set(Meter().lap(1)) == {"tokens_per_second"}
+
+
+def test_the_operations_of_an_image_are_counted_by_hand():
+    config = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8],
+        depths=[1],
+        layer_type="basic",
+        downsample_in_first_stage=False,
+        num_labels=5,
+    )
+    model = ResNetForImageClassification(config).train()
+    stem = 2 * 16 * 16 * 8 * 3 * 7 * 7  # 32 pixels a side, stride 2
+    block = 2 * (2 * 8 * 8 * 8 * 8 * 3 * 3)  # after 3x3 pooling of stride 2
+    row = {"pixel_values": torch.randn(1, 3, 32, 32), "labels": torch.tensor([1])}
+    assert flops_per_row(model, row) == 3 * (stem + block + 2 * 8 * 5)
+    assert model.training
+    assert set(Meter(unit="images").of_run(10, 2.0)) == {"images_per_second", "flops_per_image", "peak_flops"}

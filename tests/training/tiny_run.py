@@ -19,7 +19,8 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint, save_model
-from bmtk.training.loop import build_accelerator, evaluate_sums, prepare, train
+from bmtk.training.loop import build_accelerator, prepare, train
+from bmtk.training.predicting import predict_all
 from bmtk.training.run_folder import locked
 from bmtk.training.schedules import build_schedule
 
@@ -95,6 +96,14 @@ def num_items(batch: dict[str, torch.Tensor]) -> int:
     return int((batch["labels"] != -100).sum())
 
 
+def predict(model, batch: dict[str, torch.Tensor]) -> list[dict]:
+    """Loss and predicted tokens of each row."""
+    logits = model(batch["input_ids"]).logits.float()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").sum(-1)
+    items = (batch["labels"] != -100).sum(-1)
+    return [{"loss": loss, "items": n} for loss, n in zip(losses.tolist(), items.tolist(), strict=True)]
+
+
 def run(args: LoopArguments, **changes) -> dict:
     """Train in the locked folder, resuming what it holds; return the last facts of the run."""
     AcceleratorState._reset_state()  # another run of this process may have had another precision
@@ -121,7 +130,8 @@ def run_on(accelerator, args, *, dropout: float = 0.2, model=None, batches=None,
 
     def evaluate() -> dict[str, float]:
         torch.rand(3)  # an evaluation that samples text draws random numbers, and must not disturb training
-        loss_sum, count = evaluate_sums(model, validation, accelerator, num_items)
+        predictions = predict_all(model, validation, accelerator, predict)
+        loss_sum, count = (sum(prediction[key] for prediction in predictions) for key in ("loss", "items"))
         return {"validation/loss": loss_sum / count, "validation/items": count}
 
     state = train(

@@ -1,0 +1,173 @@
+"""What the language-modelling tasks share: a corpus, a tokenizer, and token stores cut into rows."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from bmtk.data.packing import PackedRows
+from bmtk.data.sources import Texts, has_split, read_texts
+from bmtk.data.tables import SPLITS
+from bmtk.data.token_store import TokenStore, build_token_store
+from bmtk.data.tokenizers import train_tokenizer
+
+from .task import Task, setting
+
+TRAINED_KINDS = ("byte_bpe", "char")
+
+
+@dataclass
+class CorpusArguments:
+    """Which text, which tokenizer, how much context."""
+
+    dataset: str | None = setting(None, "folder or Hub id (owner/name) with a train and a validation split")
+    train_file: list[str] | None = setting(None, "training text: .txt, .jsonl, .csv or .parquet files, or folders")
+    validation_file: list[str] | None = setting(None, "validation text, likewise")
+    test_file: list[str] | None = setting(None, "text of the final test, likewise; default: that of dataset, if any")
+    text_column: str = setting("text", "column that holds the text (.jsonl, .csv, .parquet, Hub)")
+    sample_by: str = setting("document", "make one document of each .txt file ('document') or of each 'line'")
+    data_name: str | None = setting(None, "what the model card calls the data; default: the source's own name")
+    data_licence: str | None = setting(None, "licence of the data, for the model card")
+    tokenizer: str = setting(
+        "byte_bpe", "train a 'byte_bpe' or 'char' tokenizer, or folder or Hub id of a finished one"
+    )
+    vocab_size: int = setting(4096, "tokens of a tokenizer to be trained, at most")
+    context_length: int = setting(256, "tokens per row")
+    corpus_dir: str | None = setting(None, "folder for the tokenised text; default: <output_dir>/corpus")
+
+    def __post_init__(self):
+        if not self.dataset and not self.train_file and not self.test_file:
+            raise ValueError("no training text: set dataset (a folder or Hub id), or train_file and validation_file")
+        if self.train_file and not self.validation_file and not self.dataset:
+            raise ValueError(
+                "validation_file is not set: name a text that is not trained on, or a dataset with a validation split"
+            )
+        if self.context_length < 1:
+            raise ValueError(f"context_length={self.context_length} must be at least 1 token")
+
+
+class CorpusTask(Task):
+    """A task whose rows are cut from tokenised text.  Tokenises into `folder` what is not there yet.
+
+    `model` is the model that training goes on with: its own tokenizer is read, never a new one.
+    """
+
+    unit = "tokens"
+    # Settings that change what is shown, not what is learned: they may differ when a run is resumed.
+    free_keys = frozenset(("corpus_dir", "data_name", "data_licence"))
+    main_metric = "loss"
+
+    def __init__(
+        self,
+        args: CorpusArguments,
+        *,
+        model: str | None = None,
+        splits: Sequence[str] = SPLITS,
+        seed: int = 42,
+        folder: Path | None = None,
+        **loading: object,
+    ):
+        self.args, self.model, self.seed, self.loading = args, model, seed, loading
+        self.notes: list[str] = []
+        if folder is None and not args.corpus_dir:
+            self.temporary = tempfile.TemporaryDirectory()  # goes with the task
+            folder = Path(self.temporary.name)
+        corpus = Path(args.corpus_dir) if args.corpus_dir else folder / "corpus"
+        texts = {split: self._texts(split) for split in splits if self._has(split)}
+        self.processor = self._tokenizer(texts.get("train"), corpus / "tokenizer")
+        stores = {split: build_token_store(part, self.processor, corpus / split) for split, part in texts.items()}
+        self.rows = {split: self.rows_of(store) for split, store in stores.items()}
+
+    def rows_of(self, store: TokenStore) -> PackedRows:
+        """The rows of a split."""
+        return PackedRows(store, self.args.context_length)
+
+    @property
+    def config_fields(self) -> dict[str, object]:
+        return {
+            "vocab_size": len(self.processor),
+            "max_position_embeddings": self.args.context_length,
+            "bos_token_id": self.processor.bos_token_id,
+            "eos_token_id": self.processor.eos_token_id,
+            "pad_token_id": self.processor.pad_token_id,
+        }
+
+    def configure(self, config, *, labels: Sequence[str] = ()) -> None:
+        """Raise ValueError if the model cannot read the rows."""
+        limit = getattr(config, "max_position_embeddings", None)
+        if self.rows and limit is not None and self.args.context_length > limit:
+            raise ValueError(
+                f"context_length={self.args.context_length} exceeds max_position_embeddings={limit}; "
+                "lower it, or use a model with a larger limit"
+            )
+        if len(self.processor) > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(self.processor)} tokens, the model knows vocab_size={config.vocab_size}; "
+                "use the model's own tokenizer (tokenizer: <the model's folder>)"
+            )
+
+    def batch_rows(self, rows) -> PackedRows:
+        return rows if hasattr(rows, "batch") else super().batch_rows(rows)
+
+    @staticmethod
+    def num_items(batch):
+        """Predicted tokens of a batch."""
+        return (batch["labels"] != -100).sum()
+
+    num_units = num_items
+
+    def units_per_row(self, split: str) -> float:
+        return self.args.context_length
+
+    def facts(self) -> dict[str, object]:
+        args = self.args
+        source = ", ".join(args.train_file or []) or args.dataset or ", ".join(args.test_file or [])
+        return {
+            "name": args.data_name or Path(source).name,
+            "source": source,
+            "licence": args.data_licence,
+            "tokenizer": f"{self.model or args.tokenizer}, {len(self.processor)} tokens",
+            **self.sizes(),
+        }
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        stores = {split: rows.store for split, rows in self.rows.items()}
+        return {
+            split: {"documents": store.num_documents, "tokens": store.num_tokens, "bytes": store.num_bytes}
+            for split, store in stores.items()
+        }
+
+    def _has(self, split: str) -> bool:
+        files = {"train": self.args.train_file, "validation": self.args.validation_file, "test": self.args.test_file}
+        if files[split]:
+            return True
+        return self.args.dataset is not None and (split != "test" or has_split(self.args.dataset, split))
+
+    def _texts(self, split: str) -> Texts:
+        files = {"train": self.args.train_file, "validation": self.args.validation_file, "test": self.args.test_file}
+        source = files[split] or self.args.dataset
+        return read_texts(source, split=split, text_column=self.args.text_column, sample_by=self.args.sample_by)
+
+    def _tokenizer(self, texts: Texts | None, folder: Path) -> PreTrainedTokenizerBase:
+        """The named tokenizer, or one trained on the training text (kept in `folder`, and kept only for this text)."""
+        if self.model and Path(self.model).is_dir() and not (Path(self.model) / "config.json").is_file():
+            raise ValueError(
+                f"model={self.model!r} is a folder without config.json; give one that holds a saved model"
+            )
+        finished = self.model if self.args.tokenizer in TRAINED_KINDS else self.args.tokenizer
+        if finished:
+            return AutoTokenizer.from_pretrained(finished, **self.loading)
+        if texts is None:
+            raise ValueError(f"tokenizer={self.args.tokenizer} needs a training text; name a finished tokenizer")
+        identity = {"kind": self.args.tokenizer, "vocab_size": self.args.vocab_size, "texts": texts.fingerprint}
+        stamp = folder / "trained_on.json"
+        if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == identity:
+            return AutoTokenizer.from_pretrained(folder)
+        tokenizer = train_tokenizer(texts, kind=self.args.tokenizer, vocab_size=self.args.vocab_size)
+        tokenizer.model_max_length = self.args.context_length
+        tokenizer.save_pretrained(folder)
+        stamp.write_text(json.dumps(identity), encoding="utf-8")
+        return tokenizer

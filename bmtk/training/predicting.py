@@ -1,0 +1,64 @@
+"""Predictions over whole splits: every row once, in order, on any number of processes."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from .updates import on_device
+
+SHORT = 20  # batches of an evaluation that shows no progress bar
+
+
+@dataclass
+class Results:
+    """Metrics of every split that was not trained on, and what there is to see of the last of them."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    figures: list[dict[str, str]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def predict_all(
+    model: torch.nn.Module,
+    batches: Iterable,
+    accelerator: Accelerator,
+    predict: Callable[[torch.nn.Module, dict], list],
+    *,
+    description: str = "evaluating",
+    num_batches: int = 0,
+    show_progress: bool = True,
+) -> list:
+    """What `predict(model, batch)` returns for the `batches` of all processes, in the order of their ranks.
+
+    `batches` are this process's share, and may be more or fewer than another's.  The model is evaluated under the
+    accelerator's precision, and is left training if it was.
+    """
+    model = accelerator.unwrap_model(model, keep_torch_compile=False)
+    was_training, predictions = model.training, []
+    model.eval()
+    hidden = not (show_progress and accelerator.is_main_process and num_batches >= SHORT)
+    with tqdm(total=num_batches, desc=description, leave=False, disable=hidden) as bar:
+        for batch in batches:
+            with accelerator.autocast():
+                predictions += predict(model, on_device(batch, accelerator.device))
+            bar.update()
+    model.train(was_training)
+    return gather_object(predictions) if accelerator.num_processes > 1 else predictions
+
+
+def measure(task, model, predict_split: Callable[[str], list], *, seed: int) -> Results:
+    """Score, samples and figures of a task's splits but the training rows; `predict_split` gives their predictions."""
+    model.eval()
+    results = Results(samples=task.written(model, seed=seed))
+    for split in (split for split in task.rows if split != "train"):
+        predictions, rows = predict_split(split), task.rows[split]
+        results.metrics |= {f"{split}/{name}": value for name, value in task.score(predictions, rows).items()}
+        samples, figures = task.samples(predictions, rows), task.figures(predictions, rows)
+    results.samples += samples
+    results.figures = figures
+    return results
