@@ -186,7 +186,10 @@ class TokenClassificationHead(TextHead):
 
 
 class QuestionAnsweringHead:
-    """Where an answer starts and ends in a row.  Padding is never an answer: its logits are the lowest number."""
+    """Where an answer starts and ends in a row.  Padding is never an answer: its logits are the lowest number.
+
+    No TextHead: the signature must name both labels as the dataset's columns do, or Trainer drops them.
+    """
 
     def __init__(self, config):
         super().__init__(config)
