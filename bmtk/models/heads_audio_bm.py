@@ -44,9 +44,7 @@ class AudioClassificationHead:
         kwargs.setdefault("use_cache", False)
         outputs = self.model(input_features=input_features, attention_mask=attention_mask, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config, num_items_in_batch)
+        loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .pooling_bm import last_position, mask_of_positions, mean_position
 
@@ -38,12 +38,6 @@ class CausalLMHead:
         self.model = self.trunk_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
 
     def penalty(self, outputs, labels, attention_mask, position_ids, **kwargs) -> torch.Tensor | float:
         """What a family adds to the loss while it trains, divided by the same count; nothing, unless it says so."""
@@ -88,7 +82,40 @@ class CausalLMHead:
         )
 
 
-class MaskedLMHead:
+class TextHead:
+    """What heads share that read a text and predict its `labels`: `answer` makes their output of the trunk's.
+
+    The arguments are spelled out, because Trainer and the pipelines read their names from the signature.
+    """
+
+    default_use_cache: bool | None = False  # None: as the configuration says
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModelOutput:
+        """Without `attention_mask` every position counts as real; rows of several lengths need it."""
+        kwargs.setdefault("use_cache", self.default_use_cache)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return self.answer(outputs, labels, num_items_in_batch)
+
+
+class MaskedLMHead(TextHead):
     """Predicts tokens from both sides: dense layer, GELU, LayerNorm, output matrix (BERT: Devlin et al. 2018)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.stem.embed_tokens.weight"}
@@ -105,34 +132,8 @@ class MaskedLMHead:
         self.lm_head = nn.Linear(width, config.vocab_size)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
+    def answer(self, outputs, labels, num_items_in_batch) -> MaskedLMOutput:
         """Logits (B, L, V); `labels` (B, L) are the tokens that were masked, else -100; an item is such a token."""
-        kwargs.setdefault("use_cache", False)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
         logits = self.lm_head(self.transform(outputs.last_hidden_state))
         loss = None if labels is None else label_loss(logits, labels, num_items_in_batch)
         return MaskedLMOutput(
@@ -140,8 +141,10 @@ class MaskedLMHead:
         )
 
 
-class SequenceClassificationHead:
+class SequenceClassificationHead(TextHead):
     """One label, several labels or numbers for a whole row, read from the trunk's `pooler_output`."""
+
+    default_use_cache = None
 
     def __init__(self, config):
         super().__init__(config)
@@ -150,31 +153,10 @@ class SequenceClassificationHead:
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
-        """Logits (B, K).  Without `attention_mask` every position counts as real; rows of several lengths need it."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+    def answer(self, outputs, labels, num_items_in_batch) -> SequenceClassifierOutputWithPast:
+        """Logits (B, K); for `labels` see `classification_loss`."""
         logits = self.score(self.dropout(outputs.pooler_output))  # (B, K)
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config, num_items_in_batch)
+        loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -184,7 +166,7 @@ class SequenceClassificationHead:
         )
 
 
-class TokenClassificationHead:
+class TokenClassificationHead(TextHead):
     """One label for every position."""
 
     def __init__(self, config):
@@ -194,28 +176,8 @@ class TokenClassificationHead:
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
+    def answer(self, outputs, labels, num_items_in_batch) -> TokenClassifierOutput:
         """Logits (B, L, K); `labels` (B, L) hold -100 where nothing is predicted; an item is a labelled position."""
-        kwargs.setdefault("use_cache", False)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else label_loss(logits, labels, num_items_in_batch)
         return TokenClassifierOutput(
@@ -224,7 +186,10 @@ class TokenClassificationHead:
 
 
 class QuestionAnsweringHead:
-    """Where an answer starts and ends in a row.  Padding is never an answer: its logits are the lowest number."""
+    """Where an answer starts and ends in a row.  Padding is never an answer: its logits are the lowest number.
+
+    No TextHead: the signature must name both labels as the dataset's columns do, or Trainer drops them.
+    """
 
     def __init__(self, config):
         super().__init__(config)

@@ -73,9 +73,7 @@ class ImageClassificationHead:
         """Logits (B, K); an item of the loss is an image."""
         outputs = self.model(pixel_values=pixel_values, **kwargs)
         logits = self.classifier(outputs.pooler_output)
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config, num_items_in_batch)
+        loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 

@@ -36,7 +36,7 @@ from .heads_series_bm import TimeSeriesPredictionHead
 from .image_blocks_bm import ConvNextBlock, ImageStage, build_norm, build_stages
 from .kaiming_bm import KaimingLinear
 from .pooling_bm import POOLINGS, mask_of_positions
-from .stems_bm import positions_from_mask
+from .stems_bm import EmbeddingInStem, positions_from_mask
 
 
 @dataclass
@@ -50,7 +50,7 @@ class ImageModelOutput(ModelOutput):
     feature_maps: tuple | None = None
 
 
-class BmCnnPreTrainedModel(PreTrainedModel):
+class BmCnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
     config: BmCnnConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -71,14 +71,6 @@ class BmCnnPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, ConvNextBlock):
             init.constant_(module.layer_scale, self.config.layer_scale_init_value)
-
-    def get_input_embeddings(self) -> nn.Module:
-        if self.config.input_type != "tokens":
-            raise NotImplementedError(f"input_type={self.config.input_type!r} has no token embedding")
-        return self.base_model.stem.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.base_model.stem.embed_tokens = value
 
 
 class BmCnnModel(BmCnnPreTrainedModel):

@@ -16,16 +16,14 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPoolingAndCrossAttentions,
-    Seq2SeqModelOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bm_rnn import BmRnnConfig
+from .encoder_decoder_bm import EncoderDecoder
 from .heads_audio_bm import AudioClassificationHead, CTCHead
 from .heads_bm import (
     CausalLMHead,
@@ -40,6 +38,7 @@ from .pooling_bm import POOLINGS, mask_of_positions
 from .recurrence_bm import Documents, GatedProjection, MinGRU, TorchRecurrence
 from .recurrent_state_bm import RecurrentState  # noqa: F401  (what DynamicCache makes of this family's layers)
 from .rnn_stems_bm import STEMS, LockedDropout
+from .stems_bm import EmbeddingInStem
 
 logger = logging.get_logger(__name__)
 
@@ -89,7 +88,7 @@ class BmRnnLayer(GradientCheckpointingLayer):
         return self.dropout(mixed), state
 
 
-class BmRnnPreTrainedModel(PreTrainedModel):
+class BmRnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
     config: BmRnnConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -130,17 +129,6 @@ class BmRnnPreTrainedModel(PreTrainedModel):
             bias = torch.zeros_like(module.bias).unflatten(0, (module.num_directions, 2, -1))
             bias[:, 1] = -1.0  # keep as much of the state as an LSTM does at first
             init.copy_(module.bias, bias.flatten())
-
-    def get_input_embeddings(self) -> nn.Module:
-        if self.config.input_type != "tokens":
-            raise NotImplementedError(f"input_type={self.config.input_type!r} has no token embedding")
-        return self.base_model.stem.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        if self.base_model is not self:
-            self.base_model.set_input_embeddings(value)  # an encoder-decoder has two
-        else:
-            self.stem.embed_tokens = value
 
 
 class BmRnnModel(BmRnnPreTrainedModel):
@@ -281,7 +269,7 @@ class BmRnnEncoder(BmRnnModel):
     returns_state = True
 
 
-class BmRnnEncoderDecoderModel(BmRnnPreTrainedModel):
+class BmRnnEncoderDecoderModel(EncoderDecoder, BmRnnPreTrainedModel):
     """An encoder whose last state is where the decoder, always causal, starts, and which every position attends to.
 
     What is attended to is not fed back into the next input (Luong et al., sec. 3.3): a row could not go through the
@@ -298,56 +286,22 @@ class BmRnnEncoderDecoderModel(BmRnnPreTrainedModel):
         self.attention = LuongAttention(config)
         self.post_init()
 
-    @property
-    def stem(self) -> nn.Module:
-        return self.encoder.stem
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        if not self.config.tie_word_embeddings:
-            raise ValueError(
-                "tie_word_embeddings=False gives source and target an embedding each; set "
-                "model.encoder.stem.embed_tokens and model.decoder.stem.embed_tokens yourself"
-            )
-        self.encoder.stem.embed_tokens = self.decoder.stem.embed_tokens = value
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BmRnnModelOutput | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqModelOutput:
-        """`last_hidden_state` (B, L, D) of the target, after attention; `cross_attentions` (B, 1, L, S)."""
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        is_pair = isinstance(
-            past_key_values, EncoderDecoderCache
-        )  # as generate() makes it; a source has no cache here
-        outputs = self.decoder(
-            decoder_input_ids,
-            decoder_attention_mask,
+    def decode(self, source, source_mask, *, position_ids, past_key_values, **inputs) -> BmRnnModelOutput:
+        """`last_hidden_state` (B, L, D) is that after attention; `cross_attentions` (B, 1, L, S)."""
+        if position_ids is not None:
+            logger.warning_once("decoder_position_ids are ignored: a bm_rnn's target begins where its source ends")
+        is_pair = isinstance(past_key_values, EncoderDecoderCache)  # by generate(); a source has no cache here
+        decoded = self.decoder(
             past_key_values=past_key_values.self_attention_cache if is_pair else past_key_values,
-            inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            initial_state=encoder_outputs.final_state,
-            **kwargs,
+            initial_state=source.final_state,
+            **inputs,
         )
-        source = encoder_outputs.last_hidden_state
-        attended, weights = self.attention(outputs.last_hidden_state, source, attention_mask)
-        return Seq2SeqModelOutput(
+        attended, weights = self.attention(decoded.last_hidden_state, source.last_hidden_state, source_mask)
+        return BmRnnModelOutput(
             last_hidden_state=attended,
-            past_key_values=past_key_values if is_pair else outputs.past_key_values,
-            decoder_hidden_states=outputs.hidden_states,
-            cross_attentions=(weights[:, None],) if kwargs.get("output_attentions") else None,
-            encoder_last_hidden_state=source,
-            encoder_hidden_states=encoder_outputs.hidden_states,
+            past_key_values=past_key_values if is_pair else decoded.past_key_values,
+            hidden_states=decoded.hidden_states,
+            cross_attentions=(weights[:, None],) if inputs.get("output_attentions") else None,
         )
 
 

@@ -20,17 +20,14 @@ from transformers.masking_utils import (
     find_packed_sequence_indices,
     packed_sequence_mask_function,
 )
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    BaseModelOutputWithPoolingAndCrossAttentions,
-    Seq2SeqModelOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_bm_transformer import BmTransformerConfig
+from .encoder_decoder_bm import EncoderDecoder
 from .heads_audio_bm import AudioClassificationHead, CTCHead
 from .heads_bm import (
     CausalLMHead,
@@ -44,7 +41,7 @@ from .heads_image_bm import ImageClassificationHead, MaskedImageModelingHead
 from .heads_seq2seq_bm import Seq2SeqLMHead
 from .heads_series_bm import TimeSeriesPredictionHead
 from .pooling_bm import POOLINGS, mask_of_positions
-from .stems_bm import positions_from_mask
+from .stems_bm import EmbeddingInStem, positions_from_mask
 from .transformer_layers_bm import (
     DECODER_LAYERS,
     LAYERS,
@@ -73,7 +70,7 @@ def same_document_mask(position_ids: torch.Tensor):
     return None if documents is None else packed_sequence_mask_function(documents)
 
 
-class BmTransformerPreTrainedModel(PreTrainedModel):
+class BmTransformerPreTrainedModel(EmbeddingInStem, PreTrainedModel):
     config: BmTransformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -92,17 +89,6 @@ class BmTransformerPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ResidualProjection):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
-
-    def get_input_embeddings(self) -> nn.Module:
-        if self.config.input_type != "tokens":
-            raise NotImplementedError(f"input_type={self.config.input_type!r} has no token embedding")
-        return self.base_model.stem.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        if self.base_model is self:
-            self.stem.embed_tokens = value
-        else:
-            self.base_model.set_input_embeddings(value)
 
 
 class BmTransformerModel(BmTransformerPreTrainedModel):
@@ -282,7 +268,7 @@ class BmTransformerDecoder(BmTransformerPositions):
         )
 
 
-class BmTransformerEncoderDecoderModel(BmTransformerPreTrainedModel):
+class BmTransformerEncoderDecoderModel(EncoderDecoder, BmTransformerPreTrainedModel):
     """Reads a source with an encoder; a decoder attends to what it says."""
 
     def __init__(self, config: BmTransformerConfig):
@@ -293,63 +279,9 @@ class BmTransformerEncoderDecoderModel(BmTransformerPreTrainedModel):
         self.decoder = BmTransformerDecoder(config)
         self.post_init()
 
-    @property
-    def stem(self) -> nn.Module:
-        return self.encoder.stem
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        if not self.config.tie_word_embeddings:
-            raise ValueError(
-                "tie_word_embeddings=False gives source and target an embedding each; set "
-                "model.encoder.stem.embed_tokens and model.decoder.stem.embed_tokens yourself"
-            )
-        self.encoder.stem.embed_tokens = self.decoder.stem.embed_tokens = value
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        decoder_position_ids: torch.LongTensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqModelOutput:
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                use_cache=False,
-                **kwargs,
-            )
-        elif isinstance(encoder_outputs, tuple):
-            encoder_outputs = BaseModelOutput(*encoder_outputs[:1])
-        decoded = self.decoder(
-            input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
-            position_ids=decoder_position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            encoder_hidden_states=encoder_outputs.last_hidden_state,
-            encoder_attention_mask=attention_mask,
-            **kwargs,
-        )
-        return Seq2SeqModelOutput(
-            last_hidden_state=decoded.last_hidden_state,
-            past_key_values=decoded.past_key_values,
-            decoder_hidden_states=decoded.hidden_states,
-            decoder_attentions=decoded.attentions,
-            cross_attentions=decoded.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
+    def decode(self, source, source_mask, **inputs) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        return self.decoder(
+            encoder_hidden_states=source.last_hidden_state, encoder_attention_mask=source_mask, **inputs
         )
 
 

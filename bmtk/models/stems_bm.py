@@ -57,6 +57,21 @@ class TokenStem(AddPositions, nn.Module):
         return embeds if self.scale == 1.0 else embeds * self.scale
 
 
+class EmbeddingInStem:
+    """Tells transformers where a model's token embedding stands; comes before PreTrainedModel in a family's root."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        if self.config.input_type != "tokens":
+            raise NotImplementedError(f"input_type={self.config.input_type!r} has no token embedding")
+        return self.base_model.stem.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        if self.base_model is self:
+            self.stem.embed_tokens = value
+        else:
+            self.base_model.set_input_embeddings(value)  # an encoder-decoder has two
+
+
 def positions_from_mask(attention_mask: torch.Tensor | None, length: int, past: int, device) -> torch.Tensor:
     """Position ids (B or 1, L) of the last `length` tokens: real tokens are counted, padding on either side is not.
 
@@ -67,4 +82,4 @@ def positions_from_mask(attention_mask: torch.Tensor | None, length: int, past: 
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
-__all__ = ["AddPositions", "SinusoidalPositions", "TokenStem", "positions_from_mask"]
+__all__ = ["AddPositions", "EmbeddingInStem", "SinusoidalPositions", "TokenStem", "positions_from_mask"]

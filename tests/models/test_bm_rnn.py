@@ -1097,6 +1097,16 @@ def test_a_decoder_reads_the_start_token_and_then_its_labels():
     assert half.item() == pytest.approx(ours.loss.item() / 2)
 
 
+def test_a_translator_says_that_it_ignores_the_positions_of_a_target(caplog):
+    model, ids = translator(), tokens(2, 4)
+    expected = model(ids, decoder_input_ids=ids).logits
+    transformers.utils.logging.warning_once.cache_clear()
+    with caplog.at_level("WARNING", logger="bmtk.models.modeling_bm_rnn"):
+        given = model(ids, decoder_input_ids=ids, decoder_position_ids=torch.arange(4).expand(2, -1)).logits
+    assert "decoder_position_ids are ignored: a bm_rnn's target begins where its source ends" in caplog.text
+    assert torch.equal(given, expected)
+
+
 def test_a_translator_shares_one_matrix_or_has_three():
     model = translator()
     embedding = model.get_input_embeddings().weight
