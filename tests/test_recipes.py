@@ -188,7 +188,7 @@ def test_going_on_with_a_model_keeps_its_tokenizer_and_its_shape(pretrained, tmp
     argv = ["--preset", "smoke", "--model", str(pretrained), "--output_dir", str(tmp_path), "--num_train_steps", "1"]
     text = tmp_path / "text.txt"
     text.write_text("Another text, of another kind.\n" * 200)
-    pretrain.main([*argv, "--train_file", str(text), "--validation_file", str(text)])
+    pretrain.main([*argv, "--train_file", str(text), "--validation_file", str(text), "--hidden_size", "48"])
     assert (tmp_path / "tokenizer.json").read_bytes() == (pretrained / "tokenizer.json").read_bytes()
     assert "keeps its own architecture: hidden_size" in capsys.readouterr().out
     facts = json.loads((tmp_path / "run.json").read_text())

@@ -39,12 +39,6 @@ class CorpusArguments:
     corpus_dir: str | None = setting(None, "folder for the tokenised text; default: <output_dir>/corpus")
 
     def __post_init__(self):
-        if not self.dataset and not self.train_file and not self.test_file:
-            raise ValueError("no training text: set dataset (a folder or Hub id), or train_file and validation_file")
-        if self.train_file and not self.validation_file and not self.dataset:
-            raise ValueError(
-                "validation_file is not set: name a text that is not trained on, or a dataset with a validation split"
-            )
         if self.context_length < 1:
             raise ValueError(f"context_length={self.context_length} must be at least 1 token")
 
@@ -72,6 +66,8 @@ class CorpusTask(Task):
     ):
         self.args, self.model, self.seed, self.loading = args, model, seed, loading
         self.notes: list[str] = []
+        if "train" in splits:
+            self._check_sources()
         if folder is None and not args.corpus_dir:
             self.temporary = tempfile.TemporaryDirectory()  # goes with the task
             folder = Path(self.temporary.name)
@@ -139,6 +135,14 @@ class CorpusTask(Task):
             split: {"documents": store.num_documents, "tokens": store.num_tokens, "bytes": store.num_bytes}
             for split, store in stores.items()
         }
+
+    def _check_sources(self) -> None:
+        if not self.args.dataset and not self.args.train_file:
+            raise ValueError("no training text: set dataset (a folder or Hub id), or train_file and validation_file")
+        if not self.args.dataset and not self.args.validation_file:
+            raise ValueError(
+                "validation_file is not set: name a text that is not trained on, or a dataset with a validation split"
+            )
 
     def _has(self, split: str) -> bool:
         files = {"train": self.args.train_file, "validation": self.args.validation_file, "test": self.args.test_file}
