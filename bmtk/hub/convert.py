@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import cached_file
@@ -42,15 +42,13 @@ def convert(model: str, directory: str | Path, *, auto_class: str | None = None)
     """Save the pretrained `model` (a folder or Hub name) as one of ours, with its tokenizer or image processor.
 
     `auto_class` (such as "AutoModel") keeps only that part of it.  Raises: ValueError naming what cannot be converted,
-    or a `directory` that holds something; OSError for a model that is not there.  Then nothing was saved.
+    or a `directory` that holds something; OSError for a model without weights.  Then nothing was saved.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not an empty folder; remove it, or choose another")
-    model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
-    if model_type not in SOURCES:
-        raise ValueError(f"{model} is a {model_type!r}; convert knows {', '.join(sorted(SOURCES))}")
-    theirs_config, source = AutoConfig.from_pretrained(model), SOURCES[model_type]
+    source = _source(model)
+    theirs_config = AutoConfig.from_pretrained(model)
     auto_class = _auto_class(theirs_config, source, auto_class)
     _check_settings(theirs_config, source)
     theirs, processors = _load(model, auto_class), _processors(model)
@@ -142,6 +140,18 @@ def largest_difference(ours: PreTrainedModel, theirs: PreTrainedModel) -> float:
 def as_positions(output: torch.Tensor) -> torch.Tensor:
     """A map (B, D, H, W) row by row, (B, H * W, D); anything else as it is."""
     return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
+
+
+def _source(model: str) -> Source:
+    try:
+        model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
+    except (OSError, HFValidationError) as error:
+        raise ValueError(f"{model} is neither a folder here nor a model that the Hub gives: {error}") from error
+    if model_type is None:
+        raise ValueError(f"{model} has no config.json that names a model_type; pass what save_pretrained wrote")
+    if model_type not in SOURCES:
+        raise ValueError(f"{model} is a {model_type!r}; convert knows {', '.join(sorted(SOURCES))}")
+    return SOURCES[model_type]
 
 
 def _auto_class(config: PreTrainedConfig, source: Source, wanted: str | None) -> str:

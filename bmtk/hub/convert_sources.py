@@ -119,7 +119,6 @@ def _llama(**allowed: tuple) -> Source:
     )  # fmt: skip
 
 
-_CNN_ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 SOURCES = {
     "bert": Source(
         family="bm_transformer",
@@ -140,7 +139,7 @@ SOURCES = {
         weights=CONVNEXT,
         heads={"Model": "AutoModel", "ForImageClassification": "AutoModelForImageClassification"},
         # 1e-12 and 1e-6 are one number beside the variance of a pooled map, and the outputs are compared.
-        allowed={"hidden_act": _CNN_ACTIVATIONS, "layer_norm_eps": (1e-12, 1e-6)},
+        allowed={"hidden_act": ("relu", "gelu", "silu", "tanh"), "layer_norm_eps": (1e-12, 1e-6)},
         constants={r".*\.layer_scale": 1.0},
         any_size=True,
     ),
@@ -166,7 +165,7 @@ SOURCES = {
         fields=_resnet_fields,
         weights=RESNET,
         heads={"Model": "AutoModel", "ForImageClassification": "AutoModelForImageClassification"},
-        allowed={"hidden_act": _CNN_ACTIVATIONS},
+        allowed={"hidden_act": ("relu",)},  # whatever it is, theirs have ReLU inside of blocks
         any_size=True,
     ),
     "vit": Source(
