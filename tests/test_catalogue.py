@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import bmtk_cli
 from bmtk.catalogue import PUBLISHED, catalogue, table
@@ -20,8 +21,29 @@ UNPUBLISHED = {"minigru-small"}
 
 
 @pytest.fixture(scope="module")
-def found():
-    return catalogue()
+def counted():
+    """The catalogue, and where the parameters were that it counted."""
+    devices = []
+
+    def note(module, name, parameter):
+        devices.append(parameter.device.type)
+        assert parameter.is_meta, "presets of a billion parameters would take gigabytes"
+
+    hook = register_module_parameter_registration_hook(note)
+    try:
+        return catalogue(), devices
+    finally:
+        hook.remove()
+
+
+@pytest.fixture(scope="module")
+def found(counted):
+    return counted[0]
+
+
+def test_counting_takes_no_memory(counted):
+    assert len(counted[1]) > 1000
+    assert set(counted[1]) == {"meta"}
 
 
 def auto_classes() -> dict[str, type]:
