@@ -17,9 +17,11 @@ This command holds the tools that are not training runs. Training is done by the
 """
 EPILOG = """\
 example:
-  bmtk info outputs/pretrain                            what is in that folder
+  bmtk models                                            families, heads, presets and their parameters
+  bmtk convert microsoft/resnet-18 outputs/resnet-18     a pretrained model of transformers as one of bmtk
+  bmtk info outputs/pretrain                             what is in that folder
   bmtk push outputs/pretrain user/my-model --dry-run     check it and list the files; nothing is sent
-  hf auth login                                         once; or set HF_TOKEN
+  hf auth login                                          once; or set HF_TOKEN
   bmtk push outputs/pretrain user/my-model --private     push it, load it back, compare
 
 next:
@@ -34,6 +36,18 @@ Never sent: optimizer state, checkpoints, corpora, training_args.bin, or any fil
 
 What was pushed is then loaded in a clean process without bmtk; "published" is said only if its outputs are the same.
 The token comes from `hf auth login` or HF_TOKEN.
+"""
+CONVERT = """\
+Make a pretrained model of transformers one of bmtk: the same weights, the same outputs.
+
+MODEL is a folder or a name on the Hub: BERT, ConvNeXt, GPT-2, Llama, Mistral, Qwen2, Qwen3, ResNet, ViT.
+Its tokenizer or image processor is saved with it. Outputs of both are compared first; a setting or weight that has no
+counterpart is named, and then nothing is saved.
+"""
+MODELS = """\
+Show what there is: the families, the Auto classes that each has a head for, and the presets with their parameters.
+
+Parameters are counted without memory for them, with the head that the published number was counted with.
 """
 
 
@@ -61,6 +75,20 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--message", default="Publish with bmtk", help="commit message (default: %(default)r)")
     push.add_argument("--dry-run", action="store_true", help="check the folder and list the files; send nothing")
     push.set_defaults(run=run_push)
+
+    convert = commands.add_parser(
+        "convert", help="make a model of transformers one of bmtk", description=CONVERT, **plain
+    )
+    convert.add_argument("model", metavar="MODEL", help="folder or Hub name of a pretrained model")
+    convert.add_argument("directory", metavar="DIR", help="folder to save to; must not exist, or be empty")
+    convert.add_argument(
+        "--auto-class", metavar="AUTO", help="keep only this part: AutoModel is the trunk without a head"
+    )
+    convert.set_defaults(run=run_convert)
+
+    models = commands.add_parser("models", help="show families, heads and presets", description=MODELS, **plain)
+    models.add_argument("--json", action="store_true", help="the same for programs")
+    models.set_defaults(run=run_models)
 
     info = commands.add_parser("info", help="show what a saved model is: class, parameters, results", **plain)
     info.add_argument("directory", metavar="DIR", help="folder with config.json or adapter_config.json")
@@ -94,6 +122,42 @@ def run_push(arguments: argparse.Namespace) -> int:
     except PublishError as error:
         print(f"bmtk push: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()  # what it warns of when weights are missing is an error here
+    from bmtk.hub.convert import convert
+
+    try:
+        done = convert(arguments.model, arguments.directory, auto_class=arguments.auto_class)
+    except (ValueError, OSError) as error:
+        print(f"bmtk convert: {error}", file=sys.stderr)
+        return 1
+    rows = {
+        "converted": f"{done.source_class} -> {done.model_class}",
+        "parameters": f"{done.num_parameters:,}",
+        "largest difference": f"{done.difference:.1e} of the largest output, for one random input",
+        "saved with it": ", ".join(done.processors) or "neither tokenizer nor image processor: the source has none",
+        "folder": done.directory,
+    }
+    for name, value in rows.items():
+        print(f"{name:20}{value}")
+    print(
+        f"\nnext, after `import bmtk`:\n  {done.auto_class}.from_pretrained({str(done.directory)!r})\n"
+        f"or publish it:\n  bmtk push {done.directory} user/name --dry-run"
+    )
+    return 0
+
+
+def run_models(arguments: argparse.Namespace) -> int:
+    from bmtk.catalogue import catalogue, table
+
+    found = catalogue()
+    print(json.dumps(found, indent=2) if arguments.json else table(found))
     return 0
 
 

@@ -24,13 +24,14 @@ ARROWS = {
     "bmtk": {"models"},  # bmtk/__init__.py: registration, and nothing else
     "__main__": {"bmtk_cli"},
     "arguments": set(),
+    "catalogue": {"models"},
     "data": set(),
     "tasks": {"data"},
     "training": set(),
     "hub": set(),
     "models": set(),
     "recipes": {"bmtk", "arguments", "tasks", "training", "hub"},
-    "bmtk_cli": {"bmtk", "arguments", "data", "tasks", "training", "hub", "models"},
+    "bmtk_cli": {"bmtk", "arguments", "catalogue", "data", "tasks", "training", "hub", "models"},
 }
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "misc"}
 MODEL_PACKAGES = {"torch", "numpy", "transformers", "huggingface_hub"}

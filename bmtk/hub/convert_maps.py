@@ -14,7 +14,7 @@ BERT_SETTINGS = {
     "max_position_embeddings": "max_position_embeddings",
 }  # fmt: skip
 VIT_SETTINGS = {
-    **_ENCODER_SETTINGS, "image_size": "image_size", "patch_size": "patch_size", "num_channels": "num_channels",
+    **_ENCODER_SETTINGS, "num_channels": "num_channels",
 }  # fmt: skip
 GPT2_SETTINGS = {
     "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
@@ -26,6 +26,15 @@ LLAMA_SETTINGS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rope_parameters",
     "intermediate_size", "max_position_embeddings", "attention_dropout", "initializer_range",
 )  # fmt: skip
+_IMAGE_SETTINGS = {name: name for name in ("num_channels", "hidden_sizes", "depths", "hidden_act")}
+RESNET_SETTINGS = {
+    **_IMAGE_SETTINGS, "stem_width": "embedding_size", "block_type": "layer_type", "out_features": "out_features",
+    "downsample_in_bottleneck": "downsample_in_bottleneck",
+}  # fmt: skip
+CONVNEXT_SETTINGS = {
+    **_IMAGE_SETTINGS, "drop_path_rate": "drop_path_rate", "layer_scale_init_value": "layer_scale_init_value",
+    "initializer_range": "initializer_range",
+}  # fmt: skip
 
 BERT = {
     r"embeddings\.word_embeddings\.weight": "model.stem.embed_tokens.weight",
@@ -82,5 +91,27 @@ VIT = {
     r"layers\.(\d+)\.mlp\.fc2\.(\w+)": r"model.layers.\1.mlp.down_proj.\2",
     r"layernorm\.(\w+)": r"model.norm.\1",
     r"pooler\.dense\.(\w+)": r"model.pooler.0.\1",
+    r"classifier\.(\w+)": r"classifier.1.\1",
+}
+_BLOCK = r"encoder\.stages\.(\d+)\.layers\.(\d+)\."
+RESNET = {  # with the running statistics of batch norms and the number of batches that they saw
+    r"embedder\.embedder\.convolution\.(\w+)": r"model.stem.layers.0.0.\1",
+    r"embedder\.embedder\.normalization\.(\w+)": r"model.stem.layers.0.1.\1",
+    _BLOCK + r"layer\.(\d+)\.convolution\.(\w+)": r"model.stages.\1.blocks.\2.body.\3.0.\4",
+    _BLOCK + r"layer\.(\d+)\.normalization\.(\w+)": r"model.stages.\1.blocks.\2.body.\3.1.\4",
+    _BLOCK + r"shortcut\.convolution\.(\w+)": r"model.stages.\1.blocks.\2.shortcut.0.\3",
+    _BLOCK + r"shortcut\.normalization\.(\w+)": r"model.stages.\1.blocks.\2.shortcut.1.\3",
+    r"classifier\.1\.(\w+)": r"classifier.1.\1",
+}
+CONVNEXT = {
+    r"embeddings\.patch_embeddings\.(\w+)": r"model.stem.layers.0.\1",
+    r"embeddings\.layernorm\.(\w+)": r"model.stem.layers.1.\1",
+    r"encoder\.stages\.(\d+)\.downsampling_layer\.([01])\.(\w+)": r"model.stages.\1.downsample.\2.\3",
+    _BLOCK + r"dwconv\.(\w+)": r"model.stages.\1.blocks.\2.depthwise.\3",
+    _BLOCK + r"layernorm\.(\w+)": r"model.stages.\1.blocks.\2.norm.\3",
+    _BLOCK + r"pwconv1\.(\w+)": r"model.stages.\1.blocks.\2.up.\3",
+    _BLOCK + r"pwconv2\.(\w+)": r"model.stages.\1.blocks.\2.down.\3",
+    _BLOCK + r"layer_scale_parameter": r"model.stages.\1.blocks.\2.layer_scale",
+    r"layernorm\.(\w+)": r"model.norm.\1",
     r"classifier\.(\w+)": r"classifier.1.\1",
 }

@@ -123,6 +123,8 @@ class BmCnnConfig(PresetMixin, BackboneConfigMixin, PreTrainedConfig):
     pool_stride: int = 2  # of the pooling after a stage
     pooling_type: Literal["max", "avg"] = "max"  # after stages and in the stem
     expansion: int = 4  # width of a bottleneck block over its inner width; inner over outer width of a convnext block
+    # Of a bottleneck block, True: its first convolution strides, as in the paper; False: the next, as in torchvision.
+    downsample_in_bottleneck: bool = False
     layer_scale_init_value: int | float = 1e-6  # factor on what a convnext block adds, where it starts
     drop_path_rate: int | float = 0.0  # probability that the last block adds nothing, per image; earlier blocks less
     pooled_grid: int = 1  # cells per side that a classifier reads; 1: the average of all positions

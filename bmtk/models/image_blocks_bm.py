@@ -1,7 +1,7 @@
 """Two-dimensional convolution blocks.  B images, C channels, H x W pixels.
 
 Sources: plain, Krizhevsky et al. 2012 and Simonyan & Zisserman 2014, arXiv:1409.1556; basic and bottleneck, He et al.
-2015, arXiv:1512.03385, with the stride on the 3x3 convolution as in torchvision; ConvNeXt, Liu et al. 2022,
+2015, arXiv:1512.03385, by default with the stride on the 3x3 convolution as in torchvision; ConvNeXt, Liu et al. 2022,
 arXiv:2201.03545; dropped paths, Huang et al. 2016, arXiv:1603.09382.
 """
 
@@ -118,13 +118,14 @@ class BasicBlock(ResidualBlock):
 
 
 class BottleneckBlock(ResidualBlock):
-    """1x1 convolution to outputs / expansion, k x k convolution with the stride, 1x1 convolution back."""
+    """1x1 convolution to outputs / expansion, k x k convolution, 1x1 back; one of the first two strided."""
 
     def build_body(self, config, inputs, outputs, *, kernel_size, stride, padding) -> nn.Module:
         inner = outputs // config.expansion
+        strides = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
         return nn.Sequential(
-            ConvNormAct(config, inputs, inner, kernel_size=1),
-            ConvNormAct(config, inner, inner, kernel_size=kernel_size, stride=stride, padding=padding),
+            ConvNormAct(config, inputs, inner, kernel_size=1, stride=strides[0]),
+            ConvNormAct(config, inner, inner, kernel_size=kernel_size, stride=strides[1], padding=padding),
             ConvNormAct(config, inner, outputs, kernel_size=1, act=False),
         )
 

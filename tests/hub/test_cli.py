@@ -36,7 +36,17 @@ def test_help_imports_neither_torch_nor_bmtk():
 
 def test_help_teaches_every_command_with_an_example():
     text = bmtk("--help").stdout
-    for line in ("push ", "info ", "example:", "bmtk push outputs/pretrain user/my-model --dry-run", "next:"):
+    for line in (
+        "push ",
+        "info ",
+        "convert ",
+        "models ",
+        "bmtk models ",
+        "bmtk convert microsoft/resnet-18 ",
+        "example:",
+        "bmtk push outputs/pretrain user/my-model --dry-run",
+        "next:",
+    ):
         assert line in text
     assert "Never sent: optimizer state" in bmtk("push", "--help").stdout
 

@@ -3,14 +3,11 @@
 Weights are copied over, everything is float32 and in eval mode, and differences stay within TOLERANCE.
 """
 
-import re
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    AutoBackbone,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
     BertConfig,
@@ -23,38 +20,14 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
+from bmtk.hub.convert import converted, translate
+from bmtk.hub.convert_sources import SOURCES
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.modeling_bm_cnn import BmCnnBackbone, BmCnnModel
 
 TOLERANCE = 1e-5
 SIZES = {"hidden_sizes": [16, 32, 64], "depths": [2, 1, 2], "num_labels": 5}
 TINY = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_labels": 5}
-
-RENAMED = [
-    (r"^(resnet|convnext)\.", "model."),
-    (r"embedder\.embedder\.", "stem.layers.0."),
-    (r"embeddings\.patch_embeddings", "stem.layers.0"),
-    (r"embeddings\.layernorm", "stem.layers.1"),
-    (r"encoder\.stages", "stages"),
-    (r"(stages\.\d+)\.layers", r"\1.blocks"),
-    (r"downsampling_layer", "downsample"),
-    (r"blocks\.(\d+)\.layer\.", r"blocks.\1.body."),
-    (r"\.convolution\.", ".0."),
-    (r"\.normalization\.", ".1."),
-    (r"dwconv", "depthwise"),
-    (r"(blocks\.\d+)\.layernorm", r"\1.norm"),
-    (r"pwconv1", "up"),
-    (r"pwconv2", "down"),
-    (r"layer_scale_parameter", "layer_scale"),
-    (r"^model\.layernorm", "model.norm"),
-    (r"^classifier\.(weight|bias)", r"classifier.1.\1"),
-]
-
-
-def our_name(name: str) -> str:
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def shake(model: nn.Module) -> nn.Module:
@@ -80,29 +53,27 @@ def check(record, ours: torch.Tensor, oracle: torch.Tensor) -> None:
     assert difference <= TOLERANCE
 
 
-def resnet(layer_type: str):
-    oracle = ResNetConfig(embedding_size=16, layer_type=layer_type, **SIZES)
-    blocks = {"block_type": layer_type, "stem_type": "conv", "stem_width": 16, "norm_type": "batch_norm", **SIZES}
-    return oracle, BmCnnConfig(**blocks)
-
-
-def convnext():
-    oracle = ConvNextConfig(num_stages=3, layer_norm_eps=1e-6, **SIZES)
-    ours = {"block_type": "convnext", "stem_type": "patch", "hidden_act": "gelu", "norm_eps": 1e-6, **SIZES}
-    return oracle, BmCnnConfig(**ours)
-
-
-ORACLES = {"basic": lambda: resnet("basic"), "bottleneck": lambda: resnet("bottleneck"), "convnext": convnext}
+RESNET = {"embedding_size": 16, **SIZES}
+ORACLES = {
+    "basic": ResNetConfig(layer_type="basic", **RESNET),
+    "bottleneck": ResNetConfig(layer_type="bottleneck", **RESNET),
+    "strided-first": ResNetConfig(downsample_in_first_stage=True, downsample_in_bottleneck=True, **RESNET),
+    "convnext": ConvNextConfig(num_stages=3, layer_norm_eps=1e-6, **SIZES),
+    "convnext-unscaled": ConvNextConfig(num_stages=3, layer_norm_eps=1e-6, layer_scale_init_value=0.0, **SIZES),
+}
 
 
 @pytest.fixture(params=ORACLES)
 def pair(request):
     torch.manual_seed(0)
-    oracle_config, config = ORACLES[request.param]()
-    oracle = shake(AutoModelForImageClassification.from_config(oracle_config))
-    ours = AutoModelForImageClassification.from_config(config)
-    ours.load_state_dict({our_name(name): tensor for name, tensor in oracle.state_dict().items()}, strict=True)
-    return oracle, ours.eval()
+    oracle = shake(AutoModelForImageClassification.from_config(ORACLES[request.param]))
+    return oracle, converted(oracle, "AutoModelForImageClassification")
+
+
+def in_our_names(oracle: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed, unmapped = translate(tensors, SOURCES[oracle.config.model_type])
+    assert (len(renamed), unmapped) == (len(tensors), [])
+    return renamed
 
 
 @torch.no_grad()
@@ -129,23 +100,19 @@ def test_gradients_in_training_equal_transformers(pair):
     for model in pair:
         model.train()
         model(pixels, labels=labels).loss.backward()
-    mine = {name: p.grad for name, p in ours.named_parameters()}
-    for name, parameter in oracle.named_parameters():
-        scale = parameter.grad.abs().max().clamp(min=1e-3)
-        assert (mine[our_name(name)] - parameter.grad).abs().max() <= 1e-4 * scale, name
-    buffers = dict(ours.named_buffers())
-    for name, buffer in oracle.named_buffers():
-        assert torch.allclose(buffers[our_name(name)], buffer, atol=TOLERANCE), name
+    for name, gradient in in_our_names(oracle, {name: p.grad for name, p in oracle.named_parameters()}).items():
+        scale = gradient.abs().max().clamp(min=1e-3)
+        assert (ours.get_parameter(name).grad - gradient).abs().max() <= 1e-4 * scale, name
+    for name, buffer in in_our_names(oracle, dict(oracle.named_buffers())).items():
+        assert torch.allclose(ours.get_buffer(name), buffer, atol=TOLERANCE), name
 
 
 @torch.no_grad()
 def test_the_backbone_gives_the_maps_of_transformers_backbone(record_property):
     wanted = ["stem", "stage1", "stage3"]
-    oracle_config, config = resnet("basic")
-    oracle_config.out_features = config.out_features = wanted
-    oracle, backbone = shake(ResNetBackbone(oracle_config)), AutoBackbone.from_config(config).eval()
+    oracle = shake(ResNetBackbone(ResNetConfig(layer_type="basic", out_features=wanted, **RESNET)))
+    backbone = converted(oracle, "AutoBackbone")
     assert isinstance(backbone, BmCnnBackbone)
-    backbone.load_state_dict({our_name(f"resnet.{name}"): x for name, x in oracle.state_dict().items()}, strict=True)
     pixels = torch.randn(2, 3, 64, 64)
     mine, theirs = (model(pixels, output_hidden_states=True) for model in (backbone, oracle))
     assert backbone.channels == [16, 16, 64]
