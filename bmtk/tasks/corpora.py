@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bmtk.data.packing import PackedRows
@@ -106,7 +107,7 @@ class CorpusTask(Task):
             )
 
     def batch_rows(self, rows) -> PackedRows:
-        return rows if hasattr(rows, "batch") else super().batch_rows(rows)
+        return super().batch_rows(rows) if isinstance(rows, Dataset) else rows
 
     @staticmethod
     def num_items(batch):
