@@ -63,6 +63,11 @@ class RunArguments:
     )
     private: bool = field(default=False, metadata={"help": "Create the Hub repository as a private one"})
 
+    @property
+    def loading(self) -> dict[str, bool]:
+        """What `from_pretrained` is told about code that comes with a model."""
+        return {"trust_remote_code": True} if self.trust_remote_code else {}
+
 
 class RunConfig:
     """The flat values of a run: a YAML file and the command line over it."""

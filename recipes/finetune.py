@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     is_main = args.process_index == 0
     started_at = facts.now()
     with args.main_process_first():
-        task = task_class(data_args, model=run.model, seed=args.seed, **trust(run))
+        task = task_class(data_args, model=run.model, seed=args.seed, **run.loading)
     set_seed(args.seed)
     model = build_model(run, task, adapter, arguments.chosen_fields(architecture))
     if is_main:
@@ -97,16 +97,11 @@ def main(argv: list[str]) -> None:
         trainer.accelerator.wait_for_everyone()
 
 
-def trust(run) -> dict[str, bool]:
-    return {"trust_remote_code": True} if run.trust_remote_code else {}
-
-
 def build_model(run, task, adapter, chosen):
     """The model that training starts from: pretrained under the task's head, or new; with its adapter."""
     if adapter.adapter and not run.model:
         raise ValueError(f"adapter={adapter.adapter} changes a pretrained model; name one with model")
-    model = finetuning.starting_model(run, task, chosen, **trust(run))
-    task.prepare_to_save(model)
+    model = finetuning.starting_model(run, task, chosen)
     if not run.model:
         task.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
     return add_adapter(model, adapter, task_type=task.peft_task_type) if adapter.adapter else model

@@ -26,7 +26,7 @@ from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint, save_model
 from bmtk.training.finetuning import starting_model
 from bmtk.training.loop import build_accelerator, prepare, train
-from bmtk.training.predicting import Results, measure, predict_all
+from bmtk.training.predicting import Evaluator, Results
 from bmtk.training.rehearsal import seconds_per_step
 from bmtk.training.run_folder import check_output_dir, locked
 from bmtk.training.schedules import build_schedule
@@ -51,9 +51,13 @@ def main(argv: list[str]) -> None:
     config = arguments.resolved_config(run, data_args, args, architecture)
     task_class = task_named(run.task)
     accelerator = build_accelerator(args)
+
+    def build_task(folder: Path):
+        return task_class(data_args, model=run.model, seed=args.seed, folder=folder, **run.loading)
+
     if run.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            task = task_class(data_args, folder=Path(folder), **of_run(run, args))
+            task = build_task(Path(folder))
             print(plan(config, task, new_model(run, architecture, task, args), args, accelerator))
         return
 
@@ -65,7 +69,7 @@ def main(argv: list[str]) -> None:
             check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
         started_at = facts.now()
         with accelerator.main_process_first():
-            task = task_class(data_args, folder=folder, **of_run(run, args))
+            task = build_task(folder)
         model = new_model(run, architecture, task, args)
         accelerator.print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)
         state, results, speeds = fit(model, task, args, config, accelerator)
@@ -88,27 +92,16 @@ def main(argv: list[str]) -> None:
         accelerator.wait_for_everyone()
 
 
-def of_run(run, args) -> dict[str, object]:
-    """What a task takes from the run's settings."""
-    trust = {"trust_remote_code": True} if run.trust_remote_code else {}
-    return {"model": run.model, "seed": args.seed, **trust}
-
-
 def new_model(run, architecture, task, args):
     """The model that training starts from, the same on every process."""
     set_seed(args.seed)
-    trust = {"trust_remote_code": True} if run.trust_remote_code else {}
-    model = starting_model(run, task, arguments.chosen_fields(architecture), **trust)
-    task.prepare_to_save(model)
-    return model
+    return starting_model(run, task, arguments.chosen_fields(architecture))
 
 
 def fit(model, task, args, config, accelerator) -> tuple[TrainState, Results, dict[str, float]]:
     """Train to the end, from the newest checkpoint if there is one; return the last state, results and speeds."""
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    batches = task.train_batches(
-        batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, seed=args.seed, **ranks
-    )
+    batches = task.train_batches(**args.batching, **ranks)
     one_row = next(task.batches_in_order(task.rows["train"], batch_size=1))
     meter = build_meter(model, task.unit, one_row, accelerator)
     wrapped, optimizer = prepare(model, args, accelerator)
@@ -117,17 +110,7 @@ def fit(model, task, args, config, accelerator) -> tuple[TrainState, Results, di
         state = load_checkpoint(newest, model=wrapped, optimizer=optimizer, accelerator=accelerator)
         accelerator.print(f"going on after step {state.step:,} ({newest})")
 
-    def predict(split: str) -> list:
-        rows = task.batches_in_order(task.rows[split], batch_size=batches.micro_batch_size, **ranks)
-        return predict_all(wrapped, rows, accelerator, task.predict)
-
-    kept = {}  # predictions of the last evaluation, which is that of the finished model
-
-    def evaluate() -> dict[str, float]:
-        kept["validation"] = predict("validation")
-        metrics = task.score(kept["validation"], task.rows["validation"])
-        return {f"validation/{name}": value for name, value in metrics.items()}
-
+    evaluator = Evaluator(task, wrapped, accelerator, batch_size=batches.micro_batch_size)
     saved = {"model": wrapped, "optimizer": optimizer, "accelerator": accelerator, "processor": task.processor}
     train(
         wrapped,
@@ -139,17 +122,16 @@ def fit(model, task, args, config, accelerator) -> tuple[TrainState, Results, di
         state=state,
         num_items=task.num_items,
         criterion=task.criterion,
-        evaluate=evaluate if "validation" in task.rows else None,
+        evaluate=evaluator.validate,
         save=partial(save_checkpoint, args.output_dir, config=config, keep=args.save_total_limit, **saved),
         meter=meter,
     )
-    results = measure(task, model, lambda split: kept.get(split) or predict(split), seed=args.seed)
-    return state, results, meter.of_run(state.tokens, state.seconds)
+    return state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)
 
 
 def plan(config, task, model, args, accelerator) -> str:
     """What a run would be, timed by a rehearsal of its first step."""
-    batches = task.train_batches(batch_size=args.batch_size, micro_batch_size=args.micro_batch_size, seed=args.seed)
+    batches = task.train_batches(**args.batching)
     steps = args.total_steps(batches.steps_per_epoch)
     return summary.run_plan(
         config,

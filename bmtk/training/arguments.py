@@ -96,6 +96,11 @@ class LoopArguments:
         if self.num_train_steps == -1 and not 0 < self.num_train_epochs < math.inf:
             yield f"num_train_epochs={self.num_train_epochs} is out of range; give a number above 0"
 
+    @property
+    def batching(self) -> dict[str, int]:
+        """What decides which rows make a step, and how they are cut."""
+        return {"batch_size": self.batch_size, "micro_batch_size": self.micro_batch_size, "seed": self.seed}
+
     def total_steps(self, steps_per_epoch: int | float) -> int:
         """Optimizer steps of the whole run, for a data set that lasts `steps_per_epoch` steps."""
         if self.num_train_steps != -1:

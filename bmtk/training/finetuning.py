@@ -142,19 +142,21 @@ def read_config(model: str, chosen: dict[str, object], **loading: object) -> tup
     return config, [f"{model} keeps its own architecture: {', '.join(others)} not applied"] if others else []
 
 
-def starting_model(run, task, chosen: dict[str, object], **loading: object) -> PreTrainedModel:
+def starting_model(run, task, chosen: dict[str, object]) -> PreTrainedModel:
     """The model that training starts from: `run.model` under the task's head, or a new `run.model_type`.
 
     `chosen` are fields of its configuration.  What was decided on the way is said in `task.notes`.
     """
-    if not run.model:
+    if run.model:
+        config, notes = read_config(run.model, chosen, **run.loading)
+        task.configure(config)
+        model, more = load_for_task(task.auto_class, run.model, config, **run.loading)
+        task.notes += notes + more
+    else:
         config = task.new_config(run.model_type, chosen)
         task.configure(config)
-        return task.auto_class.from_config(config)
-    config, notes = read_config(run.model, chosen, **loading)
-    task.configure(config)
-    model, more = load_for_task(task.auto_class, run.model, config, **loading)
-    task.notes += notes + more
+        model = task.auto_class.from_config(config)
+    task.prepare_to_save(model)
     return model
 
 

@@ -51,6 +51,32 @@ def predict_all(
     return gather_object(predictions) if accelerator.num_processes > 1 else predictions
 
 
+class Evaluator:
+    """Evaluates a task's splits by a model while it trains, each row on one of the processes."""
+
+    def __init__(self, task, model: torch.nn.Module, accelerator: Accelerator, *, batch_size: int):
+        self.task, self.model, self.accelerator, self.batch_size = task, model, accelerator, batch_size
+        self.kept: dict[str, list] = {}  # predictions of the last evaluation, which is that of the finished model
+
+    def predict(self, split: str) -> list:
+        ranks = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
+        batches = self.task.batches_in_order(self.task.rows[split], batch_size=self.batch_size, **ranks)
+        return predict_all(self.model, batches, self.accelerator, self.task.predict)
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of the validation rows, if there are any."""
+        if "validation" not in self.task.rows:
+            return {}
+        self.kept["validation"] = self.predict("validation")
+        metrics = self.task.score(self.kept["validation"], self.task.rows["validation"])
+        return {f"validation/{name}": value for name, value in metrics.items()}
+
+    def results(self, *, seed: int) -> Results:
+        """Everything about the finished model."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return measure(self.task, model, lambda split: self.kept.get(split) or self.predict(split), seed=seed)
+
+
 def measure(task, model, predict_split: Callable[[str], list], *, seed: int) -> Results:
     """Score, samples and figures of a task's splits but the training rows; `predict_split` gives their predictions."""
     model.eval()
