@@ -31,7 +31,7 @@ NAMES_OF_SOURCES = frozenset(("data_name", "data_licence"))
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]"
 # Keys that may differ when a run goes on: they say where it is described and published, not what is learned.
-FREE_RUN_KEYS = frozenset(("config", "preset", "dry_run", "push_to_hub", "private", "trust_remote_code"))
+FREE_RUN_KEYS = frozenset(("config", "preset", "dry_run", "find_lr", "push_to_hub", "private", "trust_remote_code"))
 
 
 @dataclass
@@ -57,6 +57,9 @@ class RunArguments:
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Print the resolved config, size, tokens per step and time; train nothing"}
+    )
+    find_lr: bool = field(
+        default=False, metadata={"help": "Try learning rates from far too small to far too large, and suggest one"}
     )
     push_to_hub: str | None = field(
         default=None, metadata={"help": "user/name to publish the result under; needs `hf auth login` or HF_TOKEN"}

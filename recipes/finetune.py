@@ -25,8 +25,10 @@ from bmtk.hub.conclusion import conclude
 from bmtk.tasks import task_named
 from bmtk.training import finetuning
 from bmtk.training.adapters import AdapterArguments, add_adapter
+from bmtk.training.arguments import LoopArguments
 from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
 from bmtk.training.interruption import noted_signals
+from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.rehearsal import seconds_per_step
 from bmtk.training.run_folder import CHECKPOINTS, check_output_dir, locked
 
@@ -60,6 +62,8 @@ def main(argv: list[str]) -> None:
     model = build_model(run, task, adapter, arguments.chosen_fields(architecture))
     if is_main:
         print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)
+    if run.find_lr:
+        return print(suggest_rate(task, model, loop_arguments(args), Accelerator()))
     if run.dry_run:
         return print(plan(config, task, model, args))
 
@@ -111,6 +115,15 @@ def model_facts(trainer, run, adapter) -> dict[str, object]:
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     saved_as = "adapter" if adapter.adapter and not adapter.merge_adapter else "model"
     return {**facts.model_facts(model, base_model=run.model, adapter=adapter.adapter), "saved_as": saved_as}
+
+
+def loop_arguments(args) -> LoopArguments:
+    """What the project's own loop would be told, to do as this Trainer does."""
+    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    precision = "bf16" if args.bf16 else "fp32"
+    rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+    sizes = {"batch_size": share * args.world_size, "micro_batch_size": args.per_device_train_batch_size}
+    return LoopArguments(args.output_dir, seed=args.seed, precision=precision, **rates, **sizes)
 
 
 def plan(config, task, model, args) -> str:

@@ -26,6 +26,7 @@ from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint, save_model
 from bmtk.training.finetuning import starting_model
 from bmtk.training.loop import build_accelerator, prepare, train
+from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.predicting import Evaluator, Results
 from bmtk.training.rehearsal import seconds_per_step
 from bmtk.training.run_folder import check_output_dir, locked
@@ -52,13 +53,17 @@ def main(argv: list[str]) -> None:
     task_class = task_named(run.task)
     accelerator = build_accelerator(args)
 
-    def build_task(folder: Path):
-        return task_class(data_args, model=run.model, seed=args.seed, folder=folder, **run.loading)
+    def build(folder: Path) -> tuple:
+        """The task, and the model that training starts from: the same on every process."""
+        with accelerator.main_process_first():
+            task = task_class(data_args, model=run.model, seed=args.seed, folder=folder, **run.loading)
+        set_seed(args.seed)
+        return task, starting_model(run, task, arguments.chosen_fields(architecture))
 
-    if run.dry_run:
+    if run.dry_run or run.find_lr:
         with tempfile.TemporaryDirectory() as folder:
-            task = build_task(Path(folder))
-            print(plan(config, task, new_model(run, architecture, task, args), args, accelerator))
+            task, model = build(Path(folder))
+            accelerator.print((suggest_rate if run.find_lr else partial(plan, config))(task, model, args, accelerator))
         return
 
     folder = Path(args.output_dir)
@@ -68,9 +73,7 @@ def main(argv: list[str]) -> None:
             stack.enter_context(locked(folder))
             check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
         started_at = facts.now()
-        with accelerator.main_process_first():
-            task = build_task(folder)
-        model = new_model(run, architecture, task, args)
+        task, model = build(folder)
         accelerator.print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)
         state, results, speeds = fit(model, task, args, config, accelerator)
         if accelerator.is_main_process:
@@ -90,12 +93,6 @@ def main(argv: list[str]) -> None:
                 **vars(results),
             )
         accelerator.wait_for_everyone()
-
-
-def new_model(run, architecture, task, args):
-    """The model that training starts from, the same on every process."""
-    set_seed(args.seed)
-    return starting_model(run, task, arguments.chosen_fields(architecture))
 
 
 def fit(model, task, args, config, accelerator) -> tuple[TrainState, Results, dict[str, float]]:

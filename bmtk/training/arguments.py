@@ -7,7 +7,7 @@ is checked when the object is made, and all problems are told in one message.
 import math
 from dataclasses import dataclass, field
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 NONFINITE = ("stop", "skip")
@@ -39,10 +39,11 @@ class LoopArguments:
     batch_size: int = _setting(32, "rows per optimizer step, over all processes and micro-batches together")
     micro_batch_size: int = _setting(0, "rows per process and forward pass; 0: the whole share of the process")
 
-    optimizer: str = _setting("adamw", "adamw, or muon (hidden matrices by Muon, everything else by AdamW)")
-    learning_rate: float = _setting(1e-3, "peak learning rate of AdamW")
+    optimizer: str = _setting("adamw", "adamw, sgd, or muon (hidden matrices by Muon, everything else by AdamW)")
+    learning_rate: float = _setting(1e-3, "peak learning rate of AdamW or SGD")
     muon_learning_rate: float = _setting(0.02, "peak learning rate of Muon")
     weight_decay: float = _setting(0.1, "decoupled weight decay of matrices, times the learning rate at each step")
+    sgd_momentum: float = _setting(0.9, "share of the last update in SGD's next one (Nesterov); 0: none")
     adam_beta1: float = _setting(0.9, "decay of AdamW's mean of gradients")
     adam_beta2: float = _setting(0.95, "decay of AdamW's mean of squared gradients")
     max_grad_norm: float = _setting(
@@ -85,7 +86,7 @@ class LoopArguments:
         for name, lowest in at_least.items():
             if not lowest <= vars(self)[name] < math.inf:
                 yield f"{name}={vars(self)[name]} is out of range; give a number of at least {lowest}"
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
             if not 0 <= vars(self)[name] < 1:
                 yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0 and below 1"
         for name in ("decay_fraction", "min_lr_ratio"):

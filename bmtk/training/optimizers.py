@@ -106,19 +106,32 @@ def build_optimizer(model: PreTrainedModel, args: LoopArguments) -> NamedOptimiz
         raise ValueError("the model has no trainable parameter; set requires_grad on what shall be trained")
     hidden = set(_hidden_matrices(model)) if args.optimizer == "muon" else set()
     rest = [parameter for parameter in names if parameter not in hidden]
-    optimizers = [_adamw(rest, _tables(model), args)] if rest else []
+    optimizers = []
+    if rest:
+        make = _sgd if args.optimizer == "sgd" else _adamw
+        optimizers.append(make(_decay_groups(rest, _tables(model), args.weight_decay), args))
     if args.optimizer == "muon":
         optimizers.append(_muon([parameter for parameter in names if parameter in hidden], args))
     return NamedOptimizer(optimizers, names)
 
 
-def _adamw(parameters: list[nn.Parameter], tables: set[nn.Parameter], args: LoopArguments) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) that decays weights of two and more dimensions."""
+def _decay_groups(parameters: list[nn.Parameter], tables: set[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Weights of two and more dimensions are decayed, lookup tables and the rest are not."""
     decayed = [p for p in parameters if p.ndim >= 2 and p not in tables]
     others = [p for p in parameters if p.ndim < 2 or p in tables]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=betas, fused=True)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _adamw(groups: list[dict], args: LoopArguments) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), fused=True)
+
+
+def _sgd(groups: list[dict], args: LoopArguments) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; its weight decay is the factor of an L2 penalty, added to the gradient."""
+    momentum = args.sgd_momentum
+    return torch.optim.SGD(groups, lr=args.learning_rate, momentum=momentum, nesterov=momentum > 0)
 
 
 def _muon(parameters: list[nn.Parameter], args: LoopArguments) -> torch.optim.Muon:

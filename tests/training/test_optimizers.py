@@ -38,6 +38,30 @@ def test_adamw_decays_matrices_and_nothing_else():
     assert all(group["fused"] for group in optimizer.param_groups)
 
 
+def test_sgd_is_torchs_with_momentum_and_decays_matrices_only():
+    model, args = tiny_model(), LoopArguments(optimizer="sgd", learning_rate=0.5, weight_decay=0.1, sgd_momentum=0.8)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer, gradients = build_optimizer(model, args), []
+    for step in range(2):
+        backward(model, step)
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, start in before.items():
+        decay, momentum, value = 0.1 if name in HIDDEN | {"lm_head.weight"} else 0.0, 0.0, start
+        for gradient in gradients:  # Nesterov: the gradient is looked at from where the momentum leads
+            total = gradient[name] + decay * value
+            momentum = total if isinstance(momentum, float) else 0.8 * momentum + total
+            value = value - 0.5 * (total + 0.8 * momentum)
+        torch.testing.assert_close(model.get_parameter(name).detach(), value, rtol=1e-5, atol=1e-6)
+    other = build_optimizer(tiny_model(), args)
+    other.load_state_dict(optimizer.state_dict())
+    assert all(
+        torch.equal(state["momentum_buffer"], other.state_dict()["state"][name]["momentum_buffer"])
+        for name, state in optimizer.state_dict()["state"].items()
+    )
+
+
 def test_muon_takes_the_hidden_matrices_and_leaves_embedding_and_head_to_adamw():
     optimizer = build_optimizer(tiny_model(), LoopArguments(optimizer="muon", muon_learning_rate=0.05))
     head, others, hidden = groups(optimizer)
