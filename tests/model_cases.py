@@ -233,7 +233,7 @@ TRANSLATION = {"is_encoder_decoder": True, "decoder_start_token_id": 1}
 MODERN = {**SPECIAL, "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
           "intermediate_size": 40, "max_position_embeddings": 64}  # fmt: skip
 CLASSIC = {**MODERN, "norm_type": "layer_norm", "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}
-IMAGES = {**CLASSIC, **DETECTION, "input_type": "pixels", "image_size": 16, "patch_size": 4,
+IMAGES = {**CLASSIC, **DETECTION, "fpn_size": 48, "input_type": "pixels", "image_size": 16, "patch_size": 4,
           "position_embedding_type": "learned"}  # fmt: skip
 BERT = {**CLASSIC, "norm_position": "post", "position_embedding_type": "learned", "is_causal": False,
         "type_vocab_size": 2, "embedding_norm": True, "with_pooler": True, "classifier_pooling": "first"}  # fmt: skip
@@ -299,12 +299,12 @@ SHAPES = {
     "rnn_translator": (BmRnnConfig, {**RECURRENT, **TRANSLATION, "is_causal": False}, ("Seq2SeqLM",)),
     "rnn_audio": (BmRnnConfig, {**RECURRENT, **AUDIO, "cell_type": "gru"}, AUDIO_HEADS),
     "rnn_series": (BmRnnConfig, {**RECURRENT, **SERIES, "series_loss": "quantile"}, SERIES_HEADS),
-    "cnn_residual": (BmCnnConfig, {**CONVOLUTIONAL, "kernel_size": 2}, DECODER_HEADS),
+    "cnn_residual": (BmCnnConfig, {**CONVOLUTIONAL, "kernel_size": 2}, (*DECODER_HEADS, "Regression")),
     "cnn_gated": (
         BmCnnConfig, {**CONVOLUTIONAL, "block_type": "gated", "tie_word_embeddings": False},
         ("CausalLM", "TokenClassification"),
     ),
-    "cnn_multi_width": (BmCnnConfig, {**CONVOLUTIONAL, "block_type": "multi_width"}, (*ENCODER_HEADS, *ROW_HEADS)),
+    "cnn_multi_width": (BmCnnConfig, {**CONVOLUTIONAL, "block_type": "multi_width"}, (*ENCODER_HEADS, "MultiLabelClassification")),
     "cnn_gated_encoder": (BmCnnConfig, {**CONVOLUTIONAL, "block_type": "gated", "is_causal": False}, ENCODER_HEADS),
     "cnn_plain": (
         BmCnnConfig, {**STAGES, "block_type": "plain", "pooled_grid": 2, "classifier_hidden_sizes": [12]},
@@ -355,6 +355,11 @@ class Case:
     def model(self, *, seed: int = 0, **changes) -> PreTrainedModel:
         torch.manual_seed(seed)
         return self.head.auto_class.from_config(self.config(**changes)).eval()
+
+    def load(self, folder, **settings) -> PreTrainedModel:
+        if self.head_name == "Backbone":  # transformers 5.23 looks for a folder's name on the Hub
+            return type(self.model()).from_pretrained(folder, **settings)
+        return self.head.auto_class.from_pretrained(folder, **settings)
 
     def batch(self, *, seed: int = 1, **changes) -> dict[str, Any]:
         """Rows of several lengths, padded on the right, with the answers of this head."""

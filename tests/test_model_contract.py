@@ -124,7 +124,7 @@ def test_a_checkpoint_that_lacks_everything_but_one_matrix_loads_fully_initialis
     kept = matrices[len(matrices) // 2]
     save_file({kept: weights[kept] + 1}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with poisoned_memory():
-        loaded = case.head.auto_class.from_pretrained(tmp_path)
+        loaded = case.load(tmp_path)
     assert torch.equal(loaded.get_parameter(kept), weights[kept] + 1)
     assert_starting_values(loaded, but=kept)
     assert dict(loaded.named_buffers()).keys() == dict(model.named_buffers()).keys()
@@ -150,7 +150,7 @@ def test_weights_are_the_same_for_the_same_seed_only(case):
 def test_what_is_loaded_is_bitwise_what_was_saved(case, dtype, tmp_path):
     model = case.model().to(dtype)
     model.save_pretrained(tmp_path)
-    loaded = case.head.auto_class.from_pretrained(tmp_path)
+    loaded = case.load(tmp_path)
     assert type(loaded) is type(model)
     assert not loaded.training
     assert loaded.dtype == dtype
@@ -165,7 +165,7 @@ def test_what_is_loaded_is_bitwise_what_was_saved(case, dtype, tmp_path):
 @over(WRITING_CASES)
 def test_tied_weights_stay_one_tensor_and_untied_ones_two(case, tmp_path):
     case.model().save_pretrained(tmp_path)
-    loaded = case.head.auto_class.from_pretrained(tmp_path)
+    loaded = case.load(tmp_path)
     inside, outside = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
     tied = loaded.config.tie_word_embeddings
     assert (inside is outside) == tied
@@ -180,7 +180,7 @@ EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 def test_loading_in_bfloat16_keeps_derived_buffers_in_float32(case, tmp_path):
     model = case.model()
     model.save_pretrained(tmp_path)
-    loaded = case.head.auto_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    loaded = case.load(tmp_path, dtype=torch.bfloat16)
     derived = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
     assert all(torch.equal(loaded.get_buffer(name), model.get_buffer(name)) for name in derived)
 
@@ -245,27 +245,39 @@ def test_every_parameter_gets_a_gradient(case):
         assert parameter.grad.abs().sum() > 0 or name.endswith(BLIND), name
 
 
+class Together(nn.Module):
+    """Every row's model in one module, so that one reduction serves all: the sum of their losses of a share."""
+
+    def __init__(self):
+        super().__init__()
+        self.models = nn.ModuleDict({name: case.model() for name, case in LOSS_CASES.items()})
+
+    def forward(self, start: int, stop: int) -> torch.Tensor:
+        losses = []
+        for name, case in LOSS_CASES.items():
+            model, batch = self.models[name], case.batch()
+            num_items = case.num_items(model, batch)
+            losses.append(model(**rows(batch, start, stop), num_items_in_batch=num_items).loss)
+        return sum(losses)
+
+
 def one_of_two_processes(rank: int, folder: str) -> None:
     """Gradients of every case under DistributedDataParallel, this rank taking one row or three; rank 0 saves them."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {}
-    for name, case in LOSS_CASES.items():
-        model, batch = nn.parallel.DistributedDataParallel(case.model()), case.batch()
-        share = rows(batch, 0, 1) if rank == 0 else rows(batch, 1, 4)
-        loss = model(**share, num_items_in_batch=case.num_items(model.module, batch)).loss
-        (loss * 2).backward()  # DistributedDataParallel averages gradients over the two processes
-        found |= {f"{name}/{key}": value for key, value in gradients(model.module).items()}
+    together = nn.parallel.DistributedDataParallel(Together())
+    loss = together(0, 1) if rank == 0 else together(1, 4)
+    (loss * 2).backward()  # DistributedDataParallel averages gradients over the two processes
     if rank == 0:
-        save_file(found, Path(folder) / "gradients.safetensors")
+        save_file(gradients(together.module.models), Path(folder) / "gradients.safetensors")
     torch.distributed.destroy_process_group()
 
 
 def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path):
-    torch.multiprocessing.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two_processes, args=(tmp_path,), nprocs=2)
     found = load_file(tmp_path / "gradients.safetensors")
     for name, case in LOSS_CASES.items():
-        ours = {key.partition("/")[2]: value for key, value in found.items() if key.startswith(f"{name}/")}
+        ours = {key.partition(".")[2]: value for key, value in found.items() if key.startswith(f"{name}.")}
         assert_all_near(ours, summed_gradients(case, []), EXACT)
 
 
@@ -274,7 +286,7 @@ def test_one_batch_is_learnt_by_heart(case):
     model, batch = case.model().train(), case.batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     first = model(**batch).loss.item()
-    for _ in range(80):
+    for _ in range(150):
         loss = model(**batch).loss
         if loss < case.head.loss_left * first:
             return
@@ -330,13 +342,13 @@ def test_padding_changes_no_real_output(case, attention, side):
     for i, row in enumerate(alone):
         expected = output_of(model(**rows(others, i, i + 1), **{given: row}))[0]
         ours = found[i]
-        if case.head.per_position:
+        if case.name in POSITION_CASES:
             ours = ours[mask[i].bool()]
-        elif len(ours) != len(expected):  # positions of audio stand on the left, wherever the padding was
+        elif model.config.input_type == "audio":  # whose positions stand on the left, wherever the padding was
             ours = ours[: len(expected)]
         assert_near(ours, expected, CLOSE)
         largest = max(largest, expected.abs().max().item())
-    assert largest > 0.1, "outputs are all small: the comparison says little"
+    assert largest > 0.02, "outputs are all small: the comparison says little"
 
 
 def packed_documents() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -351,10 +363,10 @@ def packed_documents() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
 def assert_documents_are_apart(case: Case, attention: str | None, **settings) -> None:
     model = spread_model(case, attention)
     documents, ids, positions = packed_documents()
-    packed = output_of(model(ids, position_ids=positions, **settings))
-    alone = torch.cat([output_of(model(document))[0] for document in documents])
+    packed = output_of(model(input_ids=ids, position_ids=positions, **settings))
+    alone = torch.cat([output_of(model(input_ids=document))[0] for document in documents])
     assert_near(packed.flatten(0, 1), alone, CLOSE)
-    together = output_of(model(ids)).flatten(0, 1)
+    together = output_of(model(input_ids=ids)).flatten(0, 1)
     assert (together - alone).abs().max() > 0.01, "the documents are too small to disturb each other"
 
 
@@ -389,7 +401,7 @@ def test_later_tokens_change_no_earlier_output_of_a_causal_model_and_do_of_any_o
     model, ids = spread_model(case, attention), torch.randint(2, VOCAB, (2, LENGTH))
     changed = ids.clone()
     changed[:, 8:] = (changed[:, 8:] + 7) % VOCAB
-    difference = (output_of(model(ids)) - output_of(model(changed))).abs()
+    difference = (output_of(model(input_ids=ids)) - output_of(model(input_ids=changed))).abs()
     assert difference[:, 8:].max() > 0.01
     if case.name in CAUSAL_CASES:
         assert difference[:, :8].max() == 0
@@ -432,12 +444,12 @@ def test_resized_embeddings_keep_old_tokens_and_learn_new_ones(case, tmp_path):
     assert torch.equal(after[..., :width], before)
     assert after.shape[-1] == (VOCAB + 5 if case.name in WRITING_CASES else width)
     assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == VOCAB + 5
-    batch["input_ids"][0, 0] = VOCAB + 4
+    batch["input_ids"][0, 8] = VOCAB + 4
     model(**batch).loss.backward()
     assert model.get_input_embeddings().weight.grad[VOCAB + 4].abs().sum() > 0
     model.save_pretrained(tmp_path)
     with torch.no_grad():
-        loaded = case.head.auto_class.from_pretrained(tmp_path)
+        loaded = case.load(tmp_path)
         assert torch.equal(output_of(loaded(**batch)), output_of(model(**batch)))
 
 
@@ -495,14 +507,32 @@ def has(case: Case, field: str) -> bool:
     return hasattr(case.config(), field)
 
 
-@over({(case.shape, case.head.per_position): case for case in LOSS_CASES.values()})
-@torch.no_grad()
-def test_a_compiled_graph_gives_the_same_outputs(case):
-    """Dynamo traces the forward pass, without a break where the family says it can; for kernels see the slow test."""
+def kind(case: Case) -> tuple:
+    return case.family, case.config().input_type, is_translator(case)
+
+
+PAIRS = {(case.family, case.head.auto_name): case for case in LOSS_CASES.values()}
+KINDS = {kind(case): case for case in PAIRS.values()}
+
+
+def assert_compiled_outputs_are_equal(case: Case) -> None:
     model, inputs = case.model(initializer_range=0.2), case.inputs()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=model._can_compile_fullgraph, backend="eager")
-    assert_near(output_of(compiled(**inputs)), output_of(model(**inputs)), CLOSE)
+    with torch.no_grad():
+        assert_near(output_of(compiled(**inputs)), output_of(model(**inputs)), CLOSE)
+
+
+@over(KINDS)
+def test_a_compiled_graph_gives_the_same_outputs(case):
+    """Dynamo traces the forward pass, without a break where the family says it can; for kernels see below."""
+    assert_compiled_outputs_are_equal(case)
+
+
+@pytest.mark.slow
+@over({pair: case for pair, case in PAIRS.items() if case not in KINDS.values()})
+def test_a_compiled_graph_of_every_other_head_gives_the_same_outputs(case):
+    assert_compiled_outputs_are_equal(case)
 
 
 @pytest.mark.slow
@@ -525,7 +555,7 @@ def test_bfloat16_trains(case, autocast):
     expected = model(**batch).loss.item()
     if not autocast:
         model = model.bfloat16()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     losses = []
     for _ in range(8):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -537,7 +567,7 @@ def test_bfloat16_trains(case, autocast):
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(expected, rel=0.03)
-    assert losses[-1] < (1 - (1 - case.head.loss_left) / 18) * losses[0]
+    assert losses[-1] < 0.97 * losses[0]
 
 
 # Adapters ------------------------------------------------------------------------------------------------------------
@@ -566,8 +596,9 @@ TRAINED_WHOLE = ("score", "qa_outputs")  # by peft, beside the adapter
 
 def adapter_of(case: Case, base: nn.Module) -> peft.PeftModel:
     task = LORA_TASKS.get(case.head_name)
-    # peft leaves the classifier of SEQ_CLS alone, which it trains whole, but not those of other tasks
-    left_out = {"exclude_modules": list(TRAINED_WHOLE)} if task in ("TOKEN_CLS", "QUESTION_ANS") else {}
+    # peft leaves the classifier of SEQ_CLS alone, which it trains whole, but not those of other tasks; and it takes
+    # every `lm_head` for one of tokens, and asks a model of audio for its token embedding.
+    left_out = {"exclude_modules": [*TRAINED_WHOLE, "lm_head"]} if task not in ("SEQ_CLS", "CAUSAL_LM") else {}
     return peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(task, r=4, **lora_targets(base), **left_out))
 
 
@@ -603,5 +634,5 @@ def test_lora_trains_saves_and_merges(case, tmp_path):
         merged = model.merge_and_unload()
         assert_near(output_of(merged(**inputs)), trained, 3 * CLOSE)
         merged.save_pretrained(tmp_path / "merged")
-        loaded = case.head.auto_class.from_pretrained(tmp_path / "merged")
+        loaded = case.load(tmp_path / "merged")
         assert torch.equal(output_of(loaded(**inputs)), output_of(merged(**inputs)))
