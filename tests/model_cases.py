@@ -152,7 +152,7 @@ class Head:
 
 LABELLED = {"num_labels": LABELS}
 HEADS = {
-    "Model": Head("AutoModel", per_position=True, pipeline="feature-extraction"),
+    "Model": Head("AutoModel", per_position=True),
     "Backbone": Head("AutoBackbone"),
     "CausalLM": Head(
         "AutoModelForCausalLM", every_token, lambda batch: int((batch["labels"][:, 1:] != -100).sum()),
@@ -349,6 +349,13 @@ class Case:
     def family(self) -> str:
         return self.config_class.model_type
 
+    @property
+    def pipeline(self) -> str | None:
+        """transformers' task that serves it; the trunk's task depends on what it reads, and is none for audio."""
+        if self.head_name != "Model":
+            return self.head.pipeline
+        return {"tokens": "feature-extraction", "pixels": "image-feature-extraction"}.get(self.config().input_type)
+
     def config(self, **changes) -> PreTrainedConfig:
         return self.config_class(**{**SHAPES[self.shape][1], **self.head.config, **changes})
 
@@ -408,7 +415,7 @@ CAUSAL_CASES = {name: case for name, case in POSITION_CASES.items() if case.conf
 GENERATING_CASES = cases_where(lambda case, config: case.head_name in ("CausalLM", "Seq2SeqLM"))
 CAUSAL_LM_CASES = cases_where(lambda case, config: case.head_name == "CausalLM")
 WRITING_CASES = cases_where(lambda case, config: case.head_name in ("CausalLM", "MaskedLM", "Seq2SeqLM"))
-PIPELINE_CASES = cases_where(lambda case, config: case.head.pipeline is not None)
+PIPELINE_CASES = cases_where(lambda case, config: case.pipeline is not None)
 
 
 def over(cases: dict[Any, Case]):
