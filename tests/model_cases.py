@@ -1,7 +1,7 @@
 """The table that the model contract runs over: one row per family, per shape and per kind of head.
 
-A new head is a row of HEADS.  A new family is rows of SHAPES, and what starting_values.py and field_turns.py say of it.
-CASES is every shape with every head it names; no test names a family.  BatchNorm mixes the rows of a batch by its
+A new head is a row of HEADS.  A new family is rows of SHAPES, and what starting_values.py and field_turns.py say of
+it.  CASES is every shape with every head it names; no test names a family.  BatchNorm mixes the rows of a batch by its
 definition, so contracts that cut a batch run in eval mode, where it uses its running statistics.
 """
 
@@ -304,7 +304,9 @@ SHAPES = {
         BmCnnConfig, {**CONVOLUTIONAL, "block_type": "gated", "tie_word_embeddings": False},
         ("CausalLM", "TokenClassification"),
     ),
-    "cnn_multi_width": (BmCnnConfig, {**CONVOLUTIONAL, "block_type": "multi_width"}, (*ENCODER_HEADS, "MultiLabelClassification")),
+    "cnn_multi_width": (
+        BmCnnConfig, {**CONVOLUTIONAL, "block_type": "multi_width"}, (*ENCODER_HEADS, "MultiLabelClassification")
+    ),
     "cnn_gated_encoder": (BmCnnConfig, {**CONVOLUTIONAL, "block_type": "gated", "is_causal": False}, ENCODER_HEADS),
     "cnn_plain": (
         BmCnnConfig, {**STAGES, "block_type": "plain", "pooled_grid": 2, "classifier_hidden_sizes": [12]},

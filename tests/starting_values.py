@@ -60,8 +60,9 @@ def cnn_spread(name: str, module: nn.Module, config) -> float:
     *_, parent, kind, _ = ("", "", *name.split("."))
     depth = math.sqrt(config.num_hidden_layers)
     if kind == "taps":
-        outputs = {"filter_and_gate": 2 * config.hidden_size, "first": config.hidden_size, "second": config.hidden_size}
-        width = outputs.get(parent, config.hidden_size // len(config.filter_widths))
+        size = config.hidden_size
+        outputs = {"filter_and_gate": 2 * size, "first": size, "second": size}
+        width = outputs.get(parent, size // len(config.filter_widths))
         taps = module.out_features // width
         return math.sqrt(2 / (taps * module.in_features)) / (depth if parent == "second" else 1)
     if kind in ("skip", "residual"):

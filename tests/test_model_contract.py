@@ -577,7 +577,8 @@ def lora_targets(model: nn.Module) -> dict:
     """All linear layers of a Transformer, and all convolutions of a CNN too; the matrices of an RNN's cells."""
     matrices = [name for name, _ in model.named_parameters() if "rnn.weight_" in name]
     if matrices:
-        return {"target_modules": [], "target_parameters": sorted({name.partition(".recurrence.")[2] for name in matrices})}
+        endings = {name.partition(".recurrence.")[2] for name in matrices}
+        return {"target_modules": [], "target_parameters": sorted(endings)}
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     convolutions = [
         name for name, module in model.base_model.named_modules()

@@ -88,7 +88,8 @@ def test_every_config_field_changes_what_it_should(config_class, field, turn):
 
 def literals_of(kind) -> tuple:
     """The choices of a field whose annotation is a Literal, or a Literal or None."""
-    return next((typing.get_args(p) for p in (kind, *typing.get_args(kind)) if typing.get_origin(p) is typing.Literal), ())
+    parts = (kind, *typing.get_args(kind))
+    return next((typing.get_args(part) for part in parts if typing.get_origin(part) is typing.Literal), ())
 
 
 CHOICES = [
