@@ -33,9 +33,6 @@ def test_convolutions_start_as_kaiming_has_them():
     assert (depthwise.layer_scale == torch.tensor(1e-6)).all()
 
 
-# Each field: the head it turns, and another value for it.
-
-
 def test_a_convolution_is_a_module_of_its_own_for_adapters():
     """The taps are a linear layer, so that LoRA and quantisation see them."""
     assert isinstance(Convolution(2, 3, kernel_size=2, dilation=1, is_causal=True).taps, nn.Linear)
