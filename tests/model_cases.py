@@ -212,6 +212,7 @@ NEEDS = {
     "AutoModelForCausalLM": ("is_causal", True),
     "AutoModelForMaskedLM": ("is_causal", False),
     "AutoModelForSeq2SeqLM": ("is_encoder_decoder", True),
+    "AutoBackbone": ("input_type", "pixels"),
     "AutoModelForImageClassification": ("input_type", "pixels"),
     "AutoModelForMaskedImageModeling": ("input_type", "pixels"),
     "AutoModelForObjectDetection": ("input_type", "pixels"),
