@@ -1,12 +1,11 @@
-"""The contract that every family keeps with every head.  The table is in model_cases.py: a row there is a row here."""
+"""The contract that every family keeps with every head.  The table is in model_cases.py: a row there is a row here.
+
+How configuration fields act is in test_model_fields.py; what is generated, served and uploaded, in
+test_model_serving.py.  No row is skipped: a test runs over the rows that a property of theirs names.
+"""
 
 import copy
 import json
-import os
-import re
-import subprocess
-import sys
-import typing
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,36 +15,25 @@ import torch
 from model_cases import (
     CASES,
     CAUSAL_CASES,
-    COVERED_ELSEWHERE,
-    FAMILIES,
-    GENERATING_CASES,
-    HEADS,
+    CAUSAL_LM_CASES,
+    CHANCE_CASES,
     LENGTH,
     LOSS_CASES,
-    NEEDS,
-    PIPELINE_CASES,
+    PADDED_CASES,
     POSITION_CASES,
-    SHAPES,
-    TURNED_HEADS,
+    TOKEN_CASES,
     VOCAB,
+    WRITING_CASES,
     Case,
-    answers_of,
-    gradients,
-    inputs_of,
     output_of,
-    own_fields,
-    turned_fields,
+    over,
+    without_answers,
 )
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from starting_values import starting_value
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-    pipeline,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bmtk.models import FAMILIES as REGISTERED
 
@@ -53,27 +41,39 @@ EXACT = 1e-6  # float32, the same sums in another order
 CLOSE = 1e-5  # float32, through another kernel
 
 
-def over(cases):
-    """One test per row, called by the row's name."""
-    return pytest.mark.parametrize("case", cases.values(), ids=list(cases))
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
+def assert_near(found: torch.Tensor, expected: torch.Tensor, bound: float, name: str = "") -> None:
+    """The largest difference is small beside the largest value, or beside 1."""
+    assert found.shape == expected.shape, name
+    assert (found - expected).abs().max() <= bound * expected.abs().max().clamp(min=1), name
 
 
-def rows(batch: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, torch.Tensor]:
+def assert_all_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert_near(found[name], expected[name], bound, name)
+
+
+def rows(batch: dict, start: int, stop: int) -> dict:
     return {name: value[start:stop] for name, value in batch.items()}
 
 
 def summed_gradients(case: Case, cuts: list[int]) -> dict[str, torch.Tensor]:
     """Gradients of one batch that is cut into micro-batches [0, cuts[0]), [cuts[0], cuts[1]), ..."""
     model, batch = case.model(), case.batch()
-    num_items = case.head.num_items(batch["labels"])
-    for start, stop in zip([0, *cuts], [*cuts, len(batch["labels"])], strict=True):
+    num_items = case.num_items(model, batch)
+    for start, stop in zip([0, *cuts], [*cuts, 4], strict=True):
         model(**rows(batch, start, stop), num_items_in_batch=num_items).loss.backward()
     return gradients(model)
+
+
+def test_the_table_holds_every_registered_pair_of_family_and_head():
+    here = {(case.family, case.head.auto_name) for case in CASES.values()}
+    registered = {(config_class.model_type, name) for config_class in REGISTERED for name in config_class.heads}
+    assert here == registered
 
 
 # Initialisation ------------------------------------------------------------------------------------------------------
@@ -91,28 +91,27 @@ def poisoned_memory():
         torch.use_deterministic_algorithms(False)
 
 
-def assert_starting_values(case: Case, model: nn.Module, *, but: str = "") -> None:
+def assert_starting_values(model: nn.Module, *, but: str = "") -> None:
     for name, parameter in model.named_parameters():
         if name == but:
             continue
-        kind, value = FAMILIES[SHAPES[case.shape][0]].starting_value(name, model.config)
+        kind, value = starting_value(model, name)
         if kind == "constant":
-            assert (parameter == value).all(), name
+            assert torch.equal(parameter, torch.zeros_like(parameter) + value), name
         else:  # within five standard errors
             assert abs(parameter.std() / value - 1) < 5 / (2 * parameter.numel()) ** 0.5, name
             assert abs(parameter.mean()) < 5 * value / parameter.numel() ** 0.5, name
 
 
-@over(LOSS_CASES)
+@over(CHANCE_CASES)
 def test_a_new_model_has_the_loss_of_chance(case):
     batch = case.batch()
-    loss = case.model()(**batch).loss.item()
-    assert loss == pytest.approx(case.head.chance_loss(batch["labels"]), abs=0.15)
+    assert case.model()(**batch).loss.item() == pytest.approx(case.head.chance_loss(batch), abs=0.15)
 
 
 @over(CASES)
 def test_a_new_model_starts_from_the_values_its_family_states(case):
-    assert_starting_values(case, case.model())
+    assert_starting_values(case.model())
 
 
 @over(CASES)
@@ -121,18 +120,19 @@ def test_a_checkpoint_that_lacks_everything_but_one_matrix_loads_fully_initialis
     model = case.model()
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    kept = next(name for name, value in weights.items() if name.endswith("o_proj.weight") or value.ndim > 1)
+    matrices = [name for name, value in weights.items() if value.ndim > 1 and "embed" not in name]
+    kept = matrices[len(matrices) // 2]
     save_file({kept: weights[kept] + 1}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with poisoned_memory():
-        loaded = case.head.auto_class.from_pretrained(tmp_path)
+        loaded = case.load(tmp_path)
     assert torch.equal(loaded.get_parameter(kept), weights[kept] + 1)
-    assert_starting_values(case, loaded, but=kept)
+    assert_starting_values(loaded, but=kept)
     assert dict(loaded.named_buffers()).keys() == dict(model.named_buffers()).keys()
     for name, buffer in model.named_buffers():
         assert torch.equal(loaded.get_buffer(name), buffer), name
     loaded.load_state_dict(model.state_dict())  # what is neither parameter nor buffer shows in the outputs
     with torch.no_grad():
-        assert torch.equal(output_of(loaded(**case.batch())), output_of(model(**case.batch())))
+        assert torch.equal(output_of(loaded(**case.inputs())), output_of(model(**case.inputs())))
 
 
 @over(CASES)
@@ -148,9 +148,9 @@ def test_weights_are_the_same_for_the_same_seed_only(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @over(CASES)
 def test_what_is_loaded_is_bitwise_what_was_saved(case, dtype, tmp_path):
-    model, batch = case.model().to(dtype), case.batch()
+    model = case.model().to(dtype)
     model.save_pretrained(tmp_path)
-    loaded = case.head.auto_class.from_pretrained(tmp_path)
+    loaded = case.load(tmp_path)
     assert type(loaded) is type(model)
     assert not loaded.training
     assert loaded.dtype == dtype
@@ -159,25 +159,30 @@ def test_what_is_loaded_is_bitwise_what_was_saved(case, dtype, tmp_path):
     assert all(torch.equal(saved[name], again[name]) for name in saved)
     if dtype == torch.float32:  # `.to(bfloat16)` rounds derived buffers too, loading does not
         with torch.no_grad():
-            assert torch.equal(output_of(loaded(**batch)), output_of(model(**batch)))
+            assert torch.equal(output_of(loaded(**case.inputs())), output_of(model(**case.inputs())))
 
 
-@over(GENERATING_CASES)
+@over(WRITING_CASES)
 def test_tied_weights_stay_one_tensor_and_untied_ones_two(case, tmp_path):
     case.model().save_pretrained(tmp_path)
-    loaded = case.head.auto_class.from_pretrained(tmp_path)
+    loaded = case.load(tmp_path)
     inside, outside = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
     tied = loaded.config.tie_word_embeddings
     assert (inside is outside) == tied
-    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not tied)
+    shared = [name for name in load_file(tmp_path / "model.safetensors") if name.endswith(EMBEDDINGS)]
+    assert len(shared) == (1 if tied else 2)
 
 
-@over(POSITION_CASES)
+EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
+
+
+@over(CASES)
 def test_loading_in_bfloat16_keeps_derived_buffers_in_float32(case, tmp_path):
     model = case.model()
     model.save_pretrained(tmp_path)
-    loaded = case.head.auto_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert all(torch.equal(loaded.get_buffer(name), buffer) for name, buffer in model.named_buffers())
+    loaded = case.load(tmp_path, dtype=torch.bfloat16)
+    derived = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+    assert all(torch.equal(loaded.get_buffer(name), model.get_buffer(name)) for name in derived)
 
 
 @over(CASES)
@@ -185,13 +190,26 @@ def test_every_auto_class_of_the_family_resolves_after_import_bmtk(case, tmp_pat
     model = case.model()
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert type(config) is SHAPES[case.shape][0]
+    assert type(config) is case.config_class
     assert {**config.to_dict(), "_name_or_path": ""} == model.config.to_dict()
-    trunk = AutoModel.from_pretrained(tmp_path)
-    expected = model.base_model.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in trunk.state_dict().items())
-    for head in HEADS.values():
-        assert type(config) in head.auto_class._model_mapping
+    assert type(config) in case.head.auto_class._model_mapping
+    if case.config_class.heads[case.head.auto_name] == case.config_class.heads["AutoModel"] or is_translator(case):
+        return
+    trunk = AutoModel.from_pretrained(tmp_path).state_dict()
+    for name, value in model.base_model.state_dict().items():
+        assert torch.equal(trunk[name], value), name
+
+
+def is_translator(case: Case) -> bool:
+    return case.head_name == "Seq2SeqLM"
+
+
+@over(CASES)
+def test_configs_survive_json(case, tmp_path):
+    config = case.config()
+    config.save_pretrained(tmp_path)
+    assert type(config).from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert type(config)(**json.loads(config.to_json_string())).to_dict() == config.to_dict()
 
 
 # The loss contract ---------------------------------------------------------------------------------------------------
@@ -202,17 +220,20 @@ def test_gradients_do_not_depend_on_accumulation(case):
     whole = summed_gradients(case, [])
     assert max(gradient.abs().max() for gradient in whole.values()) > 1e-3
     for cuts in ([1], [1, 2, 3], [3]):
-        assert largest_difference(whole, summed_gradients(case, cuts)) <= EXACT
+        assert_all_near(summed_gradients(case, cuts), whole, EXACT)
 
 
 @over(LOSS_CASES)
 def test_the_loss_without_a_count_is_the_mean_over_predicted_elements(case):
     model, batch = case.model(), case.batch()
-    counted = model(**batch, num_items_in_batch=case.head.num_items(batch["labels"])).loss
-    assert model(**batch).loss.item() == pytest.approx(counted.item(), rel=1e-6)
-    assert model(**batch, num_items_in_batch=1).loss.item() == pytest.approx(
-        counted.item() * case.head.num_items(batch["labels"]), rel=1e-6
-    )
+    num_items = case.num_items(model, batch)
+    assert num_items > 1
+    counted = model(**batch, num_items_in_batch=num_items).loss.item()
+    assert model(**batch).loss.item() == pytest.approx(counted, rel=1e-6)
+    assert model(**batch, num_items_in_batch=1).loss.item() == pytest.approx(counted * num_items, rel=1e-6)
+
+
+BLIND = ("k_proj.bias", "qa_outputs.bias")  # a softmax forgets what is added to all of its inputs
 
 
 @over(LOSS_CASES)
@@ -220,31 +241,44 @@ def test_every_parameter_gets_a_gradient(case):
     model = case.model(seed=3)
     model(**case.batch()).loss.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0 or name.endswith("k_proj.bias"), name  # softmax forgets a key bias
+        assert parameter.grad is not None, name  # DistributedDataParallel would wait for it for ever
+        assert parameter.grad.abs().sum() > 0 or name.endswith(BLIND), name
+
+
+class Together(nn.Module):
+    """Every row's model in one module, so that one reduction serves all: the sum of their losses of a share."""
+
+    def __init__(self):
+        super().__init__()
+        self.models = nn.ModuleDict({name: case.model() for name, case in LOSS_CASES.items()})
+
+    def forward(self, start: int, stop: int) -> torch.Tensor:
+        losses = []
+        for name, case in LOSS_CASES.items():
+            model, batch = self.models[name], case.batch()
+            num_items = case.num_items(model, batch)
+            losses.append(model(**rows(batch, start, stop), num_items_in_batch=num_items).loss)
+        return sum(losses)
 
 
 def one_of_two_processes(rank: int, folder: str) -> None:
     """Gradients of every case under DistributedDataParallel, this rank taking one row or three; rank 0 saves them."""
+    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {}
-    for name, case in LOSS_CASES.items():
-        model, batch = nn.parallel.DistributedDataParallel(case.model()), case.batch()
-        share = rows(batch, 0, 1) if rank == 0 else rows(batch, 1, 4)
-        loss = model(**share, num_items_in_batch=case.head.num_items(batch["labels"])).loss
-        (loss * 2).backward()  # DistributedDataParallel averages gradients over the two processes
-        found |= {f"{name}/{key}": value for key, value in gradients(model.module).items()}
+    together = nn.parallel.DistributedDataParallel(Together())
+    loss = together(0, 1) if rank == 0 else together(1, 4)
+    (loss * 2).backward()  # DistributedDataParallel averages gradients over the two processes
     if rank == 0:
-        save_file(found, Path(folder) / "gradients.safetensors")
+        save_file(gradients(together.module.models), Path(folder) / "gradients.safetensors")
     torch.distributed.destroy_process_group()
 
 
 def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path):
-    torch.multiprocessing.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two_processes, args=(tmp_path,), nprocs=2)
     found = load_file(tmp_path / "gradients.safetensors")
     for name, case in LOSS_CASES.items():
-        ours = {key.partition("/")[2]: value for key, value in found.items() if key.startswith(f"{name}/")}
-        assert largest_difference(summed_gradients(case, []), ours) <= EXACT, name
+        ours = {key.partition(".")[2]: value for key, value in found.items() if key.startswith(f"{name}.")}
+        assert_all_near(ours, summed_gradients(case, []), EXACT)
 
 
 @over(LOSS_CASES)
@@ -252,38 +286,69 @@ def test_one_batch_is_learnt_by_heart(case):
     model, batch = case.model().train(), case.batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     first = model(**batch).loss.item()
-    for _ in range(60):
+    for _ in range(150):
         loss = model(**batch).loss
+        if loss < case.head.loss_left * first:
+            return
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    assert loss.item() < 0.1 * first
+    pytest.fail(f"of a loss of {first:.3f}, {loss.item():.3f} is left")
 
 
 # Padding, packing, causality -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@over(CASES)
-@torch.no_grad()
-def test_padding_changes_no_real_output(case, side, attention):
+def with_attentions(cases: dict[str, Case]):
+    """Every row with the kernels of attention it has: eager and sdpa, or none."""
+    kernels = {"bm_transformer": ("eager", "sdpa")}
+    pairs = [(case, kernel) for case in cases.values() for kernel in kernels.get(case.family, (None,))]
+    names = [case.name if kernel is None else f"{case.name}-{kernel}" for case, kernel in pairs]
+    return pytest.mark.parametrize(("case", "attention"), pairs, ids=names)
+
+
+def spread_model(case: Case, attention: str | None = None) -> nn.Module:
+    """A model whose weights are wide enough that every term of an output counts."""
     model = case.model(seed=2, initializer_range=0.2)
-    model.set_attn_implementation(attention)
-    lengths = [LENGTH, 7, 3, 1]
-    texts = [torch.randint(2, VOCAB, (1, length)) for length in lengths]
-    ids, mask = torch.randint(VOCAB, (4, LENGTH)), torch.zeros(4, LENGTH, dtype=torch.long)
-    for row, text in enumerate(texts):
-        real = slice(0, text.shape[1]) if side == "right" else slice(LENGTH - text.shape[1], None)
-        ids[row, real], mask[row, real] = text[0], 1
-    padded, largest = output_of(model(ids, attention_mask=mask)), 0.0
-    for row, text in enumerate(texts):
-        alone = output_of(model(text))[0]
-        largest = max(largest, alone.abs().max().item())
-        together = padded[row, mask[row].bool()] if case.head.per_position else padded[row]
-        assert (together - alone).abs().max() <= CLOSE
-    assert largest > 0.1, "outputs are all small: the comparison says little"  # of one number per row, one may be
+    if attention:
+        model.set_attn_implementation(attention)
+    return model
+
+
+def padded(alone: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (1, L, ...) of several lengths in one tensor, padded by noise, and its mask."""
+    width = max(row.shape[1] for row in alone)
+    shape = (len(alone), width, *alone[0].shape[2:])
+    together = torch.randint(VOCAB, shape) if alone[0].dtype == torch.long else 7 * torch.randn(shape)
+    mask = torch.zeros(len(alone), width, dtype=torch.long)
+    for i, row in enumerate(alone):
+        real = slice(0, row.shape[1]) if side == "right" else slice(width - row.shape[1], None)
+        together[i, real], mask[i, real] = row[0], 1
+    return together, mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@with_attentions(PADDED_CASES)
+@torch.no_grad()
+def test_padding_changes_no_real_output(case, attention, side):
+    model, inputs = spread_model(case, attention), case.inputs()
+    given = model.base_model.main_input_name if not is_translator(case) else "input_ids"
+    lengths = {"tokens": [LENGTH, 7, 3, 1], "audio": [40, 29, 6, 1]}[model.config.input_type]
+    alone = [inputs[given][i : i + 1, :length] for i, length in enumerate(lengths)]
+    others = {name: value for name, value in inputs.items() if name not in (given, "attention_mask")}
+    together, mask = padded(alone, side)
+    found, largest = output_of(model(**others, **{given: together, "attention_mask": mask})), 0.0
+    for i, row in enumerate(alone):
+        expected = output_of(model(**rows(others, i, i + 1), **{given: row}))[0]
+        ours = found[i]
+        if case.name in POSITION_CASES:
+            ours = ours[mask[i].bool()]
+        elif model.config.input_type == "audio":  # whose positions stand on the left, wherever the padding was
+            ours = ours[: len(expected)]
+        assert_near(ours, expected, CLOSE)
+        largest = max(largest, expected.abs().max().item())
+    assert largest > 0.02, "outputs are all small: the comparison says little"
 
 
 def packed_documents() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -295,22 +360,30 @@ def packed_documents() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     return [document for row in documents for document in row], ids, positions
 
 
-@pytest.mark.parametrize("use_cache", [False, True], ids=["no-cache", "cache"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@over(POSITION_CASES)
-@torch.no_grad()
-def test_packed_documents_do_not_see_each_other(case, attention, use_cache):
-    model = case.model(seed=2, initializer_range=0.2)
-    model.set_attn_implementation(attention)
+def assert_documents_are_apart(case: Case, attention: str | None, **settings) -> None:
+    model = spread_model(case, attention)
     documents, ids, positions = packed_documents()
-    packed = output_of(model(ids, position_ids=positions, use_cache=use_cache))
-    alone = torch.cat([output_of(model(document, use_cache=False))[0] for document in documents])
-    assert (packed.flatten(0, 1) - alone).abs().max() <= CLOSE
-    together = output_of(model(ids, use_cache=False)).flatten(0, 1)
+    packed = output_of(model(input_ids=ids, position_ids=positions, **settings))
+    alone = torch.cat([output_of(model(input_ids=document))[0] for document in documents])
+    assert_near(packed.flatten(0, 1), alone, CLOSE)
+    together = output_of(model(input_ids=ids)).flatten(0, 1)
     assert (together - alone).abs().max() > 0.01, "the documents are too small to disturb each other"
 
 
-@over(GENERATING_CASES)
+@with_attentions(POSITION_CASES)
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(case, attention):
+    assert_documents_are_apart(case, attention)
+
+
+@with_attentions(CAUSAL_CASES)
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other_when_a_cache_is_kept(case, attention):
+    settings = {"use_cache": True} if case.head_name in ("Model", "CausalLM") else {}
+    assert_documents_are_apart(case, attention, **settings)
+
+
+@over(CAUSAL_LM_CASES)
 def test_packed_gradients_equal_unpacked_ones(case):
     documents, ids, positions = packed_documents()
     labels = ids.masked_fill(positions == 0, -100)  # nothing predicts the first token of the next document
@@ -319,196 +392,160 @@ def test_packed_gradients_equal_unpacked_ones(case):
     packed(ids, position_ids=positions, labels=labels, num_items_in_batch=num_items, use_cache=False).loss.backward()
     for document in documents:
         apart(document, labels=document, num_items_in_batch=num_items).loss.backward()
-    assert largest_difference(gradients(packed), gradients(apart)) <= EXACT
+    assert_all_near(gradients(packed), gradients(apart), EXACT)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@over(POSITION_CASES)
+@with_attentions(POSITION_CASES)
 @torch.no_grad()
-def test_later_tokens_change_no_earlier_output_of_a_causal_model(case, attention):
-    model = case.model(seed=2, initializer_range=0.2)
-    model.set_attn_implementation(attention)
-    ids = torch.randint(2, VOCAB, (2, LENGTH))
+def test_later_tokens_change_no_earlier_output_of_a_causal_model_and_do_of_any_other(case, attention):
+    model, ids = spread_model(case, attention), torch.randint(2, VOCAB, (2, LENGTH))
     changed = ids.clone()
     changed[:, 8:] = (changed[:, 8:] + 7) % VOCAB
-    difference = (output_of(model(ids)) - output_of(model(changed))).abs()
+    difference = (output_of(model(input_ids=ids)) - output_of(model(input_ids=changed))).abs()
     assert difference[:, 8:].max() > 0.01
     if case.name in CAUSAL_CASES:
         assert difference[:, :8].max() == 0
     else:
-        assert difference[:, :8].amax(dim=(1, 2)).min() > 0.01, "a bidirectional model sees what follows"
+        assert difference[:, :8].amax(dim=(1, 2)).min() > 1e-3, "a bidirectional model sees what follows"
 
 
-@over(LOSS_CASES)
+@over({name: case for name, case in TOKEN_CASES.items() if not case.config().is_causal and not is_translator(case)})
+def test_a_bidirectional_trunk_is_no_language_model(case):
+    with pytest.raises(ValueError, match=f"{case.config_class.__name__[:-6]}ForCausalLM needs is_causal=True"):
+        AutoModelForCausalLM.from_config(case.config(tie_word_embeddings=False))
+
+
+@over(TOKEN_CASES)
 @torch.no_grad()
 def test_embeddings_give_what_their_tokens_give(case):
-    model, batch = case.model(), case.batch()
-    given = {"attention_mask": batch["attention_mask"]}
-    embeds = model.base_model.stem.embed(batch["input_ids"])
-    assert torch.equal(model(inputs_embeds=embeds, **given).logits, model(batch["input_ids"], **given).logits)
+    model, inputs = case.model(), case.inputs()
+    others = {name: value for name, value in inputs.items() if name != "input_ids"}
+    embeds = model.base_model.stem.embed(inputs["input_ids"])
+    assert torch.equal(output_of(model(inputs_embeds=embeds, **others)), output_of(model(**inputs)))
 
 
-@over(GENERATING_CASES)
+@over(CAUSAL_LM_CASES)
 @torch.no_grad()
 def test_logits_to_keep_keeps_the_last_or_the_named_positions(case):
-    model, ids = case.model(), case.batch()["input_ids"]
+    model, ids = case.model(), case.inputs()["input_ids"]
     logits = model(ids).logits
-    assert (model(ids, logits_to_keep=2).logits - logits[:, -2:]).abs().max() <= EXACT
-    assert (model(ids, logits_to_keep=torch.tensor([0, 5])).logits - logits[:, [0, 5]]).abs().max() <= EXACT
+    assert_near(model(ids, logits_to_keep=2).logits, logits[:, -2:], EXACT)
+    assert_near(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]], EXACT)
 
 
-# Configuration fields ------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def generated(model) -> list[list[int]]:
-    torch.manual_seed(0)
-    prompts = torch.randint(2, VOCAB, (6, 3))
-    settings = {"max_new_tokens": 8, "do_sample": False}
-    answers = model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings).tolist()
-    if model.config.is_encoder_decoder:
-        return answers
-    return [
-        *answers,
-        *model.generate(**settings).tolist(),  # from bos alone
-    ]
-
-
-def behaviour(model, effect: str):
-    """What the effect of that name compares."""
-    torch.manual_seed(0)
-    inputs = inputs_of(model.config)
-    torch.manual_seed(0)
+@over({name: case for name, case in TOKEN_CASES.items() if name in LOSS_CASES})
+def test_resized_embeddings_keep_old_tokens_and_learn_new_ones(case, tmp_path):
+    model, batch = case.model(), case.batch()
     with torch.no_grad():
-        return {
-            "shapes": lambda: {name: value.shape for name, value in model.named_parameters()},
-            "weights": lambda: {name: value.tolist() for name, value in model.named_parameters()},
-            "outputs": lambda: output_of(model.eval()(**inputs)).tolist(),
-            "training": lambda: output_of(model.train()(**inputs)).tolist(),
-            "loss": lambda: model.eval()(**inputs, **answers_of(model)).loss.item(),
-            "cache": lambda: model(**inputs).past_key_values is None,
-            "tie": lambda: model.get_input_embeddings().weight is model.get_output_embeddings().weight,
-            "generation": lambda: generated(model),
-        }[effect]()
+        before = output_of(model(**batch))
+        model.resize_token_embeddings(VOCAB + 5)
+        after = output_of(model(**batch))
+    width = before.shape[-1]
+    assert torch.equal(after[..., :width], before)
+    assert after.shape[-1] == (VOCAB + 5 if case.name in WRITING_CASES else width)
+    assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == VOCAB + 5
+    batch["input_ids"][0, 8] = VOCAB + 4
+    model(**batch).loss.backward()
+    assert model.get_input_embeddings().weight.grad[VOCAB + 4].abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded = case.load(tmp_path)
+        assert torch.equal(output_of(loaded(**batch)), output_of(model(**batch)))
 
 
-def turned_models(config_class: type, field: str) -> tuple[nn.Module, nn.Module]:
-    family = FAMILIES[config_class]
-    turn = family.turns[field]
-    head = TURNED_HEADS[turn.head]
-    models = []
-    for change in ({}, {field: turn.value}):
-        torch.manual_seed(0)
-        models.append(
-            head.auto_class.from_config(config_class(**{**family.base, **head.config, **turn.base, **change}))
-        )
-    return models[0].eval(), models[1].eval()
-
-
-FIELDS = [(config_class, field) for config_class in FAMILIES for field in own_fields(config_class)]
-
-
-@pytest.mark.parametrize(("config_class", "field"), FIELDS, ids=[f"{c.model_type}-{field}" for c, field in FIELDS])
-def test_every_config_field_is_turned_and_changes_what_it_should(config_class, field):
-    turns = FAMILIES[config_class].turns
-    assert field in turns, f"add {field} to the turns of {config_class.__name__}: another value, and what changes"
-    effect = turns[field].effect
-    if effect == "serves":
-        with pytest.raises(ValueError, match=f"needs {field}={turns[field].value}"):
-            turned_models(config_class, field)
-        return
-    base, turned = turned_models(config_class, field)
-    assert getattr(turned.config, field) == turns[field].value != getattr(base.config, field)
-    assert behaviour(base, effect) != behaviour(turned, effect)
-    for equal in {"outputs": ["shapes", "weights"], "training": ["weights", "outputs"], "weights": ["shapes"],
-                  "loss": ["weights", "outputs"]}.get(effect, []):  # fmt: skip
-        assert behaviour(base, equal) == behaviour(turned, equal)
-
-
-@pytest.mark.parametrize("config_class", REGISTERED, ids=lambda config_class: config_class.model_type)
-def test_every_field_of_every_family_is_turned_and_no_turn_is_left_of_a_field_that_is_gone(config_class):
-    assert turned_fields(config_class) == own_fields(config_class).keys()
-
-
-def literal_choices() -> list[tuple[type, str, tuple]]:
-    found = []
-    for config_class in FAMILIES:
-        for field, kind in own_fields(config_class).items():
-            for part in (kind, *typing.get_args(kind)):
-                if typing.get_origin(part) is typing.Literal:
-                    found.append((config_class, field, typing.get_args(part)))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("config_class", "field", "choices"), literal_choices(), ids=[choice[1] for choice in literal_choices()]
-)
-def test_every_choice_of_a_field_behaves_differently(config_class, field, choices):
-    family = FAMILIES[config_class]
-    turn = family.turns[field]
-    head = TURNED_HEADS[turn.head]
-    seen = []
-    for choice in choices:
-        torch.manual_seed(0)
-        fields = {**family.base, **head.config, **turn.base, field: choice}
-        model = head.auto_class.from_config(config_class(**fields))
-        seen.append(behaviour(model, "loss" if turn.effect == "loss" else "outputs"))
-    assert all(one != other for i, one in enumerate(seen) for other in seen[:i])
-
-
-@over(CASES)
-def test_configs_survive_json(case, tmp_path):
-    config = case.config()
-    config.save_pretrained(tmp_path)
-    assert type(config).from_pretrained(tmp_path).to_dict() == config.to_dict()
-    assert type(config)(**json.loads(config.to_json_string())).to_dict() == config.to_dict()
+@over(TOKEN_CASES)
+@torch.no_grad()
+def test_embeddings_that_are_set_are_used(case):
+    model, inputs = case.model(), case.inputs()
+    before = output_of(model(**inputs))
+    shifted = nn.Embedding.from_pretrained(model.get_input_embeddings().weight.roll(1, dims=0))
+    model.set_input_embeddings(shifted)
+    assert model.get_input_embeddings() is shifted
+    assert not torch.equal(output_of(model(**inputs)), before)
+    if case.name in WRITING_CASES:
+        model.set_output_embeddings(nn.Linear(model.get_output_embeddings().in_features, 3))
+        assert model(**inputs).logits.shape[-1] == 3
 
 
 # Training variants ---------------------------------------------------------------------------------------------------
 
 
+def count_calls(model: nn.Module) -> list[int]:
+    """A list that grows by every call of a layer inside what is checkpointed."""
+    calls = []
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            for module in layer.modules():
+                if module is not layer and not list(module.children()):
+                    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @over(LOSS_CASES)
-def test_gradient_checkpointing_changes_no_gradient(case, use_reentrant):
-    found, calls = [], []
+def test_gradient_checkpointing_changes_no_gradient_and_no_statistic(case, use_reentrant):
+    found, buffers, calls = [], [], []
+    drops = {name: 0.1 for name in ("embedding_dropout", "hidden_dropout", "drop_path_rate") if has(case, name)}
     for checkpointing in (False, True):
-        model = case.model(embedding_dropout=0.1, hidden_dropout=0.1, attention_dropout=0.1).train()
+        model, batch = case.model(**drops).train(), case.batch()
+        for value in batch.values():  # reentrant checkpoints need an input with a gradient
+            if torch.is_tensor(value) and value.is_floating_point() and use_reentrant:
+                value.requires_grad_()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        counted = []
-        model.base_model.layers[0].register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
-        model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
+        calls.append(count_calls(model))
         torch.manual_seed(5)
-        model(**case.batch()).loss.backward()
+        model(**batch).loss.backward()
         found.append(gradients(model))
-        calls.append(len(counted))
-    assert calls[1] > calls[0], "nothing was computed twice: checkpointing is not active"
-    assert largest_difference(*found) <= EXACT
+        buffers.append({name: buffer.float() for name, buffer in model.named_buffers()})
+    assert len(calls[1]) > len(calls[0]), "nothing was computed twice: checkpointing is not active"
+    assert_all_near(found[1], found[0], EXACT)
+    assert_all_near(buffers[1], buffers[0], EXACT)
 
 
-@over({case.shape: case for case in CASES.values()})
-@torch.no_grad()
-def test_a_graph_without_breaks_gives_the_same_outputs(case):
-    """Dynamo traces the whole forward pass; the generated kernels are the matter of the slow test below."""
-    model, batch = case.model(initializer_range=0.2, num_hidden_layers=1), case.batch()
-    batch.pop("labels", None)
+def has(case: Case, field: str) -> bool:
+    return hasattr(case.config(), field)
+
+
+def kind(case: Case) -> tuple:
+    return case.family, case.config().input_type, is_translator(case)
+
+
+PAIRS = {(case.family, case.head.auto_name): case for case in LOSS_CASES.values()}
+KINDS = {kind(case): case for case in PAIRS.values()}
+
+
+def assert_compiled_outputs_are_equal(case: Case) -> None:
+    model, inputs = case.model(initializer_range=0.2), case.inputs()
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert (output_of(compiled(**batch)) - output_of(model(**batch))).abs().max() <= CLOSE
+    compiled = torch.compile(model, fullgraph=model._can_compile_fullgraph, backend="eager")
+    with torch.no_grad():
+        assert_near(output_of(compiled(**inputs)), output_of(model(**inputs)), CLOSE)
+
+
+@over(KINDS)
+def test_a_compiled_graph_gives_the_same_outputs(case):
+    """Dynamo traces the forward pass, without a break where the family says it can; for kernels see below."""
+    assert_compiled_outputs_are_equal(case)
+
+
+@pytest.mark.slow
+@over({pair: case for pair, case in PAIRS.items() if case not in KINDS.values()})
+def test_a_compiled_graph_of_every_other_head_gives_the_same_outputs(case):
+    assert_compiled_outputs_are_equal(case)
 
 
 @pytest.mark.slow
 def test_compiled_kernels_change_no_output_and_no_gradient():
-    case = next(iter(GENERATING_CASES.values()))
+    case = CASES["transformer_modern-CausalLM"]
     model, batch = case.model(num_hidden_layers=1, initializer_range=0.2), case.batch()
     twin = copy.deepcopy(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model)
-    ours, expected = compiled(**batch), twin(**batch)
-    assert (ours.logits - expected.logits).abs().max() <= CLOSE
+    ours, expected = torch.compile(model)(**batch), twin(**batch)
+    assert_near(ours.logits, expected.logits, CLOSE)
     ours.loss.backward()
     expected.loss.backward()
-    assert largest_difference(gradients(model), gradients(twin)) <= CLOSE
+    assert_all_near(gradients(model), gradients(twin), CLOSE)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16-weights", "autocast"])
@@ -518,336 +555,85 @@ def test_bfloat16_trains(case, autocast):
     expected = model(**batch).loss.item()
     if not autocast:
         model = model.bfloat16()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     losses = []
     for _ in range(8):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            outputs = model(**batch)
-        assert outputs.logits.dtype == torch.bfloat16
-        assert outputs.loss.dtype == torch.float32
+            loss = model(**batch).loss
+        assert loss.dtype == torch.float32
         optimizer.zero_grad()
-        outputs.loss.backward()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
-        losses.append(outputs.loss.item())
-    assert losses[0] == pytest.approx(expected, rel=0.02)
-    assert losses[-1] < 0.95 * losses[0]
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(expected, rel=0.03)
+    assert losses[-1] < 0.97 * losses[0]
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+
+def lora_targets(model: nn.Module) -> dict:
+    """All linear layers of a Transformer, and all convolutions of a CNN too; the matrices of an RNN's cells."""
+    matrices = [name for name, _ in model.named_parameters() if "rnn.weight_" in name]
+    if matrices:
+        endings = {name.partition(".recurrence.")[2] for name in matrices}
+        return {"target_modules": [], "target_parameters": sorted(endings)}
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    convolutions = [
+        name for name, module in model.base_model.named_modules()
+        if isinstance(module, kinds) and getattr(module, "groups", 1) == 1
+    ]  # fmt: skip
+    if model.config.model_type == "bm_cnn" and model.config.input_type != "tokens":
+        return {"target_modules": convolutions}
+    return {"target_modules": "all-linear"}
+
+
+LORA_TASKS = {"CausalLM": "CAUSAL_LM", "TokenClassification": "TOKEN_CLS", "SequenceClassification": "SEQ_CLS",
+              "MultiLabelClassification": "SEQ_CLS", "Regression": "SEQ_CLS", "Seq2SeqLM": "SEQ_2_SEQ_LM",
+              "QuestionAnswering": "QUESTION_ANS"}  # fmt: skip
+TRAINED_WHOLE = ("score", "qa_outputs")  # by peft, beside the adapter
+
+
+def adapter_of(case: Case, base: nn.Module) -> peft.PeftModel:
+    task = LORA_TASKS.get(case.head_name)
+    # peft leaves the classifier of SEQ_CLS alone, which it trains whole, but not those of other tasks; and it takes
+    # every `lm_head` for one of tokens, and asks a model of audio for its token embedding.
+    left_out = {"exclude_modules": [*TRAINED_WHOLE, "lm_head"]} if task not in ("SEQ_CLS", "CAUSAL_LM") else {}
+    return peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(task, r=4, **lora_targets(base), **left_out))
+
+
+def train_adapter(model: peft.PeftModel, batch: dict) -> tuple[float, float]:
+    """The loss before and after a few steps, in eval mode: batch statistics of a frozen base must not move."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(11):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[0], losses[-1]
 
 
 @over(LOSS_CASES)
 def test_lora_trains_saves_and_merges(case, tmp_path):
-    task = {"CausalLM": "CAUSAL_LM", "MaskedLM": None, "TokenClassification": "TOKEN_CLS"}.get(
-        case.head_name, "SEQ_CLS"
-    )
     base, batch = case.model(initializer_range=0.2), case.batch()
+    inputs = without_answers(batch)
     frozen = {name: value.clone() for name, value in base.state_dict().items()}
-    # peft leaves the classifier of SEQ_CLS alone, which it trains whole, but not that of TOKEN_CLS
-    left_out = {"exclude_modules": ["score"]} if task == "TOKEN_CLS" else {}
-    lora = peft.LoraConfig(task, r=4, target_modules="all-linear", **left_out)
-    model = peft.get_peft_model(copy.deepcopy(base), lora)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    first = model(**batch).loss.item()
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.9 * first
+    model = adapter_of(case, base).eval()
+    first, last = train_adapter(model, batch)
+    assert last < 0.97 * first
     with torch.no_grad():
-        model.eval()
-        trained = model(**batch).logits
+        trained = output_of(model(**inputs))
         model.save_pretrained(tmp_path / "adapter")
-        assert all(
-            "lora_" in name or "score" in name for name in load_file(tmp_path / "adapter/adapter_model.safetensors")
-        )
-        again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-        assert (again(**batch).logits - trained).abs().max() <= CLOSE
-        plain = {name: value for name, value in again.get_base_model().state_dict().items() if "score" not in name}
-        names = {name: name.replace(".base_layer", "") for name in plain if "lora_" not in name}
-        assert all(torch.equal(plain[name], frozen[original]) for name, original in names.items())
+        saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+        assert all("lora_" in name or name.split(".")[-2] in TRAINED_WHOLE for name in saved)
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
+        assert_near(output_of(again(**inputs)), trained, CLOSE)
+        assert all(torch.equal(value, frozen[name]) for name, value in base.state_dict().items())
         merged = model.merge_and_unload()
-        assert (merged(**batch).logits - trained).abs().max() <= CLOSE * trained.abs().max()
+        assert_near(output_of(merged(**inputs)), trained, 3 * CLOSE)
         merged.save_pretrained(tmp_path / "merged")
-        loaded = case.head.auto_class.from_pretrained(tmp_path / "merged")
-        assert torch.equal(loaded(**batch).logits, merged(**batch).logits)
-
-
-@over(LOSS_CASES)
-def test_resized_embeddings_keep_old_tokens_and_learn_new_ones(case, tmp_path):
-    model, batch = case.model(), case.batch()
-    with torch.no_grad():
-        before = model(**batch).logits
-        model.resize_token_embeddings(VOCAB + 5)
-        after = model(**batch).logits
-    width = before.shape[-1]
-    assert torch.equal(after[..., :width], before)
-    assert model.config.vocab_size == VOCAB + 5
-    assert model.get_input_embeddings().weight.shape[0] == VOCAB + 5
-    assert after.shape[-1] == (VOCAB + 5 if case.head_name in ("CausalLM", "MaskedLM") else width)
-    batch["input_ids"][0, 0] = VOCAB + 4
-    model(**batch).loss.backward()
-    assert model.get_input_embeddings().weight.grad[VOCAB + 4].abs().sum() > 0
-    model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(case.head.auto_class.from_pretrained(tmp_path)(**batch).logits, model(**batch).logits)
-
-
-@over(CASES)
-@torch.no_grad()
-def test_embeddings_that_are_set_are_used(case):
-    model, batch = case.model(), case.batch()
-    before = output_of(model(**batch))
-    shifted = nn.Embedding.from_pretrained(model.get_input_embeddings().weight.roll(1, dims=0))
-    model.set_input_embeddings(shifted)
-    assert model.get_input_embeddings() is shifted
-    assert not torch.equal(output_of(model(**batch)), before)
-    if case.name in GENERATING_CASES:
-        model.set_output_embeddings(nn.Linear(model.config.hidden_size, 3))
-        assert model(**{**batch, "labels": None}).logits.shape[-1] == 3
-
-
-# Classification heads ------------------------------------------------------------------------------------------------
-
-CLASSIFIERS = {name: case for name, case in LOSS_CASES.items() if not case.head.per_position}
-TORCH_LOSSES = {
-    "SequenceClassification": nn.functional.cross_entropy,
-    "MultiLabelClassification": nn.functional.binary_cross_entropy_with_logits,
-    "Regression": lambda logits, labels: nn.functional.mse_loss(logits[:, 0], labels),
-}
-
-
-@over(CLASSIFIERS)
-@torch.no_grad()
-def test_classification_losses_equal_torchs(case):
-    model, batch = case.model(initializer_range=0.5), case.batch()
-    outputs = model(**batch)
-    expected = TORCH_LOSSES[case.head_name](outputs.logits, batch["labels"])
-    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("num_labels", "labels", "expected"),
-    [
-        (3, torch.tensor([0, 2]), "single_label_classification"),
-        (3, torch.tensor([[0.0, 1, 1], [1, 0, 0]]), "multi_label_classification"),
-        (1, torch.tensor([0.3, -2.0]), "regression"),
-    ],
-    ids=["single-label", "multi-label", "regression"],
-)
-def test_the_kind_of_problem_is_read_from_the_labels_once(num_labels, labels, expected):
-    model = CASES["transformer_encoder-SequenceClassification"].model(num_labels=num_labels)
-    ids = torch.randint(2, VOCAB, (2, 4))
-    assert model.config.problem_type is None
-    assert torch.isfinite(model(ids, labels=labels).loss)
-    assert model.config.problem_type == expected
-
-
-@torch.no_grad()
-def test_ignored_labels_count_for_nothing():
-    model = CASES["transformer_encoder-SequenceClassification"].model(initializer_range=0.5)
-    ids, labels = torch.randint(2, VOCAB, (3, 4)), torch.tensor([1, -100, 2])
-    alone = model(ids[[0, 2]], labels=labels[[0, 2]]).loss
-    assert model(ids, labels=labels).loss.item() == pytest.approx(alone.item(), rel=1e-6)
-
-
-# Generation and pipelines --------------------------------------------------------------------------------------------
-
-STRATEGIES = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "temperature": 1.3},
-    "beam": {"do_sample": False, "num_beams": 3},
-}
-
-
-def prompts() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Prompts of 8, 5 and 2 tokens: alone, and together with padding on the left (3, 8)."""
-    alone = [torch.randint(2, VOCAB, (1, length)) for length in (8, 5, 2)]
-    ids, mask = torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.long)
-    for row, prompt in enumerate(alone):
-        ids[row, 8 - prompt.shape[1] :], mask[row, 8 - prompt.shape[1] :] = prompt, 1
-    return alone, ids, mask
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@over(GENERATING_CASES)
-def test_the_cache_changes_no_generated_token(case, strategy):
-    model = case.model(seed=4, initializer_range=0.3)
-    _, ids, mask = prompts()
-    found = []
-    for settings in ({"use_cache": False}, {"use_cache": True}, {"use_cache": True, "prefill_chunk_size": 3}):
-        torch.manual_seed(0)
-        tokens = model.generate(ids, attention_mask=mask, max_new_tokens=10, **STRATEGIES[strategy], **settings)
-        found.append(tokens[:, 8:].tolist())
-    assert found[0] == found[1] == found[2]
-    assert len({tuple(row) for row in found[0]}) == 3, "all prompts continue alike: the comparison says little"
-
-
-@over(GENERATING_CASES)
-@torch.no_grad()
-def test_greedy_generation_under_left_padding_equals_one_row_at_a_time(case):
-    model = case.model(seed=4, initializer_range=0.3)
-    alone, ids, mask = prompts()
-    together = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
-    for row, prompt in enumerate(alone):
-        for _ in range(10):
-            prompt = torch.cat([prompt, model(prompt, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-        assert together[row, 8:].tolist() == prompt[0, -10:].tolist()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = ["<pad>", "<bos>", *(f"w{i}" for i in range(2, VOCAB))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", padding_side="left")
-
-
-@over(PIPELINE_CASES)
-def test_the_pipeline_runs_from_a_saved_folder(case, tokenizer, tmp_path):
-    model = case.model(initializer_range=0.3)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    texts = ["w3 w4 w5 w6", "w9"]
-    if case.name in GENERATING_CASES:
-        pipe = pipeline("text-generation", model=str(tmp_path), batch_size=2)
-        answers = pipe(texts, max_new_tokens=4, do_sample=False)
-        for text, answer in zip(texts, answers, strict=True):
-            ids = tokenizer(text, return_tensors="pt")
-            expected = model.generate(
-                ids["input_ids"], attention_mask=ids["attention_mask"], max_new_tokens=4, do_sample=False
-            )
-            assert "".join(answer[0]["generated_text"].split()) == "".join(tokenizer.decode(expected[0]).split())
-    else:
-        pipe = pipeline("text-classification", model=str(tmp_path), batch_size=2)
-        answers = pipe(texts, function_to_apply="none", top_k=None)
-        logits = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits
-        for row, answer in zip(logits, answers, strict=True):
-            assert sorted(one["score"] for one in answer) == pytest.approx(sorted(row.tolist()), abs=1e-5)
-
-
-# Uploaded code, in a process that has no bmtk ------------------------------------------------------------------------
-
-WITHOUT_BMTK = """
-import importlib.abc, json, sys
-from pathlib import Path
-
-class NoBmtk(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "bmtk":
-            raise ModuleNotFoundError("bmtk is not installed here")
-
-sys.meta_path.insert(0, NoBmtk())
-import torch, transformers
-from safetensors.torch import load_file
-
-def output_of(outputs):
-    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
-
-def load(auto_name, folder):
-    model = getattr(transformers, auto_name).from_pretrained(folder, trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-    return model
-
-found = {}
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    saved = load_file(folder / "expected.safetensors")
-    expected = saved.pop("output")
-    again = Path(sys.argv[2]) / folder.name
-    with torch.no_grad():
-        auto_name = json.loads((folder / "case.json").read_text())
-        model = load(auto_name, folder)
-        equal = torch.equal(output_of(model(**saved)), expected)
-        model.save_pretrained(again)
-        equal_again = torch.equal(output_of(load(auto_name, again)(**saved)), expected)
-    heads = {}
-    for name in transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map:
-        try:
-            heads[name] = type(load(name, folder)).__name__ if name != "AutoConfig" else "config"
-        except ValueError as error:
-            heads[name] = str(error)
-    found[folder.name] = {"equal": equal, "equal_again": equal_again, "heads": heads}
-assert not [name for name in sys.modules if name.split(".")[0] == "bmtk"]
-print(json.dumps(found))
-"""
-
-
-@pytest.fixture(scope="module")
-def uploaded(tmp_path_factory):
-    """Every case saved, loaded without bmtk and saved again there: (folders, folders again, what the process said)."""
-    root = tmp_path_factory.mktemp("uploaded")
-    saved, again, elsewhere = root / "saved", root / "again", root / "elsewhere"
-    elsewhere.mkdir()
-    for name, case in CASES.items():
-        model, batch = case.model(initializer_range=0.2), case.batch()
-        batch.pop("labels", None)
-        model.save_pretrained(saved / name)
-        (saved / name / "case.json").write_text(json.dumps(case.head.auto_class.__name__))
-        with torch.no_grad():
-            expected = output_of(model(**batch))
-        save_file({**batch, "output": expected.contiguous()}, saved / name / "expected.safetensors")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    child = subprocess.run(
-        [sys.executable, "-c", WITHOUT_BMTK, str(saved), str(again)],
-        cwd=elsewhere, env={**environment, "HF_MODULES_CACHE": str(root / "modules")}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr
-    return saved, again, json.loads(child.stdout.splitlines()[-1])
-
-
-@over(CASES)
-def test_uploaded_code_gives_equal_outputs_without_bmtk(case, uploaded):
-    assert uploaded[2][case.name]["equal"]
-
-
-@over(CASES)
-def test_every_head_resolves_from_the_uploaded_map_without_bmtk(case, uploaded):
-    heads = uploaded[2][case.name]["heads"]
-    classes = {auto_name: reference.split(".")[1] for auto_name, reference in case.config().heads.items()}
-    assert heads.keys() == {"AutoConfig", *classes}
-    assert heads.pop("AutoConfig") == "config"
-    for name, found in heads.items():
-        field, value = NEEDS.get(name, ("input_type", "tokens"))
-        if getattr(case.config(), field) == value:
-            assert found == classes[name]
-        else:
-            assert found.startswith(f"{classes[name]} needs {field}={value!r}"), found
-
-
-@over(CASES)
-def test_a_model_saved_again_keeps_its_code_and_its_map(case, uploaded):
-    saved, again, said = uploaded
-    assert said[case.name]["equal_again"]
-    codes = {path.name: path.read_text() for path in (saved / case.name).glob("*.py")}
-    assert len(codes) >= 4
-    assert {path.name: path.read_text() for path in (again / case.name).glob("*.py")} == codes
-    maps = [json.loads((folder / case.name / "config.json").read_text())["auto_map"] for folder in (saved, again)]
-    assert maps[0] == maps[1] == case.config().auto_map
-
-
-@over(CASES)
-def test_a_map_that_points_to_another_repository_does_not_survive(case, tmp_path):
-    """transformers would run that repository's newest code, whatever revision of ours was asked for."""
-    case.model().save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())
-    content["auto_map"] = {name: f"other/repository--{value}" for name, value in content["auto_map"].items()}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    model = case.head.auto_class.from_pretrained(tmp_path)
-    assert model.config.auto_map == case.config().auto_map
-
-
-def test_a_bidirectional_trunk_is_no_language_model():
-    with pytest.raises(ValueError, match="BmTransformerForCausalLM needs is_causal=True"):
-        AutoModelForCausalLM.from_config(CASES["transformer_encoder-Model"].config())
-
-
-def test_the_table_covers_every_registered_family_and_head():
-    """Every pair of family and head has rows here, or a file of its own that builds it: never both, never neither."""
-    here = {(SHAPES[case.shape][0].model_type, case.head.auto_class.__name__) for case in CASES.values()}
-    elsewhere = {(family, name) for family, names in COVERED_ELSEWHERE for name in names}
-    registered = {(config_class.model_type, name) for config_class in REGISTERED for name in config_class.heads}
-    assert here | elsewhere == registered
-    assert here & elsewhere == set()
-    for (family, names), (files, reason) in COVERED_ELSEWHERE.items():
-        assert reason
-        text = "".join((Path(__file__).parent / "models" / name).read_text() for name in files)
-        config_name = {config_class.model_type: config_class.__name__ for config_class in REGISTERED}[family]
-        assert [name for name in (*names, config_name) if not re.search(rf"\b{name}\b", text)] == []
+        loaded = case.load(tmp_path / "merged")
+        assert torch.equal(output_of(loaded(**inputs)), output_of(merged(**inputs)))

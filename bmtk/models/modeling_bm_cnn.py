@@ -31,7 +31,12 @@ from .heads_bm import (
     TokenClassificationHead,
 )
 from .heads_detection_bm import ObjectDetectionHead
-from .heads_image_bm import FullyConnectedClassifier, ImageClassificationHead, MaskedImageModelingHead
+from .heads_image_bm import (
+    FullyConnectedClassifier,
+    ImageClassificationHead,
+    MaskedImageModelingHead,
+    check_pixels,
+)
 from .heads_series_bm import TimeSeriesPredictionHead
 from .image_blocks_bm import ConvNextBlock, ImageStage, build_norm, build_stages
 from .kaiming_bm import KaimingLinear
@@ -76,6 +81,8 @@ class BmCnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
 class BmCnnModel(BmCnnPreTrainedModel):
     """Stem, stages or layers, and for ConvNeXt and sequences a last norm; `pooler_output` is what classifiers read."""
 
+    has_pooled_norm = True  # ConvNeXt's, on what is pooled
+
     def __init__(self, config: BmCnnConfig):
         super().__init__(config)
         self.stem = STEMS[config.input_type](config)
@@ -83,7 +90,8 @@ class BmCnnModel(BmCnnPreTrainedModel):
         if config.input_type == "pixels":
             self.stages = build_stages(config)
             self.pool = nn.AdaptiveAvgPool2d(config.pooled_grid)
-            closes = config.block_type == "convnext"  # whose residual stream nothing else normalises
+            # ConvNeXt's residual stream is normalised by nothing else.
+            closes = config.block_type == "convnext" and self.has_pooled_norm
             self.norm = build_norm(config, config.hidden_size) if closes else nn.Identity()
             self.feature_strides = config.stage_strides
             self.feature_channels = [config.stem_width, *config.hidden_sizes]
@@ -159,14 +167,21 @@ class BmCnnModel(BmCnnPreTrainedModel):
         )
 
 
+class BmCnnMaps(BmCnnModel):
+    """The model for heads that read maps and not what is pooled: without a norm that would get no gradient."""
+
+    has_pooled_norm = False
+
+
 class BmCnnBackbone(BackboneMixin, BmCnnPreTrainedModel):
     """The maps of the stages in `out_features`, for models that take a backbone."""
 
     has_attentions = False
 
     def __init__(self, config: BmCnnConfig):
+        check_pixels(config, type(self).__name__)
         super().__init__(config)
-        self.model = BmCnnModel(config)
+        self.model = BmCnnMaps(config)
         self.num_features = self.model.feature_channels
         self.post_init()
 
@@ -185,11 +200,11 @@ class BmCnnForImageClassification(ImageClassificationHead, BmCnnPreTrainedModel)
 
 
 class BmCnnForMaskedImageModeling(MaskedImageModelingHead, BmCnnPreTrainedModel):
-    trunk_class = BmCnnModel
+    trunk_class = BmCnnMaps
 
 
 class BmCnnForObjectDetection(ObjectDetectionHead, BmCnnPreTrainedModel):
-    trunk_class = BmCnnModel
+    trunk_class = BmCnnMaps
 
 
 class BmCnnForCausalLM(CausalLMHead, BmCnnPreTrainedModel, GenerationMixin):

@@ -76,8 +76,14 @@ class BmRnnLayer(GradientCheckpointingLayer):
         self.is_residual = config.residual and input_size == units
         self.dropout = LockedDropout(0.0 if is_last else config.hidden_dropout)
 
-    def forward(self, hidden_states, state=None, documents: Documents | None = None, past_key_values=None, **kwargs):
-        """(B, L, D) -> (B, L, U) and the state after it; `state` is where rows start that the cache does not know."""
+    def forward(
+        self, hidden_states, *state: torch.Tensor, documents: Documents | None = None, past_key_values=None, **kwargs
+    ):
+        """(B, L, D) -> (B, L, U) and the state after it; `state` is where rows start that the cache does not know.
+
+        A state goes in and out as two tensors, not as a pair: a reentrant checkpoint sees no gradient inside a tuple.
+        """
+        state = state or None
         if past_key_values is not None:
             state = past_key_values.layers[self.layer_idx].state or state
         mixed, state = self.recurrence(self.norm(hidden_states), state, documents)
@@ -85,7 +91,7 @@ class BmRnnLayer(GradientCheckpointingLayer):
             past_key_values.update(*state, self.layer_idx, hidden_states.shape[1])
         if self.is_residual:
             mixed = hidden_states + mixed
-        return self.dropout(mixed), state
+        return self.dropout(mixed), *state
 
 
 class BmRnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
@@ -187,8 +193,8 @@ class BmRnnModel(BmRnnPreTrainedModel):
         documents = Documents.find(attention_mask, position_ids, inputs_embeds, has_state=has_state)
         hidden_states, final_state = self.stem(inputs_embeds), []
         for layer, start in zip(self.layers, self._split_state(initial_state), strict=True):
-            hidden_states, state = layer(
-                hidden_states, state=start, documents=documents, past_key_values=past_key_values, **kwargs
+            hidden_states, *state = layer(
+                hidden_states, *start, documents=documents, past_key_values=past_key_values, **kwargs
             )
             final_state += state
         undropped = self.projection(self.norm(hidden_states))
@@ -201,10 +207,10 @@ class BmRnnModel(BmRnnPreTrainedModel):
             final_state=torch.cat(final_state, dim=-1) if self.returns_state else None,
         )
 
-    def _split_state(self, state: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
-        """The state of each layer, (hidden, cell), from a `final_state`."""
+    def _split_state(self, state: torch.Tensor | None) -> list[tuple[torch.Tensor, ...]]:
+        """The state of each layer, (hidden, cell), from a `final_state`; nothing, without one."""
         if state is None:
-            return [None] * len(self.layers)
+            return [()] * len(self.layers)
         has_cell = self.config.cell_type == "lstm"
         sizes = [size for units in self.config.layer_sizes for size in (units, units if has_cell else 0)]
         parts = state.split(sizes, dim=-1)

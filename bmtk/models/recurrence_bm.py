@@ -127,6 +127,9 @@ class TorchRecurrence(nn.Module):
     def forward(self, x: torch.Tensor, state=None, documents: Documents | None = None):
         """x (B, L, D), state ((B, U), (B, U or 0)) -> y (B, L, U), state after the last real token of each row."""
         batch, length = x.shape[:2]
+        if self.has_cell and torch.is_autocast_enabled(x.device.type):
+            # Not left to autocast: torch hands float32 rows and bfloat16 weights to oneDNN, which refuses them.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if state is None:
             state = x.new_zeros(batch, self.units), x.new_zeros(batch, self.units if self.has_cell else 0)
         if documents is None:

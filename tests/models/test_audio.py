@@ -1,15 +1,13 @@
 """Audio: log-mel frames against a Fourier sum and transformers, the stem's arithmetic, CTC against brute force."""
 
 import itertools
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-import transformers
-from head_cases import AUDIO, CASES, VOCAB, frames, padding, without_labels
-from transformers import AutoFeatureExtractor, AutoModelForCTC
+from model_cases import AUDIO, CASES, padding
+from transformers import AutoFeatureExtractor
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 import bmtk  # noqa: F401  (registers the families)
@@ -123,14 +121,14 @@ def test_lengths_are_what_the_convolutions_give():
 
 def test_frames_of_another_width_are_refused():
     with pytest.raises(ValueError, match=r"shape \(1, 9, 7\); num_mel_bins=8 wants \(rows, frames, 8\)"):
-        CASES["ctc"].model()(input_features=torch.randn(1, 9, 7))
+        CASES["transformer_audio-CTC"].model()(input_features=torch.randn(1, 9, 7))
 
 
 @pytest.mark.parametrize("positions", ["rotary", "sinusoidal", "learned"])
 @torch.no_grad()
 def test_audio_positions_are_told_apart(positions):
     """A recording that repeats itself gives other logits at another place, whatever tells positions apart."""
-    model = CASES["ctc"].model(position_embedding_type=positions)
+    model = CASES["transformer_audio-CTC"].model(position_embedding_type=positions)
     batch = {"input_features": torch.randn(1, 16, 8)}
     assert (
         model(**batch).logits[0] - model(input_features=batch["input_features"].flip(1)).logits[0].flip(0)
@@ -166,7 +164,7 @@ def test_ctc_loss_equals_the_sum_over_all_alignments(blank):
 
 
 def test_labels_that_cannot_be_aligned_are_an_error():
-    model = CASES["ctc"].model()
+    model = CASES["transformer_audio-CTC"].model()
     batch = {"input_features": torch.randn(2, 12, 8), "labels": torch.tensor([[3, 4, 5], [3, 3, 4]])}
     with pytest.raises(ValueError, match=r"rows \[1\] .* row 1 has 3 tokens, which need 4 positions, .* gives 3"):
         model(**batch)
@@ -176,61 +174,14 @@ def test_labels_that_cannot_be_aligned_are_an_error():
     with pytest.raises(ValueError, match="stands on the right"):
         model(input_features=torch.randn(1, 40, 8), labels=torch.tensor([[-100, 3]]))
     with pytest.raises(ValueError, match="needs pad_token_id: it is the blank"):
-        CASES["ctc"].model(pad_token_id=None)
+        CASES["transformer_audio-CTC"].model(pad_token_id=None)
 
 
 @torch.no_grad()
 def test_padding_says_blank():
     """Greedy decoding of a batch needs no lengths, as pipelines rely on."""
-    model, batch = CASES["ctc"].model(), without_labels(CASES["ctc"].batch())
+    model, batch = CASES["transformer_audio-CTC"].model(), CASES["transformer_audio-CTC"].inputs()
     said = model(**batch).logits.argmax(-1)
     lengths = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1))
     for row, length in zip(said, lengths, strict=True):
         assert not row[length:].any()
-
-
-# ------------------------------------------------------------------------------------ pipelines
-
-
-def saved_model(name: str, directory, **changes) -> str:
-    model = CASES[name].model(**changes)
-    model.save_pretrained(directory)
-    BmFeatureExtractor(feature_size=8).save_pretrained(directory)
-    return str(directory)
-
-
-def test_the_speech_recognition_pipeline_collapses_what_the_logits_say(tmp_path):
-    """With transformers' CTC tokenizer, which merges repeats and drops blanks; other tokenizers do neither."""
-    letters = "_abcdefghijklmnopqrstuvwxyz'^$|"
-    assert len(letters) == VOCAB
-    (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
-    tokenizer = transformers.Wav2Vec2CTCTokenizer(
-        str(tmp_path / "vocab.json"), pad_token="_", unk_token="'", bos_token="^", eos_token="$"
-    )
-    directory = saved_model("ctc", tmp_path / "model", initializer_range=0.5)
-    tokenizer.save_pretrained(directory)
-    pipe = transformers.pipeline("automatic-speech-recognition", model=directory)
-    assert type(pipe.model).__name__ == "BmTransformerForCTC"
-    recordings = [recording(8000, 1), recording(5000, 2)]
-    said = [row["text"] for row in pipe(recordings, batch_size=2)]
-    features = AutoFeatureExtractor.from_pretrained(directory)
-    model = AutoModelForCTC.from_pretrained(directory)
-    for samples, text in zip(recordings, said, strict=True):
-        with torch.no_grad():
-            best = model(**features(samples, return_tensors="pt")).logits[0].argmax(-1).tolist()
-        merged = [token for i, token in enumerate(best) if i == 0 or token != best[i - 1]]
-        assert text == "".join(letters[token] for token in merged if token).replace("|", " ").strip()
-        assert len(text) > 3
-
-
-def test_the_audio_classification_pipeline_runs(tmp_path):
-    directory = saved_model("audio-classification", tmp_path, id2label={0: "dog", 1: "cat", 2: "owl"})
-    said = transformers.pipeline("audio-classification", model=directory)(recording(8000))
-    assert {row["label"] for row in said} == {"dog", "cat", "owl"}
-    assert abs(sum(row["score"] for row in said) - 1) < 1e-3
-
-
-def test_fields_of_audio_are_read():
-    shapes = [CASES["ctc"].model(num_mel_bins=n).model.stem.conv1.weight.shape for n in (8, 12)]
-    assert shapes[0] != shapes[1]
-    assert len(frames()) == 2

@@ -4,13 +4,10 @@ Weights are copied over and everything is float32; differences stay within TOLER
 """
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from model_cases import CASES
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -396,17 +393,6 @@ def test_a_bidirectional_trunk_never_uses_a_cache():
     assert (trunk(changed).last_hidden_state[:, 0] - outputs.last_hidden_state[:, 0]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@torch.no_grad()
-def test_a_causal_trunk_never_sees_what_follows(cell):
-    trunk = AutoModel.from_config(small(cell)).eval()
-    ids = tokens(2, 20)
-    changed = torch.cat((ids[:, :12], tokens(2, 8)), dim=1)
-    one, other = trunk(ids).last_hidden_state, trunk(changed).last_hidden_state
-    assert torch.equal(one[:, :12], other[:, :12])
-    assert not torch.equal(one[:, 12:], other[:, 12:])
-
-
 # ---- regularisers --------------------------------------------------------------------------------------------------
 
 
@@ -610,11 +596,6 @@ def test_hidden_states_are_recorded_with_the_embeddings_first():
     assert outputs.final_state is None
 
 
-def test_a_causal_language_model_refuses_a_bidirectional_trunk():
-    with pytest.raises(ValueError, match="BmRnnForCausalLM needs is_causal=True: a bidirectional trunk"):
-        AutoModelForCausalLM.from_config(small(is_causal=False))
-
-
 def test_a_trunk_alone_is_no_encoder_decoder():
     with pytest.raises(ValueError, match="makes two stacks, and AutoModel one"):
         AutoModel.from_config(small(is_encoder_decoder=True))
@@ -757,34 +738,7 @@ def test_what_a_checkpoint_lacks_starts_as_in_a_new_model(cell, tmp_path):
         assert (gate @ gate.T - torch.eye(12)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@torch.no_grad()
-def test_a_saved_model_loads_exactly(cell, tmp_path):
-    model = language_model(cell)
-    ids = tokens(2, 6)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
-    assert "layer_types" not in (tmp_path / "config.json").read_text()
-
-
 # ---- training ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_one_batch_is_learned_by_heart(cell):
-    model = AutoModelForCausalLM.from_config(small(cell, intermediate_size=32, hidden_size=32, embedding_size=32))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    ids = tokens(2, 8)
-    model.train()
-    for _ in range(120):
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
-    assert (model.eval()(ids).logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])
@@ -882,98 +836,6 @@ def test_lora_on_recurrent_matrices_trains_saves_and_merges(cell, tmp_path):
 
 
 # ---- heads ---------------------------------------------------------------------------------------------------------
-
-AUDIO = {"input_type": "audio", "num_mel_bins": 5}
-SERIES = {
-    "input_type": "series", "context_length": 6, "prediction_length": 3, "patch_size": 2, "num_input_channels": 2,
-    "num_time_features": 1, "series_loss": "quantile", "quantiles": (0.1, 0.5),
-}  # fmt: skip
-HEADS = {
-    "AutoModel": {},
-    "AutoModelForCausalLM": {},
-    "AutoModelForSeq2SeqLM": {"is_encoder_decoder": True},
-    "AutoModelForMaskedLM": {"is_causal": False, "embedding_size": 6},
-    "AutoModelForSequenceClassification": {"num_labels": 4},
-    "AutoModelForTokenClassification": {"num_labels": 4},
-    "AutoModelForQuestionAnswering": {"is_causal": False},
-    "AutoModelForAudioClassification": {**AUDIO, "num_labels": 4},
-    "AutoModelForCTC": AUDIO,
-    "AutoModelForTimeSeriesPrediction": SERIES,
-}
-
-
-def build_head(name: str, cell: str = "lstm"):
-    """A model of that head and inputs with labels: rows of 12 tokens, 24 frames or 6 steps."""
-    config = small(cell, **{"embedding_size": None, **HEADS[name]})
-    model = shake(getattr(transformers, name).from_config(config))
-    inputs = {"input_ids": tokens(2, 12)}
-    if config.input_type == "audio":
-        inputs = {"input_features": torch.randn(2, 24, 5)}
-    elif config.input_type == "series":
-        inputs = {"past_values": torch.randn(2, 6, 2), "past_time_features": torch.randn(2, 6, 1),
-                  "future_time_features": torch.randn(2, 3, 1), "future_values": torch.randn(2, 3, 2)}  # fmt: skip
-    if "LM" in name:
-        inputs["labels"] = tokens(2, 12)
-    elif name == "AutoModelForTokenClassification":
-        inputs["labels"] = torch.randint(4, (2, 12))
-    elif "Classification" in name:
-        inputs["labels"] = torch.randint(4, (2,))
-    elif name == "AutoModelForCTC":
-        inputs["labels"] = tokens(2, 2)
-    elif name == "AutoModelForQuestionAnswering":
-        inputs |= {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 2])}
-    return model, inputs
-
-
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("name", HEADS)
-def test_every_head_trains_every_parameter(name, cell):
-    model, inputs = build_head(name, cell)
-    outputs = model.train()(**inputs)
-    loss = outputs.last_hidden_state.sum() if name == "AutoModel" else outputs.loss
-    loss.backward()
-    assert loss.isfinite()
-    # A forget gate's second bias and an embedding beyond the batch get their gradients too, or none that is missing.
-    assert [
-        parameter for parameter, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
-    ] == []
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["AutoModelForAudioClassification", "AutoModelForCTC"])
-@torch.no_grad()
-def test_padded_frames_change_no_output_of_an_audio_head(name, side):
-    model, inputs = build_head(name)
-    frames = inputs["input_features"]
-    pad = torch.randn(2, 8, 5)
-    padded = torch.cat((pad, frames) if side == "left" else (frames, pad), dim=1)
-    ones, zeros = torch.ones(2, 24), torch.zeros(2, 8)
-    mask = torch.cat((zeros, ones) if side == "left" else (ones, zeros), dim=1)
-    expected = model.eval()(frames).logits
-    ours = model(padded, attention_mask=mask).logits
-    assert is_close(ours if expected.ndim == 2 else ours[:, : expected.shape[1]], expected)
-
-
-def test_a_head_without_tokens_has_no_token_embedding_and_names_its_input():
-    model, inputs = build_head("AutoModelForAudioClassification")
-    assert model.main_input_name == "input_features"
-    with pytest.raises(NotImplementedError, match="input_type='audio' has no token embedding"):
-        model.get_input_embeddings()
-    with pytest.raises(ValueError, match="pass input_features or inputs_embeds, and not both"):
-        model.model()
-    dropped = transformers.AutoModel.from_config(small(**AUDIO, embedding_size=None, input_dropout=0.5)).train()
-    frames = inputs["input_features"]
-    assert not torch.equal(
-        dropped(input_features=frames).last_hidden_state, dropped(input_features=frames).last_hidden_state
-    )
-
-
-def test_a_series_may_be_read_from_both_sides_or_from_the_past():
-    for is_causal, read in ((True, 8), (False, 3 * 8), (None, 3 * 8)):
-        model = transformers.AutoModelForTimeSeriesPrediction.from_config(
-            small(**SERIES, embedding_size=None, is_causal=is_causal)
-        )
-        assert model.projection.in_features == read
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
@@ -1154,54 +1016,22 @@ def test_a_translator_names_what_its_configuration_lacks():
         model(tokens(1, 3), labels=tokens(1, 3))
 
 
-# ---- the whole -----------------------------------------------------------------------------------------------------
+def test_a_head_without_tokens_has_no_token_embedding_and_names_its_input():
+    model, frames = CASES["rnn_audio-AudioClassification"].model(), torch.randn(2, 24, 8)
+    assert model.main_input_name == "input_features"
+    with pytest.raises(NotImplementedError, match="input_type='audio' has no token embedding"):
+        model.get_input_embeddings()
+    with pytest.raises(ValueError, match="pass input_features or inputs_embeds, and not both"):
+        model.model()
+    dropped = CASES["rnn_audio-Model"].model(input_dropout=0.5).train()
+    one, other = (dropped(input_features=frames).last_hidden_state for _ in range(2))
+    assert not torch.equal(one, other)
 
 
-def test_every_field_of_the_configuration_is_turned_by_a_test():
-    source = Path(__file__).read_text()
-    fields = [name for name in BmRnnConfig.__annotations__ if name not in ("heads", "presets")]
-    assert [name for name in fields if f"{name}=" not in source and f'"{name}"' not in source] == []
-
-
-CLEAN_PROCESS = """
-import sys
-
-class NoBmtk:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "bmtk":
-            raise ImportError("bmtk is not here")
-
-sys.meta_path.insert(0, NoBmtk())
-import torch, transformers
-for name in sys.argv[2:]:
-    auto = getattr(transformers, name)
-    folder = sys.argv[1] + "/" + name
-    model = auto.from_pretrained(folder, trust_remote_code=True)
-    expected = torch.load(folder + "/expected.pt")
-    inputs = expected.pop("inputs")
-    with torch.no_grad():
-        outputs = model(**inputs)
-    for key, value in expected.items():
-        assert torch.equal(outputs[key], value), (name, key)
-    if model.can_generate():
-        assert model.generate(inputs["input_ids"], max_new_tokens=4, num_beams=2).shape[0] == 2
-assert not any(module.split(".")[0] == "bmtk" for module in sys.modules)
-print("loaded", len(sys.argv[2:]))
-"""
-
-
-@torch.no_grad()
-def test_saved_code_loads_in_a_process_without_bmtk(tmp_path):
-    assert HEADS.keys() == BmRnnConfig.heads.keys()
-    for name in HEADS:
-        model, inputs = build_head(name, "mingru" if name == "AutoModelForSeq2SeqLM" else "lstm")
-        outputs = model.eval()(**inputs)
-        model.save_pretrained(tmp_path / name)
-        kept = {key: value for key, value in outputs.items() if isinstance(value, torch.Tensor)}
-        torch.save({"inputs": inputs, **kept}, tmp_path / name / "expected.pt")
-    command = [sys.executable, "-c", CLEAN_PROCESS, str(tmp_path), *HEADS]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.strip() == f"loaded {len(HEADS)}", done.stderr
+def test_a_series_may_be_read_from_both_sides_or_from_the_past():
+    for is_causal, read in ((True, 32), (False, 4 * 32), (None, 4 * 32)):
+        model = CASES["rnn_series-TimeSeriesPrediction"].model(is_causal=is_causal)
+        assert model.projection.in_features == read
 
 
 @pytest.mark.gpu
