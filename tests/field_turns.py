@@ -192,6 +192,8 @@ TURNS = {
         "pool_stride": Turn(1, "outputs", head="ImageClassification", base=PLAIN),
         "pooling_type": Turn("avg", "outputs", head="ImageClassification", base=PLAIN),
         "expansion": Turn(2, "shapes", head="ImageClassification", base=CONVNEXT_PIXELS),
+        "downsample_in_bottleneck": Turn(True, "outputs", head="ImageClassification",
+                                         base={**PIXELS, "block_type": "bottleneck"}),
         "layer_scale_init_value": Turn(0.1, "weights", head="ImageClassification", base=CONVNEXT_PIXELS),
         "drop_path_rate": Turn(0.9, "training", head="ImageClassification",
                                base={**PIXELS, "norm_type": "layer_norm"}),
