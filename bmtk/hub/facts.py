@@ -46,7 +46,9 @@ def hardware() -> str:
     """The device that trains, as a person would name it."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    return f"{cores} CPU cores" + (f", {threads} of them used" if threads < cores else "")
 
 
 def model_facts(model, *, base_model: str | None = None, adapter: str | None = None) -> dict[str, object]:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from model_cases import CASES
 from safetensors.torch import load_file, save_file
 from torch import nn
