@@ -52,6 +52,9 @@ class RunArguments:
         default="bm_transformer",
         metadata={"help": "Architecture of a new model: a bm_... family or any of transformers"},
     )
+    preset_model: str | None = field(
+        default=None, metadata={"help": "Published shape of a new model, such as resnet-18; `bmtk models` lists them"}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code from the Hub or folder: only for sources you have read"}
     )
@@ -141,6 +144,24 @@ def resolved_config(*instances: object) -> dict[str, object]:
                 continue  # not what was given, but what the class made of it
             resolved[f.name] = json.loads(json.dumps(value, default=str))
     return resolved
+
+
+def model_type_of(values: RunConfig) -> str:
+    """The model type of a new model: that of its `preset_model`, else `model_type`.
+
+    Raises: ValueError for a preset that no family has, or another family than `model_type`.
+    """
+    preset, given = values.get("preset_model"), values.get("model_type")
+    if preset is None:
+        return str(given or RunArguments.model_type)
+    families = {name: CONFIG_MAPPING[name] for name in CONFIG_MAPPING.keys() if name.startswith("bm_")}
+    owner = next((name for name, config_class in families.items() if preset in config_class.presets), None)
+    if owner is None:
+        known = "; ".join(f"{name}: {', '.join(sorted(cls.presets))}" for name, cls in families.items())
+        raise ValueError(f"preset_model={preset!r} is unknown; there are {known}")
+    if given not in (None, owner):
+        raise ValueError(f"preset_model={preset} is a {owner}, and model_type={given}; leave it out")
+    return owner
 
 
 def model_fields(model_type: str) -> type:

@@ -25,7 +25,6 @@ from bmtk.hub.conclusion import conclude
 from bmtk.tasks import task_named
 from bmtk.training import finetuning
 from bmtk.training.adapters import AdapterArguments, add_adapter
-from bmtk.training.arguments import LoopArguments
 from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
 from bmtk.training.interruption import noted_signals
 from bmtk.training.lr_range_test import suggest_rate
@@ -39,10 +38,11 @@ def read_arguments(argv: list[str]) -> list:
     """What config file and command line say: run, data, Trainer, adapter and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="sequence_classification/sst2")
     task_class = task_named(values.get("task", "sequence_classification"))
-    architecture = arguments.model_fields(values.get("model_type", "bm_transformer"))
+    model_type = arguments.model_type_of(values)
+    architecture = arguments.model_fields(model_type)
     groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments]
     bound = values.bind([*groups, AdapterArguments, architecture], description=__doc__)
-    bound[0].task = task_class.name
+    bound[0].task, bound[0].model_type = task_class.name, model_type
     if bound[2].load_best_model_at_end:
         finetuning.choose_best_by(bound[2], values.get("metric_for_best_model", task_class.main_metric))
     return bound
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     if is_main:
         print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)
     if run.find_lr:
-        return print(suggest_rate(task, model, loop_arguments(args), Accelerator()))
+        return print(suggest_rate(task, model, finetuning.loop_arguments(args), Accelerator()))
     if run.dry_run:
         return print(plan(config, task, model, args))
 
@@ -115,15 +115,6 @@ def model_facts(trainer, run, adapter) -> dict[str, object]:
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     saved_as = "adapter" if adapter.adapter and not adapter.merge_adapter else "model"
     return {**facts.model_facts(model, base_model=run.model, adapter=adapter.adapter), "saved_as": saved_as}
-
-
-def loop_arguments(args) -> LoopArguments:
-    """What the project's own loop would be told, to do as this Trainer does."""
-    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    precision = "bf16" if args.bf16 else "fp32"
-    rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
-    sizes = {"batch_size": share * args.world_size, "micro_batch_size": args.per_device_train_batch_size}
-    return LoopArguments(args.output_dir, seed=args.seed, precision=precision, **rates, **sizes)
 
 
 def plan(config, task, model, args) -> str:

@@ -40,10 +40,11 @@ def read_arguments(argv: list[str]) -> list:
     """What config file and command line say: run, data, loop and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="causal_lm/tiny_shakespeare")
     task_class = task_named(values.get("task", "causal_lm"))
-    architecture = arguments.model_fields(values.get("model_type", "bm_transformer"))
+    model_type = arguments.model_type_of(values)
+    architecture = arguments.model_fields(model_type)
     groups = [arguments.RunArguments, task_class.arguments, LoopArguments, architecture]
     bound = values.bind(groups, description=__doc__)
-    bound[0].task = task_class.name
+    bound[0].task, bound[0].model_type = task_class.name, model_type
     return bound
 
 

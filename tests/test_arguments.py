@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 import pytest
 
 import bmtk  # noqa: F401
-from bmtk.arguments import RunArguments, RunConfig, clean_errors, model_fields, read_yaml, resolved_config
+from bmtk.arguments import (
+    RunArguments,
+    RunConfig,
+    clean_errors,
+    model_fields,
+    model_type_of,
+    read_yaml,
+    resolved_config,
+)
 
 
 @dataclass
@@ -106,6 +114,18 @@ def test_an_unknown_model_type_names_ours_and_what_is_near():
         ValueError, match=r"model_type='bm_transfromer' is unknown; ours are bm_.*near: bm_transformer"
     ):
         model_fields("bm_transfromer")
+
+
+def test_a_preset_says_which_family_a_new_model_is_of():
+    def of(**values):
+        return model_type_of(RunConfig(values, []))
+
+    assert (of(preset_model="resnet-18"), of(preset_model="awd-lstm-ptb")) == ("bm_cnn", "bm_rnn")
+    assert (of(), of(model_type="gpt2")) == ("bm_transformer", "gpt2")
+    with pytest.raises(ValueError, match=r"preset_model='resnet-19' is unknown; there are bm_cnn: alexnet, .*bm_r"):
+        of(preset_model="resnet-19")
+    with pytest.raises(ValueError, match="preset_model=resnet-18 is a bm_cnn, and model_type=bm_rnn; leave it"):
+        of(preset_model="resnet-18", model_type="bm_rnn")
 
 
 def test_a_name_of_two_groups_belongs_to_the_first():

@@ -109,12 +109,17 @@ class Task:
         """What the configuration of a new model takes from the data."""
         return {}
 
-    def new_config(self, model_type: str, chosen: Mapping[str, object]):
-        """The configuration of a new model: `chosen` fields, over what the data say of those that it has."""
+    def new_config(self, model_type: str, chosen: Mapping[str, object], *, preset: str | None = None):
+        """The configuration of a new model: `chosen` fields over those of a preset over what the data say.
+
+        Which tokens there are is decided by the data, whatever the preset says.
+        """
         config_class = CONFIG_MAPPING[model_type]
         known = {f.name for f in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
         from_data = {name: value for name, value in self.config_fields.items() if name in known}
-        return config_class(**{**from_data, **chosen})
+        tokens = {k: v for k, v in from_data.items() if k == "vocab_size" or k.endswith("_token_id")}
+        of_preset = config_class.presets[preset] if preset else {}
+        return config_class(**{**from_data, **of_preset, **tokens, **chosen})
 
     def configure(self, config, *, labels: Sequence[str] = ()) -> None:
         """Write into `config` what the data say (labels, padding), and turn `rows` into what the collator reads.

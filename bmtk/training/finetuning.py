@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer,
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapters import ADAPTER_CONFIG, load_adapter
+from .arguments import LoopArguments
 from .callbacks import Progress
 from .predicting import Results, measure, predict_all
 from .run_folder import CHECKPOINTS
@@ -153,7 +154,7 @@ def starting_model(run, task, chosen: dict[str, object]) -> PreTrainedModel:
         model, more = load_for_task(task.auto_class, run.model, config, **run.loading)
         task.notes += notes + more
     else:
-        config = task.new_config(run.model_type, chosen)
+        config = task.new_config(run.model_type, chosen, preset=run.preset_model)
         task.configure(config)
         model = task.auto_class.from_config(config)
     task.prepare_to_save(model)
@@ -330,6 +331,15 @@ def save(trainer: Trainer, directory: str | Path, *, merge: bool):
     trainer.save_model(str(directory))
     if trainer.is_world_process_zero():
         (Path(directory) / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load
+
+
+def loop_arguments(args: TrainingArguments) -> LoopArguments:
+    """What the project's own loop would be told, to do as this Trainer does."""
+    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    precision = "bf16" if args.bf16 else "fp32"
+    rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+    sizes = {"batch_size": share * args.world_size, "micro_batch_size": args.per_device_train_batch_size}
+    return LoopArguments(args.output_dir, seed=args.seed, precision=precision, **rates, **sizes)
 
 
 def total_steps(args: TrainingArguments, num_rows: int) -> int:

@@ -17,6 +17,7 @@ from sklearn.metrics import (
 from transformers import AutoTokenizer, BertConfig, LlamaConfig
 
 from bmtk.data.tokenizers import train_tokenizer
+from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.tasks.classification import class_weights, scores_by_label
 from bmtk.tasks.sequence_classification import SequenceClassification, SequenceClassificationArguments
@@ -56,6 +57,14 @@ def test_words_and_numbers_become_ids_in_a_stable_order(tmp_path):
     configured(many)
     assert many.labels == ["2", "9", "10"]
     assert list(many.rows["validation"]["labels"]) == [1]
+
+
+def test_a_preset_gives_a_new_model_its_shape_and_the_data_its_tokens(tmp_path):
+    task = make_task(tmp_path)
+    config = task.new_config("bm_cnn", {"hidden_size": 24}, preset="kim-cnn")
+    assert (config.block_type, config.hidden_size) == ("multi_width", 24)
+    assert config.filter_widths == BmCnnConfig.from_preset("kim-cnn").filter_widths
+    assert config.vocab_size == len(task.processor) != BmCnnConfig.from_preset("kim-cnn").vocab_size
 
 
 def test_rows_are_what_the_tokenizer_makes_of_the_texts(tmp_path):
