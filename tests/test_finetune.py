@@ -381,7 +381,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
             r"model='\./nowhere' is no folder here, and as a Hub id",
         ),
         (["--model", str(REVIEWS), "--tokenizer", "byte_bpe"], r"is a folder without config\.json"),
-        (["--adapter", "prefix"], r"adapter='prefix' is unknown; choose lora"),
+        (["--adapter", "prefix"], r"adapter='prefix' is unknown; choose lora or dora"),
         (["--adapter", "lora"], r"adapter=lora changes a pretrained model; name one with model"),
         (["--merge_adapter"], r"merge_adapter needs an adapter: set adapter to lora"),
         (["--max_length", "65"], r"max_length=65 exceeds the model's limit of 64 tokens"),

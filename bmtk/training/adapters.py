@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+ADAPTERS = ("lora", "dora")
 ADAPTER_CONFIG = "adapter_config.json"  # the file that makes a folder an adapter
 
 
@@ -20,7 +23,7 @@ class AdapterArguments:
 
     adapter: str | None = field(
         default=None,
-        metadata={"help": "lora: train low-rank updates of all linear layers, and the head; default: all"},
+        metadata={"help": "lora, or dora: train low-rank updates of the trunk's matrices, and the head; default: all"},
     )
     lora_rank: int = field(default=8, metadata={"help": "rank of the update of a matrix"})
     lora_alpha: float = field(default=16, metadata={"help": "the update is multiplied by lora_alpha / lora_rank"})
@@ -30,8 +33,11 @@ class AdapterArguments:
     )
 
     def __post_init__(self):
-        if self.adapter not in (None, "lora"):
-            raise ValueError(f"adapter={self.adapter!r} is unknown; choose lora, or leave it out to train all weights")
+        if self.adapter not in (None, *ADAPTERS):
+            raise ValueError(
+                f"adapter={self.adapter!r} is unknown; choose {' or '.join(ADAPTERS)}, or leave it out to train all "
+                "weights"
+            )
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
         if not 0 <= self.lora_dropout < 1:
@@ -41,24 +47,50 @@ class AdapterArguments:
 
 
 def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PeftModel:
-    """Freeze `model` and add trainable low-rank updates to its linear layers; the head is trained whole.
+    """Freeze `model` and add trainable low-rank updates to its trunk; the head is trained whole.
 
-    Source: Hu et al. 2021, arXiv:2106.09685; on all linear layers: Dettmers et al. 2023, arXiv:2305.14314.
+    They are added to linear layers, convolutions of one group, and the matrices of recurrent layers.
+    Source: Hu et al. 2021, arXiv:2106.09685 (LoRA); on all layers: Dettmers et al. 2023, arXiv:2305.14314; Liu et al.
+    2024, arXiv:2402.09353 (DoRA).  Raises: ValueError for a trunk without matrices, or DoRA of recurrent layers.
     """
     heads = [
         name for name, module in model.named_children() if name != model.base_model_prefix and _has_weights(module)
     ]
+    layers, matrices = adaptable(model.base_model)
+    if not layers and not matrices:
+        raise ValueError(f"adapter={args.adapter}: a {type(model).__name__} has no matrices; leave adapter out")
+    if matrices and args.adapter == "dora":
+        raise ValueError("adapter=dora knows no recurrent layers; choose lora")
+    if matrices and args.lora_dropout:
+        raise ValueError(f"lora_dropout={args.lora_dropout} does not reach recurrent matrices; leave it out")
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     config = LoraConfig(
         task_type=task_type,
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules="all-linear",
-        exclude_modules=heads,
+        use_dora=args.adapter == "dora",
+        target_modules=[prefix + name for name in layers],
+        target_parameters=[prefix + name for name in matrices] or None,
         modules_to_save=heads,
     )
     with _no_future_warnings():
         return get_peft_model(model, config)
+
+
+def adaptable(trunk: torch.nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the layers whose matrix may get an update, and of the matrices of recurrent layers."""
+    kinds = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
+    found = ((name, module) for name, module in trunk.named_modules() if isinstance(module, kinds))
+    layers = [name for name, module in found if getattr(module, "groups", 1) == 1]
+    matrices = [
+        f"{name}.{key}"
+        for name, module in trunk.named_modules()
+        if isinstance(module, nn.RNNBase)
+        for key, parameter in module.named_parameters()
+        if parameter.ndim == 2
+    ]
+    return layers, matrices
 
 
 def load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
