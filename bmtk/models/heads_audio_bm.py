@@ -10,12 +10,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .heads_bm import classification_loss
-
-
-def check_audio(config, head: str) -> None:
-    if config.input_type != "audio":
-        raise ValueError(f"{head} needs input_type='audio', and this configuration has {config.input_type!r}")
+from .heads_bm import check_input, classification_loss
 
 
 class AudioClassificationHead:
@@ -24,7 +19,7 @@ class AudioClassificationHead:
     main_input_name = "input_features"
 
     def __init__(self, config):
-        check_audio(config, type(self).__name__)
+        check_input(config, type(self).__name__, "audio")
         super().__init__(config)
         self.model = self.trunk_class(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
@@ -58,7 +53,7 @@ class CTCHead:
     main_input_name = "input_features"
 
     def __init__(self, config):
-        check_audio(config, type(self).__name__)
+        check_input(config, type(self).__name__, "audio")
         if config.pad_token_id is None:
             raise ValueError(f"{type(self).__name__} needs pad_token_id: it is the blank; set it in the configuration")
         super().__init__(config)
@@ -131,4 +126,4 @@ def ctc_loss(logits, lengths, labels, blank: int, num_items_in_batch=None) -> to
     return total / (sizes.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
-__all__ = ["AudioClassificationHead", "CTCHead", "check_audio", "ctc_loss"]
+__all__ = ["AudioClassificationHead", "CTCHead", "ctc_loss"]

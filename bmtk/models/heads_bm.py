@@ -23,6 +23,12 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .pooling_bm import last_position, mask_of_positions, mean_position
 
 
+def check_input(config, head: str, input_type: str) -> None:
+    """Raise ValueError if the configuration reads something else than the head is about."""
+    if config.input_type != input_type:
+        raise ValueError(f"{head} needs input_type={input_type!r}, and this configuration has {config.input_type!r}")
+
+
 class CausalLMHead:
     """Predicts the next token.  The family's trunk must be causal."""
 
@@ -30,6 +36,7 @@ class CausalLMHead:
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config):
+        check_input(config, type(self).__name__, "tokens")
         if not config.is_causal:
             raise ValueError(
                 f"{type(self).__name__} needs is_causal=True: a bidirectional trunk sees the token it should predict"
@@ -121,6 +128,7 @@ class MaskedLMHead(TextHead):
     _tied_weights_keys = {"lm_head.weight": "model.stem.embed_tokens.weight"}
 
     def __init__(self, config):
+        check_input(config, type(self).__name__, "tokens")
         if config.is_causal:
             raise ValueError(
                 f"{type(self).__name__} needs is_causal=False: a causal trunk does not see what follows a masked token"
@@ -286,6 +294,7 @@ __all__ = [
     "QuestionAnsweringHead",
     "SequenceClassificationHead",
     "TokenClassificationHead",
+    "check_input",
     "classification_loss",
     "label_loss",
     "last_position",

@@ -19,7 +19,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .boxes_bm import assign_boxes, centerness, centres, corners, grid_locations, overlap_of_distances, side_distances
-from .heads_image_bm import check_pixels
+from .heads_bm import check_input
 
 NUM_TRUNK_LEVELS = 3  # the paper's C3, C4 and C5
 STRIDES_OF_RANGE = (
@@ -114,7 +114,7 @@ class ObjectDetectionHead:
     main_input_name = "pixel_values"
 
     def __init__(self, config):
-        check_pixels(config, type(self).__name__)
+        check_input(config, type(self).__name__, "pixels")
         super().__init__(config)
         self.model = self.trunk_class(config)
         self.used_maps = last_map_of_each_stride(self.model.feature_strides)[-config.num_feature_levels :]

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention, MaskedImageModelingOutput
 from transformers.utils import can_return_tuple
 
-from .heads_bm import classification_loss
+from .heads_bm import check_input, classification_loss
 from .kaiming_bm import KaimingLinear
 from .stems_image_bm import mask_of_size
 
@@ -44,11 +44,6 @@ class FullyConnectedClassifier(nn.Sequential):
         return super().forward(x.to(self[-1].bias.dtype))  # a trunk without parameters has no precision of its own
 
 
-def check_pixels(config, head: str) -> None:
-    if config.input_type != "pixels":
-        raise ValueError(f"{head} needs input_type='pixels', and this configuration has {config.input_type!r}")
-
-
 class ImageClassificationHead:
     """One label, several labels (`problem_type`) or numbers for a whole image."""
 
@@ -56,7 +51,7 @@ class ImageClassificationHead:
     classifier_class = LinearClassifier
 
     def __init__(self, config):
-        check_pixels(config, type(self).__name__)
+        check_input(config, type(self).__name__, "pixels")
         super().__init__(config)
         self.model = self.trunk_class(config)
         self.classifier = self.classifier_class(config)
@@ -83,7 +78,7 @@ class MaskedImageModelingHead:
     main_input_name = "pixel_values"
 
     def __init__(self, config):
-        check_pixels(config, type(self).__name__)
+        check_input(config, type(self).__name__, "pixels")
         super().__init__(config)
         self.model = self.trunk_class(config)
         self.mask_token = nn.Parameter(torch.zeros(self.model.stem.width))
@@ -139,5 +134,4 @@ __all__ = [
     "ImageClassificationHead",
     "LinearClassifier",
     "MaskedImageModelingHead",
-    "check_pixels",
 ]

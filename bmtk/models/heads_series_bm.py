@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .heads_bm import check_input
 from .stems_series_bm import Instance, check_time_features
 
 SMALLEST_SCALE = 1e-6  # of a Student-t, in standard deviations of the row
@@ -99,10 +100,7 @@ class TimeSeriesPredictionHead:
     main_input_name = "past_values"
 
     def __init__(self, config):
-        if config.input_type != "series":
-            raise ValueError(
-                f"{type(self).__name__} needs input_type='series', and this configuration has {config.input_type!r}"
-            )
+        check_input(config, type(self).__name__, "series")
         super().__init__(config)
         self.model = self.trunk_class(config)
         self.forecast = FORECASTS[config.series_loss](config)

@@ -29,13 +29,13 @@ from .heads_bm import (
     QuestionAnsweringHead,
     SequenceClassificationHead,
     TokenClassificationHead,
+    check_input,
 )
 from .heads_detection_bm import ObjectDetectionHead
 from .heads_image_bm import (
     FullyConnectedClassifier,
     ImageClassificationHead,
     MaskedImageModelingHead,
-    check_pixels,
 )
 from .heads_series_bm import TimeSeriesPredictionHead
 from .image_blocks_bm import ConvNextBlock, ImageStage, build_norm, build_stages
@@ -179,7 +179,7 @@ class BmCnnBackbone(BackboneMixin, BmCnnPreTrainedModel):
     has_attentions = False
 
     def __init__(self, config: BmCnnConfig):
-        check_pixels(config, type(self).__name__)
+        check_input(config, type(self).__name__, "pixels")
         super().__init__(config)
         self.model = BmCnnMaps(config)
         self.num_features = self.model.feature_channels

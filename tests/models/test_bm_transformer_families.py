@@ -209,6 +209,8 @@ def test_convert_saves_nothing_when_outputs_differ(tmp_path, monkeypatch):
         ("AutoModelForCTC", {}, "needs input_type='audio'"),
         ("AutoModelForAudioClassification", {"input_type": "pixels"}, "needs input_type='audio'"),
         ("AutoModelForTimeSeriesPrediction", {}, "needs input_type='series'"),
+        ("AutoModelForMaskedLM", {"input_type": "audio"}, "needs input_type='tokens'"),
+        ("AutoModelForCausalLM", {"input_type": "series"}, "needs input_type='tokens'"),
     ],
 )
 def test_heads_refuse_trunks_that_cannot_serve_them(auto_class, changes, message):
