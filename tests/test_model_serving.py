@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,6 @@ from model_cases import (
     CASES,
     CAUSAL_LM_CASES,
     GENERATING_CASES,
-    NEEDS,
     PIPELINE_CASES,
     VOCAB,
     Case,
