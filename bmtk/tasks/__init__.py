@@ -4,6 +4,7 @@ from .audio_classification import AudioClassification
 from .causal_lm import CausalLM
 from .image_classification import ImageClassification
 from .sequence_classification import SequenceClassification
+from .speech_recognition import SpeechRecognition
 from .task import Task
 
 TASKS = {
@@ -11,6 +12,7 @@ TASKS = {
     "causal_lm": CausalLM,
     "image_classification": ImageClassification,
     "sequence_classification": SequenceClassification,
+    "speech_recognition": SpeechRecognition,
 }
 
 
