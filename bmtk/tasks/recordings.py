@@ -101,12 +101,14 @@ class RecordingTask(Task):
         if type(config) not in FEATURE_EXTRACTOR_MAPPING:
             raise ValueError(f"no feature extractor belongs to a {config.model_type}; is it a model of recordings?")
         rate = self.args.sampling_rate
-        return FEATURE_EXTRACTOR_MAPPING[type(config)](
-            feature_size=config.num_mel_bins,
-            sampling_rate=rate,
-            frame_length=round(rate * self.args.frame_ms / 1000),
-            hop_length=round(rate * self.args.hop_ms / 1000),
-        )
+        options = {"sampling_rate": rate}
+        if hasattr(config, "num_mel_bins"):  # else it reads samples
+            options |= {
+                "feature_size": config.num_mel_bins,
+                "frame_length": round(rate * self.args.frame_ms / 1000),
+                "hop_length": round(rate * self.args.hop_ms / 1000),
+            }
+        return FEATURE_EXTRACTOR_MAPPING[type(config)](**options)
 
     def rows_of(self, rows: Dataset, where: str) -> "RecordingRows":
         """Rows for the collator; training rows are changed from epoch to epoch if `args` say so."""

@@ -111,8 +111,10 @@ class SpeechRecognition(RecordingTask):
         self.blank = self.tokenizer.pad_token_id
 
     def _tokenizer(self):
-        own = self.model is not None and not Path(self.model).is_dir()
-        if self.model is not None and (own or (Path(self.model) / "tokenizer_config.json").is_file()):
+        is_folder = self.model is not None and Path(self.model).is_dir()
+        has_tokens = not is_folder or (Path(self.model) / "tokenizer_config.json").is_file()
+        self.makes_tokens = self.model is None or not has_tokens
+        if not self.makes_tokens:
             return AutoTokenizer.from_pretrained(self.model, **self.loading)
         if "train" not in self.rows:
             raise ValueError("the tokens of a recogniser are found in training rows; name a trained model with model")
@@ -132,8 +134,9 @@ class SpeechRecognition(RecordingTask):
 
     def configure(self, config, **options) -> None:
         """Write the tokens into `config`, and see which recordings are too short for their labels."""
-        if config.pad_token_id != self.blank or config.vocab_size < len(self.tokenizer):
-            config.vocab_size, config.pad_token_id = len(self.tokenizer), self.blank
+        config.pad_token_id = self.blank
+        if self.makes_tokens or len(self.tokenizer) > config.vocab_size:
+            config.vocab_size = len(self.tokenizer)
         with torch.device("meta"):
             self.num_positions = self.auto_class.from_config(config)._get_feat_extract_output_lengths
         super().configure(config)

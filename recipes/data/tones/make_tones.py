@@ -33,9 +33,10 @@ def samples(text: str, instrument: str, draw: random.Random) -> list[float]:
     for character in text:
         length = round(RATE * (PAUSE if character == " " else LETTER) * draw.uniform(0.85, 1.15))
         step = 2 * math.pi * PITCHES.get(character, 0) * pitch / RATE
+        shares = [share for k, share in enumerate(OVERTONES[instrument]) if step * (k + 1) < math.pi]  # below RATE / 2
         for n in range(length):
             fade = loudness * min(1.0, n / 80, (length - n) / 80)
-            waves = (share * math.sin(step * (k + 1) * n) for k, share in enumerate(OVERTONES[instrument]))
+            waves = (share * math.sin(step * (k + 1) * n) for k, share in enumerate(shares))
             sound.append(fade * sum(waves))
     return [sample + draw.gauss(0, 0.01) for sample in sound + after]
 
