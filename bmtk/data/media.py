@@ -105,23 +105,30 @@ def decode_audio(value: dict[str, object], where: str, *, sampling_rate: int) ->
 
     Raises: ValueError that says `where` and what is wrong with it.
     """
-    try:
-        samples, rate = _samples(value)
-    except (OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{where} is not a recording that can be read: {_named(value)}{error}") from error
-    samples = samples.mean(axis=1)
+    samples, rate = _read_audio(value, where, lambda source: soundfile.read(source, dtype="float32", always_2d=True))
+    samples = samples.mean(axis=1)  # of (N, channels)
     if not len(samples):
         raise ValueError(f"{where} is a recording without a sample: {_named(value)}leave it out")
-    return samples if rate == sampling_rate else _resampled(samples, rate, sampling_rate)
+    return samples if rate == sampling_rate else resampled(samples, rate, sampling_rate)
 
 
-def _samples(value: dict[str, object]) -> tuple[np.ndarray, int]:
-    """Samples (N, channels) and their rate."""
-    source = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
-    return soundfile.read(source, dtype="float32", always_2d=True)
+def audio_seconds(value: dict[str, object], where: str) -> float:
+    """How long a recording says it is; its samples are not read.  Raises: as `decode_audio`, what its head shows."""
+    info = _read_audio(value, where, soundfile.info)
+    if not info.frames:
+        raise ValueError(f"{where} is a recording without a sample: {_named(value)}leave it out")
+    return info.frames / info.samplerate
 
 
-def _resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+def _read_audio(value: dict[str, object], where: str, read):
+    try:
+        return read(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
+    except (OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{where} is not a recording that can be read: {_named(value)}{error}") from error
+
+
+def resampled(samples: np.ndarray, rate: float, wanted: float) -> np.ndarray:
+    """Samples (N,) of `rate` Hz at `wanted` Hz: what is above half of either is filtered out."""
     return soxr.resample(samples, rate, wanted).astype(np.float32)
 
 

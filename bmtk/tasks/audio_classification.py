@@ -1,14 +1,17 @@
 """Audio classification: one label for a whole recording.  Accuracy and macro-F1 over all predictions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoModelForAudioClassification
 
 from .classification import Classification, ClassificationArguments
 from .recordings import RecordingArguments, RecordingRows, RecordingTask
+from .task import Prediction
 
 
 @dataclass
@@ -16,6 +19,10 @@ class AudioClassificationArguments(RecordingArguments, ClassificationArguments):
     """Which recordings and labels."""
 
     _argument_group_name = "data of audio_classification"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_recordings()
 
 
 class AudioClassification(RecordingTask, Classification):
@@ -37,24 +44,29 @@ class AudioClassification(RecordingTask, Classification):
         return self.extractor
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
-        """Columns "audio" (undecoded) and "label"."""
-        recordings = self.read_recordings(table, where)
-        if not labelled:
-            return Dataset.from_dict({"audio": recordings})
-        labels = self.read_labels(table, where)
-        return None if labels is None else Dataset.from_dict({"audio": recordings, "label": labels})
+        """Columns "audio" (undecoded), "seconds" and "label"."""
+        labels = self.read_labels(table, where) if labelled else None
+        if labelled and labels is None:
+            return None
+        rows, kept = self.read_recordings(table, where, labelled=labelled)
+        return rows.add_column("label", [labels[row] for row in kept]) if labelled else rows
 
     def encode(self, rows: Dataset, where: str) -> RecordingRows:
         if "label" in rows.column_names:
             labels = self.label_ids(rows["label"], where)
             rows = rows.remove_columns("label").add_column("labels", labels)
-        return RecordingRows(rows, where, sampling_rate=self.extractor.sampling_rate)
+        return self.rows_of(rows, where)
 
     def collator(self):
         def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-            batch = self.features([row["audio"] for row in rows])
+            batch = self.padded(rows)
             if "labels" in rows[0]:
                 batch["labels"] = torch.tensor([row["labels"] for row in rows])
             return batch
 
         return collate
+
+    def figures(self, predictions: Sequence[Prediction], rows) -> list[dict[str, str]]:
+        """The confusion matrix, and the recordings with the largest loss."""
+        worst = np.argsort([-p["loss"] for p in predictions], kind="stable").tolist()
+        return [*super().figures(predictions, rows), *self.shown_recordings(rows, worst, predictions)]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,3 +44,26 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[
             colour = "white" if shares[row, across] > 0.5 else "black"
             axes.text(across, row, f"{counts[row, across]:,}", ha="center", va="center", color=colour, fontsize=8)
     return as_svg(figure, "Confusion matrix")
+
+
+def spectrograms(recordings: Sequence[np.ndarray], names: Sequence[str], rate: int) -> dict[str, str]:
+    """Loudness over time (across) and frequency (up) of recordings (N,) of `rate` Hz, each under its name."""
+    across = min(3, len(recordings))
+    down = -(-len(recordings) // across)
+    figure = Figure(figsize=(3.4 * across, 2.5 * down), layout="constrained")
+    cells = figure.subplots(down, across, squeeze=False).flatten()
+    for axes, samples, name in zip(cells, recordings, names, strict=False):
+        window = max(16, rate // 40)  # 25 ms
+        samples = np.pad(samples, (0, max(0, window - len(samples))))
+        frames = np.lib.stride_tricks.sliding_window_view(samples, window)[:: max(1, rate // 200)] * np.hanning(window)
+        decibels = 20 * np.log10(np.abs(np.fft.rfft(frames, n=2 * window)) + 1e-6).T
+        extent = (0, len(samples) / rate, 0, rate / 2000)
+        loudest = decibels.max()
+        axes.imshow(decibels, origin="lower", aspect="auto", extent=extent, vmin=loudest - 70, vmax=loudest)
+        axes.set_title(textwrap.fill(name, 34), fontsize=9)
+        axes.tick_params(labelsize=7)
+    for axes in cells[len(recordings) :]:
+        axes.remove()
+    figure.supxlabel("seconds", fontsize=9)
+    figure.supylabel("kHz", fontsize=9)
+    return as_png(figure, "Spectrograms of the worst recordings")

@@ -3,42 +3,88 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoFeatureExtractor
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
-from bmtk.data.media import decode_audio
+from bmtk.data.media import audio_seconds, decode_audio
 from bmtk.data.tables import check_column
 
-from .task import Task, setting
+from .audio_augmentation import AudioAugmentationArguments, changed_samples, masked_frames
+from .pictures import spectrograms
+from .task import Prediction, Task, setting
+
+POLICIES = ("stop", "skip")
+CACHED_BYTES = 1 << 30  # features kept of a split, at most
+SHOWN = 6  # recordings in a figure
 
 
 @dataclass
-class RecordingArguments:
-    """Where the recordings are, and how they are heard."""
+class RecordingArguments(AudioAugmentationArguments):
+    """Where the recordings are, how they are heard, and what is done to them in training."""
 
     audio_column: str = setting("audio", "column of the recording")
     sampling_rate: int = setting(16000, "samples per second that a new model hears; others are resampled")
+    frame_ms: float = setting(25.0, "milliseconds of sound that a frame of a new model holds")
+    hop_ms: float = setting(10.0, "milliseconds from frame to frame of a new model")
+    bad_recordings: str = setting(
+        "stop", "recordings that cannot be read: stop; or skip, for which all are decoded once beforehand"
+    )
+
+    def check_recordings(self) -> None:
+        self.check_augmentation()
+        if self.bad_recordings not in POLICIES:
+            raise ValueError(f"bad_recordings={self.bad_recordings!r} is unknown; choose one of {', '.join(POLICIES)}")
+        for name in ("frame_ms", "hop_ms"):
+            if not getattr(self, name) * self.sampling_rate >= 1000:
+                raise ValueError(f"{name}={getattr(self, name)} is less than one sample at {self.sampling_rate} Hz")
 
 
 class RecordingTask(Task):
-    """A task whose rows become `input_features` (or `input_values`).  `read_rows` leaves recordings undecoded."""
+    """A task whose rows become `input_features` (or `input_values`).
+
+    `read_rows` gives columns "audio", undecoded, and "seconds".
+    """
 
     unit = "recordings"
     inputs = ("audio",)
     extractor = None  # made for the model's configuration by `configure`
 
-    def read_recordings(self, table: Dataset, where: str) -> list[dict]:
-        """Undecoded recordings.  Raises: ValueError if the column is not there, or holds something else."""
+    def read_recordings(self, table: Dataset, where: str, *, labelled: bool) -> tuple[Dataset, list[int]]:
+        """Columns "audio" and "seconds" of the rows that can be read, and which those are.
+
+        Raises: ValueError if the column is not there or holds something else, or for an unreadable recording if
+        `bad_recordings` is stop.  A row without labels is never left out: who asks for its prediction wants an answer.
+        """
         name = self.args.audio_column
         check_column(table, name, option="audio_column", where=where)
         values = list(table[name])
-        for row, value in enumerate(values, 1):
+        kept, seconds, bad = [], [], []
+        for row, value in enumerate(values):
             if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
                 held = type(value).__name__
-                raise ValueError(f"audio_column={name!r} of {where} row {row} holds a {held}, no recording")
-        return values
+                raise ValueError(f"audio_column={name!r} of {where} row {row + 1} holds a {held}, no recording")
+            try:
+                seconds.append(self._seconds(value, f"the recording of {where} row {row + 1}"))
+                kept.append(row)
+            except ValueError as error:
+                if not labelled or self.args.bad_recordings == "stop":
+                    more = "; bad_recordings=skip leaves such rows out" if labelled else ""
+                    raise ValueError(f"{error}{more}") from error
+                bad.append(str(error))
+        if bad:
+            self.notes.append(f"{len(bad):,} of {len(values):,} {where} rows are left out: {'; '.join(bad[:3])}")
+        if not kept:
+            raise ValueError(f"audio_column={name!r} of the {where} data holds no recording that can be read")
+        return Dataset.from_dict({"audio": [values[row] for row in kept], "seconds": seconds}), kept
+
+    def _seconds(self, value: dict, where: str) -> float:
+        seconds = audio_seconds(value, where)
+        if self.args.bad_recordings == "skip":
+            decode_audio(value, where, sampling_rate=self.args.sampling_rate)
+        return seconds
 
     @property
     def config_fields(self) -> dict[str, object]:
@@ -50,38 +96,113 @@ class RecordingTask(Task):
         super().configure(config, **options)
 
     def _extractor(self, config):
-        if self.model is not None and (
-            not Path(self.model).is_dir() or (Path(self.model) / "preprocessor_config.json").is_file()
-        ):
+        if self.model is not None and (not Path(self.model).is_dir() or _has_extractor(Path(self.model))):
             return AutoFeatureExtractor.from_pretrained(self.model, **self.loading)
         if type(config) not in FEATURE_EXTRACTOR_MAPPING:
             raise ValueError(f"no feature extractor belongs to a {config.model_type}; is it a model of recordings?")
         rate = self.args.sampling_rate
-        return FEATURE_EXTRACTOR_MAPPING[type(config)](
-            feature_size=config.num_mel_bins,
-            sampling_rate=rate,
-            frame_length=rate // 40,  # 25 ms
-            hop_length=rate // 100,  # 10 ms
-        )
+        options = {"sampling_rate": rate}
+        if hasattr(config, "num_mel_bins"):  # else it reads samples
+            options |= {
+                "feature_size": config.num_mel_bins,
+                "frame_length": round(rate * self.args.frame_ms / 1000),
+                "hop_length": round(rate * self.args.hop_ms / 1000),
+            }
+        return FEATURE_EXTRACTOR_MAPPING[type(config)](**options)
 
-    def features(self, recordings: list) -> dict[str, torch.Tensor]:
-        """What the model reads of decoded recordings (N,): padded, with a mask."""
-        rate = self.extractor.sampling_rate
-        return dict(self.extractor(recordings, sampling_rate=rate, padding=True, return_tensors="pt"))
+    def rows_of(self, rows: Dataset, where: str) -> "RecordingRows":
+        """Rows for the collator; training rows are changed from epoch to epoch if `args` say so."""
+        changes = self.args if where == "train" else None
+        return RecordingRows(rows, where, extractor=self.extractor, changes=changes, seed=self.seed)
 
-    def example_input(self) -> str:
-        return "'a_recording.wav'"
+    def padded(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """What the model reads of such rows: padded, with a mask."""
+        name = self.extractor.model_input_names[0]
+        return dict(self.extractor.pad({name: [row[name] for row in rows]}, padding=True, return_tensors="pt"))
+
+    def sizes(self) -> dict[str, dict[str, float]]:
+        return {
+            split: {"rows": len(rows), "minutes": round(rows.seconds / 60, 1)} for split, rows in self.rows.items()
+        }
+
+    def shown_recordings(
+        self, rows: "RecordingRows", worst: list[int], predictions: list[Prediction]
+    ) -> list[dict[str, str]]:
+        """A figure of the spectrograms of the `worst` rows, with what `verdict` says of them."""
+        chosen = worst[:SHOWN]
+        if not chosen:
+            return []
+        names = [f"row {row + 1}: {self.verdict(predictions[row]).strip()}" for row in chosen]
+        return [spectrograms([rows.recording(row) for row in chosen], names, self.extractor.sampling_rate)]
+
+    def next_command(self, directory: Path) -> str:
+        """Not pipeline(): that would ask for ffmpeg, and not resample without torchaudio."""
+        return f"accelerate launch recipes/predict.py --model {directory} --input a_recording.wav"
 
 
 class RecordingRows(torch.utils.data.Dataset):
-    """Rows whose recording is decoded when it is asked for; errors name the row."""
+    """Rows whose recording is decoded when it is asked for, and its features kept while they fit; errors name the row.
 
-    def __init__(self, rows: Dataset, where: str, *, sampling_rate: int):
-        self.rows, self.where, self.sampling_rate = rows, where, sampling_rate
+    What `changes` asks for is a function of (seed, epoch, row).
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        where: str,
+        *,
+        extractor,
+        changes: AudioAugmentationArguments | None = None,
+        seed: int = 0,
+    ):
+        self.recordings, self.where, self.extractor = rows.select_columns("audio"), where, extractor
+        self.others = rows.remove_columns(["audio", "seconds"])
+        self.seconds = sum(rows["seconds"])
+        self.changes, self.seed, self.epoch = changes, seed, 0
+        self.kept, self.kept_bytes = {}, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other changes; accelerate and TaskTrainer call this at the beginning of an epoch."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.recordings)
 
     def __getitem__(self, index: int) -> dict:
-        row, where = self.rows[index], f"the recording of {self.where} row {index + 1}"
-        return {**row, "audio": decode_audio(row["audio"], where, sampling_rate=self.sampling_rate)}
+        others = self.others[index] if self.others.column_names else {}
+        return {**others, self.extractor.model_input_names[0]: self.features(index)}
+
+    def recording(self, index: int) -> np.ndarray:
+        """Samples (N,) as they are on disk, at the model's rate."""
+        where = f"the recording of {self.where} row {index + 1}"
+        return decode_audio(self.recordings[index]["audio"], where, sampling_rate=self.extractor.sampling_rate)
+
+    def features(self, index: int) -> np.ndarray:
+        """What the model reads: mostly frames (T, F)."""
+        changes, draw = self.changes, np.random.default_rng([self.seed, self.epoch, index])
+        if changes and changes.changes_samples:
+            found = self._extracted(changed_samples(self.recording(index), self._rate, changes, draw))
+        elif index in self.kept:
+            found = self.kept[index]
+        else:
+            found = self._extracted(self.recording(index))
+            if self.kept_bytes + found.nbytes <= CACHED_BYTES:
+                self.kept[index], self.kept_bytes = found, self.kept_bytes + found.nbytes
+        if not changes or not changes.changes_frames:
+            return found
+        if found.ndim != 2:
+            name = type(self.extractor).__name__
+            raise ValueError(f"time_masks and frequency_masks blank frames, and a {name} gives none; set them to 0")
+        return masked_frames(found, changes, draw)
+
+    @property
+    def _rate(self) -> int:
+        return self.extractor.sampling_rate
+
+    def _extracted(self, samples: np.ndarray) -> np.ndarray:
+        found = self.extractor(samples, sampling_rate=self._rate, return_tensors="np")
+        return found[self.extractor.model_input_names[0]][0]
+
+
+def _has_extractor(folder: Path) -> bool:
+    return (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file()

@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapters import ADAPTER_CONFIG, load_adapter
@@ -217,6 +217,15 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
+class TellTheEpoch(TrainerCallback):
+    """Calls `set_epoch` of training rows that have it; accelerate does so on one process only."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        rows = getattr(train_dataloader, "dataset", None)
+        if hasattr(rows, "set_epoch"):
+            rows.set_epoch(int((state.epoch or 0) + 1e-6))  # a fraction where a run goes on
+
+
 class TaskTrainer(Trainer):
     """Trainer whose loss and metrics are exact: it asks the task, where Trainer averages averages.
 
@@ -237,7 +246,7 @@ class TaskTrainer(Trainer):
             eval_dataset=task.rows.get("validation"),
             processing_class=task.processor,
             data_collator=task.collator(),
-            callbacks=list(callbacks),
+            callbacks=[TellTheEpoch(), *callbacks],
         )
         self.task = task
         smoothing = {"label_smoothing": args.label_smoothing_factor} if args.label_smoothing_factor else {}
