@@ -100,6 +100,12 @@ def decode_image(value: dict[str, object], where: str) -> PIL.Image.Image:
         raise ValueError(f"{where} is not an image that can be read: {_named(value)}{error}") from error
 
 
+def image_header(value: dict[str, object]) -> tuple[tuple[int, int], str, bool]:
+    """Width and height, Pillow's mode, and whether it may be transparent, of an image that can be read."""
+    with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
+        return image.size, image.mode, image.has_transparency_data
+
+
 def decode_audio(value: dict[str, object], where: str, *, sampling_rate: int) -> np.ndarray:
     """The samples of a recording, one channel at `sampling_rate` Hz, float32 in [-1, 1].
 

@@ -43,3 +43,18 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[
             colour = "white" if shares[row, across] > 0.5 else "black"
             axes.text(across, row, f"{counts[row, across]:,}", ha="center", va="center", color=colour, fontsize=8)
     return as_svg(figure, "Confusion matrix")
+
+
+def image_grid(
+    images: Sequence[np.ndarray], captions: Sequence[str], title: str, *, columns: int = 6
+) -> dict[str, str]:
+    """Images (C, H, W), uint8, in rows, each under its caption of two lines."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.55 * columns, 1.95 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
+        axes.imshow(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(caption, fontsize=8)
+    return as_png(figure, title)

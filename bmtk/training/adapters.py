@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA): small trainable updates beside frozen weights, through peft."""
+"""What of a pretrained model is trained: all, its head alone, or low-rank updates beside frozen weights (LoRA)."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # the file that makes a folder an adapte
 
 @dataclass
 class AdapterArguments:
-    """Whether all weights are trained, or a low-rank update of them."""
+    """Whether all weights are trained, those of the head, or a low-rank update."""
 
     _argument_group_name = "adapter"
 
@@ -25,6 +25,9 @@ class AdapterArguments:
     lora_rank: int = field(default=8, metadata={"help": "rank of the update of a matrix"})
     lora_alpha: float = field(default=16, metadata={"help": "the update is multiplied by lora_alpha / lora_rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "probability, on what the update reads"})
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "train the head alone (a linear probe); all else stays as it was pretrained"}
+    )
     merge_adapter: bool = field(
         default=False, metadata={"help": "save a whole model with the update added to its weights, not the adapter"}
     )
@@ -38,6 +41,22 @@ class AdapterArguments:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability; choose 0 <= lora_dropout < 1")
         if self.merge_adapter and self.adapter is None:
             raise ValueError("merge_adapter needs an adapter: set adapter to lora")
+        if self.freeze_backbone and self.adapter:
+            raise ValueError("freeze_backbone trains the head alone, adapter more than that; set one of them")
+
+
+def freeze_backbone(model: PreTrainedModel) -> None:
+    """Leave only the head of `model` trainable; below it, dropout and statistics of norms rest as in evaluation.
+
+    Raises: ValueError if nothing would be left to train.
+    """
+    backbone = model.base_model
+    backbone.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"freeze_backbone leaves nothing to train: a {type(model).__name__} has no weights of its own"
+        )
+    backbone.register_forward_pre_hook(lambda module, inputs: module.eval())  # Trainer's train() is for all of it
 
 
 def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PeftModel:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer,
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapters import ADAPTER_CONFIG, load_adapter
-from .callbacks import Progress, recorded_metrics
+from .callbacks import Progress, TellEpoch, recorded_metrics
 from .run_folder import CHECKPOINTS
 from .updates import LossSum
 
@@ -54,6 +54,10 @@ class FineTuningArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "rows per device in evaluations"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of history.jsonl"})
     save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
+
+    channels_last: bool = field(
+        default=False, metadata={"help": "lay out two-dimensional convolutions channels last: often faster"}
+    )
 
     logging_nan_inf_filter: bool = _settled(False)  # True logs a NaN loss as 0.0
     # A token would be pickled into training_args.bin; publishing is done by bmtk.hub, from the login or HF_TOKEN.
@@ -221,6 +225,8 @@ class TaskTrainer(Trainer):
             data_collator=task.collator(),
             callbacks=list(callbacks),
         )
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(TellEpoch(self.train_dataset))
         self.task = task
         self.own_loss = None if task.criterion else LossSum(model, model, args.device)
 
@@ -291,6 +297,8 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect on {task.name}, whose loss is the "
             "model's own; leave it out"
         )
+    if args.channels_last:
+        lay_out_channels_last(model, args.device)
     args.output_dir = str(folder)
     args.dataloader_pin_memory &= torch.cuda.is_available()
     args.remove_unused_columns = False  # the task's rows hold what its collator reads
@@ -300,6 +308,21 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     return trainer
+
+
+def lay_out_channels_last(model: torch.nn.Module, device: torch.device) -> None:
+    """Put the channels of the weights last in memory, and with them those of all maps that convolutions make.
+
+    Raises: ValueError for a strided 1x1 convolution on a CPU: oneDNN's backward of it writes beyond its memory
+    (github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and device.type == "cpu":
+            if module.kernel_size == (1, 1) and module.stride != (1, 1):
+                raise ValueError(
+                    f"channels_last is not safe on a CPU for a strided 1x1 convolution ({name}); leave it out"
+                )
+    model.to(memory_format=torch.channels_last)
 
 
 @dataclass
