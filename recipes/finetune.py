@@ -26,7 +26,7 @@ from bmtk.hub import facts, summary
 from bmtk.hub.conclusion import conclude
 from bmtk.tasks import finetuning_task
 from bmtk.training import finetuning
-from bmtk.training.adapters import AdapterArguments, add_adapter, freeze_backbone
+from bmtk.training.adapters import AdapterArguments, adapt
 from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
 from bmtk.training.interruption import noted_signals
 from bmtk.training.rehearsal import seconds_per_step
@@ -110,17 +110,14 @@ def build_model(run, task, adapter, chosen):
         task.configure(config)
         model, more = finetuning.load_for_task(task.auto_class, run.model, config, **trust(run))
         task.notes += notes + more
-    elif adapter.adapter or adapter.freeze_backbone:
-        what = f"adapter={adapter.adapter} changes" if adapter.adapter else "freeze_backbone trains the head of"
-        raise ValueError(f"{what} a pretrained model; name one with model")
+    elif adapter.purpose:
+        raise ValueError(f"{adapter.purpose} a pretrained model; name one with model")
     else:
         config = AutoConfig.for_model(run.model_type, **{**task.config_fields, **chosen})
         task.configure(config)
         model = task.auto_class.from_config(config)
         task.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
-    if adapter.freeze_backbone:
-        freeze_backbone(model)
-    return add_adapter(model, adapter, task_type=task.peft_task_type) if adapter.adapter else model
+    return adapt(model, adapter, task_type=task.peft_task_type)
 
 
 def model_facts(trainer, run, adapter) -> dict[str, object]:

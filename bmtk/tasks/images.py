@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from bmtk.data.augmentation import Augmentation
-from bmtk.data.media import decode_image, image_header
+from bmtk.data.media import decode_image, image_header, in_colour
 from bmtk.data.tables import check_column
 
 from .task import Task, setting
@@ -23,7 +23,7 @@ from .task import Task, setting
 ON_CORRUPT = ("stop", "skip")
 SURVEYED = 1000  # rows whose sizes and kinds are noted, and whose pixels are averaged where not all are in memory
 AT_ONCE = 256  # rows that are decoded together
-KINDS = {"1": "black and white", "L": "greyscale", "RGB": "colour", "P": "palette"}  # of PIL's modes
+KINDS = {"1": "black and white", "L": "greyscale", "P": "palette", "RGB": "colour", "RGBA": "colour"}  # PIL's modes
 
 
 @dataclass
@@ -107,7 +107,11 @@ class ImageTask(Task):
         return found
 
     def resized(self, images: list) -> np.ndarray:
-        """(B, C, H, W), uint8: what the processor makes of decoded images before it rescales and normalises them."""
+        """(B, C, H, W), uint8: what the processor makes of decoded images before it rescales and normalises them.
+
+        It is given colours, as pipelines do: most processors leave a greyscale image one channel.
+        """
+        images = [in_colour(image) for image in images]
         return self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
 
     def scaled(self, pixels: np.ndarray) -> torch.Tensor:
@@ -231,7 +235,7 @@ class PixelRows(torch.utils.data.Dataset):
     @property
     def whereabouts(self) -> str:
         """Where the pixels are, in a sentence."""
-        size = f"{self.num_bytes / 1e6:,.0f} MB"
+        size = f"{self.num_bytes / 1e6:,.1f} MB"
         if self.kept is not None:
             return f"the {len(self):,} {self.rows.where} images are decoded once and kept in memory ({size})"
         return f"the {self.rows.where} images would take {size}: they are decoded every time (cache_megabytes)"
@@ -244,7 +248,7 @@ def survey(images: Sequence[dict], shape: Sequence[int]) -> str:
     kinds = Counter(KINDS.get(mode, mode) for mode in modes).most_common()
     said = [", ".join(f"{count / len(chosen):.1%} {kind}" if len(kinds) > 1 else kind for kind, count in kinds)]
     if any(are_clear):
-        said.append(f"{sum(are_clear) / len(chosen):.1%} partly transparent, put on white")
+        said.append(f"{sum(are_clear) / len(chosen):.1%} partly transparent, put on white (which pipelines do not do)")
     (width, height), (_, model_height, model_width) = np.median(sizes, axis=0).astype(int), shape
     if len(set(sizes)) > 1:
         said.append(f"{min(sizes)[0]} to {max(sizes)[0]} pixels wide, mostly about {width} x {height}")

@@ -44,6 +44,20 @@ class AdapterArguments:
         if self.freeze_backbone and self.adapter:
             raise ValueError("freeze_backbone trains the head alone, adapter more than that; set one of them")
 
+    @property
+    def purpose(self) -> str | None:
+        """What is done to a pretrained model, for an error; None: nothing that needs one."""
+        if self.freeze_backbone:
+            return "freeze_backbone trains the head of"
+        return f"adapter={self.adapter} changes" if self.adapter else None
+
+
+def adapt(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PreTrainedModel | PeftModel:
+    """`model` as `args` have it: all of it trainable, its head alone, or an adapter."""
+    if args.freeze_backbone:
+        freeze_backbone(model)
+    return add_adapter(model, args, task_type=task_type) if args.adapter else model
+
 
 def freeze_backbone(model: PreTrainedModel) -> None:
     """Leave only the head of `model` trainable; below it, dropout and statistics of norms rest as in evaluation.
@@ -56,7 +70,11 @@ def freeze_backbone(model: PreTrainedModel) -> None:
         raise ValueError(
             f"freeze_backbone leaves nothing to train: a {type(model).__name__} has no weights of its own"
         )
-    backbone.register_forward_pre_hook(lambda module, inputs: module.eval())  # Trainer's train() is for all of it
+    backbone.register_forward_pre_hook(_rest)  # before every forward: Trainer's train() is for the whole model
+
+
+def _rest(module: torch.nn.Module, inputs: tuple) -> None:
+    module.eval()
 
 
 def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PeftModel:
