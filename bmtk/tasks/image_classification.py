@@ -81,7 +81,7 @@ class ImageClassification(ImageTask, Classification):
 
     def encode(self, rows: Dataset, where: str) -> PixelRows:
         if "label" in rows.column_names:
-            labels = self.label_ids(rows["label"], where)
+            labels = self.label_ids(rows["label"][:], where)
             rows = rows.remove_columns("label").add_column("labels", labels)
         augmentation = self.args.augmentation if where == "train" else None
         return self.pixel_rows(rows, where, augmentation=None if augmentation == Augmentation() else augmentation)

@@ -72,7 +72,7 @@ class ImageTask(Task):
         """Undecoded images.  Raises: ValueError if the column is not there, or holds something else."""
         name = self.args.image_column
         check_column(table, name, option="image_column", where=where)
-        values = list(table[name])
+        values = table[name][:]
         for row, value in enumerate(values, 1):
             if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
                 raise ValueError(
@@ -103,7 +103,7 @@ class ImageTask(Task):
         limit = 0 if where == "input" else self.args.cache_megabytes * 10**6
         found = PixelRows(ImageRows(rows, where), self.resized, limit=limit, augmentation=augmentation, seed=self.seed)
         if where == "train":
-            self.notes += [survey(rows["image"], found.shape), found.whereabouts]
+            self.notes += [survey(rows, found.shape), found.whereabouts]
         return found
 
     def resized(self, images: list) -> np.ndarray:
@@ -146,12 +146,13 @@ class ImageRows(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> dict:
         return self.__getitems__([row])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict]:
-        found = self.rows.select(indices) if len(indices) > 1 else [self.rows[indices[0]]]
-        return [
-            {**row, "image": decode_image(row["image"], f"the image of {self.where} row {index + 1}")}
-            for index, row in zip(indices, found, strict=True)
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        columns = self.rows[list(indices)]
+        columns["image"] = [
+            decode_image(value, f"the image of {self.where} row {index + 1}")
+            for index, value in zip(indices, columns["image"], strict=True)
         ]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 class PixelRows(torch.utils.data.Dataset):
@@ -165,7 +166,7 @@ class PixelRows(torch.utils.data.Dataset):
     def __init__(self, rows: ImageRows, resized, *, limit: int = 0, augmentation=None, seed: int = 0):
         self.rows, self.resized = rows, resized
         self.augmentation, self.seed = augmentation, seed
-        self.columns = {name: list(rows.rows[name]) for name in rows.rows.column_names if name != "image"}
+        self.columns = {name: rows.rows[name][:] for name in rows.rows.column_names if name != "image"}
         # In shared memory, because workers that outlive an epoch hold a copy of everything else.
         self.epoch = torch.tensor(-1).share_memory_()
         first = self._decoded([0])
@@ -241,10 +242,10 @@ class PixelRows(torch.utils.data.Dataset):
         return f"the {self.rows.where} images would take {size}: they are decoded every time (cache_megabytes)"
 
 
-def survey(images: Sequence[dict], shape: Sequence[int]) -> str:
+def survey(rows: Dataset, shape: Sequence[int]) -> str:
     """Sizes and kinds of up to `SURVEYED` images from all over, and what the model's size (C, H, W) does to them."""
-    chosen = np.linspace(0, len(images) - 1, min(len(images), SURVEYED)).astype(int).tolist()
-    sizes, modes, are_clear = zip(*(image_header(images[row]) for row in chosen), strict=True)
+    chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), SURVEYED)).astype(int)]["image"]
+    sizes, modes, are_clear = zip(*map(image_header, chosen), strict=True)
     kinds = Counter(KINDS.get(mode, mode) for mode in modes).most_common()
     said = [", ".join(f"{count / len(chosen):.1%} {kind}" if len(kinds) > 1 else kind for kind, count in kinds)]
     if any(are_clear):
@@ -259,7 +260,7 @@ def survey(images: Sequence[dict], shape: Sequence[int]) -> str:
     if larger or smaller:
         shares = f"{larger:.1%} are made smaller and {smaller:.1%} larger"
         said.append(f"the model reads {model_width} x {model_height}: {shares}")
-    looked_at = "" if len(chosen) == len(images) else f" ({len(chosen):,} of {len(images):,} looked at)"
+    looked_at = "" if len(chosen) == len(rows) else f" ({len(chosen):,} of {len(rows):,} looked at)"
     return f"training images{looked_at}: {'; '.join(said)}"
 
 

@@ -221,7 +221,7 @@ class Task:
                 f"there are no validation rows: {held_out:,} of the {count:,} training rows are held out "
                 f"(validation_fraction={args.validation_fraction}, seed {self.seed})"
             )
-        return tables
+        return {split: tables[split] for split in splits if split in tables}  # the last is shown in the report
 
     def _keep_apart(self) -> None:
         """See to it that no input is trained on that is measured on."""

@@ -17,7 +17,14 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForMaskedImageModeling, ResNetConfig, ViTConfig, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    ResNetConfig,
+    ViTConfig,
+    pipeline,
+)
 
 from bmtk.data.media import in_colour
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
@@ -435,18 +442,26 @@ def test_a_checkpoint_of_another_task_is_said_loudly(trained, tmp_path, capsys):
 
 
 def test_channels_last_changes_nothing_but_the_layout(tmp_path):
-    argv = ["--max_steps", 3, "--logging_steps", 1]
-    folders = [run(tmp_path / name, *argv, "--channels_last", name) for name in ("false", "true")]
-    losses = [
-        [row["loss"] for row in map(json.loads, (folder / "history.jsonl").read_text().splitlines()) if "loss" in row]
-        for folder in folders
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 1, stride=2))
+    task = make_task(tmp_path)
+    model = AutoModelForImageClassification.from_config(BmCnnConfig(image_size=8, hidden_sizes=[4, 8], depths=[1, 1]))
+    images, weight = (
+        task.scaled(task.rows["train"].pixels(range(8))),
+        model.model.stages[1].blocks[0].body[0][0].weight,
+    )
+    results = []
+    for is_last in (False, True):
+        args = finetuning.FineTuningArguments(str(tmp_path / "run"), channels_last=is_last, use_cpu=True)
+        finetuning.build_trainer(model, task, args, folder=tmp_path / "run")
+        assert weight.is_contiguous(memory_format=torch.channels_last) == is_last
+        model.zero_grad()
+        loss = model(pixel_values=images, labels=torch.arange(8) % 2).loss
+        loss.backward()
+        results.append((loss.item(), weight.grad.clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
+    strided = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 1, stride=2))
     with pytest.raises(ValueError, match=r"channels_last is not safe on a CPU for a strided 1x1 convolution \(1\)"):
-        finetuning.lay_out_channels_last(model, torch.device("cpu"))
-    finetuning.lay_out_channels_last(model[:1], torch.device("cpu"))
-    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+        finetuning.lay_out_channels_last(strided, torch.device("cpu"))
 
 
 def test_the_shapes_are_what_their_script_makes(tmp_path):
