@@ -228,9 +228,8 @@ class PixelRows(torch.utils.data.Dataset):
         )  # (C, 256)
         values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
         mean = shares @ values
-        deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1)).clip(
-            1 / 255
-        )  # of one colour: no division by 0
+        deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
+        deviation = deviation.clip(1 / 255)  # of images of one colour: it divides
         return mean.round(4).tolist(), deviation.round(4).tolist()
 
     @property
