@@ -24,7 +24,7 @@ from bmtk.hub import facts, summary
 from bmtk.hub.conclusion import conclude
 from bmtk.tasks import task_named
 from bmtk.training import finetuning
-from bmtk.training.adapters import AdapterArguments, add_adapter
+from bmtk.training.adapters import AdapterArguments, adapt
 from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
 from bmtk.training.interruption import noted_signals
 from bmtk.training.lr_range_test import suggest_rate
@@ -103,12 +103,12 @@ def main(argv: list[str]) -> None:
 
 def build_model(run, task, adapter, chosen):
     """The model that training starts from: pretrained under the task's head, or new; with its adapter."""
-    if adapter.adapter and not run.model:
-        raise ValueError(f"adapter={adapter.adapter} changes a pretrained model; name one with model")
+    if adapter.purpose and not run.model:
+        raise ValueError(f"{adapter.purpose} a pretrained model; name one with model")
     model = finetuning.starting_model(run, task, chosen)
     if not run.model:
         task.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
-    return add_adapter(model, adapter, task_type=task.peft_task_type) if adapter.adapter else model
+    return adapt(model, adapter, task_type=task.peft_task_type)
 
 
 def model_facts(trainer, run, adapter) -> dict[str, object]:

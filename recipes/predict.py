@@ -87,6 +87,7 @@ def main(argv: list[str]) -> None:
     trained = finetuning.TrainedModel(args.model, **loading)
     task = task_named(args.task)(data_args, model=args.model, splits=(), **loading)
     task.configure(trained.config, labels=trained.labels)
+    table = task.usable(table, "input")
     accelerator = Accelerator()
     model = trained.load(task.auto_class).to(accelerator.device).eval()
     rows = task.encode_inputs(table)

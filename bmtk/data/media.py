@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import soundfile
 import soxr
 
@@ -90,14 +91,27 @@ def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def decode_image(value: dict[str, object], where: str) -> PIL.Image.Image:
-    """The image of a row.  Raises: ValueError that says `where` and what is wrong with it."""
+    """The image of a row, the right way up.  Raises: ValueError that says `where` and what is wrong with it."""
     try:
         source = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
         image = PIL.Image.open(source)
         image.load()
-        return image
+        return PIL.ImageOps.exif_transpose(image)  # cameras note how they were held; pipelines go by it, too
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"{where} is not an image that can be read: {_named(value)}{error}") from error
+
+
+def in_colour(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Red, green and blue; what is transparent shows white."""
+    if image.has_transparency_data:
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def image_header(value: dict[str, object]) -> tuple[tuple[int, int], str, bool]:
+    """Width and height, Pillow's mode, and whether it may be transparent, of an image that can be read."""
+    with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
+        return image.size, image.mode, image.has_transparency_data
 
 
 def decode_audio(value: dict[str, object], where: str, *, sampling_rate: int) -> np.ndarray:

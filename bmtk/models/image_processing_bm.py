@@ -58,6 +58,8 @@ class BmImageProcessor(PilBackend):
         if do_convert_grayscale:
             do_convert_rgb = False
             if isinstance(image, PIL.Image.Image):
+                if image.has_transparency_data:  # onto white, as colour images are put
+                    image = PIL.Image.fromarray(self.convert_to_rgb(image))
                 image = image.convert("L")
         image = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)  # (channels, height, width)
         if not do_convert_grayscale or image.shape[0] == 1:

@@ -118,6 +118,7 @@ class Classification(Task):
 
         Computed here because most classifiers of transformers accept `num_items_in_batch` and drop it: their loss and
         gradients grow with gradient accumulation.  Focal loss: Lin et al. 2017, arXiv:1708.02002, over a softmax.
+        `labels` are ids (B,), or of rows with several labels the share of each (B, K), for cross-entropy alone.
         """
         logits, labels = outputs["logits"].float(), batch["labels"]
         weights = None if self.weights is None else self.weights.to(logits.device)

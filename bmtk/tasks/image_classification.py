@@ -1,21 +1,51 @@
 """Image classification: one label for a whole image.  Accuracy, macro-F1 and top-5 accuracy over all predictions."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset
+from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
+from bmtk.data.augmentation import Augmentation
+
 from .classification import Classification, ClassificationArguments
-from .images import ImageArguments, ImageRows, ImageTask
+from .images import ImageArguments, ImageTask, PixelRows
+from .pictures import image_grid
+from .task import Prediction, setting
+
+WORST = 24  # images of the report's picture
 
 
 @dataclass
 class ImageClassificationArguments(ImageArguments, ClassificationArguments):
-    """Which images and labels."""
+    """Which images and labels, and what is done to images in training; evaluation sees them as they are."""
 
     _argument_group_name = "data of image_classification"
+
+    random_crop: int = setting(
+        0, "training images move by up to so many pixels along each side, mirrored at the edges"
+    )
+    horizontal_flip: bool = setting(False, "mirror every second training image")
+    rand_augment: int = setting(0, "transformations of each training image, drawn from 14 (RandAugment)")
+    rand_augment_magnitude: float = setting(0.3, "their strength, from 0 to 1")
+    colour_jitter: float = setting(0.0, "brightness, contrast and saturation change by up to this share")
+    random_erasing: float = setting(0.0, "probability that a rectangle of a training image becomes noise")
+    mixup: float = setting(0.0, "mix two training images and their labels in shares from Beta(mixup, mixup)")
+    cutmix: float = setting(0.0, "paste a rectangle of another training image, in shares from Beta(cutmix, cutmix)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss != "cross_entropy" and self.augmentation.mixes:
+            raise ValueError(f"loss={self.loss} is not defined for mixed labels; leave mixup and cutmix out")
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """Raises: ValueError for a value that is out of range."""
+        return Augmentation(**{field.name: getattr(self, field.name) for field in fields(Augmentation)})
 
 
 class ImageClassification(ImageTask, Classification):
@@ -44,17 +74,50 @@ class ImageClassification(ImageTask, Classification):
     def config_fields(self) -> dict[str, object]:
         return {**super().config_fields, "input_type": "pixels"}
 
-    def encode(self, rows: Dataset, where: str) -> ImageRows:
+    def configure(self, config, *, labels: Sequence[str] = ()) -> None:
+        super().configure(config, labels=labels)
+        if "train" in self.rows and not self.has_processor:
+            self.normalise_by(self.rows["train"])
+
+    def encode(self, rows: Dataset, where: str) -> PixelRows:
         if "label" in rows.column_names:
-            labels = self.label_ids(rows["label"], where)
+            labels = self.label_ids(rows["label"][:], where)
             rows = rows.remove_columns("label").add_column("labels", labels)
-        return ImageRows(rows, where)
+        augmentation = self.args.augmentation if where == "train" else None
+        return self.pixel_rows(rows, where, augmentation=None if augmentation == Augmentation() else augmentation)
 
     def collator(self):
         def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-            batch = {"pixel_values": self.pixels([row["image"] for row in rows])}
+            batch = {"pixel_values": self.scaled(np.stack([row["pixels"] for row in rows]))}
             if "labels" in rows[0]:
                 batch["labels"] = torch.tensor([row["labels"] for row in rows])
+            if "other" in rows[0]:
+                others = torch.tensor([row["other"]["labels"] for row in rows])
+                shares = torch.tensor([row["share"] for row in rows])
+                batch["labels"] = mixed_labels(batch["labels"], others, shares, len(self.labels))
             return batch
 
         return collate
+
+    def shown(self, rows: PixelRows, row: int) -> str:
+        return rows.rows.rows[row]["image"]["path"] or f"row {row + 1}"
+
+    def figures(self, predictions: Sequence[Prediction], rows: PixelRows) -> list[dict[str, str]]:
+        """The confusion matrix, and the images whose label was given the least probability."""
+        wrong = [row for row, prediction in enumerate(predictions) if prediction["label"] != prediction["truth"]]
+        worst = sorted(wrong, key=lambda row: -predictions[row]["loss"])[:WORST]
+        if not worst:
+            return super().figures(predictions, rows)
+        captions = [self._mistake(predictions[row]) for row in worst]
+        title = f"The {len(worst)} most wrong of {len(wrong):,} mistakes among {len(predictions):,} images"
+        return [*super().figures(predictions, rows), image_grid(rows.pixels(worst), captions, title)]
+
+    def _mistake(self, prediction: Prediction) -> str:
+        said, truth = self.labels[prediction["label"]], self.labels[prediction["truth"]]
+        return f"{said} {prediction['score']:.1%}\nis {truth} {np.exp(-prediction['loss']):.1%}"
+
+
+def mixed_labels(labels: torch.Tensor, others: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tensor:
+    """(B, count) probabilities of which `shares` (B,) belong to `labels` (B,) and the rest to `others` (B,)."""
+    shares = shares.to(torch.float32)[:, None]
+    return shares * F.one_hot(labels, count) + (1 - shares) * F.one_hot(others, count)

@@ -1,17 +1,29 @@
-"""What the tasks that read images share: an image processor, and images that are decoded when they are needed."""
+"""What the tasks that read images share: an image processor, and rows that are decoded when needed, or once for all.
 
+B images, C channels, H x W pixels.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from bmtk.data.media import decode_image
+from bmtk.data.augmentation import Augmentation
+from bmtk.data.media import decode_image, image_header, in_colour
 from bmtk.data.tables import check_column
 
 from .task import Task, setting
+
+ON_CORRUPT = ("stop", "skip")
+SURVEYED = 1000  # rows whose sizes and kinds are noted, and whose pixels are averaged where not all are in memory
+AT_ONCE = 256  # rows that are decoded together
+KINDS = {"1": "black and white", "L": "greyscale", "P": "palette", "RGB": "colour", "RGBA": "colour"}  # PIL's modes
 
 
 @dataclass
@@ -19,6 +31,15 @@ class ImageArguments:
     """Where the images are, and what is made of them."""
 
     image_column: str = setting("image", "column of the image")
+    on_corrupt: str = setting("stop", "images that cannot be read: stop, or skip (leave their rows out, and say so)")
+    cache_megabytes: int = setting(
+        1024, "a split's images are decoded once if they fit into so much memory, else every time"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.on_corrupt not in ON_CORRUPT:
+            raise ValueError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}")
 
 
 class ImageTask(Task):
@@ -26,13 +47,32 @@ class ImageTask(Task):
 
     unit = "images"
     inputs = ("image",)
+    free_keys = frozenset((*Task.free_keys, "cache_megabytes"))
     processor = None  # made for the model's configuration by `configure`
+
+    def usable(self, table: Dataset, where: str) -> Dataset:
+        """The rows whose image can be read, if those that cannot shall be skipped."""
+        if self.args.on_corrupt != "skip":
+            return table
+        bad = {}
+        for row, value in enumerate(self.read_images(table, where)):
+            try:
+                decode_image(value, f"{where} row {row + 1}")
+            except ValueError as error:
+                bad[row] = str(error)
+        if not bad:
+            return table
+        if len(bad) == len(table):
+            raise ValueError(f"no image of the {where} data can be read: {bad[0]}")
+        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+        self.notes.append(f"{len(bad):,} of {len(table):,} rows left out: {'; '.join(list(bad.values())[:3])}{more}")
+        return table.select([row for row in range(len(table)) if row not in bad])
 
     def read_images(self, table: Dataset, where: str) -> list[dict]:
         """Undecoded images.  Raises: ValueError if the column is not there, or holds something else."""
         name = self.args.image_column
         check_column(table, name, option="image_column", where=where)
-        values = list(table[name])
+        values = table[name][:]
         for row, value in enumerate(values, 1):
             if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
                 raise ValueError(
@@ -42,23 +82,53 @@ class ImageTask(Task):
 
     def configure(self, config, **options) -> None:
         """Make the processor: the model's own, or for a new model one of the size and channels of `config`."""
-        self.processor = self._processor(config)
+        self.processor, self._scale = self._processor(config), None
         super().configure(config, **options)
 
+    @property
+    def has_processor(self) -> bool:
+        """Whether the model brings one."""
+        return self.model is not None and (not Path(self.model).is_dir() or _has_processor(Path(self.model)))
+
     def _processor(self, config):
-        if self.model is not None and (not Path(self.model).is_dir() or _has_processor(Path(self.model))):
+        if self.has_processor:
             return AutoImageProcessor.from_pretrained(self.model, backend="pil", **self.loading)
         if type(config) not in IMAGE_PROCESSOR_MAPPING:
             raise ValueError(f"no image processor belongs to a {config.model_type}; is it a model of images?")
         processor_class = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]
         return processor_class.for_config(config) if hasattr(processor_class, "for_config") else processor_class()
 
-    def image(self, value: dict, where: str):
-        return decode_image(value, where)
+    def pixel_rows(self, rows: Dataset, where: str, *, augmentation: Augmentation | None = None) -> "PixelRows":
+        """Rows with `pixels`; those of a split are decoded at once if they fit into memory."""
+        limit = 0 if where == "input" else self.args.cache_megabytes * 10**6
+        found = PixelRows(ImageRows(rows, where), self.resized, limit=limit, augmentation=augmentation, seed=self.seed)
+        if where == "train":
+            self.notes += [survey(rows, found.shape), found.whereabouts]
+        return found
 
-    def pixels(self, images: list) -> torch.Tensor:
-        """(B, C, H, W) of decoded images."""
-        return self.processor(images, return_tensors="pt")["pixel_values"]
+    def resized(self, images: list) -> np.ndarray:
+        """(B, C, H, W), uint8: what the processor makes of decoded images before it rescales and normalises them.
+
+        It is given colours, as pipelines do: most processors leave a greyscale image one channel.
+        """
+        images = [in_colour(image) for image in images]
+        return self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+
+    def scaled(self, pixels: np.ndarray) -> torch.Tensor:
+        """(B, C, H, W), float32: the rest of the processor's work, looked up value by value."""
+        if self._scale is None:
+            ramp = np.tile(np.arange(256, dtype=np.uint8), (pixels.shape[1], 1))[..., None]  # (C, 256, 1): an image
+            steps = dict.fromkeys(("do_resize", "do_center_crop", "do_pad", "do_convert_rgb"), False)
+            image = self.processor(ramp, **steps, input_data_format="channels_first", return_tensors="np")
+            self._scale = image["pixel_values"][0, ..., 0].astype(np.float32)
+        channels = [table[pixels[:, channel]] for channel, table in enumerate(self._scale)]
+        return torch.from_numpy(np.stack(channels, axis=1))
+
+    def normalise_by(self, rows: "PixelRows") -> None:
+        """Let the processor of a new model normalise by mean and standard deviation of the pixels in `rows`."""
+        mean, deviation = rows.statistics()
+        self.processor.image_mean, self.processor.image_std, self._scale = mean, deviation, None
+        self.notes.append(f"pixels are normalised by those of the training images: mean {mean}, deviation {deviation}")
 
     def example_input(self) -> str:
         return "'an_image.png'"
@@ -76,12 +146,121 @@ class ImageRows(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> dict:
         return self.__getitems__([row])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict]:
-        found = self.rows.select(indices) if len(indices) > 1 else [self.rows[indices[0]]]
-        return [
-            {**row, "image": decode_image(row["image"], f"the image of {self.where} row {index + 1}")}
-            for index, row in zip(indices, found, strict=True)
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        columns = self.rows[list(indices)]
+        columns["image"] = [
+            decode_image(value, f"the image of {self.where} row {index + 1}")
+            for index, value in zip(indices, columns["image"], strict=True)
         ]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+class PixelRows(torch.utils.data.Dataset):
+    """Rows with "pixels" (C, H, W), uint8, and every other column of `rows`.
+
+    They are kept in memory if all of them take no more than `limit` bytes.  Augmented is a row only from the first
+    `set_epoch` on, which training alone calls; what it becomes is then a function of (seed, epoch, row).  A row that
+    is mixed has the row that it is mixed with as "other" (its columns), and its own "share".
+    """
+
+    def __init__(self, rows: ImageRows, resized, *, limit: int = 0, augmentation=None, seed: int = 0):
+        self.rows, self.resized = rows, resized
+        self.augmentation, self.seed = augmentation, seed
+        self.columns = {name: rows.rows[name][:] for name in rows.rows.column_names if name != "image"}
+        # In shared memory, because workers that outlive an epoch hold a copy of everything else.
+        self.epoch = torch.tensor(-1).share_memory_()
+        first = self._decoded([0])
+        self.shape, self.num_bytes = first.shape[1:], first.nbytes * len(self)
+        self.kept = self._all() if self.num_bytes <= limit else None
+
+    def _all(self) -> np.ndarray:
+        kept = np.empty((len(self), *self.shape), dtype=np.uint8)
+        for start in range(0, len(self), AT_ONCE):
+            places = range(start, min(start + AT_ONCE, len(self)))
+            kept[places.start : places.stop] = self._decoded(places)
+        return kept
+
+    def _decoded(self, indices: Sequence[int]) -> np.ndarray:
+        return self.resized([row["image"] for row in self.rows.__getitems__(indices)])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def pixels(self, indices: Sequence[int]) -> np.ndarray:
+        """(B, C, H, W), as they are without augmentation."""
+        return self._decoded(indices) if self.kept is None else self.kept[list(indices)]
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        if self.augmentation is None or self.epoch < 0:
+            return [self._row(index, pixels) for index, pixels in zip(indices, self.pixels(indices), strict=True)]
+        return [self._augmented(index) for index in indices]
+
+    def _row(self, index: int, pixels: np.ndarray) -> dict:
+        return {"pixels": pixels, **{name: values[index] for name, values in self.columns.items()}}
+
+    def _augmented(self, index: int) -> dict:
+        pixels, draw = self._changed(index)
+        if not self.augmentation.mixes:
+            return self._row(index, pixels)
+        partner = int(draw.integers(len(self)))
+        other, _ = self._changed(partner)
+        pixels, share = self.augmentation.mixed(pixels, other, draw)
+        return {**self._row(index, pixels), "other": self._row(partner, other), "share": share}
+
+    def _changed(self, index: int) -> tuple[np.ndarray, np.random.Generator]:
+        draw = np.random.default_rng((self.seed, int(self.epoch), index))
+        return self.augmentation(self.pixels([index])[0], draw), draw
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel, where 1 is white; of a part of the rows if not all are kept."""
+        pixels = self.kept
+        if pixels is None:
+            pixels = self.pixels(np.linspace(0, len(self) - 1, min(len(self), SURVEYED)).astype(int).tolist())
+        counts = sum(
+            np.stack([np.bincount(part[:, channel].ravel(), minlength=256) for channel in range(pixels.shape[1])])
+            for part in np.array_split(pixels, -(-len(pixels) // AT_ONCE))
+        )  # (C, 256)
+        values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
+        mean = shares @ values
+        deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
+        deviation = deviation.clip(1 / 255)  # of images of one colour: it divides
+        return mean.round(4).tolist(), deviation.round(4).tolist()
+
+    @property
+    def whereabouts(self) -> str:
+        """Where the pixels are, in a sentence."""
+        size = f"{self.num_bytes / 1e6:,.1f} MB"
+        if self.kept is not None:
+            return f"the {len(self):,} {self.rows.where} images are decoded once and kept in memory ({size})"
+        return f"the {self.rows.where} images would take {size}: they are decoded every time (cache_megabytes)"
+
+
+def survey(rows: Dataset, shape: Sequence[int]) -> str:
+    """Sizes and kinds of up to `SURVEYED` images from all over, and what the model's size (C, H, W) does to them."""
+    chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), SURVEYED)).astype(int)]["image"]
+    sizes, modes, are_clear = zip(*map(image_header, chosen), strict=True)
+    kinds = Counter(KINDS.get(mode, mode) for mode in modes).most_common()
+    said = [", ".join(f"{count / len(chosen):.1%} {kind}" if len(kinds) > 1 else kind for kind, count in kinds)]
+    if any(are_clear):
+        said.append(f"{sum(are_clear) / len(chosen):.1%} partly transparent, put on white (which pipelines do not do)")
+    (width, height), (_, model_height, model_width) = np.median(sizes, axis=0).astype(int), shape
+    if len(set(sizes)) > 1:
+        said.append(f"{min(sizes)[0]} to {max(sizes)[0]} pixels wide, mostly about {width} x {height}")
+    else:
+        said.append(f"{width} x {height} pixels")
+    larger = sum(w > model_width or h > model_height for w, h in sizes) / len(chosen)
+    smaller = sum(w < model_width and h < model_height for w, h in sizes) / len(chosen)
+    if larger or smaller:
+        shares = f"{larger:.1%} are made smaller and {smaller:.1%} larger"
+        said.append(f"the model reads {model_width} x {model_height}: {shares}")
+    looked_at = "" if len(chosen) == len(rows) else f" ({len(chosen):,} of {len(rows):,} looked at)"
+    return f"training images{looked_at}: {'; '.join(said)}"
 
 
 def _has_processor(folder: Path) -> bool:

@@ -67,3 +67,18 @@ def spectrograms(recordings: Sequence[np.ndarray], names: Sequence[str], rate: i
     figure.supxlabel("seconds", fontsize=9)
     figure.supylabel("kHz", fontsize=9)
     return as_png(figure, "Spectrograms of the worst recordings")
+
+
+def image_grid(
+    images: Sequence[np.ndarray], captions: Sequence[str], title: str, *, columns: int = 6
+) -> dict[str, str]:
+    """Images (C, H, W), uint8, in rows, each under its caption of two lines."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.55 * columns, 1.95 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
+        axes.imshow(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(caption, fontsize=8)
+    return as_png(figure, title)

@@ -29,14 +29,14 @@ class RecordingArguments(AudioAugmentationArguments):
     sampling_rate: int = setting(16000, "samples per second that a new model hears; others are resampled")
     frame_ms: float = setting(25.0, "milliseconds of sound that a frame of a new model holds")
     hop_ms: float = setting(10.0, "milliseconds from frame to frame of a new model")
-    bad_recordings: str = setting(
+    on_corrupt: str = setting(
         "stop", "recordings that cannot be read: stop; or skip, for which all are decoded once beforehand"
     )
 
     def check_recordings(self) -> None:
         self.check_augmentation()
-        if self.bad_recordings not in POLICIES:
-            raise ValueError(f"bad_recordings={self.bad_recordings!r} is unknown; choose one of {', '.join(POLICIES)}")
+        if self.on_corrupt not in POLICIES:
+            raise ValueError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(POLICIES)}")
         for name in ("frame_ms", "hop_ms"):
             if not getattr(self, name) * self.sampling_rate >= 1000:
                 raise ValueError(f"{name}={getattr(self, name)} is less than one sample at {self.sampling_rate} Hz")
@@ -56,7 +56,7 @@ class RecordingTask(Task):
         """Columns "audio" and "seconds" of the rows that can be read, and which those are.
 
         Raises: ValueError if the column is not there or holds something else, or for an unreadable recording if
-        `bad_recordings` is stop.  A row without labels is never left out: who asks for its prediction wants an answer.
+        `on_corrupt` is stop.  A row without labels is never left out: who asks for its prediction wants an answer.
         """
         name = self.args.audio_column
         check_column(table, name, option="audio_column", where=where)
@@ -70,8 +70,8 @@ class RecordingTask(Task):
                 seconds.append(self._seconds(value, f"the recording of {where} row {row + 1}"))
                 kept.append(row)
             except ValueError as error:
-                if not labelled or self.args.bad_recordings == "stop":
-                    more = "; bad_recordings=skip leaves such rows out" if labelled else ""
+                if not labelled or self.args.on_corrupt == "stop":
+                    more = "; on_corrupt=skip leaves such rows out" if labelled else ""
                     raise ValueError(f"{error}{more}") from error
                 bad.append(str(error))
         if bad:
@@ -82,7 +82,7 @@ class RecordingTask(Task):
 
     def _seconds(self, value: dict, where: str) -> float:
         seconds = audio_seconds(value, where)
-        if self.args.bad_recordings == "skip":
+        if self.args.on_corrupt == "skip":
             decode_audio(value, where, sampling_rate=self.args.sampling_rate)
         return seconds
 

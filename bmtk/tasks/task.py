@@ -87,12 +87,17 @@ class Task:
         """`folder` is where a task may keep what it prepares; `loading` is for `from_pretrained`."""
         self.args, self.model, self.seed, self.loading = args, model, seed, loading
         self.notes: list[str] = []
-        read = {split: self.read_rows(table, split, labelled=True) for split, table in self._tables(splits).items()}
+        tables = {split: self.usable(table, split) for split, table in self._tables(splits).items()}
+        read = {split: self.read_rows(table, split, labelled=True) for split, table in tables.items()}
         self.rows: dict[str, Any] = {split: rows for split, rows in read.items() if rows is not None}
         self._keep_apart()
         self.prepare()
 
     # ------------------------------------------------------------------------------------------------ rows
+
+    def usable(self, table: Dataset, where: str) -> Dataset:
+        """Those rows of `table` that can be read at all; called before `read_rows` and `encode_inputs`."""
+        return table
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         """The columns of `table` that the task reads, under its own names; None for a split without labels.

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA): small trainable updates beside frozen weights, through peft."""
+"""What of a pretrained model is trained: all, its head alone, or low-rank updates beside frozen weights (LoRA)."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # the file that makes a folder an adapte
 
 @dataclass
 class AdapterArguments:
-    """Whether all weights are trained, or a low-rank update of them."""
+    """Whether all weights are trained, those of the head, or a low-rank update."""
 
     _argument_group_name = "adapter"
 
@@ -28,6 +28,9 @@ class AdapterArguments:
     lora_rank: int = field(default=8, metadata={"help": "rank of the update of a matrix"})
     lora_alpha: float = field(default=16, metadata={"help": "the update is multiplied by lora_alpha / lora_rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "probability, on what the update reads"})
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "train the head alone (a linear probe); all else stays as it was pretrained"}
+    )
     merge_adapter: bool = field(
         default=False, metadata={"help": "save a whole model with the update added to its weights, not the adapter"}
     )
@@ -44,6 +47,40 @@ class AdapterArguments:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability; choose 0 <= lora_dropout < 1")
         if self.merge_adapter and self.adapter is None:
             raise ValueError("merge_adapter needs an adapter: set adapter to lora")
+        if self.freeze_backbone and self.adapter:
+            raise ValueError("freeze_backbone trains the head alone, adapter more than that; set one of them")
+
+    @property
+    def purpose(self) -> str | None:
+        """What is done to a pretrained model, for an error; None: nothing that needs one."""
+        if self.freeze_backbone:
+            return "freeze_backbone trains the head of"
+        return f"adapter={self.adapter} changes" if self.adapter else None
+
+
+def adapt(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PreTrainedModel | PeftModel:
+    """`model` as `args` have it: all of it trainable, its head alone, or an adapter."""
+    if args.freeze_backbone:
+        freeze_backbone(model)
+    return add_adapter(model, args, task_type=task_type) if args.adapter else model
+
+
+def freeze_backbone(model: PreTrainedModel) -> None:
+    """Leave only the head of `model` trainable; below it, dropout and statistics of norms rest as in evaluation.
+
+    Raises: ValueError if nothing would be left to train.
+    """
+    backbone = model.base_model
+    backbone.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"freeze_backbone leaves nothing to train: a {type(model).__name__} has no weights of its own"
+        )
+    backbone.register_forward_pre_hook(_rest)  # before every forward: Trainer's train() is for the whole model
+
+
+def _rest(module: torch.nn.Module, inputs: tuple) -> None:
+    module.eval()
 
 
 def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PeftModel:

@@ -13,6 +13,20 @@ PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test
 NOT_RECORDED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
+class TellEpoch(TrainerCallback):
+    """Tells the rows which epoch it is.
+
+    accelerate's loaders do so only where no sampler wants to know it: neither in a resumed epoch nor on several
+    processes.
+    """
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.rows.set_epoch(int((state.epoch or 0) + 1e-6))  # a fraction where a run goes on
+
+
 class RecordHistory(TrainerCallback):
     """Writes what Trainer logs to `history.jsonl`, in the words of the project's own loop."""
 

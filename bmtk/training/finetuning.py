@@ -12,12 +12,12 @@ import torch
 import transformers
 from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapters import ADAPTER_CONFIG, load_adapter
 from .arguments import LoopArguments
-from .callbacks import Progress
+from .callbacks import Progress, TellEpoch
 from .predicting import Results, measure, predict_all
 from .run_folder import CHECKPOINTS
 from .updates import LossSum
@@ -54,6 +54,10 @@ class FineTuningArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "rows per device in evaluations"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of history.jsonl"})
     save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
+
+    channels_last: bool = field(
+        default=False, metadata={"help": "lay out two-dimensional convolutions channels last: often faster"}
+    )
 
     logging_nan_inf_filter: bool = _settled(False)  # True logs a NaN loss as 0.0
     # A token would be pickled into training_args.bin; publishing is done by bmtk.hub, from the login or HF_TOKEN.
@@ -217,15 +221,6 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-class TellTheEpoch(TrainerCallback):
-    """Calls `set_epoch` of training rows that have it; accelerate does so on one process only."""
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        rows = getattr(train_dataloader, "dataset", None)
-        if hasattr(rows, "set_epoch"):
-            rows.set_epoch(int((state.epoch or 0) + 1e-6))  # a fraction where a run goes on
-
-
 class TaskTrainer(Trainer):
     """Trainer whose loss and metrics are exact: it asks the task, where Trainer averages averages.
 
@@ -246,8 +241,10 @@ class TaskTrainer(Trainer):
             eval_dataset=task.rows.get("validation"),
             processing_class=task.processor,
             data_collator=task.collator(),
-            callbacks=[TellTheEpoch(), *callbacks],
+            callbacks=list(callbacks),
         )
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(TellEpoch(self.train_dataset))
         self.task = task
         smoothing = {"label_smoothing": args.label_smoothing_factor} if args.label_smoothing_factor else {}
         criterion = partial(task.criterion, **smoothing) if task.criterion else None
@@ -312,6 +309,8 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect on {task.name}, whose loss is the "
             "model's own; leave it out"
         )
+    if args.channels_last:
+        lay_out_channels_last(model, args.device)
     args.output_dir = str(folder)
     args.dataloader_pin_memory &= torch.cuda.is_available()
     args.remove_unused_columns = False  # the task's rows hold what its collator reads
@@ -321,6 +320,21 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     return trainer
+
+
+def lay_out_channels_last(model: torch.nn.Module, device: torch.device) -> None:
+    """Put the channels of the weights last in memory, and with them those of all maps that convolutions make.
+
+    Raises: ValueError for a strided 1x1 convolution on a CPU: oneDNN's backward of it writes beyond its memory
+    (github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and device.type == "cpu":
+            if module.kernel_size == (1, 1) and module.stride != (1, 1):
+                raise ValueError(
+                    f"channels_last is not safe on a CPU for a strided 1x1 convolution ({name}); leave it out"
+                )
+    model.to(memory_format=torch.channels_last)
 
 
 def evaluate(trainer: TaskTrainer, task) -> Results:

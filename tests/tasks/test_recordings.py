@@ -21,9 +21,9 @@ from bmtk.tasks.audio_augmentation import (
 )
 from bmtk.tasks.audio_classification import AudioClassification, AudioClassificationArguments
 from bmtk.tasks.recordings import RecordingRows
-from bmtk.training.finetuning import TellTheEpoch
 
 RATE = 8000
+from bmtk.training.callbacks import TellEpoch
 
 
 def tone(seconds: float = 0.5, pitch: float = 440.0, rate: int = RATE) -> np.ndarray:
@@ -81,10 +81,10 @@ def broken(folder: Path, kind: str) -> Path:
 def test_a_bad_recording_is_named_and_stops_the_run_or_is_left_out(tmp_path, kind):
     path = broken(folder_of(tmp_path), kind)
     what = "a recording without a sample" if kind == "silent" else "not a recording that can be read"
-    message = rf"the recording of train row 4 is {what}: {path}.*; bad_recordings=skip leaves such rows out"
+    message = rf"the recording of train row 4 is {what}: {path}.*; on_corrupt=skip leaves such rows out"
     with pytest.raises(ValueError, match=message):
         make_task(tmp_path)
-    task = make_task(tmp_path, bad_recordings="skip")
+    task = make_task(tmp_path, on_corrupt="skip")
     assert len(task.rows["train"]) == 3
     assert task.rows["train"][2]["labels"] == 1
     assert any("1 of 4 train rows are left out: the recording of train row 4" in note for note in task.notes)
@@ -104,7 +104,7 @@ def test_what_is_no_recording_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bad_recordings": "drop"}, r"bad_recordings='drop' is unknown; choose one of stop, skip"),
+        ({"on_corrupt": "drop"}, r"on_corrupt='drop' is unknown; choose one of stop, skip"),
         ({"hop_ms": 0.1}, r"hop_ms=0\.1 is less than one sample at 8000 Hz"),
         ({"speed_change": 1.0}, r"speed_change=1\.0 is not a share"),
         ({"time_masks": -1}, r"time_masks=-1 must be at least 0"),
@@ -223,8 +223,7 @@ def test_speed_changes_length_and_pitch_together_and_a_shift_moves():
 def test_the_rows_are_told_the_epoch_also_where_a_run_goes_on(tmp_path):
     rows = rows_of(tmp_path, gain=1.0)
     for epoch, expected in ((0, 0), (2.0, 2), (1.75, 1), (2.9999999999, 3), (None, 0)):
-        loader = SimpleNamespace(dataset=rows)
-        TellTheEpoch().on_epoch_begin(None, SimpleNamespace(epoch=epoch), None, train_dataloader=loader)
+        TellEpoch(rows).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
         assert rows.epoch == expected
 
 

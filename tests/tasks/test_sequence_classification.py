@@ -112,6 +112,8 @@ def test_without_validation_rows_some_training_rows_are_held_out_and_said(tmp_pa
     rows = [(f"text {i}", "xy"[i % 2]) for i in range(20)]
     task = make_task(tmp_path, train=rows, validation=None, validation_fraction=0.25)
     assert (len(task.rows["train"]), len(task.rows["validation"])) == (15, 5)
+    with_test = make_task(tmp_path, rows, None, test_file=write_csv(tmp_path / "test.csv", OTHERS))
+    assert list(with_test.rows) == ["train", "validation", "test"]
     held_out = set(task.rows["validation"]["text"])
     assert not held_out & set(task.rows["train"]["text"])
     assert task.notes == [
