@@ -5,10 +5,11 @@ them whose column `file_name` names them (other columns are theirs).  Values sta
 a row is needed, so that one broken file costs one row and not the whole run.
 """
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -91,11 +92,22 @@ def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
 
 def decode_image(value: dict[str, object], where: str) -> PIL.Image.Image:
     """The image of a row.  Raises: ValueError that says `where` and what is wrong with it."""
-    try:
-        source = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
-        image = PIL.Image.open(source)
+    with _opened(value, where) as image:
         image.load()
         return image
+
+
+def image_size(value: dict[str, object], where: str) -> tuple[int, int]:
+    """Width and height of the image of a row, whose pixels are not decoded.  Raises: as `decode_image`."""
+    with _opened(value, where) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(value: dict[str, object], where: str) -> Iterator[PIL.Image.Image]:
+    try:
+        with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
+            yield image
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"{where} is not an image that can be read: {_named(value)}{error}") from error
 

@@ -82,7 +82,8 @@ class LossSum:
 
     def __call__(self, batch: dict[str, torch.Tensor], own_items: int, count: torch.Tensor) -> torch.Tensor:
         batch = on_device(batch, self.device)
-        if self.takes_count is None and own_items:
+        # A detector has a loss where there is no object, too; other losses cannot be measured without an item.
+        if self.takes_count is None and (own_items or hasattr(self.unwrapped, "count_items")):
             self.takes_count = divides_by_count(self.unwrapped, batch, self.options)
         if self.takes_count:
             return self.model(**batch, **self.options, num_items_in_batch=count).loss
