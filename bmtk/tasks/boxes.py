@@ -23,6 +23,7 @@ from bmtk.data.tables import check_column
 from .pictures import as_png
 
 LEAST_VISIBLE = 0.3  # share of a box that must still be in a cropped image; the rest teaches no one where it ends
+MOST_FOUND = 100  # boxes of an image that count, the best first, as in COCO
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324")
 
 
@@ -131,9 +132,7 @@ class BoxAugmentation:
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
-def average_precisions(
-    truth: Sequence[dict], predictions: Sequence[dict], num_labels: int, *, max_detections: int = 100
-) -> np.ndarray:
+def average_precisions(truth: Sequence[dict], predictions: Sequence[dict], num_labels: int) -> np.ndarray:
     """COCO's AP (T, K) at overlaps (IoU) of 0.50, 0.55, ..., 0.95; NaN for a label that no image holds.
 
     Both are images of the same order: {"boxes", "labels"}, the predictions with "scores".
@@ -142,7 +141,7 @@ def average_precisions(
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
         measured = COCOeval(_coco(truth, num_labels), _coco(predictions, num_labels), "bbox")
         measured.params.areaRng, measured.params.areaRngLbl = [[0, 1e10]], ["all"]
-        measured.params.maxDets = [max_detections]
+        measured.params.maxDets = [MOST_FOUND]
         measured.evaluate()
         measured.accumulate()
     precision = measured.eval["precision"][..., 0, 0]  # (T, recalls, K), -1 for a label that no image holds

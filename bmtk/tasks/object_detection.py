@@ -51,9 +51,10 @@ class ObjectDetectionArguments(ImageArguments, DataArguments):
             raise ValueError(f"flip={self.flip!r} is unknown; choose one of {', '.join(FLIPS)}")
         if self.scale_jitter < 0:
             raise ValueError(f"scale_jitter={self.scale_jitter} must be at least 0")
-        for name in ("colour_jitter", "score_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not a share; choose between 0 and 1")
+        if not 0 <= self.colour_jitter <= 1:
+            raise ValueError(f"colour_jitter={self.colour_jitter} is not a share; choose between 0 and 1")
+        if not LEAST_SCORE <= self.score_threshold <= 1:
+            raise ValueError(f"score_threshold={self.score_threshold} must be from {LEAST_SCORE} to 1")
 
 
 class DetectionRows(ImageRows):
@@ -102,6 +103,7 @@ class ObjectDetection(ImageTask):
     }
     arguments = ObjectDetectionArguments
     auto_class = AutoModelForObjectDetection
+    free_keys = frozenset((*ImageTask.free_keys, "score_threshold"))
     main_metric = "map"
 
     # ------------------------------------------------------------------------------------------------ rows
@@ -125,7 +127,7 @@ class ObjectDetection(ImageTask):
             inside = cut(boxes, *image_size(image, f"the image of {where} row {row}"))
             stays = (inside[:, 2:] > 0).all(1) & np.isfinite(boxes).all(1)
             left_out += [(row, box) for box in boxes[~stays].tolist()]
-            num_cut += int((inside != boxes).any(1)[stays].sum())
+            num_cut += int((~np.isclose(inside, boxes).all(1))[stays].sum())
             kept.append((inside[stays], [name for name, stay in zip(names, stays, strict=True) if stay]))
         total = sum(len(boxes) for boxes, _ in objects)
         if left_out:
