@@ -20,6 +20,7 @@ from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.tasks.boxes import BoxAugmentation, average_precisions, cut
 from bmtk.tasks.object_detection import ObjectDetection, ObjectDetectionArguments
 from bmtk.training.finetuning import FineTuningArguments, build_trainer, load_for_task
+from bmtk.training.updates import LossSum
 from recipes import evaluate, finetune, predict
 
 TINY = {
@@ -109,21 +110,22 @@ def test_boxes_become_what_a_detector_reads(tmp_path):
 def test_boxes_without_area_in_their_image_are_left_out_counted_and_the_first_is_named(tmp_path):
     bad = {
         "bbox": [
-            [1, 1, 5.1, 5.2],
+            [3.3, 2.7, 1.1, 0.6],
             [3, 3, 0, 5],
             [50, 2, 4, 4],
             [-3, 28, 8, 8],
             [9, 9, -2, 4],
             [1, float("nan"), 4, 4],
+            [1, 1, float("inf"), 4],
         ],
-        "category": ["cat", "cat", "dog", "dog", "cat", "cat"],
+        "category": ["cat", "cat", "dog", "dog", "cat", "cat", "cat"],
     }
     task = make_task(tmp_path, train=(OBJECTS, bad))
-    assert list(task.rows["train"]["boxes"])[1] == [pytest.approx([1, 1, 5.1, 5.2]), [0.0, 28.0, 5.0, 4.0]]
+    assert list(task.rows["train"]["boxes"])[1] == [pytest.approx([3.3, 2.7, 1.1, 0.6]), [0.0, 28.0, 5.0, 4.0]]
     assert list(task.rows["train"]["names"])[1] == ["cat", "dog"]
     assert task.notes == [
-        "4 of 8 train boxes have no area within their image: left out (the first is [3.0, 3.0, 0.0, 5.0] in row 2)",
-        "1 of 8 train boxes reach beyond their image: cut at its edge",
+        "5 of 9 train boxes have no area within their image: left out (the first is [3.0, 3.0, 0.0, 5.0] in row 2)",
+        "1 of 9 train boxes reach beyond their image: cut at its edge",
     ]
 
 
@@ -215,20 +217,21 @@ def red_box(image):
 
 
 def test_boxes_move_with_their_image():
-    augment = BoxAugmentation(flip="both", scale=0.8, colour=0.1)
+    augment = BoxAugmentation(flip="both", scale=2.0, colour=0.1)
     image, boxes = marked()
-    corners, sizes = set(), set()
-    for number in range(60):
+    corners, sizes, num_hidden = set(), set(), 0
+    for number in range(80):
         view, moved, visible = augment(image, boxes, np.random.default_rng(number))
-        if visible[0]:
-            assert moved[0].tolist() == red_box(view)
-            corners.add(tuple((moved[0, :2] + moved[0, 2:] / 2 < np.array(view.size) / 2).tolist()))
-        else:
-            found = red_box(view)
-            assert found is None or found[2] * found[3] < 0.3 * 600
         sizes.add(view.size)
-    assert (len(corners), len(sizes) > 20) == (4, True)
-    assert min(width for width, _ in sizes) < 40 < 90 < max(width for width, _ in sizes)
+        found = red_box(view)
+        area = found[2] * found[3] if found else 0
+        assert visible.tolist() == [area >= 0.3 * 20 * 30]
+        if area:
+            assert moved[0].tolist() == found
+            corners.add(tuple((moved[0, :2] + moved[0, 2:] / 2 < np.array(view.size) / 2).tolist()))
+        num_hidden += not visible[0]
+    assert (len(corners), len(sizes) > 40, 2 < num_hidden < 40) == (4, True, True)
+    assert min(width for width, _ in sizes) < 30 < 120 < max(width for width, _ in sizes)
 
 
 def test_without_augmentation_nothing_changes():
@@ -313,6 +316,15 @@ def test_accumulation_changes_neither_loss_nor_gradient(tmp_path):
     untrained = AutoModelForObjectDetection.from_config(trainer.model.config).train()
     batch = task.collator()([task.rows["train"][row] for row in range(4)])
     assert logs[1]["loss"] == pytest.approx(untrained(**batch).loss.item(), rel=1e-5)
+
+
+def test_a_first_batch_without_objects_counts_too(tmp_path):
+    task = make_task(tmp_path, train=(NOTHING, OBJECTS))
+    model = AutoModelForObjectDetection.from_config(configured(task)).eval()
+    batch = task.collator()([task.rows["train"][0]])
+    assert task.num_items(batch) == 0
+    loss = LossSum(model, model, torch.device("cpu"))(batch, 0, torch.tensor(3))
+    assert loss.item() == model(**batch, num_items_in_batch=3).loss.item() > 0
 
 
 def test_items_are_the_positive_locations_and_for_other_detectors_the_images(tmp_path):
@@ -460,14 +472,24 @@ def test_metrics_are_means_over_labels_and_nothing_is_printed(tmp_path, capsys):
     configured(task)
     rows = task.rows["validation"]
     right = {"boxes": OBJECTS["bbox"], "labels": [0, 1], "scores": [0.9, 0.8], "loss": 2.0, "items": 4}
-    wrong = {"boxes": OBJECTS["bbox"][:1], "labels": [0], "scores": [0.95], "loss": 1.0, "items": 2}
-    of_dog = 51 / 101  # half of the dogs are found
-    assert task.score([right, wrong], rows) == pytest.approx(
-        {"loss": 0.5, "map": (1 + of_dog) / 2, "map_50": (1 + of_dog) / 2, "map_75": (1 + of_dog) / 2, "ap_cat": 1.0,
-         "ap_dog": of_dog}
-    )  # fmt: skip
+    wrong = {"boxes": [[2, 4, 7.2, 8]], "labels": [0], "scores": [0.95], "loss": 1.0, "items": 2}  # IoU 0.72
+    of_dog = 51 / 101  # half of the dogs are found: the recalls 0, 0.01, ..., 0.50
+    at_75 = 51 / 101 / 2  # of cats: a miss, then a hit
+    of_cat = (5 * 1 + 5 * at_75) / 10
+    metrics = task.score([right, wrong], rows)
+    assert metrics.pop("loss") == 0.5
+    assert metrics == pytest.approx(
+        {
+            "map": (of_cat + of_dog) / 2,
+            "map_50": (1 + of_dog) / 2,
+            "map_75": (at_75 + of_dog) / 2,
+            "ap_cat": of_cat,
+            "ap_dog": of_dog,
+        }
+    )
     lines = task.table([right, wrong], rows).splitlines()
     assert lines[0].split() == ["label", "boxes", "AP", "AP@50", "AP@75"]
+    assert lines[1].split() == ["cat", "2", f"{of_cat:.4f}", "1.0000", f"{at_75:.4f}"]
     assert lines[2].split() == ["dog", "2", "0.5050", "0.5050", "0.5050"]
     assert capsys.readouterr().out == ""
     assert task.samples([right, wrong], rows, count=1) == [
