@@ -531,7 +531,7 @@ def test_a_detector_is_trained_evaluated_and_used(tmp_path, capsys):
     assert "AP@75" in capsys.readouterr().out
 
     output = tmp_path / "found.jsonl"
-    images = "recipes/data/shapes/test"
+    images = "recipes/data/boxed_shapes/test"
     predict.main(["--model", str(folder), "--input", images, "--output", str(output), "--score_threshold", "0.1"])
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 12

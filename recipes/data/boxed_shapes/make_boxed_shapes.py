@@ -1,4 +1,4 @@
-"""Write the made-up pictures beside this file: python recipes/data/shapes/make_shapes.py
+"""Write the made-up pictures beside this file: python recipes/data/boxed_shapes/make_boxed_shapes.py
 
 Every picture shows one to four filled circles and squares on a plain ground, placed by a seeded draw so that their
 boxes do not overlap; one training picture shows nothing.  `metadata.jsonl` holds their boxes.
