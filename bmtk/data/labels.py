@@ -45,6 +45,21 @@ def ids_of_known(names: Collection[str], known: Sequence[str]) -> dict[str, int]
     return None
 
 
+def agreed_labels(
+    found: Collection[str], known: Sequence[str], names: Sequence[str], *, is_trained: bool
+) -> tuple[list[str], dict[str, int]]:
+    """The labels of a model in order, and the id of each name: what it knows already, else `names`, those of the data.
+
+    `found` are the names in all rows.
+    Raises: ValueError if a model that is not trained any more knows none of them.
+    """
+    ids = ids_of_known(found, known)
+    if ids is None and known and not is_trained:
+        raise ValueError(f"the data has labels {some(names)}, and the model knows others: {some(known)}")
+    labels = list(known if ids else names)
+    return labels, ids or {name: index for index, name in enumerate(labels)}
+
+
 def is_integer(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 

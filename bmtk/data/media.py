@@ -5,14 +5,16 @@ them whose column `file_name` names them (other columns are theirs).  Values sta
 a row is needed, so that one broken file costs one row and not the whole run.
 """
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import soundfile
@@ -92,11 +94,23 @@ def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
 
 def decode_image(value: dict[str, object], where: str) -> PIL.Image.Image:
     """The image of a row, the right way up.  Raises: ValueError that says `where` and what is wrong with it."""
-    try:
-        source = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
-        image = PIL.Image.open(source)
+    with _opened(value, where) as image:
         image.load()
         return PIL.ImageOps.exif_transpose(image)  # cameras note how they were held; pipelines go by it, too
+
+
+def image_size(value: dict[str, object], where: str) -> tuple[int, int]:
+    """Width and height of the image of a row the right way up; nothing is decoded.  Raises: as `decode_image`."""
+    with _opened(value, where) as image:
+        is_on_its_side = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if is_on_its_side else image.size
+
+
+@contextlib.contextmanager
+def _opened(value: dict[str, object], where: str) -> Iterator[PIL.Image.Image]:
+    try:
+        with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
+            yield image
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"{where} is not an image that can be read: {_named(value)}{error}") from error
 

@@ -3,6 +3,7 @@
 from .audio_classification import AudioClassification
 from .causal_lm import CausalLM
 from .image_classification import ImageClassification
+from .object_detection import ObjectDetection
 from .sequence_classification import SequenceClassification
 from .speech_recognition import SpeechRecognition
 
@@ -10,6 +11,7 @@ TASKS = {
     "audio_classification": AudioClassification,
     "causal_lm": CausalLM,
     "image_classification": ImageClassification,
+    "object_detection": ObjectDetection,
     "sequence_classification": SequenceClassification,
     "speech_recognition": SpeechRecognition,
 }

@@ -8,7 +8,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from torch.nn import functional as F
 
-from bmtk.data.labels import ids_of_known, in_order, label_name, some
+from bmtk.data.labels import agreed_labels, in_order, label_name, some
 from bmtk.data.tables import check_column
 
 from .pictures import confusion_matrix
@@ -77,14 +77,11 @@ class Classification(Task):
         Raises: ValueError if a validation or test label is unknown.
         """
         known = list(labels) or labels_of(config, self.about["auto_class"])
-        ids = ids_of_known({name for rows in self.rows.values() for name in rows["label"]}, known)
-        if ids is None and known and "train" not in self.rows:
-            raise ValueError(f"the data has labels {some(self.names)}, and the model knows others: {some(known)}")
-        self.labels = known if ids else self.names
+        found = {name for rows in self.rows.values() for name in rows["label"]}
+        self.labels, self.ids = agreed_labels(found, known, self.names, is_trained="train" in self.rows)
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {name: index for index, name in enumerate(self.labels)}
         config.problem_type = "single_label_classification"
-        self.ids = ids or config.label2id
         counts = self._balance()
         self.weights = class_weights(self.args.class_weights, self.labels, counts)
         super().configure(config)

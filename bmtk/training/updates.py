@@ -93,7 +93,8 @@ class LossSum:
         if self.criterion:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             return self.criterion(self.model(**inputs, **self.options), batch) / count
-        if self.takes_count is None and own_items:
+        # A detector has a loss where there is no object, too; other losses cannot be measured without an item.
+        if self.takes_count is None and (own_items or hasattr(self.unwrapped, "count_items")):
             self.takes_count = divides_by_count(self.unwrapped, batch, self.options)
         if self.takes_count:
             return self.model(**batch, **self.options, num_items_in_batch=count).loss

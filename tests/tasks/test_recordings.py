@@ -21,9 +21,9 @@ from bmtk.tasks.audio_augmentation import (
 )
 from bmtk.tasks.audio_classification import AudioClassification, AudioClassificationArguments
 from bmtk.tasks.recordings import RecordingRows
+from bmtk.training.callbacks import TellEpoch
 
 RATE = 8000
-from bmtk.training.callbacks import TellEpoch
 
 
 def tone(seconds: float = 0.5, pitch: float = 440.0, rate: int = RATE) -> np.ndarray:
