@@ -126,6 +126,15 @@ class Task:
 
     # ------------------------------------------------------------------------------------------------ training
 
+    def training_rows(self) -> Any:
+        """The training rows, with what augments them (told of a new epoch by `set_epoch`); None if there are none."""
+        return self.rows.get("train")
+
+    @staticmethod
+    def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch the model reads, where `criterion` computes the loss: all but labels."""
+        return {name: value for name, value in batch.items() if name != "labels"}
+
     @staticmethod
     def num_items(batch: Mapping[str, Any]) -> int | torch.Tensor:
         """How many losses of a batch are summed: its rows, or its predicted positions."""

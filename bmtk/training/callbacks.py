@@ -84,6 +84,19 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: {words}")
 
 
+class TellEpoch(TrainerCallback):
+    """Tells training rows that are different in every epoch which one begins.
+
+    Accelerate does so in a run of one process only.
+    """
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.rows.set_epoch(int(state.epoch))
+
+
 class StopOnNonFinite(TrainerCallback):
     """Ends the run before an update whose gradient is not finite; Trainer would apply it and hide the loss.
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer,
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapters import ADAPTER_CONFIG, load_adapter
-from .callbacks import Progress, recorded_metrics
+from .callbacks import Progress, TellEpoch, recorded_metrics
 from .run_folder import CHECKPOINTS
 from .updates import LossSum
 
@@ -215,7 +215,7 @@ class TaskTrainer(Trainer):
         super().__init__(
             model,
             args,
-            train_dataset=task.rows.get("train"),
+            train_dataset=task.training_rows(),
             eval_dataset=task.rows.get("validation"),
             processing_class=task.processor,
             data_collator=task.collator(),
@@ -239,7 +239,7 @@ class TaskTrainer(Trainer):
             self.own_loss.model = model
             loss = self.own_loss(inputs, int(self.task.num_items(inputs)), num_items_in_batch)
         else:
-            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            outputs = model(**self.task.inputs_of(inputs))
             smoothing = self.args.label_smoothing_factor
             loss = self.task.criterion(outputs, inputs, label_smoothing=smoothing) / num_items_in_batch
         return loss * self.args.world_size
@@ -296,6 +296,8 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
     args.remove_unused_columns = False  # the task's rows hold what its collator reads
     args.include_num_input_tokens_seen = "no"  # counted by the task
     trainer = TaskTrainer(model, args, task, callbacks=callbacks)
+    if hasattr(trainer.train_dataset, "set_epoch"):
+        trainer.add_callback(TellEpoch(trainer.train_dataset))
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)

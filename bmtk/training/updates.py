@@ -59,11 +59,16 @@ def divides_by_count(model: PreTrainedModel, batch: dict, options: dict) -> bool
 
 
 def on_device(batch, device: torch.device):
-    """Copy a batch (tensors in dictionaries and lists) to the device; without waiting where memory can be pinned."""
+    """Copy a batch (tensors in dictionaries and lists) to the device; without waiting where memory can be pinned.
+
+    What is neither, such as the text that a prediction is cut from, stays as it is.
+    """
     if isinstance(batch, Mapping):
         return {key: on_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list):
         return [on_device(value, device) for value in batch]
+    if not isinstance(batch, torch.Tensor):
+        return batch
     if device.type == "cuda" and batch.device.type == "cpu":
         return batch.pin_memory().to(device, non_blocking=True)
     return batch.to(device)
