@@ -11,7 +11,7 @@ from datasets import Dataset
 
 @dataclass
 class TokenDropout:
-    """`rows` whose `input_ids` become `hidden` with probability `share`; tokens of `kept` never do.
+    """`rows` whose `input_ids` (or each of their lists) become `hidden` with probability `share`; `kept` never do.
 
     What is hidden depends on the seed, the epoch and the row only, so a run that is resumed goes on the same way.
     """
@@ -36,10 +36,13 @@ class TokenDropout:
         return [self._hide(index, row) for index, row in zip(indices, self.rows.__getitems__(indices), strict=True)]
 
     def _hide(self, index: int, row: dict) -> dict:
-        draws = np.random.default_rng([self.seed, self.epoch, index]).random(len(row["input_ids"]))
-        is_hidden = (draws < self.share).tolist()
-        ids = [
-            self.hidden if hide and token not in self.kept else token
-            for token, hide in zip(row["input_ids"], is_hidden, strict=True)
+        draw = np.random.default_rng([self.seed, self.epoch, index])
+        ids = row["input_ids"]
+        is_nested = bool(ids) and isinstance(ids[0], list)
+        return {**row, "input_ids": [self._hidden(one, draw) for one in ids] if is_nested else self._hidden(ids, draw)}
+
+    def _hidden(self, ids: list[int], draw: np.random.Generator) -> list[int]:
+        hides = (draw.random(len(ids)) < self.share).tolist()
+        return [
+            self.hidden if hide and token not in self.kept else token for token, hide in zip(ids, hides, strict=True)
         ]
-        return {**row, "input_ids": ids}

@@ -3,6 +3,7 @@
 from .audio_classification import AudioClassification
 from .causal_lm import CausalLM
 from .image_classification import ImageClassification
+from .question_answering import QuestionAnswering
 from .sequence_classification import SequenceClassification
 from .task import Task
 from .token_classification import TokenClassification
@@ -11,6 +12,7 @@ TASKS = {
     "audio_classification": AudioClassification,
     "causal_lm": CausalLM,
     "image_classification": ImageClassification,
+    "question_answering": QuestionAnswering,
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
 }

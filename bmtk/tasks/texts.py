@@ -1,7 +1,9 @@
 """What the tasks that read texts share: a tokenizer, and how much of a text is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
@@ -135,3 +137,9 @@ class TextTask(Task):
             tokenizer.pad_token = stand_in
             self.notes.append(f"the tokenizer has no padding token: {stand_in!r} stands in for it")
         return tokenizer
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, *, width: int = 0) -> torch.Tensor:
+    """Rows of whole numbers as one tensor, filled up with `value`."""
+    width = max(width, *map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

@@ -21,7 +21,7 @@ from bmtk.data.tables import check_column
 from .classification import Classification, ClassificationArguments, scores_table
 from .pictures import confusion_matrix
 from .task import Prediction, mean_loss, setting, spread_and_worst
-from .texts import TextArguments, TextTask
+from .texts import TextArguments, TextTask, padded
 
 UNSEEN = -1  # in place of a position: the word has no token; in place of a tag: none was found
 NO_WORD = -2  # pads the places of words
@@ -298,8 +298,3 @@ class PadSentences:
             batch["labels"] = padded([row["labels"] for row in rows], NOT_ASKED, width=batch["input_ids"].shape[1])
             batch["truth"] = padded([row["truth"] for row in rows], NOT_ASKED)
         return batch
-
-
-def padded(rows: Sequence[Sequence[int]], value: int, *, width: int = 0) -> torch.Tensor:
-    width = max(width, *map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

@@ -1,7 +1,7 @@
 """Write the made-up errands beside this file: python recipes/data/errands/make_errands.py
 
-Every sentence is put together from the word lists below by a seeded draw.  Names of people and places share their first
-halves, so that a reader needs the words around them, too.
+Every sentence is put together from the word lists below by a seeded draw.  Names of people and places share their
+first halves.
 """
 
 import json
