@@ -132,7 +132,6 @@ def plan(config, task, model, args) -> str:
     batches = list(islice(loader, args.gradient_accumulation_steps))
     num_rows = len(task.rows["train"])
     steps = finetuning.total_steps(args, num_rows)
-    summed_loss = task.criterion and (lambda batch: task.criterion(model(**task.inputs_of(batch)), batch))
     step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return summary.run_plan(
         config,
@@ -141,7 +140,7 @@ def plan(config, task, model, args) -> str:
         epochs=steps * step_rows / num_rows,
         per_step=round(step_rows * task.units_per_row("train")),
         unit=task.unit,
-        seconds_per_step=seconds_per_step(model, batches, Accelerator(), task.num_items, summed_loss=summed_loss),
+        seconds_per_step=seconds_per_step(model, batches, Accelerator(), task.num_items, task=task),
     )
 
 

@@ -303,16 +303,13 @@ class QuestionAnswering(TextTask):
         """Mean exact match and F1 of questions by the length of their answer."""
         count = len if self.scored_by == "characters" else (lambda text: len(text.split()))
         groups = np.digitize([min(map(count, texts)) for texts in rows["texts"]], list(LENGTHS.values()), right=True)
-        scores = self._agreement(predictions, rows)
-        means = [
-            scores[groups == group].mean(0) if (groups == group).any() else (0, 0) for group in range(len(LENGTHS))
-        ]
+        scores, found = self._agreement(predictions, rows), np.unique(groups)
+        means = np.array([scores[groups == group].mean(0) for group in found])
         figure = Figure(figsize=(6, 3))
-        axes, places = figure.add_subplot(), np.arange(len(LENGTHS))
-        for side, name, heights in zip((-0.2, 0.2), ("exact match", "F1"), np.array(means).T, strict=True):
+        axes, places = figure.add_subplot(), np.arange(len(found))
+        for side, name, heights in zip((-0.2, 0.2), ("exact match", "F1"), means.T, strict=True):
             axes.bar(places + side, heights, 0.4, label=name)
-        names = [f"{name}\n({(groups == group).sum():,})" for group, name in enumerate(LENGTHS)]
-        axes.set_xticks(places, names)
+        axes.set_xticks(places, [f"{list(LENGTHS)[group]}\n({(groups == group).sum():,})" for group in found])
         axes.set(xlabel=f"{self.scored_by} of the shortest answer (questions)", ylabel="mean", ylim=(0, 1))
         axes.legend()
         return [as_svg(figure, "Agreement by length of the answer")]

@@ -15,11 +15,11 @@ def seconds_per_step(
     accelerator: Accelerator,
     num_items: Callable[[dict], int],
     *,
-    summed_loss: Callable[[dict], torch.Tensor] | None = None,
+    task=None,
 ) -> float:
     """Seconds of forward and backward over one step's micro-batches: the second of two tries, as the first warms up.
 
-    `summed_loss` takes the place of the model's own loss.
+    The `criterion` of a fine-tuning task takes the place of the model's own loss.
     Leaves the weights as they are and no gradients behind; the optimizer's own time is not in it.
     """
     model = model.to(accelerator.device).train()
@@ -29,8 +29,9 @@ def seconds_per_step(
         started = time.perf_counter()
         for batch in micro_batches:
             with accelerator.autocast():
-                if summed_loss:
-                    value = summed_loss(on_device(batch, accelerator.device))
+                if getattr(task, "criterion", None):
+                    batch = on_device(batch, accelerator.device)
+                    value = task.criterion(model(**task.inputs_of(batch)), batch)
                 else:
                     value = loss(batch, int(num_items(batch)), one)
             value.backward()
