@@ -105,17 +105,16 @@ class Classification(Task):
         self.notes.append(f"training labels: {', '.join(shares[:10])}{more}")
         return [found.get(name, 0) for name in self.labels]
 
-    def label_ids(self, rows: Dataset, where: str) -> list:
+    def label_ids(self, labels: Sequence[str] | Sequence[list[str]], where: str) -> list:
         """The id, or ids, of each row's label.  Raises: ValueError for a label that the model does not know."""
-        unknown = set(self.labels_in(rows)) - set(self.ids)
+        unknown = {name for label in labels for name in _names(label)} - set(self.ids)
         if unknown:
-            first = next(row for row, label in enumerate(rows["label"], 1) if not unknown.isdisjoint(_names(label)))
+            first = next(row for row, label in enumerate(labels, 1) if not unknown.isdisjoint(_names(label)))
             raise ValueError(
                 f"the {where} data has labels that the training data does not have: {some(unknown)} (first in row "
                 f"{first}); known are {some(self.ids)}"
             )
-        found = [[self.ids[name] for name in _names(label)] for label in rows["label"]]
-        return [ids[0] if isinstance(label, str) else ids for ids, label in zip(found, rows["label"], strict=True)]
+        return [self.ids[label] if isinstance(label, str) else [self.ids[name] for name in label] for label in labels]
 
     # ------------------------------------------------------------------------------------------------ results
 

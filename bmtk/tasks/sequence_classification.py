@@ -63,7 +63,7 @@ class SequenceClassification(TextTask, Classification):
             encoded = self.processor(batch["text"], truncation=True, max_length=self.longest)
             return {**encoded, "length": list(map(len, whole))}
 
-        labels = self.label_ids(rows, where) if "label" in rows.column_names else None
+        labels = self.label_ids(rows["label"], where) if "label" in rows.column_names else None
         encoded = rows.map(encode, batched=True, remove_columns=rows.column_names)
         self.say_what_was_cut(encoded["length"], where)
         encoded = encoded.remove_columns("length")

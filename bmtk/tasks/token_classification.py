@@ -116,7 +116,7 @@ class TokenClassification(TextTask, Classification):
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
         """Tokens; "places": where each word's first token is; with tags "truth", and "labels" of all tokens."""
-        labels = self.label_ids(rows, where) if "label" in rows.column_names else None
+        labels = self.label_ids(rows["label"], where) if "label" in rows.column_names else None
         encoded = rows.map(self._encode, batched=True, remove_columns=rows.column_names)
         self.say_what_was_cut(encoded["length"], where)
         places = list(encoded["places"])

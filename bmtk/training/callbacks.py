@@ -13,6 +13,20 @@ PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test
 NOT_RECORDED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
+class TellEpoch(TrainerCallback):
+    """Tells the rows which epoch it is.
+
+    accelerate's loaders do so only where no sampler wants to know it: neither in a resumed epoch nor on several
+    processes.
+    """
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.rows.set_epoch(int(state.epoch or 0))
+
+
 class RecordHistory(TrainerCallback):
     """Writes what Trainer logs to `history.jsonl`, in the words of the project's own loop."""
 
@@ -82,19 +96,6 @@ class Progress(ProgressCallback):
                 f"{key.replace('/', ' ').replace('_', ' ')} {value:.4f}" for key, value in metrics.items()
             )
             self.training_bar.write(f"step {state.global_step}: {words}")
-
-
-class TellEpoch(TrainerCallback):
-    """Tells training rows that are different in every epoch which one begins.
-
-    Accelerate does so in a run of one process only.
-    """
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.rows.set_epoch(int(state.epoch))
 
 
 class StopOnNonFinite(TrainerCallback):

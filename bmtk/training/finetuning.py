@@ -221,6 +221,8 @@ class TaskTrainer(Trainer):
             data_collator=task.collator(),
             callbacks=list(callbacks),
         )
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(TellEpoch(self.train_dataset))
         self.task = task
         self.own_loss = None if task.criterion else LossSum(model, model, args.device)
 
@@ -296,8 +298,6 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
     args.remove_unused_columns = False  # the task's rows hold what its collator reads
     args.include_num_input_tokens_seen = "no"  # counted by the task
     trainer = TaskTrainer(model, args, task, callbacks=callbacks)
-    if hasattr(trainer.train_dataset, "set_epoch"):
-        trainer.add_callback(TellEpoch(trainer.train_dataset))
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)

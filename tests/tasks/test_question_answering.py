@@ -314,6 +314,8 @@ def test_the_smoke_run_learns_and_every_recipe_reads_it(tmp_path, monkeypatch, c
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "run"
     config = "recipes/configs/question_answering/smoke.yaml"
+    finetune.main(["--config", config, "--output_dir", str(folder), "--dry_run"])
+    assert "tokens per step" in capsys.readouterr().out
     finetune.main(["--config", config, "--output_dir", str(folder), "--disable_tqdm", "true"])
     assert f"recipes/predict.py --model {folder}" in capsys.readouterr().out
     metrics = json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]
