@@ -72,7 +72,7 @@ class QuestionAnswering(TextTask):
     }
     arguments = QuestionAnsweringArguments
     auto_class = AutoModelForQuestionAnswering
-    peft_task_type = "QUESTION_ANS"
+    peft_task_type = None  # peft's own class for this task takes token_type_ids and does not pass them on
     main_metric = "f1"
     inputs = ("question", "context")
 

@@ -22,6 +22,7 @@ from bmtk.tasks.question_answering import (
     span_scores,
     trimmed,
 )
+from bmtk.training.adapters import AdapterArguments, add_adapter
 from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parents[2]
@@ -254,6 +255,7 @@ def test_an_empty_text_has_an_empty_answer(tmp_path):
     configured(task)
     rows = task.encode_inputs(Dataset.from_dict({"question": ["Where ?", "Where is Bo ?"], "context": ["", CONTEXT]}))
     batch = task.collator()(list(rows))
+    assert not torch.stack(log_probabilities(outputs_for(batch), batch)).isnan().any()
     empty, full = task.predict(Fixed(outputs_for(batch)), batch)
     assert task.describe(empty) == {"prediction": "", "score": 0.0, "start": 0, "end": 0, "others": []}
     assert full["answers"][0]["text"]
@@ -308,6 +310,20 @@ def test_the_gradient_does_not_depend_on_accumulation(tmp_path):
             (task.criterion(model(**task.inputs_of(batch)), batch) / len(rows)).backward()
         gradients.append(model.qa_outputs.weight.grad.clone())
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_an_adapter_reads_the_kinds_of_tokens(tmp_path):
+    task = make_task(tmp_path)
+    config = configured(task, type_vocab_size=3, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    batch = task.collator()(list(task.rows["train"]))
+    model = AutoModelForQuestionAnswering.from_config(config).eval()
+    with torch.no_grad():
+        before = model(**task.inputs_of(batch)).start_logits
+        plain = model(batch["input_ids"], batch["attention_mask"]).start_logits
+        adapted = add_adapter(model, AdapterArguments(adapter="lora"), task_type=task.peft_task_type).eval()
+        after = adapted(**task.inputs_of(batch)).start_logits  # a new adapter adds nothing
+    assert not torch.allclose(before, plain)
+    assert torch.allclose(before, after)
 
 
 def test_the_smoke_run_learns_and_every_recipe_reads_it(tmp_path, monkeypatch, capsys):
