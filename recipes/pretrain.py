@@ -118,8 +118,7 @@ def fit(model, task, args, config, accelerator) -> tuple[TrainState, Results, di
         accelerator,
         args=args,
         state=state,
-        num_items=task.num_items,
-        criterion=task.criterion,
+        **task.losses,
         evaluate=evaluator.validate,
         save=partial(save_checkpoint, args.output_dir, config=config, keep=args.save_total_limit, **saved),
         meter=meter,
@@ -138,7 +137,7 @@ def plan(config, task, model, args, accelerator) -> str:
         epochs=steps / batches.steps_per_epoch,
         per_step=round(args.batch_size * task.units_per_row("train")),
         unit=task.unit,
-        seconds_per_step=seconds_per_step(model, batches[0], accelerator, task.num_items),
+        seconds_per_step=seconds_per_step(model, batches[0], accelerator, **task.losses),
     )
 
 

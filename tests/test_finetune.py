@@ -128,7 +128,7 @@ def test_the_resolved_config_repeats_the_run(finetuned, tmp_path):
     ids=["within an epoch", "at the very end, where nothing else saves"],
 )
 def test_a_stopped_run_goes_on_to_the_very_same_weights(stop_at, saving, tmp_path, monkeypatch):
-    settings = [*SHORT, "--hidden_dropout", "0.1", "--logging_steps", "1", *saving]
+    settings = [*SHORT, "--hidden_dropout", "0.1", "--token_dropout", "0.2", "--logging_steps", "1", *saving]
     whole = run(tmp_path / "whole", *settings)
 
     def stop(self, args, state, control, **kwargs):

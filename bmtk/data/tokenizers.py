@@ -5,6 +5,8 @@ Source: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, GPT-2
 apart follows GPT-4's (numbers in groups of three, a newline ends a word), with combining marks counted as letters,
 and no word longer than about 64 characters.
 `char`: one token per Unicode character, lossless on the characters it was trained on.
+`word`: what stands between blanks is a token, for text that was cut into words before.
+`uncased_word`: lower-cased words, punctuation marks and Han characters, a token each; for classifiers of small data.
 """
 
 import hashlib
@@ -12,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,6 +31,7 @@ WORDS = "|".join(  # repeats are bounded: the time to train is quadratic in the 
         r"\s{1,64}",
     ]
 )
+UNCASED_WORDS = r"\p{Han}|[^\s\p{P}\p{S}\p{Han}]+|[\p{P}\p{S}]"
 PIECE_CHARACTERS = 1 << 16
 LONE_NEWLINE = re.compile(r"(?<=\S\n)(?=\S)")
 
@@ -36,19 +39,19 @@ LONE_NEWLINE = re.compile(r"(?<=\S\n)(?=\S)")
 def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a tokenizer whose one special token `<|endoftext|>` (id 0) is bos, eos and pad.
 
-    `kind` is "byte_bpe" (at most `vocab_size` tokens; fewer if the text has no more pairs to merge) or "char" (a token
-    per character, and `<unk>` for all others). The result depends on the texts only, not on the number of threads.
+    `kind` is "byte_bpe" (at most `vocab_size` tokens; fewer if the text has no more pairs to merge), "char" (a token
+    per character), "word" or "uncased_word" (the most frequent ones); all but the first have `<unk>` for what they do
+    not know. The result depends on the texts only, not on the number of threads.
     Raises: ValueError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
     """
-    trainers_by_kind = {"byte_bpe": _train_byte_bpe, "char": _train_char}
-    if kind not in trainers_by_kind:
-        raise ValueError(f"kind={kind!r} is unknown; choose one of {sorted(trainers_by_kind)}")
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {sorted(KINDS)}")
     return PreTrainedTokenizerFast(
-        tokenizer_object=trainers_by_kind[kind](texts, vocab_size),
+        tokenizer_object=KINDS[kind](texts, vocab_size),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        unk_token=UNKNOWN if kind == "char" else None,
+        unk_token=None if kind == "byte_bpe" else UNKNOWN,
         model_input_names=["input_ids", "attention_mask"],  # generate() refuses the default token_type_ids
     )
 
@@ -135,6 +138,32 @@ def _train_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def _train_word(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _with_most_frequent_words(tokenizer, texts, vocab_size)
+
+
+def _train_uncased_word(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(UNCASED_WORDS), behavior="removed", invert=True)
+    return _with_most_frequent_words(tokenizer, texts, vocab_size)
+
+
+def _with_most_frequent_words(tokenizer: Tokenizer, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    if vocab_size < 3:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small for a kind of words; it needs at least 3 ({END_OF_TEXT}, {UNKNOWN} "
+            "and a word)"
+        )
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, UNKNOWN], show_progress=False
+    )
+    tokenizer.train_from_iterator(_at_least_one(texts), trainer)
+    return tokenizer
+
+
 def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
     is_empty = True
     for text in texts:
@@ -142,3 +171,6 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
         yield text
     if is_empty:
         raise ValueError("cannot train a tokenizer on an empty corpus; give at least one document with text")
+
+
+KINDS = {"byte_bpe": _train_byte_bpe, "char": _train_char, "word": _train_word, "uncased_word": _train_uncased_word}

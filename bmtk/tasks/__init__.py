@@ -4,16 +4,20 @@ from .audio_classification import AudioClassification
 from .causal_lm import CausalLM
 from .image_classification import ImageClassification
 from .object_detection import ObjectDetection
+from .question_answering import QuestionAnswering
 from .sequence_classification import SequenceClassification
 from .speech_recognition import SpeechRecognition
+from .token_classification import TokenClassification
 
 TASKS = {
     "audio_classification": AudioClassification,
     "causal_lm": CausalLM,
     "image_classification": ImageClassification,
     "object_detection": ObjectDetection,
+    "question_answering": QuestionAnswering,
     "sequence_classification": SequenceClassification,
     "speech_recognition": SpeechRecognition,
+    "token_classification": TokenClassification,
 }
 
 

@@ -59,13 +59,18 @@ class Classification(Task):
         place = f"label_column={name!r} of {where} row"
         return [label_name(value, self.args.label_names, f"{place} {row}") for row, value in enumerate(values, 1)]
 
+    @staticmethod
+    def labels_in(rows: Dataset) -> Sequence[str]:
+        """Every label of the rows, by name, as often as it occurs."""
+        return rows["label"]
+
     def prepare(self) -> None:
         """Find the labels: those of the training rows; of all rows, if none are for training."""
         self.names = self.args.label_names or self._names_in_rows()
 
     def _names_in_rows(self) -> list[str]:
         sources = [self.rows["train"]] if "train" in self.rows else self.rows.values()
-        names = in_order({name for rows in sources for name in rows["label"]})
+        names = in_order({name for rows in sources for name in self.labels_in(rows)})
         if len(names) < 2 and "train" in self.rows:
             raise ValueError(f"label_column={self.args.label_column!r} holds {names[0]!r} in all training rows")
         return names
@@ -77,7 +82,7 @@ class Classification(Task):
         Raises: ValueError if a validation or test label is unknown.
         """
         known = list(labels) or labels_of(config, self.about["auto_class"])
-        found = {name for rows in self.rows.values() for name in rows["label"]}
+        found = {name for rows in self.rows.values() for name in self.labels_in(rows)}
         self.labels, self.ids = agreed_labels(found, known, self.names, is_trained="train" in self.rows)
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {name: index for index, name in enumerate(self.labels)}
@@ -90,23 +95,23 @@ class Classification(Task):
         """How many training rows each label has."""
         if "train" not in self.rows:
             return []
-        names, counts = np.unique(self.rows["train"]["label"], return_counts=True)
+        names, counts = np.unique(self.labels_in(self.rows["train"]), return_counts=True)
         found = dict(zip(names.tolist(), counts.tolist(), strict=True))
         shares = [f"{name} {found[name] / sum(counts):.1%}" for name in sorted(found, key=found.get, reverse=True)]
         more = f", ... ({len(shares)} labels)" if len(shares) > 10 else ""
         self.notes.append(f"training labels: {', '.join(shares[:10])}{more}")
         return [found.get(name, 0) for name in self.labels]
 
-    def label_ids(self, names: Sequence[str], where: str) -> list[int]:
-        """Raises: ValueError for a label that the model does not know."""
-        unknown = set(names) - set(self.ids)
+    def label_ids(self, labels: Sequence[str] | Sequence[list[str]], where: str) -> list:
+        """The id, or ids, of each row's label.  Raises: ValueError for a label that the model does not know."""
+        unknown = {name for label in labels for name in _names(label)} - set(self.ids)
         if unknown:
-            first = next(row for row, name in enumerate(names, 1) if name in unknown)
+            first = next(row for row, label in enumerate(labels, 1) if not unknown.isdisjoint(_names(label)))
             raise ValueError(
                 f"the {where} data has labels that the training data does not have: {some(unknown)} (first in row "
                 f"{first}); known are {some(self.ids)}"
             )
-        return [self.ids[name] for name in names]
+        return [self.ids[label] if isinstance(label, str) else [self.ids[name] for name in label] for label in labels]
 
     # ------------------------------------------------------------------------------------------------ results
 
@@ -126,8 +131,7 @@ class Classification(Task):
         return losses.sum()
 
     def predict(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = model(**inputs)["logits"].float()
+        logits = model(**self.inputs_of(batch))["logits"].float()
         best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices.tolist()
         scores = logits.softmax(-1).amax(-1).tolist()
         predictions = [
@@ -174,17 +178,14 @@ class Classification(Task):
     def table(self, predictions: Sequence[Prediction], rows=None) -> str:
         """Rows, precision, recall and F1 of each label."""
         scores = scores_by_label(*truth_and_labels(predictions))
-        width = max(len("label"), *map(len, self.labels))
-        lines = [f"  {'label':<{width}}  {'rows':>7}  precision  recall     F1"]
-        lines += [
-            f"  {self.labels[row['label']]:<{width}}  {row['rows']:>7,}  {row['precision']:9.4f}  {row['recall']:6.4f}"
-            f"  {row['f1']:.4f}"
-            for row in scores
-        ]
-        return "\n".join(lines)
+        return scores_table([{**row, "label": self.labels[row["label"]]} for row in scores])
 
     def facts(self) -> dict[str, object]:
         return {**super().facts(), "labels": self.labels}
+
+
+def _names(label: str | list[str]) -> list[str]:
+    return [label] if isinstance(label, str) else label
 
 
 def truth_and_labels(predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
@@ -202,6 +203,17 @@ def scores_by_label(truth: np.ndarray, predicted: np.ndarray) -> list[dict[str, 
             {"label": int(label), "rows": int(rows), **{name: float(ratio) for name, ratio in ratios.items()}}
         )
     return scores
+
+
+def scores_table(scores: Sequence[Mapping]) -> str:
+    """Lines of "label", "rows", "precision", "recall" and "f1"."""
+    width = max(len("label"), *(len(row["label"]) for row in scores))
+    lines = [f"  {'label':<{width}}  {'rows':>7}  precision  recall     F1"]
+    lines += [
+        f"  {row['label']:<{width}}  {row['rows']:>7,}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:.4f}"
+        for row in scores
+    ]
+    return "\n".join(lines)
 
 
 def class_weights(given: Sequence[str] | None, labels: Sequence[str], counts: Sequence[int]) -> torch.Tensor | None:

@@ -152,7 +152,7 @@ class Task:
 
     def train_batches(self, **sizes) -> GlobalBatches:
         """The batches of any training step; `sizes` are GlobalBatches' own arguments."""
-        return GlobalBatches(self.batch_rows(self.rows["train"]), **sizes)
+        return GlobalBatches(self.batch_rows(self.training_rows()), **sizes)
 
     def batches_in_order(self, rows, **sizes) -> Iterator[dict[str, torch.Tensor]]:
         """Every one of `rows` once; `sizes` are sequential_batches' own arguments."""
@@ -162,6 +162,20 @@ class Task:
 
     def prepare_to_save(self, model) -> None:
         """Set what is saved with the weights: how `generate()` writes by default."""
+
+    def training_rows(self) -> Any:
+        """The training rows, with what augments them (told of a new epoch by `set_epoch`); None if there are none."""
+        return self.rows.get("train")
+
+    @staticmethod
+    def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch the model reads, where `criterion` computes the loss: all but labels."""
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    @property
+    def losses(self) -> dict[str, Callable | None]:
+        """How a batch's losses are counted, summed, and what the model reads for it."""
+        return {"num_items": self.num_items, "criterion": self.criterion, "inputs_of": self.inputs_of}
 
     @staticmethod
     def num_items(batch: Mapping[str, Any]) -> int | torch.Tensor:

@@ -1,15 +1,17 @@
 """What the tasks that read texts share: a tokenizer, and how much of a text is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from bmtk.data.tokenizers import train_tokenizer
+from bmtk.data.token_dropout import TokenDropout
+from bmtk.data.tokenizers import KINDS, train_tokenizer
 
 from .task import Task, setting
 
-TRAINED_KINDS = ("byte_bpe", "char")
 LONGEST = 512  # tokens read of a text where neither tokenizer nor model states a limit
 
 
@@ -18,14 +20,20 @@ class TextArguments:
     """Which tokenizer, and how many tokens of a text are read."""
 
     tokenizer: str | None = setting(
-        None, "folder or Hub id; byte_bpe or char: train one on these texts; default: the model's own, else byte_bpe"
+        None,
+        "folder or Hub id; byte_bpe, char, word or uncased_word: one trained on these texts; default: the model's",
     )
     vocab_size: int = setting(4096, "tokens of a tokenizer to be trained, at most")
     max_length: int | None = setting(None, "tokens read per text, longer ones are cut; default: the model's limit")
+    token_dropout: float = setting(
+        0.0, "share of a training text's tokens that are hidden behind the unknown token, others in every epoch"
+    )
 
     def check_lengths(self) -> None:
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length={self.max_length} must be at least 1 token")
+        if not 0 <= self.token_dropout < 1:
+            raise ValueError(f"token_dropout={self.token_dropout} is not a share; choose 0 <= token_dropout < 1")
 
 
 class TextTask(Task):
@@ -56,6 +64,14 @@ class TextTask(Task):
             )
         self.longest = self._longest(config)
         super().configure(config, **options)
+
+    def training_rows(self) -> Dataset | TokenDropout:
+        rows, tokenizer = super().training_rows(), self.processor
+        if not self.args.token_dropout:
+            return rows
+        hidden = tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+        kept = frozenset(tokenizer.all_special_ids)
+        return TokenDropout(rows, share=self.args.token_dropout, hidden=hidden, kept=kept, seed=self.seed)
 
     def collator(self) -> DataCollatorWithPadding:
         """Pads the texts of a batch to the longest of them."""
@@ -100,8 +116,8 @@ class TextTask(Task):
         return self.args.max_length or limit or LONGEST
 
     def _tokenizer(self):
-        source = self.args.tokenizer or self.model or TRAINED_KINDS[0]
-        if source in TRAINED_KINDS:
+        source = self.args.tokenizer or self.model or "byte_bpe"
+        if source in KINDS:
             if "train" not in self.rows:
                 raise ValueError(f"tokenizer={source} needs training rows to be trained on; name a finished tokenizer")
             return train_tokenizer(self.training_texts(), kind=source, vocab_size=self.args.vocab_size)
@@ -121,3 +137,9 @@ class TextTask(Task):
             tokenizer.pad_token = stand_in
             self.notes.append(f"the tokenizer has no padding token: {stand_in!r} stands in for it")
         return tokenizer
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, *, width: int = 0) -> torch.Tensor:
+    """Rows of whole numbers as one tensor, filled up with `value`."""
+    width = max(width, *map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

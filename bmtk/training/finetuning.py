@@ -237,7 +237,7 @@ class TaskTrainer(Trainer):
         super().__init__(
             model,
             args,
-            train_dataset=task.rows.get("train"),
+            train_dataset=task.training_rows(),
             eval_dataset=task.rows.get("validation"),
             processing_class=task.processor,
             data_collator=task.collator(),
@@ -248,7 +248,7 @@ class TaskTrainer(Trainer):
         self.task = task
         smoothing = {"label_smoothing": args.label_smoothing_factor} if args.label_smoothing_factor else {}
         criterion = partial(task.criterion, **smoothing) if task.criterion else None
-        self.loss = LossSum(model, model, args.device, criterion=criterion)
+        self.loss = LossSum(model, model, args.device, criterion=criterion, inputs_of=task.inputs_of)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         counts = [int(self.task.num_items(batch)) for batch in batch_samples]

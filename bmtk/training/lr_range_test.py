@@ -54,8 +54,7 @@ def suggest_rate(task, model, args: LoopArguments, accelerator: Accelerator) -> 
     wrapped, optimizer = prepare(model, args, accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = task.train_batches(**args.batching, **ranks)
-    losses = {"num_items": task.num_items, "criterion": task.criterion}
-    found = range_test(wrapped, batches, optimizer, accelerator, **losses)
+    found = range_test(wrapped, batches, optimizer, accelerator, **task.losses)
     picture = Path(args.output_dir) / "learning_rate.svg"
     if accelerator.is_main_process:
         found.draw(picture)

@@ -59,14 +59,23 @@ def divides_by_count(model: PreTrainedModel, batch: dict, options: dict) -> bool
 
 
 def on_device(batch, device: torch.device):
-    """Copy a batch (tensors in dictionaries and lists) to the device; without waiting where memory can be pinned."""
+    """Copy a batch (tensors in dictionaries and lists) to the device; without waiting where memory can be pinned.
+
+    What is neither, such as the text that a prediction is cut from, stays as it is.
+    """
     if isinstance(batch, Mapping):
         return {key: on_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list):
         return [on_device(value, device) for value in batch]
+    if not isinstance(batch, torch.Tensor):
+        return batch
     if device.type == "cuda" and batch.device.type == "cpu":
         return batch.pin_memory().to(device, non_blocking=True)
     return batch.to(device)
+
+
+def without_labels(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 class LossSum:
@@ -79,9 +88,14 @@ class LossSum:
         device: torch.device,
         *,
         criterion: Callable[..., torch.Tensor] | None = None,
+        inputs_of: Callable[[dict], dict] | None = None,
     ):
-        """`criterion(outputs, batch)` is a sum that takes the place of the model's own loss."""
-        self.model, self.unwrapped, self.criterion = model, unwrapped, criterion
+        """`criterion(outputs, batch)` is a sum that takes the place of the loss that the model makes of `labels`.
+
+        `inputs_of(batch)` is what the model reads then; None: all but the labels.
+        """
+        self.model, self.unwrapped = model, unwrapped
+        self.criterion, self.inputs_of = criterion, inputs_of or without_labels
         self.device = device
         self.takes_count: bool | None = None  # not known before the first batch
         parameters = inspect.signature(type(unwrapped).forward).parameters
@@ -91,8 +105,7 @@ class LossSum:
     def __call__(self, batch: dict[str, torch.Tensor], own_items: int, count: torch.Tensor) -> torch.Tensor:
         batch = on_device(batch, self.device)
         if self.criterion:
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            return self.criterion(self.model(**inputs, **self.options), batch) / count
+            return self.criterion(self.model(**self.inputs_of(batch), **self.options), batch) / count
         # A detector has a loss where there is no object, too; other losses cannot be measured without an item.
         if self.takes_count is None and (own_items or hasattr(self.unwrapped, "count_items")):
             self.takes_count = divides_by_count(self.unwrapped, batch, self.options)
@@ -116,12 +129,13 @@ class Updater:
         *,
         num_items: Callable[[dict], int],
         max_grad_norm: float,
-        criterion: Callable[..., torch.Tensor] | None = None,
+        **loss: Callable,
     ):
+        """`loss` holds what LossSum may be told: criterion, inputs_of."""
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.num_items, self.max_grad_norm = num_items, max_grad_norm
         unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self.loss = LossSum(model, unwrapped, accelerator.device, criterion=criterion)
+        self.loss = LossSum(model, unwrapped, accelerator.device, **loss)
         self.skips_on_device = accelerator.device.type == "cuda" and optimizer.can_skip_on_device
 
     def step(self, micro_batches: list[dict[str, torch.Tensor]], *, stop_requested: bool = False) -> Update:

@@ -25,7 +25,7 @@ def gpt2_like(**settings):
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
-@pytest.mark.parametrize("kind", ["byte_bpe", "char"])
+@pytest.mark.parametrize("kind", ["byte_bpe", "char", "word", "uncased_word"])
 def test_the_one_special_token_is_bos_eos_and_pad_and_is_never_added(kind):
     tokenizer = train_tokenizer(ENGLISH, kind=kind, vocab_size=300)
     assert tokenizer.bos_token == tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
@@ -54,6 +54,23 @@ def test_char_has_one_token_per_character_and_unk_for_strangers():
     ]
     assert tokenizer("ab 中?\n")["input_ids"] == [4, 5, 3, 6, 1, 2]
     assert tokenizer.decode([4, 5, 3, 6, 2]) == "ab 中\n"
+
+
+def test_word_has_the_most_frequent_words_between_blanks():
+    tokenizer = train_tokenizer(["It 's a a dog .", "It 's <unk> ."], kind="word", vocab_size=6)
+    tokens = ["<|endoftext|>", "<unk>", "'s", ".", "It", "a"]  # two each, in the order of their characters; no dog
+    assert tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) == tokens
+    assert tokenizer("a  It\ndog it <unk>")["input_ids"] == [5, 4, 1, 1, 1]
+
+
+def test_uncased_word_parts_words_marks_and_han_characters_and_knows_where_they_were():
+    text = "It's 3.5 %: NAÏVE\n中国re"
+    tokenizer = train_tokenizer([text], kind="uncased_word", vocab_size=100)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    parts = ["it", "'", "s", "3", ".", "5", "%", ":", "naïve", "中", "国", "re"]
+    assert tokenizer.convert_ids_to_tokens(encoded["input_ids"]) == parts
+    assert [text[start:end].lower() for start, end in encoded["offset_mapping"]] == parts
+    assert tokenizer("a stranger")["input_ids"] == [1, 1]
 
 
 def test_char_gives_back_any_text_of_its_characters():
@@ -139,7 +156,8 @@ def test_tokenizers_that_may_reach_across_a_newline_are_not_cut():
         (["abc"], "char", 4, r"vocab_size=4 is too small .* 3 different characters; set vocab_size to at least 5"),
         ([], "byte_bpe", 300, "cannot train a tokenizer on an empty corpus"),
         ([""], "char", 300, "cannot train a tokenizer on an empty corpus"),
-        (ENGLISH, "words", 300, r"kind='words' is unknown; choose one of \['byte_bpe', 'char'\]"),
+        (ENGLISH, "words", 300, r"kind='words' is unknown; choose one of .* 'char', 'uncased_word', 'word'\]"),
+        (ENGLISH, "word", 2, r"vocab_size=2 is too small for a kind of words; it needs at least 3 \(<\|endoftext\|>,"),
     ],
 )
 def test_what_cannot_be_trained_says_why(texts, kind, vocab_size, message):

@@ -1,0 +1,48 @@
+"""Texts with some of their tokens hidden, others in every epoch: an augmentation.
+
+Source: Iyyer et al. 2015, "Deep unordered composition rivals syntactic methods" (word dropout).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+
+@dataclass
+class TokenDropout:
+    """`rows` whose `input_ids` (or each of their lists) become `hidden` with probability `share`; `kept` never do.
+
+    What is hidden depends on the seed, the epoch and the row only, so a run that is resumed goes on the same way.
+    """
+
+    rows: Dataset
+    share: float
+    hidden: int
+    kept: frozenset[int]
+    seed: int
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        return [self._hide(index, row) for index, row in zip(indices, self.rows.__getitems__(indices), strict=True)]
+
+    def _hide(self, index: int, row: dict) -> dict:
+        draw = np.random.default_rng([self.seed, self.epoch, index])
+        ids = row["input_ids"]
+        is_nested = bool(ids) and isinstance(ids[0], list)
+        return {**row, "input_ids": [self._hidden(one, draw) for one in ids] if is_nested else self._hidden(ids, draw)}
+
+    def _hidden(self, ids: list[int], draw: np.random.Generator) -> list[int]:
+        hides = (draw.random(len(ids)) < self.share).tolist()
+        return [
+            self.hidden if hide and token not in self.kept else token for token, hide in zip(ids, hides, strict=True)
+        ]

@@ -1,0 +1,219 @@
+"""Token classification: words and tags, what is learned from, entities found, and a run through every recipe."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
+from torch.nn import functional as F
+from transformers import BertConfig, BertTokenizerLegacy, pipeline
+
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
+from bmtk.tasks.token_classification import (
+    TokenClassification,
+    TokenClassificationArguments,
+    labels_of_tokens,
+    places_of_words,
+)
+from recipes import evaluate, finetune, predict
+
+ROOT = Path(__file__).parents[2]
+TRAIN = [
+    (["Ada", "Poe", "left", "Rome"], ["B-person", "I-person", "O", "B-place"]),
+    (["nobody", "left"], ["O", "O"]),
+]
+OTHERS = [(["Ada", "left"], ["B-person", "O"])]
+
+
+def write(path, rows, columns=("tokens", "tags")):
+    path.write_text("\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows), encoding="utf-8")
+    return [str(path)]
+
+
+def make_task(tmp_path, train=TRAIN, validation=OTHERS, **settings):
+    files = {"train_file": write(tmp_path / "train.jsonl", train)}
+    files["validation_file"] = write(tmp_path / "validation.jsonl", validation)
+    return TokenClassification(TokenClassificationArguments(**{**files, "tokenizer": "word", **settings}))
+
+
+def configured(task, **fields):
+    config = BmTransformerConfig(**{**task.config_fields, "max_position_embeddings": 16, "is_causal": False, **fields})
+    task.configure(config)
+    return config
+
+
+def test_words_become_tokens_and_the_first_of_each_carries_the_tag(tmp_path):
+    task = make_task(tmp_path, tokenizer="byte_bpe", vocab_size=257, max_length=14)
+    config = configured(task)
+    assert config.id2label == {0: "B-person", 1: "B-place", 2: "I-person", 3: "O"}
+    row = task.rows["train"][0]  # a token for each byte of "Ada Poe left R"
+    assert row["places"] == [0, 4, 8, 13]
+    assert row["labels"] == [0, *[-100] * 3, 2, *[-100] * 3, 3, *[-100] * 4, 1]
+    assert row["truth"] == [0, 2, 3, 1]
+    assert task.notes[-1] == "1 of 2 train texts (50.0%) are longer than 14 tokens and were cut"
+
+
+def test_words_beyond_the_end_count_as_o_and_it_is_said(tmp_path):
+    task = make_task(tmp_path, max_length=3)
+    configured(task)
+    assert task.rows["train"][0]["places"] == [0, 1, 2, -1]
+    assert task.rows["train"][0]["labels"] == [0, 2, 3]
+    assert task.notes[-2:] == [
+        "1 of 2 train texts (50.0%) are longer than 3 tokens and were cut",
+        "1 of 6 train words have no token of their own that is read: no tag is learned or found for them",
+    ]
+    logits = torch.zeros(1, 3, 4)
+    logits[..., 1] = 9.0  # B-place everywhere
+    prediction = predicted(task, [0], logits)[0]
+    assert [task.labels[tag] for tag in prediction["tags"]] == ["B-place", "B-place", "B-place", "O"]
+    assert prediction["items"] == 3
+
+
+def test_places_of_words_pass_over_blanks_special_tokens_and_words_without_a_token():
+    spans = [(-1, -1), (0, 2), (2, 4), (6, 8), (8, 10)]  # [CLS], "ab", " c", " d" and " e"; none for the third word
+    assert places_of_words(["ab", "c", "\u200b", "d", "e"], spans, " ") == [1, 2, -1, 3, 4]
+    assert places_of_words(["中", "国", "人"], [(0, 2), (2, 3)], "") == [0, -1, 1]
+    assert places_of_words([], [], " ") == []
+    assert labels_of_tokens([1, -1, 2], [7, 8, 9], 4) == [-100, 7, 9, -100]
+
+
+def test_numbers_of_a_class_label_are_named_and_texts_are_cut_at_blanks(tmp_path):
+    kind = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=["O", "B-x"]))})
+    rows = Dataset.from_dict({"tokens": [["a", "b"], ["c"]], "tags": [[0, 1], [0]]}, features=kind)
+    rows.to_parquet(tmp_path / "train.parquet")
+    task = make_task(tmp_path, validation=[("b a", "B-x O")], train_file=[str(tmp_path / "train.parquet")])
+    assert list(task.rows["train"]["label"]) == [["O", "B-x"], ["O"]]
+    assert task.rows["validation"][0] == {"words": ["b", "a"], "label": ["B-x", "O"]}
+
+
+class Fixed(torch.nn.Module):
+    """A model that gives the logits it was made with."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids, attention_mask):
+        return {"logits": self.logits[:, : input_ids.shape[1]]}
+
+
+def predicted(task, rows, logits=None, split="train"):
+    batch = task.collator()([task.rows[split][row] for row in rows])
+    if logits is None:
+        logits = torch.randn(len(rows), batch["input_ids"].shape[1], len(task.labels))
+    return task.predict(Fixed(logits), batch)
+
+
+def test_predictions_are_tags_of_words_and_their_loss_is_over_words(tmp_path):
+    task = make_task(tmp_path)
+    configured(task)
+    logits = torch.full((2, 4, 4), -4.0)
+    for row, tags in enumerate([[0, 3, 3, 1], [3, 1, 0, 0]]):  # of the second row, two positions are padding
+        logits[row, range(4), tags] = 4.0
+    first, second = predicted(task, [0, 1], logits)
+    assert (first["tags"], second["tags"]) == ([0, 3, 3, 1], [3, 1])
+    expected = F.cross_entropy(logits[0], torch.tensor([0, 2, 3, 1]), reduction="sum").item()
+    assert (first["loss"], first["items"]) == (pytest.approx(expected), 4)
+    assert task.describe(first) == {
+        "prediction": ["B-person", "O", "O", "B-place"],
+        "entities": [{"type": "person", "start": 0, "end": 1}, {"type": "place", "start": 3, "end": 4}],
+    }
+    metrics = task.score([first, second])
+    assert metrics["accuracy"] == 4 / 6
+    assert metrics["precision"] == 1 / 3  # Rome, of Ada, Rome and "left"
+    assert metrics["recall"] == 1 / 2
+    assert metrics["f1"] == pytest.approx(2 / 5)
+    lines = task.table([first, second]).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["all", "2", "0.3333", "0.5000", "0.4000"],
+        ["person", "1", "0.0000", "0.0000", "0.0000"],
+        ["place", "1", "0.5000", "1.0000", "0.6667"],
+    ]
+    samples = task.samples([first, second], task.rows["train"], count=1)
+    assert samples[0] == {
+        "prompt": "Ada Poe left Rome",
+        "text": " -> Ada (person), Rome (place) [labelled Ada Poe (person), Rome (place)]",
+    }
+    assert samples[1]["text"] == " -> left (place) [labelled nothing]"
+
+
+def test_tags_without_a_scheme_are_scored_word_by_word(tmp_path):
+    task = make_task(tmp_path, [(["we", "go"], ["PRON", "VERB"])], [(["go"], ["VERB"])])
+    configured(task)
+    assert task.labels == ["PRON", "VERB"]
+    predictions = [{"tags": [1, 1], "truth": [0, 1], "loss": 1.0, "items": 2}]
+    assert task.score(predictions) == {"loss": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "accuracy": 0.5}
+
+
+def test_the_loss_is_a_sum_over_words_whatever_the_batches(tmp_path):
+    task = make_task(tmp_path)
+    configured(task)
+    rows, collate = [task.rows["train"][row] for row in (0, 1)], task.collator()
+    whole, parts = collate(rows), [collate([row]) for row in rows]
+    logits = torch.randn(2, 4, 4)
+    of_whole = task.criterion({"logits": logits}, whole)
+    of_parts = [
+        task.criterion({"logits": logits[[row], : part["input_ids"].shape[1]]}, part) for row, part in enumerate(parts)
+    ]
+    assert torch.allclose(sum(of_parts), of_whole)
+    assert torch.allclose(F.cross_entropy(logits.flatten(0, 1), whole["labels"].flatten(), reduction="sum"), of_whole)
+    assert int(task.num_items(whole)) == 6 == sum(int(task.num_items(part)) for part in parts)
+    assert set(task.inputs_of(whole)) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": [(["a", "b"], ["O"])]}, "train row 1 has 2 words and 1 tags; each word needs one"),
+        ({"token_column": "words"}, "token_column='words' is not in the train data; its columns are tokens, tags"),
+        ({"label_column": "ner"}, "label_column='ner' is not in the train data; its columns are tokens, tags"),
+        ({"train": [(5, ["O"])]}, "token_column='tokens' of train row 1 holds a int; a list is needed"),
+        ({"train": [(["a", "b"], ["O", ""])]}, "label_column='tags' of train row 1 is empty"),
+        (
+            {"validation": [(["a"], ["O"]), (["a"], ["B-x"])]},
+            r"validation data has .* does not have: 'B-x' \(first in row 2\)",
+        ),
+        ({"train": [(["a"], ["O"])]}, "label_column='tags' holds 'O' in all training rows"),
+        ({"train": [([], [])]}, "token_column='tokens' of the train data holds no text at all"),
+        ({"token_dropout": 1.0}, "token_dropout=1.0 is not a share; choose 0 <= token_dropout < 1"),
+    ],
+)
+def test_bad_data_is_one_clear_error(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        configured(make_task(tmp_path, **settings))
+
+
+def test_a_tokenizer_without_offsets_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    task = make_task(tmp_path)
+    task.processor = BertTokenizerLegacy(str(tmp_path / "vocab.txt"))
+    with pytest.raises(ValueError, match=r"BertTokenizerLegacy cannot say which word a token belongs to; .* fast"):
+        task.configure(BertConfig())
+
+
+def test_the_smoke_run_learns_and_every_recipe_and_pipeline_reads_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "run"
+    config = "recipes/configs/token_classification/smoke.yaml"
+    finetune.main(["--config", config, "--output_dir", str(folder), "--disable_tqdm", "true"])
+    metrics = json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]
+    assert metrics["test/f1"] > 0.9
+    evaluate.main(["--model", str(folder), "--batch_size", "7"])
+    assert "person" in capsys.readouterr().out
+    again = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+    assert again["test/f1"] == metrics["test/f1"]
+    assert again["test/loss"] == pytest.approx(metrics["test/loss"], rel=1e-4)
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"tokens": ["tell", "Aunt", "Corina", "it", "is", "in", "Berton"]})
+    )
+    predict.main(["--model", str(folder), "--input", str(tmp_path / "rows.jsonl"), "--output", f"{tmp_path}/p.jsonl"])
+    line = json.loads((tmp_path / "p.jsonl").read_text(encoding="utf-8"))
+    assert line["prediction"] == ["O", "B-person", "I-person", "O", "O", "O", "B-place"]
+    assert line["tokens"][6] == "Berton"
+    tagger = pipeline("token-classification", model=str(folder), aggregation_strategy="first")
+    found = tagger("tell Aunt Corina it is in Berton")
+    assert [(entity["entity_group"], entity["word"].strip()) for entity in found] == [
+        ("person", "Aunt Corina"),
+        ("place", "Berton"),
+    ]
