@@ -4,12 +4,14 @@ from .audio_classification import AudioClassification
 from .causal_lm import CausalLM
 from .image_classification import ImageClassification
 from .sequence_classification import SequenceClassification
+from .time_series_forecasting import TimeSeriesForecasting
 
 TASKS = {
     "audio_classification": AudioClassification,
     "causal_lm": CausalLM,
     "image_classification": ImageClassification,
     "sequence_classification": SequenceClassification,
+    "time_series_forecasting": TimeSeriesForecasting,
 }
 
 

@@ -54,18 +54,18 @@ class PredictionFile:
         else:
             self.beside.unlink()
 
-    @staticmethod
-    def shown(row: dict[str, object]) -> dict[str, object]:
-        """What of an input row is repeated: text (its beginning), numbers and paths; not pixels or samples."""
-        shown = {}
-        for name, value in row.items():
-            if isinstance(value, dict) and isinstance(value.get("path"), str):
-                value = value["path"]
-            if isinstance(value, str):
-                value = value[:LONGEST_CELL]
-            if value is None or isinstance(value, str | int | float | bool):
-                shown[name] = value
-        return shown
+
+def shown(row: dict[str, object]) -> dict[str, object]:
+    """What of an input row is repeated: text (its beginning), numbers and paths; not pixels or samples."""
+    shown = {}
+    for name, value in row.items():
+        if isinstance(value, dict) and isinstance(value.get("path"), str):
+            value = value["path"]
+        if isinstance(value, str):
+            value = value[:LONGEST_CELL]
+        if value is None or isinstance(value, str | int | float | bool):
+            shown[name] = value
+    return shown
 
 
 def _cell(value: object) -> object:
