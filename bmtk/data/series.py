@@ -9,15 +9,15 @@ from datasets import Dataset
 
 MISSING_WORDS = {"", "nan", "na", "n/a", "null", "none", "-"}
 GAPS_SHOWN = 3
-DAY = pd.Timedelta(days=1)
+DAY, NO_TIME = pd.Timedelta(days=1), pd.Timedelta(0)
 
 # Name -> where in the cycle a time stamp is, from 0 to 1.
 CALENDAR = {
     "minute": lambda times: times.minute / 60,
     "hour": lambda times: (times.hour + times.minute / 60) / 24,
-    "weekday": lambda times: times.dayofweek / 7,
+    "weekday": lambda times: times.day_of_week / 7,
     "monthday": lambda times: (times.day - 1) / 31,
-    "yearday": lambda times: (times.dayofyear - 1) / 366,
+    "yearday": lambda times: (times.day_of_year - 1) / 366,
     "month": lambda times: (times.month - 1) / 12,
 }
 
@@ -122,29 +122,38 @@ def _by_name(names, times: pd.DatetimeIndex | None, values: np.ndarray) -> list[
 # ------------------------------------------------------------------------------------------------ time
 
 
-def usual_step(times: pd.DatetimeIndex) -> pd.DateOffset | None:
-    """What lies between two time stamps: the calendar's own unit if they follow one, else the commonest distance."""
-    if len(times) < 2:
+def regular_step(times: pd.DatetimeIndex) -> pd.DateOffset | None:
+    """What lies between any two time stamps: a length, or so many months (on one day of them, or their last)."""
+    lengths = (times[1:] - times[:-1]).unique()
+    if len(lengths) == 1 and lengths[0] > NO_TIME:
+        return pd.tseries.frequencies.to_offset(lengths[0])
+    months = np.unique(np.diff(times.year * 12 + times.month))
+    if len(months) != 1 or months[0] < 1:
         return None
-    inferred = pd.infer_freq(times[-100:]) if len(times) > 2 and times.is_unique else None
-    if inferred:
-        return pd.tseries.frequencies.to_offset(inferred)
-    distances = pd.Series(times[1:] - times[:-1])
-    return pd.tseries.frequencies.to_offset(distances[distances > pd.Timedelta(0)].mode()[0])
+    if times.is_month_end.all():
+        return pd.offsets.MonthEnd(int(months[0]))
+    return pd.DateOffset(months=int(months[0])) if times.day.nunique() == 1 else None
+
+
+def usual_step(times: pd.DatetimeIndex) -> pd.DateOffset:
+    """The step between time stamps, or the commonest length between two of them; a day if there is none."""
+    lengths = pd.Series(times[1:] - times[:-1])
+    lengths = lengths[lengths > NO_TIME]
+    return regular_step(times) or pd.tseries.frequencies.to_offset(lengths.mode()[0] if len(lengths) else DAY)
 
 
 def irregularities(series: Series) -> list[str]:
     """What is odd about the time stamps, in words."""
     times, name = series.times, f" of {series.name}" if series.name else ""
-    if times is None or len(times) < 3 or (times.is_unique and pd.infer_freq(times)):
+    if times is None or len(times) < 2 or regular_step(times):
         return []
-    distances = pd.Series(times[1:] - times[:-1])
-    repeated, forward = times[1:][distances == pd.Timedelta(0)], distances[distances > pd.Timedelta(0)]
+    lengths = pd.Series(times[1:] - times[:-1])
+    repeated, forward = times[1:][lengths == NO_TIME], lengths[lengths > NO_TIME]
     notes = [f"{len(repeated):,} time stamps{name} are repeated (first: {repeated[0]})"] if len(repeated) else []
     odd = forward[forward != forward.mode()[0]] if len(forward) else forward
     if len(odd):
         notes.append(
-            f"{len(odd):,} of {len(distances):,} steps{name} are not {forward.mode()[0]} long (first: after "
+            f"{len(odd):,} of {len(lengths):,} steps{name} are not {forward.mode()[0]} long (first: after "
             f"{times[odd.index[0]]}); windows count rows, not time"
         )
     return notes
@@ -152,16 +161,15 @@ def irregularities(series: Series) -> list[str]:
 
 def times_after(times: pd.DatetimeIndex, steps: int) -> pd.DatetimeIndex:
     """The next `steps` time stamps."""
-    step = usual_step(times) or pd.tseries.frequencies.to_offset(DAY)
+    step = usual_step(times)
     return pd.DatetimeIndex([times[-1] + step * (i + 1) for i in range(steps)])
 
 
 def usual_season(times: pd.DatetimeIndex | None) -> int:
     """Steps of a day; of a week, if a step is a day; of a year, if it is a month; else 1."""
-    step = None if times is None else usual_step(times)
-    if step is None:
+    if times is None:
         return 1
-    length = pd.Timedelta((times[0] + step * 1000 - times[0]) / 1000)
+    length = (times[0] + usual_step(times) * 12 - times[0]) / 12
     if length < DAY:
         return round(DAY / length)
     return 7 if length < 1.5 * DAY else 12 if 27 * DAY < length < 32 * DAY else 1

@@ -224,7 +224,7 @@ class TimeSeriesForecasting(Task):
         """Each series of a table, and the steps of it that are the split `where`."""
         is_cut = where in self.cuts
         if id(table) not in self.read:
-            self.read[id(table)] = table, self._series(table, "the table" if is_cut else f"{where} rows")
+            self.read[id(table)] = table, self._series(table, "rows" if is_cut else f"{where} rows")
         ranges = []
         for series in self.read[id(table)][1]:
             first, last = bounds(len(series), self.shares)[self.cuts[where]] if is_cut else (0, len(series))
@@ -238,7 +238,7 @@ class TimeSeriesForecasting(Task):
     def _series(self, table: Dataset, where: str) -> list[Series]:
         args = self.args
         for name in self.columns:
-            check_column(table, name, option="target_columns", where=where)
+            check_column(table, name, option="target_columns", where=where.removesuffix(" rows"))
         series, notes = read_series(
             table,
             self.columns,
