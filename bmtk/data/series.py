@@ -191,14 +191,20 @@ def bounds(num_steps: int, shares: Sequence[float]) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def scaling_of(ranges: Sequence[tuple[Series, int, int]], season: int) -> dict[str, list[float]]:
+def scaling_of(
+    ranges: Sequence[tuple[Series, int, int]], season: int, columns: Sequence[str]
+) -> dict[str, list[float]]:
     """Mean, standard deviation (1 if constant) and mean absolute error of the seasonal naive forecast, by column.
 
     Of the observed values in all (series, first, last).  The error is the scale of MASE (Hyndman & Koehler 2006); 0:
     unknown.
+
+    Raises: ValueError for a column without numbers.
     """
     parts = [series.values[first:last] for series, first, last in ranges]
     values = np.concatenate(parts)
+    if empty := [name for name, column in zip(columns, values.T, strict=True) if np.isnan(column).all()]:
+        raise ValueError(f"no training row has a number in {', '.join(empty)}; leave it out of target_columns")
     errors = np.concatenate([np.abs(part[season:] - part[:-season]) for part in parts])
     std = np.nanstd(values, axis=0)
     return {

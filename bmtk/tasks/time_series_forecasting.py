@@ -198,7 +198,13 @@ class TimeSeriesForecasting(Task):
         self._keep_steps_apart()
         ranges = self._ranges(table, "train")
         season = args.season or usual_season(ranges[0][0].times)
-        return {**self.known, "season": season, **scaling_of(ranges, season)}
+        self._say_what_is_left(ranges)
+        return {**self.known, "season": season, **scaling_of(ranges, season, self.columns)}
+
+    def _say_what_is_left(self, ranges: Sequence[tuple[Series, int, int]]) -> None:
+        left = sum(len(series) - bounds(len(series), self.shares)[-1][1] for series, *_ in ranges if self.cuts)
+        if left:
+            self.notes.append(f"split_rows leaves {left:,} rows at the end unused")
 
     def _check(self, config) -> None:
         features = self.known["time_features"]

@@ -121,6 +121,9 @@ def test_splits_are_rows_or_shares_and_the_usual_one_is_said(tmp_path):
     assert task.rows["test"].starts.tolist() == list(range(80, 97))
     task = make_task(None, train_file=[path], split_rows=[0.5, 0.5])
     assert list(task.rows) == ["train", "validation"]
+    task = make_task(path, split_rows=[50, 20, 20])
+    configured(task)
+    assert task.notes == ["split_rows leaves 10 rows at the end unused"]
     with pytest.raises(ValueError, match=r"split_rows=\[90, 8, 8\] ends with row 106; the table has 100 rows"):
         configured(make_task(path, split_rows=[90, 8, 8]))
     for wrong in ([1], [0.9, 0.2], [0, 5], [-1, 2]):
@@ -256,6 +259,9 @@ def test_what_is_no_number_is_named_and_stops_unless_told_otherwise(tmp_path):
     path = write(tmp_path / "x.csv", [[*row, ""] for row in numbers().tolist()])
     with pytest.raises(ValueError, match="rows: c holds no number at all; leave it out of target_columns"):
         configured(make_task(path, target_columns=["a", "c"], missing_values="mask"))
+    late = [[*row, 1.0 if place > 40 else ""] for place, row in enumerate(numbers().tolist())]
+    with pytest.raises(ValueError, match="no training row has a number in c; leave it out of target_columns"):
+        configured(make_task(write(tmp_path / "x.csv", late), target_columns=["c"], missing_values="fill"))
 
 
 @pytest.mark.parametrize("policy", ["mask", "fill"])
