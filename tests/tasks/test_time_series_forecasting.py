@@ -246,13 +246,15 @@ def test_odd_time_stamps_are_said(tmp_path):
 
 def with_gaps(path):
     values = numbers().tolist()
-    values[10][0], values[40][1], values[50][1] = "", "broken", "NaN"
+    values[10][0], values[40][1], values[50][1] = "", "broken", "inf"
     return write(path, values)
 
 
 def test_what_is_no_number_is_named_and_stops_unless_told_otherwise(tmp_path):
     found = r"rows: 3 of 120 values are no numbers \(a of row 11 is missing, b of row 41 holds 'broken', b of row 51"
-    with pytest.raises(ValueError, match=found + r" is missing\)\.  missing_values=fill reads the value before a gap"):
+    with pytest.raises(
+        ValueError, match=found + r" holds 'inf'\)\.  missing_values=fill reads the value before a gap"
+    ):
         configured(make_task(with_gaps(tmp_path / "x.csv")))
     with pytest.raises(ValueError, match="missing_values='drop' is unknown; choose one of stop, fill, mask"):
         make_task("x.csv", missing_values="drop")
