@@ -101,7 +101,7 @@ def picture_of_windows(
     """Forecast and truth, with the end of the context, of the best, the median and the worst window."""
     windows = best_median_worst(forecast, rows.truth())
     shown = np.unique(np.linspace(0, len(columns) - 1, min(MOST_COLUMNS, len(columns))).astype(int))
-    figure = Figure(figsize=(11, 0.6 + 2.1 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(11, 0.9 + 2.1 * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), len(windows), squeeze=False, sharex=True)
     past = min(rows.context, PAST_SHOWN * rows.horizon)
     after, around = np.arange(1, rows.horizon + 1), np.arange(-past + 1, rows.horizon + 1)
@@ -121,7 +121,7 @@ def picture_of_windows(
         grid[line][0].set_ylabel(columns[column])
     for axes in grid[-1]:
         axes.set_xlabel("steps after the end of the context", fontsize=9)
-    grid[0][0].legend(fontsize=8, loc="upper left")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return as_svg(figure, "Forecasts and truth: the best, the median and the worst window")
 
 
