@@ -68,8 +68,9 @@ def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
     task_class = task_named(values.get("task", run.get("task", "sequence_classification")))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
     known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
-    if any(values.get(key) for key in SOURCES) or Path(str(recipe.get("dataset"))).is_file():
-        known -= set(SOURCES)  # other rows; and a single file was trained on
+    trained_on = Path(str(recipe.get("dataset"))).is_file() and not task_class.cuts_one_table
+    if any(values.get(key) for key in SOURCES) or trained_on:
+        known -= set(SOURCES)  # other rows; and a single file was trained on, unless the task cuts it
     values.file_values = {**{key: value for key, value in recipe.items() if key in known}, **values.file_values}
     evaluation, data_args = values.bind([EvaluationArguments, task_class.arguments], description=__doc__)
     evaluation.task = task_class.name

@@ -3,8 +3,9 @@
     accelerate launch recipes/predict.py --model outputs/sst2 --input reviews.csv
     accelerate launch recipes/predict.py --model outputs/fashion --input photographs/ --output labels.jsonl
 
-A line of the output is a row of the input and what was predicted for it.  What the model's own recipe.yaml says of its
-data (names of columns, lengths) holds here too, unless the command line says otherwise.
+A line of the output is a row of the input and what was predicted for it; of series, a step of the future.  What the
+model's own recipe.yaml says of its data (names of columns, lengths) holds here too, unless the command line says
+otherwise.
 """
 
 import dataclasses
@@ -95,8 +96,9 @@ def main(argv: list[str]) -> None:
     with output, tqdm(total=len(rows), desc="predicting", unit="row") as bar:
         for batch in batches:
             predictions = task.predict(model, on_device(batch, accelerator.device))
-            for prediction in predictions:
-                output.write({**output.shown(table[output.count]), **task.describe(prediction)})
+            for index, prediction in enumerate(predictions, bar.n):
+                for line in task.lines(prediction, index, rows, table):
+                    output.write(line)
             bar.update(len(predictions))
     print("".join(f"note: {line}\n" for line in task.notes), end="")
     print(f"{output.count:,} predictions written to {output.path}")

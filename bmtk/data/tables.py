@@ -93,6 +93,16 @@ def _read_csv(path: Path, delimiter: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
 
 
+def one_table(dataset: str | None) -> list[Path]:
+    """The table of a data set that is a single file, or a folder with one table named after no split; else nothing."""
+    path = Path(dataset or "").expanduser()
+    if dataset and path.is_dir():
+        files = [file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()]
+        named = [file for file in files if any(_belongs(file.relative_to(path), split) for split in SPLITS)]
+        return files if len(files) == 1 and not named else []
+    return [path] if dataset and path.is_file() and path.suffix in SUFFIXES else []
+
+
 def check_column(rows: datasets.Dataset, column: str, *, option: str, where: str) -> None:
     """Raise ValueError, listing the columns there are, if `column` (which `option` asked for) is not in `rows`."""
     if column not in rows.column_names:

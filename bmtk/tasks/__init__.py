@@ -7,6 +7,7 @@ from .object_detection import ObjectDetection
 from .question_answering import QuestionAnswering
 from .sequence_classification import SequenceClassification
 from .speech_recognition import SpeechRecognition
+from .time_series_forecasting import TimeSeriesForecasting
 from .token_classification import TokenClassification
 
 TASKS = {
@@ -17,6 +18,7 @@ TASKS = {
     "question_answering": QuestionAnswering,
     "sequence_classification": SequenceClassification,
     "speech_recognition": SpeechRecognition,
+    "time_series_forecasting": TimeSeriesForecasting,
     "token_classification": TokenClassification,
 }
 

@@ -54,19 +54,19 @@ class PredictionFile:
         else:
             self.beside.unlink()
 
-    @staticmethod
-    def shown(row: dict[str, object]) -> dict[str, object]:
-        """What of an input row is repeated: text (its beginning), words, numbers, paths; not pixels or samples."""
-        shown = {}
-        for name, value in row.items():
-            if isinstance(value, dict) and isinstance(value.get("path"), str):
-                value = value["path"]
-            if isinstance(value, str):
-                value = value[:LONGEST_CELL]
-            words = isinstance(value, list) and all(isinstance(item, str) for item in value)
-            if value is None or words or isinstance(value, str | int | float | bool):
-                shown[name] = value
-        return shown
+
+def shown(row: dict[str, object]) -> dict[str, object]:
+    """What of an input row is repeated: text (its beginning), words, numbers, paths; not pixels or samples."""
+    shown = {}
+    for name, value in row.items():
+        if isinstance(value, dict) and isinstance(value.get("path"), str):
+            value = value["path"]
+        if isinstance(value, str):
+            value = value[:LONGEST_CELL]
+        words = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if value is None or words or isinstance(value, str | int | float | bool):
+            shown[name] = value
+    return shown
 
 
 def _cell(value: object) -> object:

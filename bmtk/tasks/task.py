@@ -21,6 +21,8 @@ from bmtk.data.batches import CollatedRows, GlobalBatches, Rows, sequential_batc
 from bmtk.data.duplicates import fingerprints
 from bmtk.data.tables import SPLITS, read_splits
 
+from .inference import shown
+
 LEAKAGE = ("stop", "drop", "allow")
 Prediction = dict[str, Any]
 
@@ -71,6 +73,7 @@ class Task:
     unit: ClassVar[str] = "rows"  # what throughput is counted in
     inputs: ClassVar[tuple[str, ...]]  # columns of `read_rows` that make two rows the same
     main_metric: ClassVar[str]  # of `score`; what `load_best_model_at_end` goes by unless told otherwise
+    cuts_one_table: ClassVar[bool] = False  # whether a single table holds the rows of all splits
     # Sum of a batch's losses from (outputs, batch, label_smoothing=...); None: the model's own loss.
     criterion: ClassVar[Callable | None] = None
 
@@ -203,6 +206,10 @@ class Task:
     def describe(self, prediction: Prediction) -> dict[str, object]:
         """A prediction in words and plain numbers, for a line of CSV or JSON."""
         raise NotImplementedError
+
+    def lines(self, prediction: Prediction, index: int, rows, table: Dataset) -> list[dict[str, object]]:
+        """What predict.py writes for one of `rows`, which `encode_inputs` made of `table`."""
+        return [{**shown(table[index]), **self.describe(prediction)}]
 
     def written(self, model, *, seed: int) -> list[dict[str, str]]:
         """What a model writes that is given nothing to go by but a prompt: {"prompt", "text"}."""

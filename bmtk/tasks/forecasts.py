@@ -1,0 +1,143 @@
+"""Forecasts of many windows: how good they are, and pictures of some.  W windows, H steps, C columns, Q quantiles.
+
+Arrays are (W, H, C), truth NaN where missing: such steps count nowhere.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bmtk.data.windows import Windows
+
+from .pictures import as_svg
+
+MOST_COLUMNS = 3  # of a picture
+PAST_SHOWN = 2  # forecast lengths of context before a forecast, in a picture
+
+
+def column_errors(forecast: np.ndarray, truth: np.ndarray, scaling: Mapping[str, Sequence[float]]) -> dict:
+    """Each (C,): squared and absolute errors, of standardised values and in units of the data; MASE.
+
+    MASE: absolute error over that of the seasonal naive forecast in the training data, NaN where this is 0
+    (Hyndman & Koehler 2006).
+    """
+    error, std = forecast.astype(np.float64) - truth, np.array(scaling["std"])
+    squared, absolute = np.nanmean(error**2, axis=(0, 1)), np.nanmean(np.abs(error), axis=(0, 1))
+    scale = np.array(scaling["seasonal_error"])
+    return {
+        "mse": squared,
+        "mae": absolute,
+        "original_mse": squared * std**2,
+        "original_mae": absolute * std,
+        "mase": np.divide(absolute * std, scale, where=scale > 0, out=np.full_like(scale, np.nan)),
+    }
+
+
+def scores(forecast: np.ndarray, truth: np.ndarray, scaling: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """MSE and MAE over all observed values; MASE as the mean over the columns that have one."""
+    error = forecast.astype(np.float64) - truth
+    original = error * np.array(scaling["std"])
+    metrics = {
+        "mse": np.nanmean(error**2),
+        "mae": np.nanmean(np.abs(error)),
+        "original_mse": np.nanmean(original**2),
+        "original_mae": np.nanmean(np.abs(original)),
+    }
+    mase = column_errors(forecast, truth, scaling)["mase"]
+    if np.isfinite(mase).any():
+        metrics["mase"] = np.nanmean(mase)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def quantile_scores(
+    quantiles: np.ndarray, levels: Sequence[float], truth: np.ndarray, scaling: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """Pinball loss of `quantiles` (W, H, C, Q) and how often the truth lies within the outermost two.
+
+    quantile_loss: mean over values and levels, standardised.  weighted_quantile_loss: in units of the data, twice the
+    sum over the sum of absolute values, mean over levels (Salinas et al. 2017, arXiv:1704.04110, section 4).
+    """
+    std, mean = np.array(scaling["std"]), np.array(scaling["mean"])
+    error, q = truth[..., None] - quantiles.astype(np.float64), np.array(levels)
+    pinball = np.maximum(q * error, (q - 1) * error)
+    total = np.nansum(np.abs(truth * std + mean))
+    inside = (truth >= quantiles.min(-1)) & (truth <= quantiles.max(-1))
+    return {
+        "quantile_loss": float(np.nanmean(pinball)),
+        "weighted_quantile_loss": float(2 * np.nansum(pinball * std[:, None]) / len(q) / max(total, 1e-12)),
+        "coverage": float(inside[~np.isnan(truth)].mean()),
+    }
+
+
+def table_of_columns(errors: Mapping[str, np.ndarray], columns: Sequence[str]) -> str:
+    width = max(len("column"), *map(len, columns))
+    lines = [f"  {'column':<{width}}      MSE      MAE    MASE  MAE in its own unit"]
+    for place, name in enumerate(columns):
+        mse, mae, mase, own = (errors[key][place] for key in ("mse", "mae", "mase", "original_mae"))
+        lines.append(f"  {name:<{width}}  {mse:7.4f}  {mae:7.4f}  {mase:6.3f}  {own:.6g}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def best_median_worst(forecast: np.ndarray, truth: np.ndarray) -> dict[str, int]:
+    """Windows by their mean squared error over all steps and columns; windows without truth are not among them."""
+    error = np.nansum((forecast - truth) ** 2, axis=(1, 2)) / np.maximum((~np.isnan(truth)).sum((1, 2)), 1)
+    known = np.flatnonzero(~np.isnan(truth).all((1, 2)))
+    order = known[np.argsort(error[known], kind="stable")]
+    return {"best": int(order[0]), "median": int(order[len(order) // 2]), "worst": int(order[-1])}
+
+
+def picture_of_windows(
+    forecast: np.ndarray,
+    quantiles: np.ndarray | None,
+    rows: Windows,
+    columns: Sequence[str],
+    scaling: Mapping[str, Sequence[float]],
+    levels: Sequence[float],
+) -> dict[str, str]:
+    """Forecast and truth, with the end of the context, of the best, the median and the worst window."""
+    windows = best_median_worst(forecast, rows.truth())
+    shown = np.unique(np.linspace(0, len(columns) - 1, min(MOST_COLUMNS, len(columns))).astype(int))
+    figure = Figure(figsize=(11, 0.9 + 2.1 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), len(windows), squeeze=False, sharex=True)
+    past = min(rows.context, PAST_SHOWN * rows.horizon)
+    after, around = np.arange(1, rows.horizon + 1), np.arange(-past + 1, rows.horizon + 1)
+    for line, column in enumerate(shown):
+        for axes, (which, window) in zip(grid[line], windows.items(), strict=True):
+            start, in_units = rows.starts[window], _in_units(scaling, column)
+            truth = rows.values[start - past : start + rows.horizon, column]
+            axes.axvline(0.5, color="0.8", linewidth=1)
+            axes.plot(around, in_units(truth), color="0.25", linewidth=1, label="truth")
+            if quantiles is not None:
+                ends = (in_units(quantiles[window, :, column].min(-1)), in_units(quantiles[window, :, column].max(-1)))
+                axes.fill_between(after, *ends, color="C0", alpha=0.25, label=f"{min(levels):g} to {max(levels):g}")
+            axes.plot(after, in_units(forecast[window, :, column]), color="C0", linewidth=1.5, label="forecast")
+            if line == 0:
+                axes.set_title(f"{which} window ({window + 1:,} of {len(forecast):,})", fontsize=10)
+            axes.tick_params(labelsize=8)
+        grid[line][0].set_ylabel(columns[column])
+    for axes in grid[-1]:
+        axes.set_xlabel("steps after the end of the context", fontsize=9)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    return as_svg(figure, "Forecasts and truth: the best, the median and the worst window")
+
+
+def _in_units(scaling: Mapping[str, Sequence[float]], column: int):
+    mean, std = scaling["mean"][column], scaling["std"][column]
+    return lambda values: values * std + mean
+
+
+def picture_of_steps(forecasts: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, str]:
+    """Mean squared error of each step ahead, of the model and of the naive forecasts."""
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    steps = np.arange(1, truth.shape[1] + 1)
+    for place, (name, forecast) in enumerate(forecasts.items()):
+        by_step = np.nanmean((forecast - truth) ** 2, axis=(0, 2))
+        axes.plot(steps, by_step, label=name, color="C0" if place == 0 else ("0.4", "0.7")[place - 1])
+    axes.set(xlabel="step ahead", ylabel="mean squared error, standardised", ylim=(0, None))
+    axes.legend(fontsize=9)
+    return as_svg(figure, "Error by step ahead")

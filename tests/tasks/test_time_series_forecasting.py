@@ -1,0 +1,547 @@
+"""Time-series forecasting: tables, splits, windows and what is refused; metrics against sums written out by hand."""
+
+import csv
+import json
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from scipy.stats import t as student_t
+from transformers import AutoModelForTimeSeriesPrediction
+
+import bmtk  # noqa: F401  (registers the families)
+from bmtk.data.series import bounds, calendar_features, times_after, usual_season
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
+from bmtk.tasks import forecasts
+from bmtk.tasks.time_series_forecasting import TimeSeriesForecasting, TimeSeriesForecastingArguments
+from recipes import evaluate, finetune, predict, pretrain
+
+ROOT = Path(__file__).parents[2]
+WAVES = ROOT / "recipes" / "data" / "waves"
+TINY = {"context_length": 8, "prediction_length": 4, "patch_size": 4, "hidden_size": 8, "num_attention_heads": 2}
+SMOKE = ["--task", "time_series_forecasting", "--preset", "smoke", "--disable_tqdm", "true"]
+
+
+def numbers(count=60, columns=2):
+    draw = np.random.default_rng(0)
+    return np.round(draw.normal(size=(count, columns)) * [1, 10, 3][:columns] + [5, -20, 0][:columns], 3)
+
+
+def write(path, values, *, start="2024-01-01", step="1h", names=("a", "b", "c"), times=None, more=None):
+    """A CSV file of (rows, C) cells with time stamps; `more` columns go before them."""
+    times = pd.date_range(start, periods=len(values), freq=step) if times is None else times
+    more = more or {}
+    with path.open("w", encoding="utf-8", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["date", *more, *names[: len(values[0])]])
+        for row, time in enumerate(times):
+            lines.writerow([time, *(cells[row] for cells in more.values()), *values[row]])
+    return str(path)
+
+
+def make_task(path, **settings):
+    splits = settings.pop("splits", ("train", "validation", "test"))
+    settings = {"dataset": path, "split_rows": [30, 15, 15], **settings}
+    return TimeSeriesForecasting(TimeSeriesForecastingArguments(**settings), splits=splits)
+
+
+def configured(task, **fields):
+    config = task.new_config("bm_transformer", {**TINY, **fields})
+    task.configure(config)
+    return config
+
+
+def model_of(config):
+    torch.manual_seed(0)
+    return AutoModelForTimeSeriesPrediction.from_config(config).eval()
+
+
+def predictions_of(task, model, split="test", batch_size=64):
+    with torch.no_grad():
+        batches = task.batches_in_order(task.rows[split], batch_size=batch_size)
+        return [p for batch in batches for p in task.predict(model, batch)]
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def test_windows_of_one_table_look_back_over_the_split_and_never_ahead(tmp_path):
+    values = numbers()
+    task = make_task(write(tmp_path / "x.csv", values))
+    config = configured(task)
+    mean, std = values[:30].mean(0), values[:30].std(0)
+    assert config.series["columns"] == ["a", "b"]
+    assert config.series["mean"] == pytest.approx(mean.tolist())
+    assert config.series["std"] == pytest.approx(std.tolist())
+    # forecasts of 4 steps: of rows 8 to 29 after 8 of context; of rows 30 to 44 and 45 to 59, whose context is there
+    expected = {"train": (8, 30 - 4), "validation": (30, 45 - 4), "test": (45, 60 - 4)}
+    for split, (first, last) in expected.items():
+        assert task.rows[split].starts.tolist() == list(range(first, last + 1)), split
+        assert len(task.rows[split]) == 2 * (last + 1 - first)
+    row = task.rows["test"][2 * 3 + 1]  # the fourth window, column b
+    assert row["past_values"][:, 0].tolist() == pytest.approx(
+        ((values[40:48, 1] - mean[1]) / std[1]).tolist(), abs=1e-5
+    )
+    assert row["future_values"][:, 0].tolist() == pytest.approx(
+        ((values[48:52, 1] - mean[1]) / std[1]).tolist(), abs=1e-5
+    )
+    assert task.sizes()["train"] == {"windows": 19, "rows": 38}
+
+
+def test_columns_together_or_alone_are_the_same_numbers(tmp_path):
+    path = write(tmp_path / "x.csv", numbers())
+    alone, together = make_task(path), make_task(path)
+    configured(alone)
+    configured(together, num_input_channels=2)
+    one, all_of = alone.rows["train"].batch([4, 5, 8]), together.rows["train"].batch([2, 4])
+    assert all_of["past_values"].shape == (2, 8, 2)
+    assert torch.equal(
+        one["past_values"][..., 0], torch.stack([all_of["past_values"][i, :, c] for i, c in ((0, 0), (0, 1), (1, 0))])
+    )
+    forecast = np.arange(2 * 12 * 4).reshape(24, 4, 1)
+    assert alone.rows["test"].by_window(forecast)[3, :, 1].tolist() == forecast[7, :, 0].tolist()
+    with pytest.raises(
+        ValueError, match=r"num_input_channels=3 is neither 1 \(each column alone\) nor 2 \(all together"
+    ):
+        configured(make_task(path), num_input_channels=3)
+
+
+def test_splits_are_rows_or_shares_and_the_usual_one_is_said(tmp_path):
+    assert bounds(100, [0.7, 0.1, 0.2]) == [(0, 70), (70, 80), (80, 100)]
+    assert bounds(100, [8, 4, 4]) == [(0, 8), (8, 12), (12, 16)]
+    path = write(tmp_path / "x.csv", numbers(100))
+    task = make_task(path, split_rows=None)
+    assert task.notes == ["one table: 70%, 10%, 20% of it train, validate and test, in order of time"]
+    configured(task)
+    assert task.rows["test"].starts.tolist() == list(range(80, 97))
+    task = make_task(None, train_file=[path], split_rows=[0.5, 0.5])
+    assert list(task.rows) == ["train", "validation"]
+    task = make_task(path, split_rows=[50, 20, 20])
+    configured(task)
+    assert task.notes == ["split_rows leaves 10 rows at the end unused"]
+    with pytest.raises(ValueError, match=r"split_rows=\[90, 8, 8\] ends with row 106; the table has 100 rows"):
+        configured(make_task(path, split_rows=[90, 8, 8]))
+    for wrong in ([1], [0.9, 0.2], [0, 5], [-1, 2]):
+        with pytest.raises(ValueError, match="must be two or three numbers for training, validation and test"):
+            make_task(path, split_rows=wrong)
+
+
+def test_files_of_their_own_have_windows_of_their_own(tmp_path):
+    values = numbers()
+    files = {
+        "train_file": [write(tmp_path / "train.csv", values[:30])],
+        "test_file": [write(tmp_path / "test.csv", values[30:], start="2024-02-01")],
+    }
+    task = make_task(None, **files, validation_fraction=0.3)
+    assert task.notes == ["there are no validation rows: the last 30% of the training rows are held out"]
+    config = configured(task)
+    assert config.series["mean"] == pytest.approx(values[:21].mean(0).tolist())
+    assert task.rows["validation"].starts.tolist() == list(range(21, 27))
+    assert task.rows["test"].starts.tolist() == list(range(8, 27))
+
+
+def test_steps_that_are_measured_on_are_not_trained_on(tmp_path):
+    values = numbers()
+    files = {
+        "train_file": [write(tmp_path / "train.csv", values[:40])],
+        "validation_file": [write(tmp_path / "validation.csv", values[38:], start="2024-01-02 14:00:00")],
+    }
+    found = r"2 of the validation rows are training rows, too \(the first: 2024-01-02 14:00:00\)"
+    with pytest.raises(ValueError, match=found + "; take them out of one of the files, or set leakage=allow"):
+        configured(make_task(None, **files))
+    task = make_task(None, **files, leakage="allow")
+    configured(task)
+    assert task.notes[-1].endswith("the results on these are not honest")
+
+
+def test_series_of_several_names_are_windowed_one_by_one(tmp_path):
+    values = numbers(60)
+    names = ["y", "x"] * 30
+    times = pd.date_range("2024-01-01", periods=30, freq="1h").repeat(2)
+    path = write(tmp_path / "x.csv", values, times=times, more={"meter": names})
+    task = make_task(path, id_column="meter", split_rows=[0.5, 0.5])
+    config = configured(task)
+    assert task.columns == ["a", "b"]
+    train = np.concatenate([values[0::2][:15], values[1::2][:15]])
+    assert config.series["mean"] == pytest.approx(train.mean(0).tolist())
+    assert task.rows["train"].starts.tolist() == [*range(8, 12), *range(38, 42)]
+    assert task.rows["train"].truth()[4, 0] == pytest.approx(
+        (values[1::2][8] - train.mean(0)) / train.std(0), abs=1e-5
+    )
+
+
+def test_parquet_dates_and_rows_out_of_order(tmp_path):
+    values, order = numbers(), np.random.default_rng(1).permutation(60)
+    times = pd.date_range("2024-01-01", periods=60, freq="1D")
+    columns = {"date": times[order].to_pydatetime().tolist(), "a": values[order, 0], "note": ["x"] * 60}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "x.parquet")
+    task = make_task(str(tmp_path / "x.parquet"))
+    config = configured(task)
+    assert config.series["mean"] == pytest.approx([values[:30, 0].mean()])
+    assert config.series["season"] == 7
+    assert task.notes == ["not forecast, as fewer than half of the cells are numbers: 'note'"]
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+def test_steps_and_seasons_follow_the_calendar():
+    def after(start, step, count=12):
+        return [str(t) for t in times_after(pd.date_range(start, periods=count, freq=step), 2)]
+
+    assert after("2024-01-01", "1h") == ["2024-01-01 12:00:00", "2024-01-01 13:00:00"]
+    assert after("2024-01-01", "MS") == ["2025-01-01 00:00:00", "2025-02-01 00:00:00"]
+    assert after("2024-01-31", "ME", 13) == ["2025-02-28 00:00:00", "2025-03-31 00:00:00"]
+    irregular = pd.DatetimeIndex(["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-05"])
+    assert [str(t) for t in times_after(irregular, 1)] == ["2024-01-06 00:00:00"]
+    seasons = {"15min": 96, "1h": 24, "1D": 7, "MS": 12, "W": 1}
+    assert {s: usual_season(pd.date_range("2024-01-01", periods=30, freq=s)) for s in seasons} == seasons
+    assert usual_season(None) == 1
+
+
+def test_calendar_features_are_sine_and_cosine_of_the_cycle(tmp_path):
+    times = pd.DatetimeIndex(["2024-01-01 06:30:00", "2024-07-03 18:00:00"])  # a Monday and a Wednesday
+    features = calendar_features(times, ["hour", "weekday", "month"])
+    for row, places in enumerate([(6.5 / 24, 0, 0), (18 / 24, 2 / 7, 6 / 12)]):
+        expected = [f(2 * math.pi * place) for place in places for f in (math.sin, math.cos)]
+        assert features[row].tolist() == pytest.approx(expected, abs=1e-6)
+    task = make_task(write(tmp_path / "x.csv", numbers()), time_features=["hour"])
+    config = configured(task)
+    assert config.num_time_features == 2
+    batch = task.rows["train"].batch([0])
+    hours = [math.sin(2 * math.pi * hour / 24) for hour in range(12)]
+    assert batch["past_time_features"][0, :, 0].tolist() == pytest.approx(hours[:8], abs=1e-6)
+    assert batch["future_time_features"][0, :, 0].tolist() == pytest.approx(hours[8:], abs=1e-6)
+    assert len(predictions_of(task, model_of(config))) == len(task.rows["test"])
+    with pytest.raises(ValueError, match="num_time_features=3 does not go with time_features="):
+        configured(make_task(write(tmp_path / "x.csv", numbers())), num_time_features=3)
+    with pytest.raises(ValueError, match="time_features has year, which is unknown; choose among minute, hour"):
+        make_task("x.csv", time_features=["year"])
+
+
+def test_odd_time_stamps_are_said(tmp_path):
+    times = list(pd.date_range("2024-01-01", periods=60, freq="1h"))
+    times[10] = times[9]
+    task = make_task(write(tmp_path / "x.csv", numbers(), times=times))
+    configured(task)
+    assert task.notes == [
+        "rows: 1 time stamps are repeated (first: 2024-01-01 09:00:00)",
+        "rows: 1 of 59 steps are not 0 days 01:00:00 long (first: after 2024-01-01 09:00:00); windows count rows, "
+        "not time",
+    ]
+    times[20] = "yesterday"
+    with pytest.raises(ValueError, match=r"rows: date of row 21 holds 'yesterday', no time stamp .* \(1 of 60 rows"):
+        configured(make_task(write(tmp_path / "x.csv", numbers(), times=times)))
+    task = make_task(write(tmp_path / "x.csv", numbers(), times=times), time_column="none", target_columns=["a"])
+    assert configured(task).series["season"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- gaps
+
+
+def with_gaps(path):
+    values = numbers().tolist()
+    values[10][0], values[40][1], values[50][1] = "", "broken", "inf"
+    return write(path, values)
+
+
+def test_what_is_no_number_is_named_and_stops_unless_told_otherwise(tmp_path):
+    found = r"rows: 3 of 120 values are no numbers \(a of row 11 is missing, b of row 41 holds 'broken', b of row 51"
+    with pytest.raises(
+        ValueError, match=found + r" holds 'inf'\)\.  missing_values=fill reads the value before a gap"
+    ):
+        configured(make_task(with_gaps(tmp_path / "x.csv")))
+    with pytest.raises(ValueError, match="missing_values='drop' is unknown; choose one of stop, fill, mask"):
+        make_task("x.csv", missing_values="drop")
+    path = write(tmp_path / "x.csv", [[*row, ""] for row in numbers().tolist()])
+    with pytest.raises(ValueError, match="rows: c holds no number at all; leave it out of target_columns"):
+        configured(make_task(path, target_columns=["a", "c"], missing_values="mask"))
+    late = [[*row, 1.0 if place > 40 else ""] for place, row in enumerate(numbers().tolist())]
+    with pytest.raises(ValueError, match="no training row has a number in c; leave it out of target_columns"):
+        configured(make_task(write(tmp_path / "x.csv", late), target_columns=["c"], missing_values="fill"))
+
+
+@pytest.mark.parametrize("policy", ["mask", "fill"])
+def test_gaps_are_never_a_target_and_are_masked_or_filled_as_context(tmp_path, policy):
+    task = make_task(with_gaps(tmp_path / "x.csv"), missing_values=policy)
+    config = configured(task, num_input_channels=2)
+    assert len(task.notes) == 1
+    rows = task.rows["train"]
+    batch = rows.batch(range(len(rows)))
+    start = rows.starts.tolist()
+    as_future, as_past = batch["future_observed_mask"], batch["past_observed_mask"]
+    assert as_future[start.index(9), :, 0].tolist() == [1, 0, 1, 1]
+    assert as_future[:, :, 1].all()
+    place = start.index(12)  # context: rows 4 to 11
+    assert as_past[place, :, 0].tolist() == [1, 1, 1, 1, 1, 1, float(policy == "fill"), 1]
+    filled = batch["past_values"][place, 5, 0] if policy == "fill" else 0
+    assert batch["past_values"][place, 6, 0] == filled
+    assert int(task.num_items(batch)) == int(as_future.sum()) == len(rows) * 8 - 3
+    metrics = task.score(predictions_of(task, model_of(config)), task.rows["test"])
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_a_missing_value_counts_nowhere(tmp_path):
+    """MSE over what is observed, in Python floats."""
+    task = make_task(with_gaps(tmp_path / "x.csv"), missing_values="mask")
+    predictions = predictions_of(task, model_of(configured(task)))
+    rows, total, count = task.rows["test"], 0.0, 0
+    for row, prediction in enumerate(predictions):
+        window, column = divmod(row, 2)
+        for step in range(4):
+            truth = float(rows.values[rows.starts[window] + step, column])
+            if not math.isnan(truth):
+                total, count = total + (float(prediction["forecast"][step, 0]) - truth) ** 2, count + 1
+    metrics = task.score(predictions, rows)
+    assert count < len(predictions) * 4
+    assert metrics["mse"] == pytest.approx(total / count, rel=1e-9)
+    assert metrics["loss"] == pytest.approx(metrics["mse"], rel=1e-5)  # series_loss is mse
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split_rows": [40, 3, 17]}, "the validation rows: 3 rows .after 40 others. are too few for one window; it "),
+        ({"split_rows": [11, 9, 9]}, "needs context_length=8 and prediction_length=4 to compare with"),
+        (
+            {"target_columns": ["a", "z"]},
+            "target_columns='z' is not in the rows data; its columns are date, a, b",
+        ),
+        ({"time_column": "when"}, "time_column='when' is not in the train data; its columns are date, a, b"),
+        ({"id_column": "meter"}, "id_column='meter' is not in the train data; its columns are date, a, b"),
+        ({"season": 0}, "season=0 must be at least 1 step"),
+        ({"time_column": "none", "time_features": ["hour"]}, "time_features are read from time stamps"),
+    ],
+)
+def test_bad_settings_are_one_clear_error(tmp_path, settings, message):
+    path = write(tmp_path / "x.csv", numbers())
+    with pytest.raises(ValueError, match=message):
+        configured(make_task(path, **settings))
+
+
+def test_models_of_another_kind_are_refused(tmp_path):
+    path = write(tmp_path / "x.csv", numbers())
+    with pytest.raises(ValueError, match="a bm_transformer of input_type='tokens' forecasts no series"):
+        make_task(path).configure(BmTransformerConfig())
+    with pytest.raises(ValueError, match=r"has no `series` \(columns, mean, std\): another task trained it"):
+        make_task(path, splits=["test"]).configure(BmTransformerConfig(input_type="series"))
+    words = write(tmp_path / "words.csv", [["x", "y"]] * 60)
+    with pytest.raises(
+        ValueError, match="no column of the train data holds numbers; its columns are 'date', 'a', 'b'"
+    ):
+        configured(make_task(words))
+    with pytest.raises(ValueError, match="no data: set dataset"):
+        make_task(None)
+
+
+# ---------------------------------------------------------------------------------------------------- results
+
+
+def test_metrics_are_their_formulas(tmp_path):
+    """Each value by value, in Python floats: two columns of very different size, and a season of 3 steps."""
+    values = numbers()
+    task = make_task(write(tmp_path / "x.csv", values), season=3)
+    predictions = predictions_of(task, model_of(configured(task)))
+    metrics, rows = task.score(predictions, task.rows["test"]), task.rows["test"]
+    std, mean = values[:30].std(0), values[:30].mean(0)
+    squared, absolute, original, naive, seasonal = [], [[], []], [], [], []
+    for row, prediction in enumerate(predictions):
+        window, c = divmod(row, 2)
+        start = 45 + window
+        for step in range(4):
+            truth, said = values[start + step, c], float(prediction["forecast"][step, 0]) * std[c] + mean[c]
+            squared.append(((said - truth) / std[c]) ** 2)
+            absolute[c].append(abs(said - truth))
+            original.append((said - truth) ** 2)
+            naive.append(((values[start - 1, c] - truth) / std[c]) ** 2)
+            seasonal.append(((values[start - 3 + step % 3, c] - truth) / std[c]) ** 2)
+    scale = [np.mean([abs(values[i, c] - values[i - 3, c]) for i in range(3, 30)]) for c in (0, 1)]
+    expected = {
+        "loss": np.mean(squared),
+        "mse": np.mean(squared),
+        "mae": np.mean([np.mean(absolute[c]) / std[c] for c in (0, 1)]),
+        "original_mse": np.mean(original),
+        "original_mae": np.mean(absolute),
+        "mase": np.mean([np.mean(absolute[c]) / scale[c] for c in (0, 1)]),
+        "naive_mse": np.mean(naive),
+        "seasonal_naive_mse": np.mean(seasonal),
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert "naive_mae" in metrics
+    errors = forecasts.column_errors(task._together(predictions, rows, "forecast"), rows.truth(), task.known)
+    assert errors["mase"] == pytest.approx([np.mean(absolute[c]) / scale[c] for c in (0, 1)], rel=1e-4)
+    assert task.table(predictions, rows).splitlines()[2].split()[0] == "b"
+
+
+def test_quantile_scores_are_their_formulas():
+    draw = np.random.default_rng(0)
+    truth, levels = draw.normal(size=(5, 3, 2)), [0.1, 0.5, 0.9]
+    quantiles = np.sort(draw.normal(size=(5, 3, 2, 3)), axis=-1).astype(np.float32)
+    truth[2, 1, 0] = np.nan
+    scaling = {"mean": [10.0, -5.0], "std": [2.0, 0.5]}
+    losses, weighted, total, inside = [], 0.0, 0.0, []
+    for place in np.argwhere(~np.isnan(truth)):
+        w, h, c = place
+        for q, level in enumerate(levels):
+            error = truth[w, h, c] - float(quantiles[w, h, c, q])
+            losses.append(level * error if error > 0 else (level - 1) * error)
+            weighted += 2 * losses[-1] * scaling["std"][c] / 3
+        total += abs(truth[w, h, c] * scaling["std"][c] + scaling["mean"][c])
+        inside.append(quantiles[w, h, c, 0] <= truth[w, h, c] <= quantiles[w, h, c, 2])
+    assert forecasts.quantile_scores(quantiles, levels, truth, scaling) == pytest.approx(
+        {"quantile_loss": np.mean(losses), "weighted_quantile_loss": weighted / total, "coverage": np.mean(inside)}
+    )
+
+
+@torch.no_grad()
+def test_a_student_t_gives_its_quantiles(tmp_path):
+    task = make_task(write(tmp_path / "x.csv", numbers()))
+    model = model_of(configured(task, series_loss="student_t", quantiles=[0.05, 0.5, 0.8]))
+    batch = task.rows["test"].batch([3])
+    outputs = model(past_values=batch["past_values"])
+    prediction = task.predict(model, batch)[0]
+    df, loc, scale = (outputs[name][0, 2, 0].item() for name in ("df", "prediction", "scale"))
+    expected = [student_t.ppf(level, df, loc, scale) for level in (0.05, 0.5, 0.8)]
+    assert prediction["quantiles"][2, 0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert prediction["loss"] == pytest.approx(model(**batch, num_items_in_batch=1).loss.item(), rel=1e-5)
+    assert {"quantile_loss", "coverage"} <= task.score(predictions_of(task, model), task.rows["test"]).keys()
+
+
+def test_neither_metrics_nor_the_loss_depend_on_the_batch_size(tmp_path):
+    task = make_task(with_gaps(tmp_path / "x.csv"), missing_values="mask")
+    model, rows = model_of(configured(task, series_loss="quantile")), task.rows["test"]
+    whole = task.score(predictions_of(task, model), rows)
+    for size in (1, 5):
+        assert task.score(predictions_of(task, model, batch_size=size), rows) == pytest.approx(whole, rel=1e-5), size
+    batch = rows.batch(range(len(rows)))
+    count = task.num_items(batch)
+    parts = [rows.batch(part) for part in (range(7), range(7, len(rows)))]
+    losses = [model(**part, num_items_in_batch=count).loss.item() for part in parts]
+    assert sum(losses) == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert sum(int(task.num_items(part)) for part in parts) == int(count)
+
+
+def test_the_best_the_median_and_the_worst_window_are_shown(tmp_path):
+    task = make_task(write(tmp_path / "x.csv", numbers()))
+    rows, config = task.rows["test"], configured(task, series_loss="quantile")
+    truth = np.zeros((5, 2, 1))
+    assert forecasts.best_median_worst(truth + np.arange(5)[::-1, None, None], truth) == {
+        "best": 4,
+        "median": 2,
+        "worst": 0,
+    }
+    rows = task.rows["test"]
+    predictions = predictions_of(task, model_of(config))
+    titles = [figure["title"] for figure in task.figures(predictions, rows)]
+    assert titles == ["Forecasts and truth: the best, the median and the worst window", "Error by step ahead"]
+    sample = task.samples(predictions, rows)[0]
+    values = numbers()[:, 1]
+    assert sample["prompt"] == "b " + " ".join(f"{value:.4g}" for value in values[37:45])
+    assert sample["text"].endswith("(truth: " + " ".join(f"{value:.4g}" for value in values[45:49]) + ")")
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run of the smoke preset."""
+    folder = tmp_path_factory.mktemp("series") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        finetune.main([*SMOKE, "--output_dir", str(folder)])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_smoke_run_beats_the_naive_forecasts_and_is_evaluated_exactly(trained, tmp_path):
+    metrics = json.loads((trained / "run.json").read_text())["metrics"]
+    assert metrics["test/mse"] < metrics["test/seasonal_naive_mse"] / 4 < metrics["test/naive_mse"]
+    evaluate.main(["--model", str(trained), "--batch_size", "7", "--output", str(tmp_path / "metrics.json")])
+    again = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    tested = {name: value for name, value in metrics.items() if name.startswith("test/")}
+    assert again == pytest.approx(tested, rel=1e-4)
+    assert (trained / "report.html").read_text().count("Error by step ahead") >= 1
+
+
+def test_forecasts_are_lines_of_the_future_in_units_of_the_data(trained, tmp_path):
+    output = tmp_path / "forecast.csv"
+    predict.main(["--model", str(trained), "--input", str(WAVES), "--output", str(output)])
+    lines = pd.read_csv(output)
+    assert list(lines.columns) == ["date", "column", "prediction", "q0.1", "q0.5", "q0.9"]
+    assert lines["column"].tolist() == [name for name in ("north", "south", "total") for _ in range(24)]
+    expected = pd.date_range("2024-02-11 16:00:00", periods=24, freq="1h")  # 1,000 hours after new year
+    assert pd.to_datetime(lines["date"][:24]).tolist() == list(expected)
+    assert (lines["prediction"] == lines["q0.5"]).all()
+    # what make_waves.py would have written next, without its noise
+    steps = 1000 + np.arange(24)
+    north = 20 + 6 * np.sin(2 * np.pi * steps / 24) + 3 * np.sin(2 * np.pi * steps / 168) + steps / 200
+    assert np.abs(lines["prediction"][:24] - north).mean() < 1
+    short = tmp_path / "short.csv"
+    short.write_text("\n".join((WAVES / "waves.csv").read_text().splitlines()[:50]))
+    with pytest.raises(
+        ValueError, match=r"the input rows: 49 rows are too few for one window; it needs context_length=96$"
+    ):
+        predict.main(["--model", str(trained), "--input", str(short), "--output", str(output)])
+
+
+def test_a_table_without_a_future_column_or_with_other_columns(trained, tmp_path):
+    rows = [line.rsplit(",", 1)[0] for line in (WAVES / "waves.csv").read_text().splitlines()[:200]]
+    (tmp_path / "two.csv").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="target_columns='total' is not in the input data; its columns are date"):
+        predict.main(
+            ["--model", str(trained), "--input", str(tmp_path / "two.csv"), "--output", str(tmp_path / "f.csv")]
+        )
+
+
+def test_series_are_pretrained_by_forecasting_and_then_forecast_together_with_another_model(trained, tmp_path):
+    folder = tmp_path / "pretrained"
+    pretrain.main(
+        ["--task", "time_series_forecasting", "--config", str(short_config(tmp_path)), "--output_dir", str(folder)]
+    )
+    run = json.loads((folder / "run.json").read_text())
+    assert run["metrics"]["validation/mse"] < run["metrics"]["validation/naive_mse"]
+    assert run["data"]["series"]["columns"] == ["north", "south", "total"]
+    output = tmp_path / "forecast.jsonl"
+    predict.main(["--model", str(folder), "--input", str(WAVES), "--output", str(output)])
+    line = json.loads(output.read_text().splitlines()[0])
+    assert (line["date"], line["column"]) == ("2024-02-11 16:00:00", "north")
+    assert 10 < line["prediction"] < 40
+
+
+def short_config(tmp_path):
+    config = tmp_path / "pretrain.yaml"
+    fields = {
+        "task": "time_series_forecasting", "dataset": str(WAVES), "split_rows": [0.6, 0.2, 0.2],
+        "model_type": "bm_rnn", "cell_type": "mingru", "hidden_size": 32, "num_hidden_layers": 1, "patch_size": 12,
+        "num_input_channels": 3, "batch_size": 32, "num_train_steps": 60, "learning_rate": 0.01, "eval_steps": 30,
+    }  # fmt: skip
+    config.write_text("\n".join(f"{key}: {value}" for key, value in fields.items()))
+    return config
+
+
+def test_an_adapter_of_a_forecaster_knows_the_scale_it_was_trained_with(trained, tmp_path):
+    folder = tmp_path / "adapter"
+    other = write(tmp_path / "other.csv", 1000 * numbers(300, 3), names=("north", "south", "total"))
+    finetune.main([
+        *SMOKE, "--model", str(trained), "--dataset", other, "--adapter", "lora", "--max_steps", "2",
+        "--output_dir", str(folder), "--split_rows", "150", "100", "50",
+    ])  # fmt: skip
+    predict.main(["--model", str(folder), "--input", other, "--output", str(tmp_path / "forecast.csv")])
+    lines = pd.read_csv(tmp_path / "forecast.csv")
+    assert lines["prediction"][lines["column"] == "south"].between(-60000, 20000).all()
+    assert lines["prediction"][lines["column"] == "south"].mean() < -5000
+
+
+def test_the_shipped_waves_are_what_their_script_writes(tmp_path):
+    runpy.run_path(str(WAVES / "make_waves.py"))["main"](tmp_path)
+    assert (tmp_path / "waves.csv").read_bytes() == (WAVES / "waves.csv").read_bytes()
