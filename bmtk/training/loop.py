@@ -84,7 +84,7 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     batches[step] is the list of this process's micro-batches of optimizer step `step`; batches.steps_per_epoch is read
     when args.num_train_steps is -1.  num_items(batch) counts the items whose losses are summed; criterion(outputs,
     batch) sums them, if the model's own loss shall not be used, and inputs_of(batch) is then what the model reads.
-    evaluate() and save(state) are called on every process, log(record) on the main one, for each line of history.jsonl.
+    evaluate() and save(state) are called on every process, log(record) on the main one for each line of history.jsonl.
 
     Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop"; Stopped (exit code 130 or 143)
     after SIGINT or SIGTERM, when the step is finished and saved.
