@@ -231,8 +231,11 @@ def usage_example(about: dict, name: str, samples: list[dict]) -> dict[str, str]
     tag, auto_class = about["pipeline_tag"], about["auto_class"]
     lines = [f"name = {json.dumps(name)}  # this repository, or a folder that holds it"]
     lines += [f"model = {auto_class}.from_pretrained(name{{remote}})"]
-    lines += ["tokenizer = AutoTokenizer.from_pretrained(name{remote})"]
-    imported = f"from transformers import {auto_class}, AutoTokenizer"
+    imported = f"from transformers import {auto_class}"
+    if processor := about.get("processor_class", "AutoTokenizer"):
+        variable = "tokenizer" if processor == "AutoTokenizer" else "processor"
+        lines += [f"{variable} = {processor}.from_pretrained(name{{remote}})"]
+        imported += f", {processor}"
     if tag in ("text-generation", "text-classification"):
         text = next((sample["prompt"] for sample in samples if sample["prompt"]), "Once upon a time, there was")
         length = ", max_new_tokens=60" if tag == "text-generation" else ""

@@ -32,6 +32,7 @@ class AudioClassification(RecordingTask, Classification):
     about: ClassVar[dict[str, str]] = {
         "pipeline_tag": "audio-classification",
         "auto_class": "AutoModelForAudioClassification",
+        "processor_class": "AutoFeatureExtractor",
         "noun": "audio classifier",
         "limits": "It knows only the labels it was trained with, and gives one of them to every recording, silence "
         "included; its scores are not calibrated probabilities.",

@@ -55,6 +55,7 @@ class ImageClassification(ImageTask, Classification):
     about: ClassVar[dict[str, str]] = {
         "pipeline_tag": "image-classification",
         "auto_class": "AutoModelForImageClassification",
+        "processor_class": "AutoImageProcessor",
         "noun": "image classifier",
         "limits": "It knows only the labels it was trained with, and gives one of them to every image, whatever it "
         "shows; its scores are not calibrated probabilities.",

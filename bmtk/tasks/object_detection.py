@@ -97,6 +97,7 @@ class ObjectDetection(ImageTask):
     about: ClassVar[dict[str, str]] = {
         "pipeline_tag": "object-detection",
         "auto_class": "AutoModelForObjectDetection",
+        "processor_class": "AutoImageProcessor",
         "noun": "object detector",
         "limits": "It finds only the kinds of objects it was trained with, at sizes and in scenes like those of its "
         "training images; its scores are not calibrated probabilities.",

@@ -65,6 +65,7 @@ class SpeechRecognition(RecordingTask):
     about: ClassVar[dict[str, str]] = {
         "pipeline_tag": "automatic-speech-recognition",
         "auto_class": "AutoModelForCTC",
+        "processor_class": "AutoProcessor",
         "noun": "speech recogniser",
         "limits": "It writes only the characters or words of its training transcriptions, and something for every "
         "recording, speech or not. Expect more errors on other voices, microphones and subjects.",

@@ -65,7 +65,9 @@ class Task:
     """
 
     name: ClassVar[str]
-    about: ClassVar[dict[str, str]]  # pipeline_tag, auto_class, noun, limits: for the model card
+    about: ClassVar[
+        dict[str, str | None]
+    ]  # for the model card: pipeline_tag, auto_class, processor_class, noun, limits
     arguments: ClassVar[type[DataArguments]]
     auto_class: ClassVar[type]
     peft_task_type: ClassVar[str | None] = None

@@ -94,9 +94,10 @@ class TimeSeriesForecasting(Task):
     """
 
     name = "time_series_forecasting"
-    about: ClassVar[dict[str, str]] = {
+    about: ClassVar[dict[str, str | None]] = {
         "pipeline_tag": "time-series-forecasting",
         "auto_class": "AutoModelForTimeSeriesPrediction",
+        "processor_class": None,
         "noun": "forecaster of time series",
         "limits": "It continues what it has seen: a change in how the series come about, or in how they are measured, "
         "makes its forecasts wrong without a sign.",

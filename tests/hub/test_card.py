@@ -249,3 +249,18 @@ def test_durations_have_two_units(value, expected):
 @pytest.mark.parametrize(("value", "expected"), [(3_214_592, "3.21 M"), (999, "999"), (999_900, "1 M"), (2e9, "2 B")])
 def test_counts_have_three_digits(value, expected):
     assert wording.format_compact(value) == expected
+
+
+def test_the_example_loads_the_processor_that_the_task_has(tmp_path):
+    about = {"pipeline_tag": "image-classification", "auto_class": "AutoModelForImageClassification"}
+    for processor, expected in {
+        "AutoImageProcessor": "processor = AutoImageProcessor.from_pretrained(name",
+        None: "",
+    }.items():
+        folder = tmp_path / str(processor)
+        folder.mkdir()
+        facts = {"about": {**about, "processor_class": processor}, "model": {"model_type": "bm_cnn"}}
+        (folder / "run.json").write_text(json.dumps(facts))
+        text = write_card(folder).read_text()
+        assert expected in text
+        assert "tokenizer" not in text.lower()
