@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,18 +33,27 @@ PIECE_CHARACTERS = 1 << 16
 LONE_NEWLINE = re.compile(r"(?<=\S\n)(?=\S)")
 
 
-def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], *, kind: str, vocab_size: int, lower_case: bool = False, adds_end: bool = False
+) -> PreTrainedTokenizerFast:
     """Train a tokenizer whose one special token `<|endoftext|>` (id 0) is bos, eos and pad.
 
     `kind` is "byte_bpe" (at most `vocab_size` tokens; fewer if the text has no more pairs to merge) or "char" (a token
-    per character, and `<unk>` for all others). The result depends on the texts only, not on the number of threads.
+    per character, and `<unk>` for all others). `lower_case` makes it read every text in lower case, `adds_end` makes it
+    end every text with `<|endoftext|>`. The result depends on the texts only, not on the number of threads.
     Raises: ValueError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
     """
     trainers_by_kind = {"byte_bpe": _train_byte_bpe, "char": _train_char}
     if kind not in trainers_by_kind:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {sorted(trainers_by_kind)}")
+    tokenizer = trainers_by_kind[kind](map(str.lower, texts) if lower_case else texts, vocab_size)
+    if lower_case:
+        tokenizer.normalizer = normalizers.Lowercase()
+    if adds_end:
+        end = (END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END_OF_TEXT}", special_tokens=[end])
     return PreTrainedTokenizerFast(
-        tokenizer_object=trainers_by_kind[kind](texts, vocab_size),
+        tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,

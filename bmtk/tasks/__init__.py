@@ -5,12 +5,14 @@ from .causal_lm import CausalLM
 from .image_classification import ImageClassification
 from .sequence_classification import SequenceClassification
 from .task import Task
+from .translation import Translation
 
 TASKS = {
     "audio_classification": AudioClassification,
     "causal_lm": CausalLM,
     "image_classification": ImageClassification,
     "sequence_classification": SequenceClassification,
+    "translation": Translation,
 }
 
 

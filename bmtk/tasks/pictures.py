@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -43,3 +44,21 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[
             colour = "white" if shares[row, across] > 0.5 else "black"
             axes.text(across, row, f"{counts[row, across]:,}", ha="center", va="center", color=colour, fontsize=8)
     return as_svg(figure, "Confusion matrix")
+
+
+def sentence_scores(scores: Sequence[float], lengths: Sequence[int]) -> dict[str, str]:
+    """How good translations are, one by one: a histogram of chrF, and the chrF of sources of each length."""
+    scores, lengths = np.asarray(scores), np.asarray(lengths)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.hist(scores, bins=np.linspace(0, 100, 26), color="tab:blue")
+    left.set(xlabel="chrF of a sentence", ylabel="sentences", xlim=(0, 100))
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, 9)).astype(int))
+    groups = [scores[(low < lengths) & (lengths <= high)] for low, high in pairwise([edges[0] - 1, *edges[1:]])]
+    names = [
+        f"{low + 1}-{high}" if low + 1 < high else f"{high}" for low, high in pairwise([edges[0] - 1, *edges[1:]])
+    ]
+    right.boxplot(groups, tick_labels=names, showfliers=False, medianprops={"color": "tab:blue"})
+    right.tick_params(axis="x", rotation=45)
+    right.set(xlabel="tokens of the source", ylabel="chrF", ylim=(0, 100))
+    return as_svg(figure, "Quality of each sentence")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from accelerate.utils import gather_object
@@ -207,6 +208,7 @@ class TaskTrainer(Trainer):
     - An evaluation sees every row once on any number of processes, keeps a prediction for each instead of its logits,
       and scores all of them at once; Trainer's loss is a mean of batch means in which rows that fill up the last
       batches count twice.
+    - Where rows have a `length`, those of an evaluation are batched longest first; predictions are in the rows' order.
     """
 
     loss_is_scaled_for_ga = True
@@ -216,7 +218,7 @@ class TaskTrainer(Trainer):
             model,
             args,
             train_dataset=task.rows.get("train"),
-            eval_dataset=task.rows.get("validation"),
+            eval_dataset=task.preview_rows(),
             processing_class=task.processor,
             data_collator=task.collator(),
             callbacks=list(callbacks),
@@ -245,28 +247,36 @@ class TaskTrainer(Trainer):
         return loss * self.args.world_size
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """This process's share of the rows, in order."""
+        """This process's share of the rows, in the order of `_reading_order`."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        rank, world = self.args.process_index, self.args.world_size
-        share = Subset(rows, range(len(rows) * rank // world, len(rows) * (rank + 1) // world))
+        rank, world, order = self.args.process_index, self.args.world_size, self._reading_order(rows)
+        share = Subset(rows, order[len(rows) * rank // world : len(rows) * (rank + 1) // world])
         workers = self.args.dataloader_num_workers
         return DataLoader(share, self.args.eval_batch_size, collate_fn=self.data_collator, num_workers=workers)
 
     get_test_dataloader = get_eval_dataloader
 
+    def _reading_order(self, rows) -> list[int]:
+        """The longest rows first, so that a batch holds little padding; in their own order if no lengths are known."""
+        if self.args.length_column_name not in getattr(rows, "column_names", ()):
+            return list(range(len(rows)))
+        return np.argsort(-np.asarray(rows[self.args.length_column_name]), kind="stable").tolist()
+
     @torch.no_grad()
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
         model = self.accelerator.unwrap_model(self.model)
         model.to(self.args.device).eval()
+        predict = self.task.preview if metric_key_prefix == "eval" else self.task.predict
         predictions = []
         with tqdm(total=len(dataloader), desc=description, leave=False, disable=self._is_quiet(dataloader)) as bar:
             for batch in dataloader:
                 with self.accelerator.autocast():
-                    predictions += self.task.predict(model, self._prepare_inputs(batch))
+                    predictions += predict(model, self._prepare_inputs(batch))
                 bar.update()
         if self.args.world_size > 1:
             predictions = gather_object(predictions)
         rows = dataloader.dataset.dataset
+        predictions = [predictions[place] for place in np.argsort(self._reading_order(rows))]
         metrics = self.task.score(predictions, rows)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=predictions, label_ids=None, metrics=named, num_samples=len(rows))
@@ -322,11 +332,12 @@ def evaluate(trainer: TaskTrainer, task) -> Results:
     return results
 
 
-def save(trainer: Trainer, directory: str | Path, *, merge: bool):
+def save(trainer: TaskTrainer, directory: str | Path, *, merge: bool):
     """Write the trained model (or its adapter; `merge` adds it to the weights first) and its processor; all ranks."""
     if merge:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         trainer.model_wrapped = trainer.model
+    trainer.task.prepare_to_save(trainer.accelerator.unwrap_model(trainer.model))
     trainer.save_model(str(directory))
     if trainer.is_world_process_zero():
         (Path(directory) / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load
