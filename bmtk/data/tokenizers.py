@@ -39,8 +39,8 @@ def train_tokenizer(
     """Train a tokenizer whose one special token `<|endoftext|>` (id 0) is bos, eos and pad.
 
     `kind` is "byte_bpe" (at most `vocab_size` tokens; fewer if the text has no more pairs to merge) or "char" (a token
-    per character, and `<unk>` for all others). `lower_case` makes it read every text in lower case, `adds_end` makes it
-    end every text with `<|endoftext|>`. The result depends on the texts only, not on the number of threads.
+    per character, and `<unk>` for all others). With `lower_case` it reads every text in lower case, with `adds_end` it
+    ends every text with `<|endoftext|>`. The result depends on the texts only, not on the number of threads.
     Raises: ValueError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
     """
     trainers_by_kind = {"byte_bpe": _train_byte_bpe, "char": _train_char}

@@ -94,8 +94,8 @@ class PadPairs:
 class Translation(TextTask):
     """Pairs of texts.
 
-    A tokenizer that is trained here serves both sides and has one special token: it ends every source and target, pads,
-    and is what the decoder reads first.  That harms nothing: what is padding is said by the attention mask and by -100.
+    A tokenizer that is trained here serves both sides and has one special token: it ends every source and target, is
+    what the decoder reads first, and pads.  That harms nothing: the attention mask and -100 say what is padding.
     """
 
     name = "translation"
@@ -247,7 +247,7 @@ class Translation(TextTask):
     # ------------------------------------------------------------------------------------------------ results
 
     def search(self, num_beams: int) -> dict[str, object]:
-        """Arguments of `generate()`.  Beam search ends with `num_beams` finished hypotheses (Wu et al. 2016, sec. 7)."""
+        """Arguments of `generate()`.  Length penalty: a power of the length, not the formula of Wu et al. 2016."""
         options = {"max_new_tokens": self.longest_target, "num_beams": num_beams, "do_sample": False}
         return {**options, "length_penalty": self.args.length_penalty} if num_beams > 1 else options
 
@@ -329,7 +329,7 @@ class Translation(TextTask):
         return {**super().facts(), **languages, "signatures": getattr(self, "signatures", {})}
 
     def next_command(self, directory: Path) -> str:
-        """transformers 5 has no pipeline that translates; `generate()` knows how from the model's generation config."""
+        """transformers 5 has no pipeline that translates; `generate()` searches as `prepare_to_save` says."""
         if (directory / "adapter_config.json").is_file():
             return super().next_command(directory)
         return (

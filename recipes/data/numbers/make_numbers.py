@@ -8,11 +8,17 @@ import csv
 import random
 from pathlib import Path
 
-ONES = dict(zip("one two three four five six seven eight nine".split(), "an du tir fo pim sek hep ok nun".split()))
-TENS = dict(zip("twenty thirty forty fifty sixty".split(), "dumar tirmar fomar pimar sekmar".split()))
-NOUNS = dict(zip("birds boats houses trees dogs stones".split(), "avilo barko domalo arvuro kanilo petruso".split()))
-ADJECTIVES = dict(zip("red old small white green".split(), "ruji vetti mikki blani verdi".split()))
-VERBS = dict(zip("see follow hear like".split(), "vidas sekvas audas amas".split()))
+ONES = {
+    **{"one": "an", "two": "du", "three": "tir", "four": "fo", "five": "pim"},
+    **{"six": "sek", "seven": "hep", "eight": "ok", "nine": "nun"},
+}
+TENS = {"twenty": "dumar", "thirty": "tirmar", "forty": "fomar", "fifty": "pimar", "sixty": "sekmar"}
+NOUNS = {
+    **{"birds": "avilo", "boats": "barko", "houses": "domalo"},
+    **{"trees": "arvuro", "dogs": "kanilo", "stones": "petruso"},
+}
+ADJECTIVES = {"red": "ruji", "old": "vetti", "small": "mikki", "white": "blani", "green": "verdi"}
+VERBS = {"see": "vidas", "follow": "sekvas", "hear": "audas", "like": "amas"}
 SIZES = {"train": 1600, "validation": 100, "test": 100}
 
 
