@@ -53,11 +53,9 @@ def sentence_scores(scores: Sequence[float], lengths: Sequence[int]) -> dict[str
     left, right = figure.subplots(1, 2)
     left.hist(scores, bins=np.linspace(0, 100, 26), color="tab:blue")
     left.set(xlabel="chrF of a sentence", ylabel="sentences", xlim=(0, 100))
-    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, 9)).astype(int))
-    groups = [scores[(low < lengths) & (lengths <= high)] for low, high in pairwise([edges[0] - 1, *edges[1:]])]
-    names = [
-        f"{low + 1}-{high}" if low + 1 < high else f"{high}" for low, high in pairwise([edges[0] - 1, *edges[1:]])
-    ]
+    edges = np.unique([lengths.min() - 1, *np.quantile(lengths, np.linspace(0.125, 1, 8), method="inverted_cdf")])
+    groups = [scores[(low < lengths) & (lengths <= high)] for low, high in pairwise(edges)]
+    names = [f"{low + 1}-{high}" if low + 1 < high else f"{high}" for low, high in pairwise(edges)]
     right.boxplot(groups, tick_labels=names, showfliers=False, medianprops={"color": "tab:blue"})
     right.tick_params(axis="x", rotation=45)
     right.set(xlabel="tokens of the source", ylabel="chrF", ylim=(0, 100))

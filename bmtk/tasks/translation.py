@@ -56,7 +56,8 @@ class TranslationArguments(TextArguments, DataArguments):
         super().__post_init__()
         self.check_lengths()
         counts = ("max_target_length", "num_beams", "preview_beams", "preview_rows")
-        if wrong := [f"{name}={getattr(self, name)}" for name in counts if (getattr(self, name) or 1) < 1]:
+        given = {name: getattr(self, name) for name in counts}
+        if wrong := [f"{name}={count}" for name, count in given.items() if count is not None and count < 1]:
             raise ValueError(f"{', '.join(wrong)} must be at least 1")
         if self.bleu_tokenizer not in (None, *TOKENIZERS):
             raise ValueError(
