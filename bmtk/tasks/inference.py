@@ -56,13 +56,17 @@ class PredictionFile:
 
     @staticmethod
     def shown(row: dict[str, object]) -> dict[str, object]:
-        """What of an input row is repeated: text (its beginning), numbers and paths; not pixels or samples."""
+        """What of an input row is repeated: texts (their beginnings), numbers and paths; not pixels or samples."""
         shown = {}
         for name, value in row.items():
             if isinstance(value, dict) and isinstance(value.get("path"), str):
                 value = value["path"]
             if isinstance(value, str):
                 value = value[:LONGEST_CELL]
+            if isinstance(value, dict) and all(
+                isinstance(text, str) for text in value.values()
+            ):  # a text and its like
+                shown[name] = {key: text[:LONGEST_CELL] for key, text in value.items()}
             if value is None or isinstance(value, str | int | float | bool):
                 shown[name] = value
         return shown

@@ -422,6 +422,14 @@ def test_the_smoke_run_learns_is_evaluated_and_translates(in_the_repository, tmp
         "vidas avilo ruji fo kanilo mikki pim.",
         "audas kanilo du arvuro sek.",
     ]
+    write_pairs(tmp_path / "pairs.jsonl", [("Two dogs hear six trees.", "?")])
+    output = tmp_path / "translated.jsonl"
+    argv = ["--source_column", "", "--source_language", "de", "--output", str(output)]
+    predict.main(["--model", str(folder), "--input", str(tmp_path / "pairs.jsonl"), *argv])
+    assert json.loads(output.read_text(encoding="utf-8")) == {
+        "translation": {"de": "Two dogs hear six trees.", "en": "?"},
+        "prediction": "audas kanilo du arvuro sek.",
+    }
     capsys.readouterr()
     command = re.search(r'^next: python -c "(.*)"$', out, re.MULTILINE)[1]
     exec(command)  # transformers 5 has no pipeline for translation: this is what the run says to type
