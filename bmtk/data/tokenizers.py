@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,18 +36,27 @@ PIECE_CHARACTERS = 1 << 16
 LONE_NEWLINE = re.compile(r"(?<=\S\n)(?=\S)")
 
 
-def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], *, kind: str, vocab_size: int, lower_case: bool = False, adds_end: bool = False
+) -> PreTrainedTokenizerFast:
     """Train a tokenizer whose one special token `<|endoftext|>` (id 0) is bos, eos and pad.
 
     `kind` is "byte_bpe" (at most `vocab_size` tokens; fewer if the text has no more pairs to merge), "char" (a token
     per character), "word" or "uncased_word" (the most frequent ones); all but the first have `<unk>` for what they do
-    not know. The result depends on the texts only, not on the number of threads.
+    not know. With `lower_case` it reads every text in lower case, with `adds_end` it ends every text with
+    `<|endoftext|>`. The result depends on the texts only, not on the number of threads.
     Raises: ValueError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {sorted(KINDS)}")
+    tokenizer = KINDS[kind](map(str.lower, texts) if lower_case else texts, vocab_size)
+    if lower_case:
+        tokenizer.normalizer = normalizers.Lowercase()
+    if adds_end:
+        end = (END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END_OF_TEXT}", special_tokens=[end])
     return PreTrainedTokenizerFast(
-        tokenizer_object=KINDS[kind](texts, vocab_size),
+        tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,

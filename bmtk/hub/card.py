@@ -242,5 +242,9 @@ def usage_example(about: dict, name: str, samples: list[dict]) -> dict[str, str]
         imported += ", pipeline"
         lines += [f'pipe = pipeline("{tag}", model=model, tokenizer=tokenizer)']
         lines += [f"print(pipe({json.dumps(text, ensure_ascii=False)}{length}))"]
+    elif tag == "translation":  # transformers 5 has no pipeline for it
+        text = next((sample["prompt"] for sample in samples if sample["prompt"]), "A text of your own.")
+        lines += [f'inputs = tokenizer([{json.dumps(text, ensure_ascii=False)}], return_tensors="pt")']
+        lines += ["print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))"]
     body = "\n".join([imported, "", *lines])
     return {"plain": body.replace("{remote}", ""), "remote": body.replace("{remote}", ", trust_remote_code=True")}

@@ -9,6 +9,7 @@ from .sequence_classification import SequenceClassification
 from .speech_recognition import SpeechRecognition
 from .time_series_forecasting import TimeSeriesForecasting
 from .token_classification import TokenClassification
+from .translation import Translation
 
 TASKS = {
     "audio_classification": AudioClassification,
@@ -20,6 +21,7 @@ TASKS = {
     "speech_recognition": SpeechRecognition,
     "time_series_forecasting": TimeSeriesForecasting,
     "token_classification": TokenClassification,
+    "translation": Translation,
 }
 
 

@@ -13,11 +13,9 @@ from bmtk.data.packing import PackedRows
 from bmtk.data.sources import Texts, has_split, read_texts
 from bmtk.data.tables import SPLITS
 from bmtk.data.token_store import TokenStore, build_token_store
-from bmtk.data.tokenizers import train_tokenizer
+from bmtk.data.tokenizers import KINDS, train_tokenizer
 
 from .task import Task, setting
-
-TRAINED_KINDS = ("byte_bpe", "char")
 
 
 @dataclass
@@ -33,7 +31,7 @@ class CorpusArguments:
     data_name: str | None = setting(None, "what the model card calls the data; default: the source's own name")
     data_licence: str | None = setting(None, "licence of the data, for the model card")
     tokenizer: str = setting(
-        "byte_bpe", "train a 'byte_bpe' or 'char' tokenizer, or folder or Hub id of a finished one"
+        "byte_bpe", "byte_bpe, char, word or uncased_word: train one; or folder or Hub id of a finished one"
     )
     vocab_size: int = setting(4096, "tokens of a tokenizer to be trained, at most")
     context_length: int = setting(256, "tokens per row")
@@ -162,7 +160,7 @@ class CorpusTask(Task):
             raise ValueError(
                 f"model={self.model!r} is a folder without config.json; give one that holds a saved model"
             )
-        finished = self.model if self.args.tokenizer in TRAINED_KINDS else self.args.tokenizer
+        finished = self.model if self.args.tokenizer in KINDS else self.args.tokenizer
         if finished:
             return AutoTokenizer.from_pretrained(finished, **self.loading)
         if texts is None:

@@ -56,13 +56,15 @@ class PredictionFile:
 
 
 def shown(row: dict[str, object]) -> dict[str, object]:
-    """What of an input row is repeated: text (its beginning), words, numbers, paths; not pixels or samples."""
+    """What of an input row is repeated: texts (their beginnings), words, numbers, paths; not pixels or samples."""
     shown = {}
     for name, value in row.items():
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             value = value["path"]
         if isinstance(value, str):
             value = value[:LONGEST_CELL]
+        if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):  # a text and its like
+            shown[name] = {key: text[:LONGEST_CELL] for key, text in value.items()}
         words = isinstance(value, list) and all(isinstance(item, str) for item in value)
         if value is None or words or isinstance(value, str | int | float | bool):
             shown[name] = value

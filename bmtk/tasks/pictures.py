@@ -4,6 +4,7 @@ import base64
 import io
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -82,3 +83,19 @@ def image_grid(
         axes.imshow(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1), cmap="gray", vmin=0, vmax=255)
         axes.set_title(caption, fontsize=8)
     return as_png(figure, title)
+
+
+def sentence_scores(scores: Sequence[float], lengths: Sequence[int]) -> dict[str, str]:
+    """How good translations are, one by one: a histogram of chrF, and the chrF of sources of each length."""
+    scores, lengths = np.asarray(scores), np.asarray(lengths)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.hist(scores, bins=np.linspace(0, 100, 26), color="tab:blue")
+    left.set(xlabel="chrF of a sentence", ylabel="sentences", xlim=(0, 100))
+    edges = np.unique([lengths.min() - 1, *np.quantile(lengths, np.linspace(0.125, 1, 8), method="inverted_cdf")])
+    groups = [scores[(low < lengths) & (lengths <= high)] for low, high in pairwise(edges)]
+    names = [f"{low + 1}-{high}" if low + 1 < high else f"{high}" for low, high in pairwise(edges)]
+    right.boxplot(groups, tick_labels=names, showfliers=False, medianprops={"color": "tab:blue"})
+    right.tick_params(axis="x", rotation=45)
+    right.set(xlabel="tokens of the source", ylabel="chrF", ylim=(0, 100))
+    return as_svg(figure, "Quality of each sentence")

@@ -195,11 +195,19 @@ class Task:
         """Mean number of `unit`s in a row of a split."""
         return 1.0
 
+    def preview_rows(self) -> Any:
+        """The validation rows that are measured while training; all are in the end."""
+        return self.rows.get("validation")
+
     # ------------------------------------------------------------------------------------------------ results
 
     def predict(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
         """One prediction for each row of a batch; with `loss` (a sum) and `items` if the batch has labels."""
         raise NotImplementedError
+
+    def preview(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
+        """What `predict` gives, in evaluations while training; a task may give it cheaper there."""
+        return self.predict(model, batch)
 
     def score(self, predictions: Sequence[Prediction], rows) -> dict[str, float]:
         """Metrics over all `rows` at once."""

@@ -1,7 +1,8 @@
 """What the tasks that read texts share: a tokenizer, and how much of a text is read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from datasets import Dataset
@@ -41,7 +42,9 @@ class TextTask(Task):
 
     unit = "tokens"
 
-    def training_texts(self) -> list[str]:
+    tokenizer_options: ClassVar[dict[str, bool]] = {}  # of `train_tokenizer`, if one is trained
+
+    def training_texts(self) -> Iterable[str]:
         raise NotImplementedError
 
     def prepare(self) -> None:
@@ -98,29 +101,32 @@ class TextTask(Task):
             self.notes.append(f"{len(texts) - len(kept):,} of {len(texts):,} {where} rows have no text: left out")
         return rows.select(kept)
 
-    def say_what_was_cut(self, lengths: list[int], where: str) -> None:
-        cut = sum(length > self.longest for length in lengths)
+    def say_what_was_cut(self, lengths: list[int], where: str, longest: int | None = None) -> None:
+        longest = longest or self.longest
+        cut = sum(length > longest for length in lengths)
         if cut:
             share = f"{cut:,} of {len(lengths):,} {where} texts ({cut / len(lengths):.1%})"
-            self.notes.append(f"{share} are longer than {self.longest} tokens and were cut")
+            self.notes.append(f"{share} are longer than {longest} tokens and were cut")
 
-    def _longest(self, config) -> int:
-        """Tokens read per text."""
+    def _longest(self, config, option: str = "max_length") -> int:
+        """Tokens per text: as many as `option` allows, else the tokenizer and the model."""
         stated = [self.processor.model_max_length, getattr(config, "max_position_embeddings", None)]
         limit = min((tokens for tokens in stated if tokens and tokens < 10**9), default=None)  # 10**30 means "none"
-        if limit and self.args.max_length and self.args.max_length > limit:
+        wanted = getattr(self.args, option)
+        if limit and wanted and wanted > limit:
             raise ValueError(
-                f"max_length={self.args.max_length} exceeds the model's limit of {limit} tokens; lower it, or use a "
+                f"{option}={wanted} exceeds the model's limit of {limit} tokens; lower it, or use a "
                 "model with a larger one"
             )
-        return self.args.max_length or limit or LONGEST
+        return wanted or limit or LONGEST
 
     def _tokenizer(self):
         source = self.args.tokenizer or self.model or "byte_bpe"
         if source in KINDS:
             if "train" not in self.rows:
                 raise ValueError(f"tokenizer={source} needs training rows to be trained on; name a finished tokenizer")
-            return train_tokenizer(self.training_texts(), kind=source, vocab_size=self.args.vocab_size)
+            size = self.args.vocab_size
+            return train_tokenizer(self.training_texts(), kind=source, vocab_size=size, **self.tokenizer_options)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **self.loading)
         except (OSError, ValueError) as error:

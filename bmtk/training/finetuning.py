@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from peft import PeftModel
@@ -229,6 +230,7 @@ class TaskTrainer(Trainer):
     - An evaluation sees every row once on any number of processes, keeps a prediction for each instead of its logits,
       and scores all of them at once; Trainer's loss is a mean of batch means in which rows that fill up the last
       batches count twice.
+    - Where rows have a `length`, those of an evaluation are batched longest first; predictions are in the rows' order.
     """
 
     loss_is_scaled_for_ga = True
@@ -238,7 +240,7 @@ class TaskTrainer(Trainer):
             model,
             args,
             train_dataset=task.training_rows(),
-            eval_dataset=task.rows.get("validation"),
+            eval_dataset=task.preview_rows(),
             processing_class=task.processor,
             data_collator=task.collator(),
             callbacks=list(callbacks),
@@ -265,29 +267,37 @@ class TaskTrainer(Trainer):
         return self.loss(inputs, int(self.task.num_items(inputs)), num_items_in_batch) * self.args.world_size
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """This process's share of the rows, in order."""
+        """This process's share of the rows, in the order of `_reading_order`."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        rank, world = self.args.process_index, self.args.world_size
-        share = Subset(rows, range(len(rows) * rank // world, len(rows) * (rank + 1) // world))
+        rank, world, order = self.args.process_index, self.args.world_size, self._reading_order(rows)
+        share = Subset(rows, order[len(rows) * rank // world : len(rows) * (rank + 1) // world])
         workers = self.args.dataloader_num_workers
         return DataLoader(share, self.args.eval_batch_size, collate_fn=self.data_collator, num_workers=workers)
 
     get_test_dataloader = get_eval_dataloader
 
-    def predictions(self, dataloader: DataLoader, description: str) -> list:
-        """A prediction for each row of the loader's split, from all processes."""
-        return predict_all(
+    def _reading_order(self, rows) -> list[int]:
+        """The longest rows first, so that a batch holds little padding; in their own order if no lengths are known."""
+        if self.args.length_column_name not in getattr(rows, "column_names", ()):
+            return list(range(len(rows)))
+        return np.argsort(-np.asarray(rows[self.args.length_column_name]), kind="stable").tolist()
+
+    def predictions(self, dataloader: DataLoader, description: str, *, preview: bool = False) -> list:
+        """A prediction for each row of the loader's split, in the rows' order, from all processes."""
+        predictions = predict_all(
             self.model.to(self.args.device),
             dataloader,
             self.accelerator,
-            self.task.predict,
+            self.task.preview if preview else self.task.predict,
             description=description,
             num_batches=len(dataloader),
             show_progress=not self.args.disable_tqdm,
         )
+        return [predictions[place] for place in np.argsort(self._reading_order(dataloader.dataset.dataset))]
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
-        predictions, rows = self.predictions(dataloader, description), dataloader.dataset.dataset
+        predictions = self.predictions(dataloader, description, preview=metric_key_prefix == "eval")
+        rows = dataloader.dataset.dataset
         metrics = self.task.score(predictions, rows)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=predictions, label_ids=None, metrics=named, num_samples=len(rows))
@@ -346,7 +356,7 @@ def evaluate(trainer: TaskTrainer, task) -> Results:
     return measure(task, trainer.accelerator.unwrap_model(trainer.model), predict_split, seed=trainer.args.seed)
 
 
-def save(trainer: Trainer, directory: str | Path, *, merge: bool):
+def save(trainer: TaskTrainer, directory: str | Path, *, merge: bool):
     """Write the trained model (or its adapter; `merge` adds it to the weights first) and its processor; all ranks."""
     if merge:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()

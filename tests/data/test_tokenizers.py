@@ -163,3 +163,17 @@ def test_tokenizers_that_may_reach_across_a_newline_are_not_cut():
 def test_what_cannot_be_trained_says_why(texts, kind, vocab_size, message):
     with pytest.raises(ValueError, match=message):
         train_tokenizer(texts, kind=kind, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "char"])
+def test_a_tokenizer_may_read_lower_case_and_end_every_text(tmp_path, kind):
+    train_tokenizer(["Ein Hund", "ÄPFEL"], kind=kind, vocab_size=300, lower_case=True, adds_end=True).save_pretrained(
+        tmp_path
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("Äpfel Hund")["input_ids"]
+    assert tokenizer.decode(ids) == "äpfel hund<|endoftext|>"
+    assert (ids[-1], tokenizer("")["input_ids"]) == (0, [0])
+    assert not {"E", "H", "Ä"} & set(tokenizer.get_vocab()) or kind == "byte_bpe"
+    plain = train_tokenizer(["Ein Hund"], kind=kind, vocab_size=300)
+    assert plain.decode(plain("Ein Hund")["input_ids"]) == "Ein Hund"

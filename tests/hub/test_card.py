@@ -105,6 +105,18 @@ def test_hub_ids_are_linked_and_local_paths_are_not(tmp_path):
         assert (data.base_model, data.datasets) == (None, None)
 
 
+def test_a_translator_is_used_by_generate_as_there_is_no_pipeline_for_it(tmp_path):
+    about = {"pipeline_tag": "translation", "auto_class": "AutoModelForSeq2SeqLM", "noun": "translator"}
+    card = card_of(tmp_path, {**RUN, "about": about, "samples": [{"prompt": 'Ein "Hund"', "text": " -> a dog"}]})
+    code = card.split("```python\n")[1].split("```")[0].splitlines()
+    assert code[1] == "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer"
+    assert code[-2:] == [
+        'inputs = tokenizer(["Ein \\"Hund\\""], return_tensors="pt")',
+        "print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))",
+    ]
+    assert "pipeline(" not in card
+
+
 @pytest.mark.parametrize(
     ("licence", "expected"), [("Apache-2.0", ("apache-2.0", None)), ("My Own: 1", ("other", "my-own-1"))]
 )

@@ -1,0 +1,348 @@
+"""Translation: a text is read, another is written.  BLEU and chrF of sacrebleu; loss in nats per token of the target.
+
+B rows, S source positions, L target positions, V tokens.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sacrebleu.metrics import BLEU, CHRF
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSeq2SeqLM
+
+from bmtk.data.tables import check_column
+
+from .pictures import sentence_scores
+from .task import DataArguments, Prediction, mean_loss, setting, spread_and_worst
+from .texts import TextArguments, TextTask
+
+TOKENIZERS = ("13a", "zh", "char", "intl", "none")  # of sacrebleu; how it cuts texts into words before it counts them
+CUT_BY = {"zh": "zh", "ja": "char", "th": "char"}  # languages without spaces
+NOTHING = -100  # label of a position where nothing is predicted
+LENGTHS = ((0, 10), (10, 20), (20, 40), (40, 10**9))  # tokens of a source: where the table is divided
+
+
+@dataclass
+class TranslationArguments(TextArguments, DataArguments):
+    """Which texts, and how a translation is searched for."""
+
+    _argument_group_name = "data of translation"
+
+    source_language: str | None = setting(None, "key of the texts that are read, in translation_column: de, en, ...")
+    target_language: str | None = setting(None, "key of the texts that are written; columns may be named so, too")
+    translation_column: str = setting("translation", 'column of the pairs: {"de": ..., "en": ...}')
+    source_column: str | None = setting(None, "column of the texts that are read; over source_language")
+    target_column: str | None = setting(None, "column of the texts that are written; over target_language")
+    prefix: str = setting("", "what stands before every source, such as T5's 'translate English to German: '")
+    lower_case: bool = setting(False, "read and write lower case; BLEU and chrF then ignore case")
+    max_target_length: int | None = setting(None, "tokens written per text, at most; default: the model's limit")
+    num_beams: int = setting(5, "hypotheses that are kept at each token; 1: the likeliest token is taken")
+    length_penalty: float = setting(1.0, "beams are ranked by log-probability / tokens ** length_penalty")
+    preview_beams: int = setting(1, "num_beams of evaluations while training")
+    preview_rows: int | None = setting(
+        None, "validation rows of evaluations while training, the first ones; None: all"
+    )
+    bleu_tokenizer: str | None = setting(None, "how BLEU cuts words: 13a, zh, char, intl, none; default: by language")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_lengths()
+        counts = ("max_target_length", "num_beams", "preview_beams", "preview_rows")
+        given = {name: getattr(self, name) for name in counts}
+        if wrong := [f"{name}={count}" for name, count in given.items() if count is not None and count < 1]:
+            raise ValueError(f"{', '.join(wrong)} must be at least 1")
+        if self.bleu_tokenizer not in (None, *TOKENIZERS):
+            raise ValueError(
+                f"bleu_tokenizer={self.bleu_tokenizer!r} is unknown; choose one of {', '.join(TOKENIZERS)}"
+            )
+
+
+@dataclass(frozen=True)
+class PadPairs:
+    """Pads sources and targets; the decoder reads the target one to the right, after `start_id`.
+
+    >>> batch = PadPairs(pad_id=0, start_id=0)([{"input_ids": [5, 6], "labels": [7, 8, 0]}, {"input_ids": [9],
+    ...                                          "labels": [7, 0]}])
+    >>> batch["labels"].tolist(), batch["decoder_input_ids"].tolist()
+    ([[7, 8, 0], [7, 0, -100]], [[0, 7, 8], [0, 7, 0]])
+    """
+
+    pad_id: int
+    start_id: int
+
+    def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        sources = [torch.tensor(row["input_ids"]) for row in rows]
+        batch = {
+            "input_ids": pad_sequence(sources, batch_first=True, padding_value=self.pad_id),
+            "attention_mask": pad_sequence([torch.ones_like(source) for source in sources], batch_first=True),
+        }
+        if "labels" in rows[0]:
+            targets = [torch.tensor(row["labels"]) for row in rows]
+            batch["labels"] = pad_sequence(targets, batch_first=True, padding_value=NOTHING)
+            written = pad_sequence([target[:-1] for target in targets], batch_first=True, padding_value=self.pad_id)
+            batch["decoder_input_ids"] = F.pad(written, (1, 0), value=self.start_id)
+        return batch
+
+
+class Translation(TextTask):
+    """Pairs of texts.
+
+    A tokenizer that is trained here serves both sides and has one special token: it ends every source and target, is
+    what the decoder reads first, and pads.  That harms nothing: the attention mask and -100 say what is padding.
+    """
+
+    name = "translation"
+    about: ClassVar[dict[str, str]] = {
+        "pipeline_tag": "translation",
+        "auto_class": "AutoModelForSeq2SeqLM",
+        "noun": "translator",
+        "limits": "It translates sentences like those it was trained on. It may leave out, add or invent things, the "
+        "more so the longer a text and the rarer its words are.",
+    }
+    arguments = TranslationArguments
+    auto_class = AutoModelForSeq2SeqLM
+    peft_task_type = "SEQ_2_SEQ_LM"
+    free_keys = TextTask.free_keys | {"num_beams", "length_penalty", "bleu_tokenizer"}
+    inputs = ("source",)
+    main_metric = "bleu"
+
+    # ------------------------------------------------------------------------------------------------ rows
+
+    def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
+        """Columns "source" and "target"; rows without either are left out, but not of those to be predicted."""
+        columns = {"source": self._texts(table, where, "source")}
+        if not labelled:
+            return Dataset.from_dict(columns)
+        rows = Dataset.from_dict({**columns, "target": self._texts(table, where, "target")})
+        for side in ("source", "target"):
+            option = f"{side}_column" if getattr(self.args, f"{side}_column") else f"{side}_language"
+            rows = self.keep_rows_with_text(rows, rows[side], option=option, where=where)
+        return rows
+
+    def _texts(self, table: Dataset, where: str, side: str) -> list[str]:
+        """The texts of a side, which have a column of their own or are under their language in a column of pairs."""
+        pairs, column, language = (
+            getattr(self.args, name) for name in ("translation_column", f"{side}_column", f"{side}_language")
+        )
+        if not (column or language):
+            raise ValueError(
+                f"{side}_language and {side}_column are not set: name the language of the {side} in "
+                f"{pairs!r}, or the column that holds it; the {where} data has {', '.join(table.column_names)}"
+            )
+        if column or pairs not in table.column_names:
+            option = f"{side}_column" if column else f"{side}_language"
+            check_column(table, column or language, option=option, where=where)
+            texts = table[column or language]
+        else:
+            languages = table.features[pairs]
+            if not isinstance(languages, dict) or language not in languages:
+                found = ", ".join(languages) if isinstance(languages, dict) else f"no pairs but {languages}"
+                raise ValueError(
+                    f"{side}_language={language!r} is not in {pairs!r} of the {where} data: it has {found}"
+                )
+            texts = [(pair or {}).get(language) for pair in table[pairs]]
+        return ["" if text is None else str(text) for text in texts]
+
+    @property
+    def tokenizer_options(self) -> dict[str, bool]:
+        return {"lower_case": self.args.lower_case, "adds_end": True}
+
+    def training_texts(self) -> Iterable[str]:
+        return chain(self.rows["train"]["source"], self.rows["train"]["target"])
+
+    @property
+    def config_fields(self) -> dict[str, object]:
+        pad = self.processor.pad_token_id
+        ends = {"pad_token_id": pad, "decoder_start_token_id": pad}
+        return {**super().config_fields, **ends, "is_encoder_decoder": True}
+
+    def configure(self, config, **options) -> None:
+        if not config.is_encoder_decoder:
+            raise ValueError(
+                f"{self.model or 'the model'} reads and writes one row (model_type {config.model_type}, "
+                "is_encoder_decoder=False); translation needs an encoder-decoder"
+            )
+        self.longest_target = self._longest(config, "max_target_length")
+        super().configure(config, **options)
+        if config.decoder_start_token_id is None:
+            config.decoder_start_token_id = config.pad_token_id
+        self.start_id = config.decoder_start_token_id
+        if "train" in self.rows and "validation" in self.rows:
+            rows, beams = self.args.preview_rows, self.args.preview_beams
+            which = f"the first {rows:,}" if rows and rows < len(self.rows["validation"]) else "all"
+            self.notes.append(
+                f"evaluations while training translate {which} validation rows with num_beams={beams}, those in the "
+                f"end all rows with num_beams={self.args.num_beams}"
+            )
+
+    def encode(self, rows: Dataset, where: str) -> Dataset:
+        """Adds `input_ids` (with the end token), `labels` (likewise) and their `length` together."""
+
+        def encode(batch: dict[str, list]) -> dict[str, list]:
+            sources = self._ids([self.args.prefix + text for text in batch["source"]])
+            cut = self._cut(sources, self.longest)
+            encoded = {"input_ids": cut, "whole": list(map(len, sources)), "length": list(map(len, cut))}
+            if "target" in batch:
+                targets = self._ids(batch["target"], as_target=True)
+                encoded["labels"] = self._cut(targets, self.longest_target)
+                encoded["whole_target"] = list(map(len, targets))
+                encoded["length"] = [len(s) + len(t) for s, t in zip(cut, encoded["labels"], strict=True)]
+            return encoded
+
+        encoded = rows.map(encode, batched=True)
+        self.say_what_was_cut(encoded["whole"], f"{where} source")
+        if "target" in rows.column_names:
+            self.say_what_was_cut(encoded["whole_target"], f"{where} target", self.longest_target)
+        return encoded.remove_columns([name for name in ("whole", "whole_target") if name in encoded.column_names])
+
+    def _ids(self, texts: list[str], *, as_target: bool = False) -> list[list[int]]:
+        """Tokens of whole texts, each with the end token, which not every tokenizer adds."""
+        texts = [text.lower() for text in texts] if self.args.lower_case else texts
+        ids = self.processor(**{"text_target" if as_target else "text": texts}, verbose=False)["input_ids"]
+        end = [] if self.processor.eos_token_id is None else [self.processor.eos_token_id]
+        return [row if row[-1:] == end else row + end for row in ids]
+
+    @staticmethod
+    def _cut(rows: list[list[int]], longest: int) -> list[list[int]]:
+        """Rows of at most `longest` tokens; those that are cut keep their end token."""
+        return [row if len(row) <= longest else row[: longest - 1] + row[-1:] for row in rows]
+
+    def collator(self) -> PadPairs:
+        return PadPairs(pad_id=self.processor.pad_token_id, start_id=self.start_id)
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    @staticmethod
+    def num_items(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Predicted tokens of a batch."""
+        return (batch["labels"] != NOTHING).sum()
+
+    def num_units(self, batch: Mapping[str, torch.Tensor]) -> int:
+        return int(batch["attention_mask"].sum() + self.num_items(batch))
+
+    def _num_tokens(self, split: str) -> int:
+        return sum(self.rows[split]["length"])
+
+    def criterion(self, outputs, batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Summed cross-entropy of the target's tokens.  Smoothing: Szegedy et al. 2016, arXiv:1512.00567, sec. 7."""
+        logits = outputs["logits"].flatten(0, 1).float()
+        labels = batch["labels"].flatten()
+        return F.cross_entropy(logits, labels, ignore_index=NOTHING, reduction="sum", label_smoothing=label_smoothing)
+
+    def preview_rows(self) -> Dataset | None:
+        rows = super().preview_rows()
+        return rows if rows is None else rows.select(range(min(len(rows), self.args.preview_rows or len(rows))))
+
+    def prepare_to_save(self, model) -> None:
+        """Let `generate()` search as the evaluation does."""
+        model.generation_config.update(**self.search(self.args.num_beams))
+
+    # ------------------------------------------------------------------------------------------------ results
+
+    def search(self, num_beams: int) -> dict[str, object]:
+        """Arguments of `generate()`.  Length penalty: a power of the length, not the formula of Wu et al. 2016."""
+        options = {"max_new_tokens": self.longest_target, "num_beams": num_beams, "do_sample": False}
+        return {**options, "length_penalty": self.args.length_penalty} if num_beams > 1 else options
+
+    def predict(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
+        return self._translate(model, batch, self.args.num_beams)
+
+    def preview(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
+        return self._translate(model, batch, self.args.preview_beams)
+
+    def _translate(self, model, batch: dict[str, torch.Tensor], num_beams: int) -> list[Prediction]:
+        source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        written = model.generate(**source, **self.search(num_beams))
+        texts = self.processor.batch_decode(written, skip_special_tokens=True)
+        predictions = [{"text": text.strip()} for text in texts]
+        if "labels" in batch:
+            labels = batch["labels"]
+            logits = model(**source, decoder_input_ids=batch["decoder_input_ids"])["logits"].float()
+            losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=NOTHING, reduction="none").sum(1)
+            items = (labels != NOTHING).sum(1)
+            for prediction, loss, count in zip(predictions, losses.tolist(), items.tolist(), strict=True):
+                prediction |= {"loss": loss, "items": count}
+        return predictions
+
+    def score(self, predictions: Sequence[Prediction], rows) -> dict[str, float]:
+        loss, (bleu, chrf) = mean_loss(predictions), self.metrics()
+        texts, references = [p["text"] for p in predictions], [list(rows["target"])]
+        scores = {
+            "bleu": bleu.corpus_score(texts, references).score,
+            "chrf": chrf.corpus_score(texts, references).score,
+        }
+        self.signatures = {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **scores}
+
+    def metrics(self) -> tuple[BLEU, CHRF]:
+        """BLEU and chrF as this task counts them; they do not compare with other signatures'."""
+        cut = self.args.bleu_tokenizer or CUT_BY.get((self.args.target_language or "")[:2], "13a")
+        return BLEU(tokenize=cut, lowercase=self.args.lower_case), CHRF(lowercase=self.args.lower_case)
+
+    def describe(self, prediction: Prediction) -> dict[str, object]:
+        return {"prediction": prediction["text"]}
+
+    def samples(self, predictions: Sequence[Prediction], rows, count: int = 4) -> list[dict[str, str]]:
+        """From all over, then those with the lowest chrF."""
+        by_chrf = [{"loss": -score} for score in self._sentence_chrf(predictions, rows)]
+        return [
+            {
+                "prompt": rows[row]["source"],
+                "text": f"\n -> {predictions[row]['text']}\n    (reference: {rows[row]['target']})",
+            }
+            for row in spread_and_worst(by_chrf, count)
+        ]
+
+    def figures(self, predictions: Sequence[Prediction], rows) -> list[dict[str, str]]:
+        return [sentence_scores(self._sentence_chrf(predictions, rows), list(map(len, rows["input_ids"])))]
+
+    def table(self, predictions: Sequence[Prediction], rows) -> str:
+        """Rows, loss, BLEU and chrF by the length of the source."""
+        lengths = np.array(list(map(len, rows["input_ids"])))
+        lines = [f"  {'source tokens':<14}  {'rows':>7}    loss   BLEU   chrF"]
+        for low, high in LENGTHS:
+            some = np.flatnonzero((low < lengths) & (lengths <= high))
+            if len(some):
+                score = self.score([predictions[row] for row in some], rows.select(some))
+                span = f"{low + 1} to {high}" if high < LENGTHS[-1][1] else f"over {low}"
+                lines.append(
+                    f"  {span:<14}  {len(some):>7,}  {score['loss']:6.3f}  {score['bleu']:5.1f}  {score['chrf']:5.1f}"
+                )
+        return "\n".join(lines)
+
+    def _sentence_chrf(self, predictions: Sequence[Prediction], rows) -> list[float]:
+        chrf = self.metrics()[1]
+        pairs = zip(predictions, rows["target"], strict=True)
+        return [chrf.sentence_score(prediction["text"], [target]).score for prediction, target in pairs]
+
+    # ------------------------------------------------------------------------------------------------ in words
+
+    def facts(self) -> dict[str, object]:
+        languages = {name: getattr(self.args, name) for name in ("source_language", "target_language")}
+        return {**super().facts(), **languages, "signatures": getattr(self, "signatures", {})}
+
+    def next_command(self, directory: Path) -> str:
+        """transformers 5 has no pipeline that translates; `generate()` searches as `prepare_to_save` says."""
+        if (directory / "adapter_config.json").is_file():
+            return super().next_command(directory)
+        return (
+            'python -c "import bmtk; from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; '
+            f"t, m = T.from_pretrained('{directory}'), M.from_pretrained('{directory}'); "
+            f"print(t.batch_decode(m.generate(**t([{self.example_input()}], return_tensors='pt')), "
+            'skip_special_tokens=True))"'
+        )
+
+    def example_input(self) -> str:
+        """A source of the data that no shell would take apart."""
+        rows = self.rows.get("test", self.rows.get("validation"))
+        sources = chain([] if rows is None else rows["source"], ["A text of your own."])
+        plain = next(text for text in sources if not set(text) & set("\"'`$\\!\n"))
+        return f"'{self.args.prefix}{plain}'"
