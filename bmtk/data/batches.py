@@ -24,11 +24,13 @@ class Rows(Protocol):
 class CollatedRows:
     """The rows of a map-style data set and what makes a batch of them, as `Rows`.
 
-    A data set that draws at random has `set_epoch`, as those that accelerate's loaders know.
+    A data set that draws at random has `set_epoch`, as those that accelerate's loaders know; only in training is it
+    told the epoch, and draws.
     """
 
-    def __init__(self, examples, collate: Callable[[list], dict]):
+    def __init__(self, examples, collate: Callable[[list], dict], *, is_training: bool = False):
         self.examples, self.collate = examples, collate
+        self.draws = is_training and hasattr(examples, "set_epoch")
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -36,10 +38,17 @@ class CollatedRows:
     def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
         rows = []
         for epoch, places in groupby(zip(epochs, indices, strict=True), key=lambda place: int(place[0])):
-            if hasattr(self.examples, "set_epoch"):
+            if self.draws:
                 self.examples.set_epoch(epoch)
-            rows += [self.examples[int(index)] for _, index in places]
+            numbers = [int(index) for _, index in places]
+            rows += self._fetch(numbers)
         return self.collate(rows)
+
+    def _fetch(self, indices: list[int]) -> list:
+        """At once, where the data set can."""
+        if hasattr(self.examples, "__getitems__"):
+            return self.examples.__getitems__(indices)
+        return [self.examples[index] for index in indices]
 
 
 class GlobalBatches:

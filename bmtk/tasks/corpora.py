@@ -104,7 +104,7 @@ class CorpusTask(Task):
                 "use the model's own tokenizer (tokenizer: <the model's folder>)"
             )
 
-    def batch_rows(self, rows) -> PackedRows:
+    def batch_rows(self, rows, *, is_training: bool = False) -> PackedRows:
         return super().batch_rows(rows) if isinstance(rows, Dataset) else rows
 
     @staticmethod

@@ -151,13 +151,13 @@ class Task:
         """Makes a batch of rows."""
         raise NotImplementedError
 
-    def batch_rows(self, rows) -> Rows:
-        """What `encode` returns, as rows of which a batch can be asked."""
-        return CollatedRows(rows, self.collator())
+    def batch_rows(self, rows, *, is_training: bool = False) -> Rows:
+        """What `encode` returns, as rows of which a batch can be asked; augmented only if `is_training`."""
+        return CollatedRows(rows, self.collator(), is_training=is_training)
 
     def train_batches(self, **sizes) -> GlobalBatches:
         """The batches of any training step; `sizes` are GlobalBatches' own arguments."""
-        return GlobalBatches(self.batch_rows(self.training_rows()), **sizes)
+        return GlobalBatches(self.batch_rows(self.training_rows(), is_training=True), **sizes)
 
     def batches_in_order(self, rows, **sizes) -> Iterator[dict[str, torch.Tensor]]:
         """Every one of `rows` once; `sizes` are sequential_batches' own arguments."""

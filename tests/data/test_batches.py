@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bmtk.data.batches import GlobalBatches, sequential_batches
+from bmtk.data.batches import CollatedRows, GlobalBatches, sequential_batches
 
 
 class Numbers:
@@ -109,3 +109,28 @@ def test_bad_steps_and_evaluation_sizes_are_refused():
         sequential_batches(Numbers(3), batch_size=0)
     with pytest.raises(ValueError, match="rank=-1 is not one of"):
         sequential_batches(Numbers(3), batch_size=1, rank=-1)
+
+
+class Drawn:
+    """Rows of (number, epoch told); None before it is told one."""
+
+    epoch = None
+
+    def __len__(self):
+        return 4
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        return index, self.epoch
+
+
+def test_examples_are_told_the_epoch_of_each_row_and_only_in_training():
+    rows = CollatedRows(Drawn(), list, is_training=True)
+    assert rows.batch([3, 1, 2, 0], [0, 0, 1, 1]) == [(3, 0), (1, 0), (2, 1), (0, 1)]
+    batches = GlobalBatches(rows, batch_size=3, seed=0)
+    seen = [place for step in range(8) for place in batches[step][0]]
+    assert [epoch for _, epoch in seen] == [step // 4 for step in range(24)]
+    measured = CollatedRows(Drawn(), list)
+    assert list(sequential_batches(measured, batch_size=3)) == [[(0, None), (1, None), (2, None)], [(3, None)]]

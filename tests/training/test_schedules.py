@@ -69,10 +69,10 @@ def test_arguments_are_read_from_a_command_line():
 
 def test_all_arguments_that_do_not_fit_are_told_at_once():
     with pytest.raises(ValueError, match="do not fit") as told:
-        LoopArguments(optimizer="sgd", batch_size=0, adam_beta2=1.0, decay_fraction=2.0, num_train_steps=0)
+        LoopArguments(optimizer="lion", batch_size=0, adam_beta2=1.0, decay_fraction=2.0, num_train_steps=0)
     lines = str(told.value).splitlines()[1:]
     assert lines == [
-        "  optimizer='sgd' is unknown; choose one of adamw, muon",
+        "  optimizer='lion' is unknown; choose one of adamw, muon, sgd",
         "  batch_size=0 is out of range; give a number of at least 1",
         "  adam_beta2=1.0 is out of range; give a number of at least 0 and below 1",
         "  decay_fraction=2.0 is a fraction; give a number from 0 to 1",
