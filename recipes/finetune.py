@@ -132,7 +132,7 @@ def plan(config, task, model, args) -> str:
         epochs=steps * step_rows / num_rows,
         per_step=round(step_rows * task.units_per_row("train")),
         unit=task.unit,
-        seconds_per_step=seconds_per_step(model, batches, Accelerator(), task.num_items),
+        seconds_per_step=seconds_per_step(model, batches, Accelerator(), task.num_items, task.criterion),
     )
 
 

@@ -138,6 +138,7 @@ def fit(model, task, args, config, accelerator) -> tuple[TrainState, Results, di
         args=args,
         state=state,
         num_items=task.num_items,
+        num_units=task.num_units,
         criterion=task.criterion,
         evaluate=evaluate if "validation" in task.rows else None,
         save=partial(save_checkpoint, args.output_dir, config=config, keep=args.save_total_limit, **saved),
@@ -158,7 +159,7 @@ def plan(config, task, model, args, accelerator) -> str:
         epochs=steps / batches.steps_per_epoch,
         per_step=round(args.batch_size * task.units_per_row("train")),
         unit=task.unit,
-        seconds_per_step=seconds_per_step(model, batches[0], accelerator, task.num_items),
+        seconds_per_step=seconds_per_step(model, batches[0], accelerator, task.num_items, task.criterion),
     )
 
 

@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterable, Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
-SMALLEST_BYTE_VOCABULARY = 257  # 256 bytes and <|endoftext|>
+MASK = "<mask>"
+NUM_BYTES = 256
 WORDS = "|".join(  # repeats are bounded: the time to train is quadratic in the length of one word
     [
         r"'(?i:[sdmt]|ll|ve|re)",  # English contractions
@@ -33,24 +34,35 @@ PIECE_CHARACTERS = 1 << 16
 LONE_NEWLINE = re.compile(r"(?<=\S\n)(?=\S)")
 
 
-def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], *, kind: str, vocab_size: int, with_mask: bool = False
+) -> PreTrainedTokenizerFast:
     """Train a tokenizer whose one special token `<|endoftext|>` (id 0) is bos, eos and pad.
 
     `kind` is "byte_bpe" (at most `vocab_size` tokens; fewer if the text has no more pairs to merge) or "char" (a token
-    per character, and `<unk>` for all others). The result depends on the texts only, not on the number of threads.
+    per character, and `<unk>` for all others). `with_mask` adds `<mask>`, as `mask_token` makes it. The result depends
+    on the texts only, not on the number of threads.
     Raises: ValueError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
     """
     trainers_by_kind = {"byte_bpe": _train_byte_bpe, "char": _train_char}
     if kind not in trainers_by_kind:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {sorted(trainers_by_kind)}")
+    mask = [mask_token(words_hold_blanks=kind == "byte_bpe")] if with_mask else []
+    special = [AddedToken(END_OF_TEXT, normalized=False, special=True), *mask]
     return PreTrainedTokenizerFast(
-        tokenizer_object=trainers_by_kind[kind](texts, vocab_size),
+        tokenizer_object=trainers_by_kind[kind](texts, vocab_size, special),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         unk_token=UNKNOWN if kind == "char" else None,
+        mask_token=mask[0] if mask else None,
         model_input_names=["input_ids", "attention_mask"],  # generate() refuses the default token_type_ids
     )
+
+
+def mask_token(*, words_hold_blanks: bool) -> AddedToken:
+    """`<mask>`; where a word's token holds the blank before it, the mask that stands for one takes that blank, too."""
+    return AddedToken(MASK, lstrip=words_hold_blanks, normalized=False, special=True)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -100,16 +112,16 @@ def _byte_bpe(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def _train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    if vocab_size < SMALLEST_BYTE_VOCABULARY:
+def _train_byte_bpe(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
+    if vocab_size < NUM_BYTES + len(special):
         raise ValueError(
-            f"vocab_size={vocab_size} is too small for kind='byte_bpe'; it needs at least {SMALLEST_BYTE_VOCABULARY} "
-            f"(256 bytes and {END_OF_TEXT})"
+            f"vocab_size={vocab_size} is too small for kind='byte_bpe'; it needs at least {NUM_BYTES + len(special)} "
+            f"({NUM_BYTES} bytes and {', '.join(map(str, special))})"
         )
     tokenizer = _byte_bpe(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -117,11 +129,12 @@ def _train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _train_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def _train_char(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
     characters = set()
     for text in _at_least_one(texts):
         characters.update(text)
-    tokens = [END_OF_TEXT, UNKNOWN, *sorted(characters)]
+    special = [special[0], AddedToken(UNKNOWN, normalized=False, special=True), *special[1:]]
+    tokens = [*map(str, special), *sorted(characters)]
     if len(tokens) > vocab_size:
         raise ValueError(
             f"vocab_size={vocab_size} is too small for kind='char': the text has {len(characters)} different "
@@ -130,7 +143,7 @@ def _train_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     # BPE without merges leaves characters as they are, faster than a word-level model split at every character
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
-    tokenizer.add_special_tokens([END_OF_TEXT, UNKNOWN])
+    tokenizer.add_special_tokens(special)
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
 

@@ -3,12 +3,16 @@
 from .audio_classification import AudioClassification
 from .causal_lm import CausalLM
 from .image_classification import ImageClassification
+from .masked_image_modeling import MaskedImageModeling
+from .masked_lm import MaskedLM
 from .sequence_classification import SequenceClassification
 
 TASKS = {
     "audio_classification": AudioClassification,
     "causal_lm": CausalLM,
     "image_classification": ImageClassification,
+    "masked_image_modeling": MaskedImageModeling,
+    "masked_lm": MaskedLM,
     "sequence_classification": SequenceClassification,
 }
 

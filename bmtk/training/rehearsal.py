@@ -14,13 +14,14 @@ def seconds_per_step(
     micro_batches: list[dict[str, torch.Tensor]],
     accelerator: Accelerator,
     num_items: Callable[[dict], int],
+    criterion: Callable[..., torch.Tensor] | None = None,
 ) -> float:
     """Seconds of forward and backward over one step's micro-batches: the second of two tries, as the first warms up.
 
     Leaves the weights as they are and no gradients behind; the optimizer's own time is not in it.
     """
     model = model.to(accelerator.device).train()
-    loss = LossSum(model, model, accelerator.device)
+    loss = LossSum(model, model, accelerator.device, criterion=criterion)
     one = torch.ones((), dtype=torch.int64, device=accelerator.device)
     for _ in range(2):
         started = time.perf_counter()

@@ -1,0 +1,59 @@
+"""Make small pictures of one shape each, for smoke runs and tests: `python make_shapes.py` writes the three files.
+
+Made up for this project (CC0 1.0): a circle, square, triangle or cross of one colour on a background that fades from
+one colour to another.  The same pixels every time.
+"""
+
+import io
+import random
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+
+LABELS = ("circle", "square", "triangle", "cross")
+SIZE = 24  # pixels per side
+ROWS = {"train": 240, "validation": 40, "test": 40}
+STEPS = 6  # shades of a background; few, so that the files stay small
+
+
+def inside(label: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether points belong to the shape of radius 1 around 0."""
+    if label == "circle":
+        return x**2 + y**2 <= 1
+    if label == "square":
+        return np.maximum(abs(x), abs(y)) <= 0.85
+    if label == "triangle":
+        return (y <= 0.8) & (abs(x) <= (y + 1) * 0.55)
+    return (np.minimum(abs(x), abs(y)) <= 0.3) & (np.maximum(abs(x), abs(y)) <= 1)
+
+
+def picture(label: str, draw: random.Random) -> bytes:
+    """A PNG of the shape, somewhere, in some size and colour."""
+    radius = draw.uniform(5, 8)
+    centre_x, centre_y = (draw.uniform(radius, SIZE - radius) for _ in range(2))
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    colours = [np.array([draw.randrange(256) for _ in range(3)]) for _ in range(2)]
+    shape = np.array(draw.choice([(230, 60, 50), (60, 170, 80), (60, 90, 220), (240, 200, 60), (250, 250, 250)]))
+    fade = (x if draw.random() < 0.5 else y)[..., None] * STEPS // SIZE / (STEPS - 1)
+    pixels = colours[0] * (1 - fade) + colours[1] * fade
+    pixels[inside(label, (x - centre_x) / radius, (y - centre_y) / radius)] = shape
+    content = io.BytesIO()
+    PIL.Image.fromarray(pixels.round().astype(np.uint8)).quantize(16).save(content, "png", optimize=True)
+    return content.getvalue()
+
+
+def main() -> None:
+    draw = random.Random(0)
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(LABELS))}
+    for split, count in ROWS.items():
+        labels = [number % len(LABELS) for number in range(count)]
+        draw.shuffle(labels)
+        images = [{"bytes": picture(LABELS[label], draw), "path": None} for label in labels]
+        rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=datasets.Features(kinds))
+        rows.to_parquet(Path(__file__).parent / f"{split}.parquet")
+
+
+if __name__ == "__main__":
+    main()
