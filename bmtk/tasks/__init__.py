@@ -3,6 +3,7 @@
 from .audio_classification import AudioClassification
 from .causal_lm import CausalLM
 from .image_classification import ImageClassification
+from .image_text_contrastive import ImageTextContrastive
 from .masked_image_modeling import MaskedImageModeling
 from .masked_lm import MaskedLM
 from .sequence_classification import SequenceClassification
@@ -11,6 +12,7 @@ TASKS = {
     "audio_classification": AudioClassification,
     "causal_lm": CausalLM,
     "image_classification": ImageClassification,
+    "image_text_contrastive": ImageTextContrastive,
     "masked_image_modeling": MaskedImageModeling,
     "masked_lm": MaskedLM,
     "sequence_classification": SequenceClassification,

@@ -22,7 +22,7 @@ from .task import DataArguments, Prediction, mean_loss, setting
 
 MEASURED_SEED = 0  # of the masks of validation and test rows
 SHOWN = 6  # images of a split that the report shows
-STAGES = ("image", "what the model sees", "what it paints")
+STAGES = ("image", "seen", "painted")
 
 
 @dataclass

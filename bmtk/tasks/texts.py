@@ -46,6 +46,11 @@ class TextTask(Task):
         return {**super().config_fields, "vocab_size": len(self.processor), **ends}
 
     def configure(self, config, **options) -> None:
+        """Raises: ValueError if the model cannot read the tokens."""
+        self.fit_tokenizer(config)
+        super().configure(config, **options)
+
+    def fit_tokenizer(self, config) -> None:
         """Write the padding token into `config`.  Raises: ValueError if the model cannot read the tokens."""
         if config.pad_token_id is None:  # several models find a text's last token by it
             config.pad_token_id = self.processor.pad_token_id
@@ -55,7 +60,6 @@ class TextTask(Task):
                 "leave tokenizer out to use the model's own"
             )
         self.longest = self._longest(config)
-        super().configure(config, **options)
 
     def collator(self) -> DataCollatorWithPadding:
         """Pads the texts of a batch to the longest of them."""

@@ -300,6 +300,7 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect on {task.name}, whose loss is the "
             "model's own; leave it out"
         )
+    task.check_parts(args.gradient_accumulation_steps * args.world_size)
     args.output_dir = str(folder)
     args.dataloader_pin_memory &= torch.cuda.is_available()
     args.remove_unused_columns = False  # the task's rows hold what its collator reads
