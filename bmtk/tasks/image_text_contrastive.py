@@ -108,7 +108,7 @@ class ImageTextContrastive(TextTask, ImageTask):
             )
         args = self.args
         vision = self._tower("vision", {"input_type": "pixels"})
-        text = self._tower("text", {**self.config_fields, "is_causal": False})
+        text = self._tower("text", {**self.config_fields, "input_type": "tokens", "is_causal": False})
         sizes = {"projection_dim": args.projection_dim, "logit_scale_init_value": args.logit_scale_init_value}
         return VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, **sizes)
 
@@ -140,7 +140,7 @@ class ImageTextContrastive(TextTask, ImageTask):
             raise ValueError(f"a {config.model_type} is not two towers; leave model out to make a new one")
         self.processor = self.tokenizer
         self.fit_tokenizer(config.text_config)
-        self.processor = VisionTextDualEncoderProcessor(self._processor(config.vision_config), self.tokenizer)
+        self.processor = VisionTextDualEncoderProcessor(self.image_processor(config.vision_config), self.tokenizer)
         Task.configure(self, config, **options)
 
     # ------------------------------------------------------------------------------------------------ rows

@@ -42,8 +42,15 @@ class ImageTask(Task):
 
     def configure(self, config, **options) -> None:
         """Make the processor: the model's own, or for a new model one of the size and channels of `config`."""
-        self.processor = self._processor(config)
+        self.processor = self.image_processor(config)
         super().configure(config, **options)
+
+    def image_processor(self, config):
+        """The model's own, or a new one; palettes and greys become red, green and blue unless it says otherwise."""
+        processor = self._processor(config)
+        if getattr(processor, "do_convert_rgb", False) is None:
+            processor.do_convert_rgb = True
+        return processor
 
     def _processor(self, config):
         if self.model is not None and (not Path(self.model).is_dir() or _has_processor(Path(self.model))):

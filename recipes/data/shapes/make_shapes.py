@@ -1,7 +1,7 @@
 """Make small pictures of one shape each, for smoke runs and tests: `python make_shapes.py` writes the three files.
 
 Made up for this project (CC0 1.0): a circle, square, triangle or cross of one colour on a background that fades from
-one colour to another.  The same pixels every time.
+one colour to another, with its name and a caption.  The same rows every time.
 """
 
 import io
@@ -13,6 +13,13 @@ import numpy as np
 import PIL.Image
 
 LABELS = ("circle", "square", "triangle", "cross")
+COLOURS = {
+    "red": (230, 60, 50),
+    "green": (60, 170, 80),
+    "blue": (60, 90, 220),
+    "yellow": (240, 200, 60),
+    "white": (250, 250, 250),
+}
 SIZE = 24  # pixels per side
 ROWS = {"train": 240, "validation": 40, "test": 40}
 STEPS = 6  # shades of a background; few, so that the files stay small
@@ -29,13 +36,13 @@ def inside(label: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (np.minimum(abs(x), abs(y)) <= 0.3) & (np.maximum(abs(x), abs(y)) <= 1)
 
 
-def picture(label: str, draw: random.Random) -> bytes:
-    """A PNG of the shape, somewhere, in some size and colour."""
+def picture(label: str, colour: str, draw: random.Random) -> bytes:
+    """A PNG of the shape, somewhere, in some size."""
     radius = draw.uniform(5, 8)
     centre_x, centre_y = (draw.uniform(radius, SIZE - radius) for _ in range(2))
     y, x = np.mgrid[:SIZE, :SIZE] + 0.5
     colours = [np.array([draw.randrange(256) for _ in range(3)]) for _ in range(2)]
-    shape = np.array(draw.choice([(230, 60, 50), (60, 170, 80), (60, 90, 220), (240, 200, 60), (250, 250, 250)]))
+    shape = np.array(COLOURS[colour])
     fade = (x if draw.random() < 0.5 else y)[..., None] * STEPS // SIZE / (STEPS - 1)
     pixels = colours[0] * (1 - fade) + colours[1] * fade
     pixels[inside(label, (x - centre_x) / radius, (y - centre_y) / radius)] = shape
@@ -46,12 +53,20 @@ def picture(label: str, draw: random.Random) -> bytes:
 
 def main() -> None:
     draw = random.Random(0)
-    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(LABELS))}
+    labels = datasets.ClassLabel(names=list(LABELS))
+    kinds = {"image": datasets.Image(), "label": labels, "caption": datasets.Value("string")}
     for split, count in ROWS.items():
         labels = [number % len(LABELS) for number in range(count)]
         draw.shuffle(labels)
-        images = [{"bytes": picture(LABELS[label], draw), "path": None} for label in labels]
-        rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=datasets.Features(kinds))
+        colours = [draw.choice(list(COLOURS)) for _ in labels]
+        names = [LABELS[label] for label in labels]
+        pictures = [picture(name, colour, draw) for name, colour in zip(names, colours, strict=True)]
+        columns = {
+            "image": [{"bytes": content, "path": None} for content in pictures],
+            "label": labels,
+            "caption": [f"a {colour} {name}" for colour, name in zip(colours, names, strict=True)],
+        }
+        rows = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
         rows.to_parquet(Path(__file__).parent / f"{split}.parquet")
 
 
