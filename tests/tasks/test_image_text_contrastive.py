@@ -206,7 +206,7 @@ def test_transparent_images_are_put_on_white():
             {"text_config": "{hiden_size: 3}"},
             r"text_config: a bm_rnn has no field 'hiden_size'; did you mean 'hidden_size'",
         ),
-        ({"text_config": "just words"}, r"text_config='just words' is no mapping; write one like"),
+        ({"text_config": "just words"}, r"text_config='just words' must be a mapping"),
         ({"text_config": "{a: "}, r"text_config is not YAML"),
     ],
 )
