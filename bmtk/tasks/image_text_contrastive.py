@@ -30,7 +30,6 @@ from .texts import TextArguments, TextTask
 
 TOP = (1, 5)  # a hit is among so many best
 SHOWN, SHOWN_BEST = 6, 5  # captions of the report's figure, images that are found for each
-LARGEST_LOGIT_SCALE = 100.0  # CLIP, sec. 2.5
 KEPT_BYTES = 2**30  # of training images that are decoded once
 
 

@@ -242,3 +242,15 @@ def test_from_pretraining_to_naming_images(tmp_path, monkeypatch):
     inputs = processor(images=rows[0]["image"], text=labels, padding=True, return_tensors="pt")
     with torch.no_grad():
         assert best == labels[model(**inputs).logits_per_image.argmax()]
+
+
+def test_the_trainer_trains_it_as_well(tmp_path, monkeypatch):
+    monkeypatch.chdir(finetune.CONFIGS.parents[1])
+    smoke = finetune.arguments.read_yaml(finetune.CONFIGS / "image_text_contrastive" / "smoke.yaml")
+    of_the_loop = ("num_train_steps", "batch_size", "eval_steps", "save_steps", "precision", "output_dir")
+    argv = [f"--{name}={value}" for name, value in smoke.items() if name not in of_the_loop]
+    run = ["--output_dir", str(tmp_path), "--max_steps", "3", "--per_device_train_batch_size", "60"]
+    finetune.main([*argv, *run, "--save_strategy", "no", "--eval_strategy", "no", "--disable_tqdm", "true"])
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["metrics"]["test/loss"] < math.log(40) + 0.5
+    assert AutoModel.from_pretrained(tmp_path).config.vision_config.model_type == "bm_cnn"

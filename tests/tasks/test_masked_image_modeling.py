@@ -149,3 +149,17 @@ def test_from_pretraining_to_a_classifier(tmp_path, monkeypatch):
     assert notes == [
         f"NEWLY INITIALISED, to be learned from these data: classifier.1.bias, classifier.1.weight (not in {folder})"
     ]
+
+
+def test_the_trainer_hides_other_cells_in_every_epoch(tmp_path, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(
+        "bmtk.tasks.masked_image_modeling.draws",
+        lambda seed, epoch, row: (seen.add((seed, epoch)), np.random.default_rng((seed, epoch, row)))[1],
+    )
+    files = ["--task", "masked_image_modeling", "--dataset", str(SHAPES), "--model_type", "bm_cnn"]
+    fields = ["--image_size", "24", "--hidden_sizes", "8", "16", "--depths", "1", "1", "--mask_cell_size", "4"]
+    run = ["--output_dir", str(tmp_path), "--num_train_epochs", "2", "--per_device_train_batch_size", "60"]
+    finetune.main([*files, *fields, *run, "--save_strategy", "no", "--eval_strategy", "no", "--disable_tqdm", "true"])
+    assert seen == {(42, 0), (42, 1), (0, 0)}
+    assert json.loads((tmp_path / "run.json").read_text())["metrics"]["test/mae"] < 0.5
