@@ -118,6 +118,7 @@ def fit(model, task, args, config, accelerator) -> tuple[TrainState, Results, di
         accelerator,
         args=args,
         state=state,
+        num_units=task.num_units,
         **task.losses,
         evaluate=evaluator.validate,
         save=partial(save_checkpoint, args.output_dir, config=config, keep=args.save_total_limit, **saved),

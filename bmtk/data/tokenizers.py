@@ -15,11 +15,12 @@ import re
 from collections.abc import Iterable, Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
-SMALLEST_BYTE_VOCABULARY = 257  # 256 bytes and <|endoftext|>
+MASK = "<mask>"
+NUM_BYTES = 256
 WORDS = "|".join(  # repeats are bounded: the time to train is quadratic in the length of one word
     [
         r"'(?i:[sdmt]|ll|ve|re)",  # English contractions
@@ -37,19 +38,28 @@ LONE_NEWLINE = re.compile(r"(?<=\S\n)(?=\S)")
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, kind: str, vocab_size: int, lower_case: bool = False, adds_end: bool = False
+    texts: Iterable[str],
+    *,
+    kind: str,
+    vocab_size: int,
+    lower_case: bool = False,
+    adds_end: bool = False,
+    with_mask: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer whose one special token `<|endoftext|>` (id 0) is bos, eos and pad.
 
     `kind` is "byte_bpe" (at most `vocab_size` tokens; fewer if the text has no more pairs to merge), "char" (a token
     per character), "word" or "uncased_word" (the most frequent ones); all but the first have `<unk>` for what they do
     not know. With `lower_case` it reads every text in lower case, with `adds_end` it ends every text with
-    `<|endoftext|>`. The result depends on the texts only, not on the number of threads.
+    `<|endoftext|>`; `with_mask` adds `<mask>`, as `mask_token` makes it. The result depends on the texts only, not on
+    the number of threads.
     Raises: ValueError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {sorted(KINDS)}")
-    tokenizer = KINDS[kind](map(str.lower, texts) if lower_case else texts, vocab_size)
+    mask = [mask_token(words_hold_blanks=kind == "byte_bpe")] if with_mask else []
+    special = [_special(END_OF_TEXT), *mask]
+    tokenizer = KINDS[kind](map(str.lower, texts) if lower_case else texts, vocab_size, special)
     if lower_case:
         tokenizer.normalizer = normalizers.Lowercase()
     if adds_end:
@@ -61,8 +71,14 @@ def train_tokenizer(
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         unk_token=None if kind == "byte_bpe" else UNKNOWN,
+        mask_token=mask[0] if mask else None,
         model_input_names=["input_ids", "attention_mask"],  # generate() refuses the default token_type_ids
     )
+
+
+def mask_token(*, words_hold_blanks: bool) -> AddedToken:
+    """`<mask>`; where a word's token holds the blank before it, the mask that stands for one takes that blank, too."""
+    return AddedToken(MASK, lstrip=words_hold_blanks, normalized=False, special=True)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -112,16 +128,16 @@ def _byte_bpe(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def _train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    if vocab_size < SMALLEST_BYTE_VOCABULARY:
+def _train_byte_bpe(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
+    if vocab_size < NUM_BYTES + len(special):
         raise ValueError(
-            f"vocab_size={vocab_size} is too small for kind='byte_bpe'; it needs at least {SMALLEST_BYTE_VOCABULARY} "
-            f"(256 bytes and {END_OF_TEXT})"
+            f"vocab_size={vocab_size} is too small for kind='byte_bpe'; it needs at least {NUM_BYTES + len(special)} "
+            f"({NUM_BYTES} bytes and {', '.join(map(str, special))})"
         )
     tokenizer = _byte_bpe(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -129,11 +145,12 @@ def _train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _train_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def _train_char(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
     characters = set()
     for text in _at_least_one(texts):
         characters.update(text)
-    tokens = [END_OF_TEXT, UNKNOWN, *sorted(characters)]
+    special = _with_unknown(special)
+    tokens = [*map(str, special), *sorted(characters)]
     if len(tokens) > vocab_size:
         raise ValueError(
             f"vocab_size={vocab_size} is too small for kind='char': the text has {len(characters)} different "
@@ -142,35 +159,43 @@ def _train_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     # BPE without merges leaves characters as they are, faster than a word-level model split at every character
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
-    tokenizer.add_special_tokens([END_OF_TEXT, UNKNOWN])
+    tokenizer.add_special_tokens(special)
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
 
-def _train_word(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def _train_word(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return _with_most_frequent_words(tokenizer, texts, vocab_size)
+    return _with_most_frequent_words(tokenizer, texts, vocab_size, _with_unknown(special))
 
 
-def _train_uncased_word(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def _train_uncased_word(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(UNCASED_WORDS), behavior="removed", invert=True)
-    return _with_most_frequent_words(tokenizer, texts, vocab_size)
+    return _with_most_frequent_words(tokenizer, texts, vocab_size, _with_unknown(special))
 
 
-def _with_most_frequent_words(tokenizer: Tokenizer, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    if vocab_size < 3:
+def _with_most_frequent_words(
+    tokenizer: Tokenizer, texts: Iterable[str], vocab_size: int, special: list[AddedToken]
+) -> Tokenizer:
+    if vocab_size <= len(special):
         raise ValueError(
-            f"vocab_size={vocab_size} is too small for a kind of words; it needs at least 3 ({END_OF_TEXT}, {UNKNOWN} "
-            "and a word)"
+            f"vocab_size={vocab_size} is too small for a kind of words; it needs at least {len(special) + 1} "
+            f"({', '.join(map(str, special))} and a word)"
         )
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, UNKNOWN], show_progress=False
-    )
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(_at_least_one(texts), trainer)
     return tokenizer
+
+
+def _special(token: str) -> AddedToken:
+    return AddedToken(token, normalized=False, special=True)
+
+
+def _with_unknown(special: list[AddedToken]) -> list[AddedToken]:
+    return [special[0], _special(UNKNOWN), *special[1:]]
 
 
 def _at_least_one(texts: Iterable[str]) -> Iterator[str]:

@@ -7,6 +7,9 @@ and travels with every saved model, so that an uploaded repository resolves each
 import importlib
 
 import transformers
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES as ZERO_SHOT_IMAGE_CLASSIFIERS,  # lacks the dual encoder
+)
 
 from .configuration_bm_cnn import BmCnnConfig
 from .configuration_bm_rnn import BmRnnConfig
@@ -30,6 +33,7 @@ def register() -> None:
             model_class.register_for_auto_class(auto_name)
         transformers.AutoFeatureExtractor.register(config_class, BmFeatureExtractor, exist_ok=True)
     BmFeatureExtractor.register_for_auto_class()
+    ZERO_SHOT_IMAGE_CLASSIFIERS.setdefault("vision-text-dual-encoder", "VisionTextDualEncoderModel")
     register_image_processor()
 
 

@@ -1,5 +1,7 @@
 """Image processor on Pillow and numpy: resize, crop, greyscale, normalise, and what a detector's boxes need.
 
+Transparent images are put on white.
+
 B images, Q locations, K classes.  The weights of red, green and blue are Pillow's own (ITU-R BT.601).
 """
 
@@ -55,6 +57,8 @@ class BmImageProcessor(PilBackend):
         return super()._prepare_images_structure(with_channel(images), expected_ndims)
 
     def process_image(self, image, do_convert_rgb=None, do_convert_grayscale=None, **kwargs) -> np.ndarray:
+        if isinstance(image, PIL.Image.Image) and image.has_transparency_data:
+            image = on_white(image)
         if do_convert_grayscale:
             do_convert_rgb = False
             if isinstance(image, PIL.Image.Image):
@@ -110,6 +114,12 @@ class BmImageProcessor(PilBackend):
                 result["boxes"] = result["boxes"] * result["boxes"].new_tensor([width, height, width, height])
             results.append(result)
         return results
+
+
+def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image as it looks on paper; what Pillow leaves of transparent pixels otherwise is any colour."""
+    image = image.convert("RGBA")
+    return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def with_channel(image):

@@ -3,6 +3,9 @@
 from .audio_classification import AudioClassification
 from .causal_lm import CausalLM
 from .image_classification import ImageClassification
+from .image_text_contrastive import ImageTextContrastive
+from .masked_image_modeling import MaskedImageModeling
+from .masked_lm import MaskedLM
 from .object_detection import ObjectDetection
 from .question_answering import QuestionAnswering
 from .sequence_classification import SequenceClassification
@@ -15,6 +18,9 @@ TASKS = {
     "audio_classification": AudioClassification,
     "causal_lm": CausalLM,
     "image_classification": ImageClassification,
+    "image_text_contrastive": ImageTextContrastive,
+    "masked_image_modeling": MaskedImageModeling,
+    "masked_lm": MaskedLM,
     "object_detection": ObjectDetection,
     "question_answering": QuestionAnswering,
     "sequence_classification": SequenceClassification,

@@ -12,8 +12,6 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, set_seed
 
-from bmtk.data.tables import check_column
-
 from .corpora import CorpusArguments, CorpusTask
 from .task import Prediction, mean_loss, setting
 
@@ -43,10 +41,6 @@ class CausalLM(CorpusTask):
         "copied from that data; it was not trained to follow instructions or to refuse.",
     }
     free_keys = CorpusTask.free_keys | {"prompts", "sample_tokens"}
-
-    def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
-        check_column(table, self.args.text_column, option="text_column", where=where)
-        return Dataset.from_dict({"text": [str(text or "") for text in table[self.args.text_column]]})
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
         return rows.map(lambda batch: self.processor(batch["text"], add_special_tokens=False), batched=True)

@@ -5,15 +5,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from bmtk.data.masking import BLANKS
 from bmtk.data.packing import PackedRows
 from bmtk.data.sources import Texts, has_split, read_texts
-from bmtk.data.tables import SPLITS
+from bmtk.data.tables import SPLITS, check_column
 from bmtk.data.token_store import TokenStore, build_token_store
-from bmtk.data.tokenizers import KINDS, train_tokenizer
+from bmtk.data.tokenizers import KINDS, mask_token, train_tokenizer
 
 from .task import Task, setting
 
@@ -52,6 +54,7 @@ class CorpusTask(Task):
     # Settings that change what is shown, not what is learned: they may differ when a run is resumed.
     free_keys = frozenset(("corpus_dir", "data_name", "data_licence"))
     main_metric = "loss"
+    needs_mask: ClassVar[bool] = False  # whether the tokenizer must have a token that hides another
 
     def __init__(
         self,
@@ -74,11 +77,16 @@ class CorpusTask(Task):
         texts = {split: self._texts(split) for split in splits if self._has(split)}
         self.processor = self._tokenizer(texts.get("train"), corpus / "tokenizer")
         stores = {split: build_token_store(part, self.processor, corpus / split) for split, part in texts.items()}
-        self.rows = {split: self.rows_of(store) for split, store in stores.items()}
+        self.rows = {split: self.rows_of(store, split) for split, store in stores.items()}
 
-    def rows_of(self, store: TokenStore) -> PackedRows:
+    def rows_of(self, store: TokenStore, split: str) -> PackedRows:
         """The rows of a split."""
         return PackedRows(store, self.args.context_length)
+
+    def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
+        """Texts to predict from, as column "text"."""
+        check_column(table, self.args.text_column, option="text_column", where=where)
+        return Dataset.from_dict({"text": [str(text or "") for text in table[self.args.text_column]]})
 
     @property
     def config_fields(self) -> dict[str, object]:
@@ -162,15 +170,32 @@ class CorpusTask(Task):
             )
         finished = self.model if self.args.tokenizer in KINDS else self.args.tokenizer
         if finished:
-            return AutoTokenizer.from_pretrained(finished, **self.loading)
+            return self._with_mask(AutoTokenizer.from_pretrained(finished, **self.loading), finished)
         if texts is None:
             raise ValueError(f"tokenizer={self.args.tokenizer} needs a training text; name a finished tokenizer")
-        identity = {"kind": self.args.tokenizer, "vocab_size": self.args.vocab_size, "texts": texts.fingerprint}
+        kind = {"kind": self.args.tokenizer, "vocab_size": self.args.vocab_size, "with_mask": self.needs_mask}
+        identity = {**kind, "texts": texts.fingerprint}
         stamp = folder / "trained_on.json"
         if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == identity:
             return AutoTokenizer.from_pretrained(folder)
-        tokenizer = train_tokenizer(texts, kind=self.args.tokenizer, vocab_size=self.args.vocab_size)
+        tokenizer = train_tokenizer(texts, **kind)
         tokenizer.model_max_length = self.args.context_length
         tokenizer.save_pretrained(folder)
         stamp.write_text(json.dumps(identity), encoding="utf-8")
+        return tokenizer
+
+    def _with_mask(self, tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+        """A finished tokenizer, with a mask token if need be.  Raises: ValueError if a trained model lacks one."""
+        if not self.needs_mask or tokenizer.mask_token is not None:
+            return tokenizer
+        if self.model:
+            raise ValueError(
+                f"the tokenizer of {name} has no mask token, so that model was not trained to fill one in; start from "
+                "a masked language model, or from scratch with tokenizer: <that folder>"
+            )
+        holds_blanks = any(token.startswith(BLANKS) for token in tokenizer.get_vocab())
+        tokenizer.add_special_tokens({"mask_token": mask_token(words_hold_blanks=holds_blanks)})
+        self.notes.append(
+            f"the tokenizer has no mask token: {tokenizer.mask_token} (id {tokenizer.mask_token_id}) is new"
+        )
         return tokenizer

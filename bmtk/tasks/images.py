@@ -82,8 +82,15 @@ class ImageTask(Task):
 
     def configure(self, config, **options) -> None:
         """Make the processor: the model's own, or for a new model one of the size and channels of `config`."""
-        self.processor, self._scale = self._processor(config), None
+        self.processor, self._scale = self.image_processor(config), None
         super().configure(config, **options)
+
+    def image_processor(self, config):
+        """The model's own, or a new one; palettes and greys become red, green and blue unless it says otherwise."""
+        processor = self._processor(config)
+        if getattr(processor, "do_convert_rgb", False) is None:
+            processor.do_convert_rgb = True
+        return processor
 
     @property
     def has_processor(self) -> bool:

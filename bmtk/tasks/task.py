@@ -78,6 +78,7 @@ class Task:
     cuts_one_table: ClassVar[bool] = False  # whether a single table holds the rows of all splits
     # Sum of a batch's losses from (outputs, batch, label_smoothing=...); None: the model's own loss.
     criterion: ClassVar[Callable | None] = None
+    whole_steps: ClassVar[bool] = False  # the loss of a row depends on all others of its optimizer step
 
     def __init__(
         self,
@@ -124,12 +125,9 @@ class Task:
 
         Which tokens there are is decided by the data, whatever the preset says.
         """
-        config_class = CONFIG_MAPPING[model_type]
-        known = {f.name for f in dataclasses.fields(config_class)} | config_class.attribute_map.keys()
-        from_data = {name: value for name, value in self.config_fields.items() if name in known}
-        tokens = {k: v for k, v in from_data.items() if k == "vocab_size" or k.endswith("_token_id")}
-        of_preset = config_class.presets[preset] if preset else {}
-        return config_class(**{**from_data, **of_preset, **tokens, **chosen})
+        tokens = {k: v for k, v in self.config_fields.items() if k == "vocab_size" or k.endswith("_token_id")}
+        of_preset = CONFIG_MAPPING[model_type].presets[preset] if preset else {}
+        return build_config(model_type, {**self.config_fields, **of_preset, **tokens}, chosen)
 
     def configure(self, config, *, labels: Sequence[str] = ()) -> None:
         """Write into `config` what the data say (labels, padding), and turn `rows` into what the collator reads.
@@ -157,7 +155,17 @@ class Task:
 
     def train_batches(self, **sizes) -> GlobalBatches:
         """The batches of any training step; `sizes` are GlobalBatches' own arguments."""
-        return GlobalBatches(self.batch_rows(self.training_rows(), is_training=True), **sizes)
+        batches = GlobalBatches(self.batch_rows(self.training_rows(), is_training=True), **sizes)
+        self.check_parts(-(-batches.batch_size // batches.micro_batch_size))
+        return batches
+
+    def check_parts(self, count: int) -> None:
+        """Raise ValueError if the rows of an optimizer step are seen in parts, and that would change their loss."""
+        if self.whole_steps and count > 1:
+            raise ValueError(
+                f"{self.name} compares every row with all others of its optimizer step, which would be cut into "
+                f"{count} parts; use one process, without micro_batch_size or gradient_accumulation_steps"
+            )
 
     def batches_in_order(self, rows, **sizes) -> Iterator[dict[str, torch.Tensor]]:
         """Every one of `rows` once; `sizes` are sequential_batches' own arguments."""
@@ -318,6 +326,18 @@ class Task:
             self.notes.append(f"{found}: the results on these are not honest")
         else:
             raise ValueError(f"{found}; leakage=drop leaves them out of training, leakage=allow trains on them")
+
+
+def build_config(model_type: str, from_data: Mapping[str, object], chosen: Mapping[str, object]):
+    """A configuration of `chosen` fields, over those of `from_data` that its class has."""
+    config_class = CONFIG_MAPPING[model_type]
+    known = known_fields(config_class)
+    return config_class(**{**{name: value for name, value in from_data.items() if name in known}, **chosen})
+
+
+def known_fields(config_class: type) -> set[str]:
+    """Names that a configuration can be made with and means something by."""
+    return {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
 
 
 def mean_loss(predictions: Sequence[Prediction]) -> float:

@@ -57,6 +57,11 @@ class TextTask(Task):
         return {**super().config_fields, "vocab_size": len(self.processor), **ends}
 
     def configure(self, config, **options) -> None:
+        """Raises: ValueError if the model cannot read the tokens."""
+        self.fit_tokenizer(config)
+        super().configure(config, **options)
+
+    def fit_tokenizer(self, config) -> None:
         """Write the padding token into `config`.  Raises: ValueError if the model cannot read the tokens."""
         if config.pad_token_id is None:  # several models find a text's last token by it
             config.pad_token_id = self.processor.pad_token_id
@@ -66,7 +71,6 @@ class TextTask(Task):
                 "leave tokenizer out to use the model's own"
             )
         self.longest = self._longest(config)
-        super().configure(config, **options)
 
     def training_rows(self) -> Dataset | TokenDropout:
         rows, tokenizer = super().training_rows(), self.processor

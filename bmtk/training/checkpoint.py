@@ -41,7 +41,7 @@ class TrainState:
     """How far a run is.  Steps are counted from 1 when they are told: `step` of them are done."""
 
     step: int = 0
-    tokens: int = 0  # predicted items so far, of all processes
+    tokens: int = 0  # units of throughput so far (of a language model its tokens), of all processes
     seconds: float = 0.0  # of training, without evaluations and checkpoints
     metrics: dict = field(default_factory=dict)  # of the last evaluation
     evaluated_step: int = -1  # when that was

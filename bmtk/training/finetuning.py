@@ -321,6 +321,7 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
         )
     if args.channels_last:
         lay_out_channels_last(model, args.device)
+    task.check_parts(args.gradient_accumulation_steps * args.world_size)
     args.output_dir = str(folder)
     args.dataloader_pin_memory &= torch.cuda.is_available()
     args.remove_unused_columns = False  # the task's rows hold what its collator reads

@@ -72,6 +72,7 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     args: LoopArguments,
     state: TrainState,
     num_items: Callable[[dict], int],
+    num_units: Callable[[dict], int] | None = None,
     criterion: Callable[..., torch.Tensor] | None = None,
     inputs_of: Callable[[dict], dict] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
@@ -82,15 +83,16 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     """Train `model` from `state.step` to the end of the run, and return `state`, which is changed in place.
 
     batches[step] is the list of this process's micro-batches of optimizer step `step`; batches.steps_per_epoch is read
-    when args.num_train_steps is -1.  num_items(batch) counts the items whose losses are summed; criterion(outputs,
-    batch) sums them, if the model's own loss shall not be used, and inputs_of(batch) is then what the model reads.
+    when args.num_train_steps is -1.  num_items(batch) counts the items whose losses are summed, num_units(batch) what
+    throughput is counted in (None: the items); criterion(outputs, batch) sums the losses, if the model's own shall not
+    be used, and inputs_of(batch) is then what the model reads.
     evaluate() and save(state) are called on every process, log(record) on the main one for each line of history.jsonl.
 
     Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop"; Stopped (exit code 130 or 143)
     after SIGINT or SIGTERM, when the step is finished and saved.
     """
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
-    losses = {"num_items": num_items, "criterion": criterion, "inputs_of": inputs_of}
+    losses = {"num_items": num_items, "num_units": num_units, "criterion": criterion, "inputs_of": inputs_of}
     updater = Updater(model, optimizer, accelerator, max_grad_norm=args.max_grad_norm, **losses)
     run = Progress(accelerator, args, state, total=total, meter=meter or Meter())
     run.begin()

@@ -70,14 +70,15 @@ class Progress:
         shares = torch.stack([update.loss for update in self.unread]).double()
         losses = (self.accelerator.reduce(shares) if self.accelerator.num_processes > 1 else shares).tolist()
         counts = torch.stack([update.num_items for update in self.unread]).tolist()
+        units = torch.stack([update.num_units for update in self.unread]).tolist()
         norms = torch.stack([update.grad_norm for update in self.unread]).tolist()
         first = self.state.step - len(self.unread) + 1
         updates, self.unread = self.unread, []
-        for step, (update, loss, count, norm) in enumerate(
-            zip(updates, losses, counts, norms, strict=True), start=first
+        for step, (update, loss, count, unit_count, norm) in enumerate(
+            zip(updates, losses, counts, units, norms, strict=True), start=first
         ):
-            self.state.tokens += count
-            self.window_tokens += count
+            self.state.tokens += unit_count
+            self.window_tokens += unit_count
             if bool(update.rejected):
                 self._reject(step, loss, norm)
             else:

@@ -25,6 +25,7 @@ class Update:
 
     loss: torch.Tensor  # this process's share: the sum over its items, divided by the items of all processes
     num_items: torch.Tensor  # predicted items of the global batch
+    num_units: torch.Tensor  # what throughput is counted in, of the global batch
     stop_requests: torch.Tensor  # processes that were asked to stop
     grad_norm: torch.Tensor  # L2 norm of the whole gradient, before clipping; equal on all processes
     rejected: torch.Tensor | bool  # whether the update was not applied because something was not finite
@@ -129,11 +130,12 @@ class Updater:
         *,
         num_items: Callable[[dict], int],
         max_grad_norm: float,
+        num_units: Callable[[dict], int] | None = None,
         **loss: Callable,
     ):
-        """`loss` holds what LossSum may be told: criterion, inputs_of."""
+        """`num_units(batch)` is what throughput is counted in (None: the items); `loss` what LossSum may be told."""
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
-        self.num_items, self.max_grad_norm = num_items, max_grad_norm
+        self.num_items, self.num_units, self.max_grad_norm = num_items, num_units or num_items, max_grad_norm
         unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.loss = LossSum(model, unwrapped, accelerator.device, **loss)
         self.skips_on_device = accelerator.device.type == "cuda" and optimizer.can_skip_on_device
@@ -141,14 +143,15 @@ class Updater:
     def step(self, micro_batches: list[dict[str, torch.Tensor]], *, stop_requested: bool = False) -> Update:
         """Train on this process's micro-batches of one global batch; the gradients are gone afterwards."""
         counts = [int(self.num_items(batch)) for batch in micro_batches]
-        totals = self._over_processes([sum(counts), int(stop_requested)])
+        units = sum(int(self.num_units(batch)) for batch in micro_batches)
+        totals = self._over_processes([sum(counts), units, int(stop_requested)])
         losses = self._backward(micro_batches, counts, totals[0].clamp(min=1))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
         rejected = self._apply(~torch.isfinite(grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(sum(losses), totals[0], totals[1], grad_norm, rejected)
+        return Update(sum(losses), *totals, grad_norm, rejected)
 
     def _over_processes(self, numbers: list[int]) -> torch.Tensor:
         """Sum whole numbers over all processes, without making the host wait for a GPU."""

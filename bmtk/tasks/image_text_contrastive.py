@@ -1,0 +1,324 @@
+"""Image-text contrastive learning: an image and its caption are near each other, all others of the batch are not.
+
+Source: CLIP, Radford et al. 2021, arXiv:2103.00020.  Two towers of any families under transformers'
+VisionTextDualEncoderModel.  B pairs, P projected width, C channels, H x W pixels.
+The loss of a pair is a comparison with the whole batch, so batch_size is a part of the objective: larger is harder.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+from transformers import AutoModel, VisionTextDualEncoderConfig, VisionTextDualEncoderProcessor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from bmtk.data.image_changes import Changes, changed, drawn_changes
+from bmtk.data.masking import draws
+from bmtk.data.tables import check_column
+
+from .images import ImageArguments, ImageRows, ImageTask
+from .pictures import as_png
+from .task import DataArguments, Prediction, Task, build_config, known_fields, setting
+from .texts import TextArguments, TextTask
+
+TOP = (1, 5)  # a hit is among so many best
+SHOWN, SHOWN_BEST = 6, 5  # captions of the report's figure, images that are found for each
+KEPT_BYTES = 2**30  # of training images that are decoded once
+
+
+@dataclass
+class ImageTextContrastiveArguments(ImageArguments, TextArguments, DataArguments):
+    """Which images and captions, and two towers."""
+
+    _argument_group_name = "data and towers of image_text_contrastive"
+
+    caption_column: str = setting("caption", "column of the caption")
+    other_caption_columns: list[str] | None = setting(
+        None, "columns of other texts of the image; in training one of all is drawn in each epoch"
+    )
+    image_augmentation: float = setting(
+        0.0, "strength of random turns, shifts, sizes and colours of training images; 1: 15 degrees, 10 %, 20 %, 30 %"
+    )
+    vision_model_type: str = setting("bm_cnn", "architecture of a new image tower")
+    vision_config: str | None = setting(None, "its fields, as YAML or JSON text: '{hidden_sizes: [32, 64]}'")
+    text_model_type: str = setting("bm_transformer", "architecture of a new text tower")
+    text_config: str | None = setting(None, "its fields, likewise; vocab_size comes from the tokenizer")
+    projection_dim: int = setting(128, "width in which images and texts are compared")
+    logit_scale_init_value: float = setting(2.6592, "logarithm of the factor on cosines where it starts")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_lengths()
+        if self.image_augmentation < 0:
+            raise ValueError(f"image_augmentation={self.image_augmentation} must be at least 0")
+
+
+class ImageTextContrastive(TextTask, ImageTask):
+    """Images and captions.  A prediction is the place of both in the common space; measured is who finds whom."""
+
+    name = "image_text_contrastive"
+    about: ClassVar[dict[str, str]] = {
+        "pipeline_tag": "zero-shot-image-classification",
+        "auto_class": "AutoModel",
+        "noun": "image-text dual encoder",
+        "limits": "It compares images with texts like those of its training data; a high score says that a text is "
+        "nearer than others, not that it is true. Towers of bmtk's own families need `import bmtk` to be loaded.",
+    }
+    arguments = ImageTextContrastiveArguments
+    auto_class = AutoModel
+    unit = "images"
+    inputs = ("image",)
+    main_metric = "image_to_text_recall_at_1"
+    whole_steps = True
+
+    def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
+        """Columns "image" (undecoded) and "captions", a list of texts; rows without a caption are left out."""
+        columns = [self.args.caption_column, *(self.args.other_caption_columns or ())]
+        for number, name in enumerate(columns):
+            option = "other_caption_columns" if number else "caption_column"
+            check_column(table, name, option=option, where=where)
+        texts = [["" if text is None else str(text) for text in table[name]] for name in columns]
+        captions = [[first, *filter(str.strip, others)] for first, *others in zip(*texts, strict=True)]
+        rows = Dataset.from_dict({"image": self.read_images(table, where), "captions": captions})
+        return self.keep_rows_with_text(rows, [c[0] for c in captions], option="caption_column", where=where)
+
+    def training_texts(self) -> list[str]:
+        return [text for captions in self.rows["train"]["captions"] for text in captions]
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.tokenizer = self.processor
+
+    # ------------------------------------------------------------------------------------------------ towers
+
+    def new_config(
+        self, model_type: str, chosen: Mapping[str, object], *, preset: str | None = None
+    ) -> VisionTextDualEncoderConfig:
+        """Two towers; fields of one of them have no place outside of `vision_config` and `text_config`."""
+        if chosen:
+            raise ValueError(
+                f"{', '.join(chosen)}: there are two towers; put what is meant for one of them into vision_config or "
+                "text_config"
+            )
+        args = self.args
+        vision = self._tower("vision", {"input_type": "pixels"})
+        text = self._tower("text", {**self.config_fields, "input_type": "tokens", "is_causal": False})
+        sizes = {"projection_dim": args.projection_dim, "logit_scale_init_value": args.logit_scale_init_value}
+        return VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, **sizes)
+
+    def _tower(self, kind: str, from_data: Mapping[str, object]):
+        model_type, given = getattr(self.args, f"{kind}_model_type"), getattr(self.args, f"{kind}_config")
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{kind}_model_type={model_type!r} is unknown; choose bm_cnn, bm_rnn, bm_transformer, ..."
+            )
+        try:
+            chosen = yaml.safe_load(given or "{}")
+        except yaml.YAMLError as error:
+            raise ValueError(f"{kind}_config is not YAML: {error}") from error
+        if not isinstance(chosen, dict):
+            raise ValueError(
+                f"{kind}_config={given!r} must be a mapping: '{{hidden_size: 128, num_hidden_layers: 2}}'"
+            )
+        known = known_fields(CONFIG_MAPPING[model_type])
+        for name in chosen:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise ValueError(f"{kind}_config: a {model_type} has no field '{name}'{hint}")
+        return build_config(model_type, from_data, chosen)
+
+    def configure(self, config, **options) -> None:
+        """Make the processor of both towers.  Raises: ValueError for a model of another kind."""
+        if not hasattr(config, "vision_config") or not hasattr(config, "text_config"):
+            raise ValueError(f"a {config.model_type} is not two towers; leave model out to make a new one")
+        self.processor = self.tokenizer
+        self.fit_tokenizer(config.text_config)
+        self.processor = VisionTextDualEncoderProcessor(self.image_processor(config.vision_config), self.tokenizer)
+        Task.configure(self, config, **options)
+
+    # ------------------------------------------------------------------------------------------------ rows
+
+    def encode(self, rows: Dataset, where: str) -> "Pairs":
+        captions, cut = list(rows["captions"]), 0
+        tokens = []
+        for texts in captions:
+            whole = self.tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
+            cut += len(whole[0]) > self.longest
+            tokens.append(self.tokenizer(texts, truncation=True, max_length=self.longest)["input_ids"])
+        if cut:
+            self.notes.append(f"{cut:,} of {len(rows):,} {where} captions are longer than {self.longest} tokens: cut")
+        strength = self.args.image_augmentation if where == "train" else 0.0
+        images = ImageRows(rows.select_columns("image"), where)
+        return Pairs(
+            self, images, [texts[0] for texts in captions], tokens, is_training=where == "train", strength=strength
+        )
+
+    def collator(self):
+        """Pads the texts of a batch; changes the images of a training batch all at once."""
+
+        def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+            pixels = torch.stack([row["pixels"] for row in rows])
+            if "changes" in rows[0]:
+                pixels = changed(
+                    pixels, Changes(*map(torch.stack, zip(*(row["changes"] for row in rows), strict=True)))
+                )
+            texts = self.tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
+            labels = torch.tensor([row["caption"] for row in rows])
+            return {"pixel_values": pixels, **texts, "labels": labels}
+
+        return collate
+
+    def pixels_of(self, image) -> torch.Tensor:
+        """(C, H, W) of one decoded image."""
+        return self.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
+
+    def num_units(self, batch) -> int:
+        return len(batch["labels"])
+
+    def units_per_row(self, split: str) -> float:
+        return 1.0
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        return {split: {"images": len(rows), "captions": len(set(rows.captions))} for split, rows in self.rows.items()}
+
+    # ------------------------------------------------------------------------------------------------ results
+
+    def criterion(self, outputs, batch: Mapping[str, torch.Tensor], *, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Cross-entropy of each image among the captions and of each caption among the images, halved; summed.
+
+        `labels` (B,) are equal for equal captions: such pairs are no negatives of each other.
+        """
+        logits, labels = outputs["logits_per_image"].float(), batch["labels"]
+        same = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        logits, own = logits.masked_fill(same, torch.finfo(logits.dtype).min), torch.arange(len(labels)).to(labels)
+        options = {"reduction": "sum", "label_smoothing": label_smoothing}
+        return (F.cross_entropy(logits, own, **options) + F.cross_entropy(logits.T, own, **options)) / 2
+
+    def predict(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
+        """The unit vectors (P,) of image and caption, and their cosine."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        outputs = model(**inputs)
+        images, texts = (F.normalize(outputs[f"{kind}_embeds"].float(), dim=-1) for kind in ("image", "text"))
+        scale = model.logit_scale.exp().item()
+        return [
+            {"image": image, "text": text, "cosine": float(image @ text), "scale": scale}
+            for image, text in zip(images.cpu().numpy(), texts.cpu().numpy(), strict=True)
+        ]
+
+    def score(self, predictions: Sequence[Prediction], rows) -> dict[str, float]:
+        """Among all rows: how often the own caption (or image) is the nearest or among 5, and its mean place.
+
+        `loss` is that of the whole split as one batch: it grows with the number of rows.
+        """
+        images, texts, names = embeddings(predictions, rows)
+        scale, metrics, loss = predictions[0]["scale"], {}, 0.0
+        for kind, queries, found in (("image_to_text", images, texts), ("text_to_image", texts, images)):
+            places, losses = ranks(queries, found, names, scale)
+            loss += losses.mean() / 2
+            metrics |= {f"{kind}_recall_at_{k}": float((places <= k).mean()) for k in TOP}
+            metrics[f"{kind}_mean_rank"] = float(places.mean())
+        return {"loss": float(loss), **metrics}
+
+    def describe(self, prediction: Prediction) -> dict[str, object]:
+        return {"prediction": round(prediction["cosine"], 6)}
+
+    def samples(self, predictions: Sequence[Prediction], rows, count: int = 6) -> list[dict[str, str]]:
+        """Captions of images from all over the split, and the captions that are nearest to these images."""
+        images, texts, _ = embeddings(predictions, rows)
+        samples = []
+        for row in np.linspace(0, len(predictions) - 1, min(count, len(predictions))).astype(int):
+            best = np.argsort(-(texts @ images[row]), kind="stable")[:3]
+            samples.append(
+                {"prompt": f"[{rows.captions[row]}]", "text": f" -> {' | '.join(rows.captions[i] for i in best)}"}
+            )
+        return samples
+
+    def figures(self, predictions: Sequence[Prediction], rows) -> list[dict[str, str]]:
+        """Captions and the images that are nearest to them, the own one framed."""
+        images, texts, names = embeddings(predictions, rows)
+        shown = np.linspace(0, len(predictions) - 1, min(SHOWN, len(predictions))).astype(int)
+        figure = Figure(figsize=(1.3 * SHOWN_BEST, 1.55 * len(shown)))
+        grid = figure.subplots(len(shown), SHOWN_BEST, squeeze=False)
+        for places, row in zip(grid, shown, strict=True):
+            best = np.argsort(-(images @ texts[row]), kind="stable")[:SHOWN_BEST]
+            places[0].set_title(rows.captions[row], loc="left", fontsize=9)
+            for axes in places:
+                axes.set(xticks=[], yticks=[])
+            for axes, index in zip(places, best, strict=False):
+                axes.imshow(rows.images[int(index)]["image"].convert("RGBA"))
+                is_own = names[index] == names[row]
+                axes.spines[:].set(color="tab:green" if is_own else "lightgrey", linewidth=3 if is_own else 1)
+        figure.subplots_adjust(hspace=0.35, wspace=0.08)
+        return [as_png(figure, "Captions and the images nearest to them (framed: its own)")]
+
+    def example_input(self) -> str:
+        return "'an_image.png', candidate_labels=['a cat', 'a dog'], hypothesis_template='{}'"
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Images and captions.  For training, a caption and changes of the image are drawn: functions of seed, epoch, row.
+
+    A row: `pixels` (C, H, W), `input_ids`, `caption` (a number that equal captions share), `changes`.
+    """
+
+    def __init__(self, task, images: ImageRows, captions, tokens, *, is_training: bool, strength: float):
+        self.task, self.images, self.captions, self.tokens = task, images, captions, tokens
+        self.is_training, self.strength, self.epoch = is_training, strength, 0
+        numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+        self.names = np.array([numbers[caption] for caption in captions])
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, row: int) -> dict:
+        texts, changes = self.tokens[row], {}
+        text = texts[0]
+        if self.is_training:
+            draw = draws(self.task.seed, self.epoch, row)
+            text = texts[draw.integers(len(texts))]
+            if self.strength:
+                changes["changes"] = drawn_changes(self.strength, draw)
+        return {"pixels": self._pixels(row), "input_ids": text, "caption": int(self.names[row]), **changes}
+
+    def _pixels(self, row: int) -> torch.Tensor:
+        if row in self.kept:
+            return self.kept[row]
+        pixels = self.task.pixels_of(self.images[row]["image"])
+        if self.is_training and pixels.nbytes * len(self) <= KEPT_BYTES:
+            self.kept[row] = pixels
+        return pixels
+
+
+def embeddings(predictions: Sequence[Prediction], rows: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images (N, P), texts (N, P), and numbers (N,) that equal captions share."""
+    return np.stack([p["image"] for p in predictions]), np.stack([p["text"] for p in predictions]), rows.names
+
+
+def ranks(queries, found, names, scale: float, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """The place (N,) of each query's own match among all N, from 1 on, and its cross-entropy (N,) in nats.
+
+    What belongs to an equal caption is not counted; what is exactly as near as the own match is counted before it.
+    """
+    places, losses = [], []
+    for start in range(0, len(queries), block):
+        rows = np.arange(start, min(start + block, len(queries)))
+        cosines = queries[rows] @ found.T  # (block, N)
+        own = cosines[np.arange(len(rows)), rows]
+        others = names[rows, None] != names
+        places.append(1 + ((cosines >= own[:, None]) & others).sum(1))
+        gaps = np.where(others, scale * (cosines - own[:, None]).astype(np.float64), -np.inf)
+        top = np.maximum(gaps.max(1), 0)
+        losses.append(top + np.log(np.exp(-top) + np.exp(gaps - top[:, None]).sum(1)))
+    return np.concatenate(places), np.concatenate(losses)

@@ -1,0 +1,205 @@
+"""Masked image modelling: paint hidden cells of an image (SimMIM: Xie et al. 2022, arXiv:2111.09886).  No labels.
+
+Loss: mean absolute error of the pixels in hidden cells, as the model reads them.  In measurements the hidden cells are
+the same every time, whatever the run's seed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from transformers import AutoModelForMaskedImageModeling
+
+from bmtk.data.masking import draws, hidden_cells
+
+from .images import ImageArguments, ImageRows, ImageTask
+from .pictures import as_png
+from .task import DataArguments, Prediction, mean_loss, setting
+
+MEASURED_SEED = 0  # of the masks of validation and test rows
+SHOWN = 6  # images of a split that the report shows
+STAGES = ("image", "seen", "painted")
+
+
+@dataclass
+class MaskedImageModelingArguments(ImageArguments, DataArguments):
+    """Which images, and how much of them is hidden."""
+
+    _argument_group_name = "data of masked_image_modeling"
+
+    mask_ratio: float = setting(0.6, "share of an image's cells that are hidden")
+    mask_cell_size: int | None = setting(
+        None, "pixels per side of a cell that is hidden or seen; default: of one position of the model"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio={self.mask_ratio} is not a share; choose between 0 and 1")
+
+
+class MaskedImageModeling(ImageTask):
+    """Images with hidden cells.  To predict is to paint them; it is told how far off the colours are."""
+
+    name = "masked_image_modeling"
+    arguments = MaskedImageModelingArguments
+    auto_class = AutoModelForMaskedImageModeling
+    about: ClassVar[dict[str, str]] = {
+        "pipeline_tag": "image-feature-extraction",
+        "auto_class": "AutoModelForMaskedImageModeling",
+        "noun": "masked image model",
+        "limits": "It is meant to be fine-tuned; what it paints is a blurred guess in the manner of its training "
+        "images, and shows nothing that is really there.",
+    }
+    main_metric = "loss"
+
+    def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
+        """Column "image" (undecoded)."""
+        return Dataset.from_dict({"image": self.read_images(table, where)})
+
+    @property
+    def config_fields(self) -> dict[str, object]:
+        return {**super().config_fields, "input_type": "pixels"}
+
+    def configure(self, config, **options) -> None:
+        """Raises: ValueError if the cells do not tile the images."""
+        side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        position = getattr(config, "stage_strides", [getattr(config, "patch_size", 1)])[-1]
+        cell = self.args.mask_cell_size or position
+        if cell < 1 or side % cell or side // cell < 2:
+            raise ValueError(
+                f"mask_cell_size={cell} does not cut images of {side} x {side} pixels into whole cells, two or more "
+                f"along a side; a position of this model is {position} pixels wide"
+            )
+        self.num_cells = (side // cell) ** 2
+        super().configure(config, **options)
+
+    def encode(self, rows: Dataset, where: str) -> "MaskedImages":
+        seed = self.seed if where == "train" else MEASURED_SEED
+        shown = () if where == "train" else np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)
+        return MaskedImages(ImageRows(rows, where), self.num_cells, ratio=self.args.mask_ratio, seed=seed, shown=shown)
+
+    def collator(self):
+        def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+            hidden = torch.from_numpy(np.stack([row["hidden"] for row in rows])).bool()
+            batch = {"pixel_values": self.pixels([row["image"] for row in rows]), "bool_masked_pos": hidden}
+            if "is_shown" in rows[0]:
+                batch["is_shown"] = torch.tensor([row["is_shown"] for row in rows])
+            return batch
+
+        return collate
+
+    @staticmethod
+    def num_items(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Hidden cells of a batch."""
+        return batch["bool_masked_pos"].sum()
+
+    def num_units(self, batch) -> int:
+        return len(batch["pixel_values"])
+
+    # ------------------------------------------------------------------------------------------------ results
+
+    def predict(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
+        """How far off the hidden pixels are, and how far the mean colour of the visible ones is.
+
+        `loss` is in the units of pixel_values; `error` and `mean_colour_error` in parts of the range of a pixel.
+        Images that the report shows bring their `picture`.
+        """
+        pixels, cells = batch["pixel_values"].float(), batch["bool_masked_pos"]
+        painted = model(pixel_values=batch["pixel_values"], bool_masked_pos=cells).reconstruction.float()
+        hidden = pixels_of(cells, pixels)  # (B, 1, H, W)
+        mean_colour = (pixels * ~hidden).sum((2, 3), keepdim=True) / (~hidden).sum((2, 3), keepdim=True)
+        std, mean = (value.to(pixels) for value in self._normalisation())
+        losses = mean_error(painted, pixels, hidden) * cells.sum(1)
+        errors = mean_error(painted * std, pixels * std, hidden)
+        baselines = mean_error((mean_colour * std).expand_as(pixels), pixels * std, hidden)
+        predictions = [
+            {"loss": loss, "items": items, "error": error, "mean_colour_error": baseline}
+            for loss, items, error, baseline in zip(
+                losses.tolist(), cells.sum(1).tolist(), errors.tolist(), baselines.tolist(), strict=True
+            )
+        ]
+        for row in batch["is_shown"].nonzero()[:, 0].tolist() if "is_shown" in batch else ():
+            seen = torch.where(hidden[row], 0.5, pixels[row] * std + mean)
+            stages = (pixels[row] * std + mean, seen, torch.where(hidden[row], painted[row], pixels[row]) * std + mean)
+            predictions[row]["picture"] = [as_image(stage) for stage in stages]
+        return predictions
+
+    def score(self, predictions: Sequence[Prediction], rows) -> dict[str, float]:
+        """Loss, and mean absolute error in parts of a pixel's range: of the model, and of each image's mean colour."""
+        items = np.array([p["items"] for p in predictions])
+
+        def mean(name: str) -> float:
+            return float(np.average([p[name] for p in predictions], weights=items))
+
+        return {"loss": mean_loss(predictions), "mae": mean("error"), "mean_colour_mae": mean("mean_colour_error")}
+
+    def describe(self, prediction: Prediction) -> dict[str, object]:
+        return {
+            "prediction": round(prediction["error"], 6),
+            "mean_colour_error": round(prediction["mean_colour_error"], 6),
+        }
+
+    def figures(self, predictions: Sequence[Prediction], rows) -> list[dict[str, str]]:
+        shown = [p["picture"] for p in predictions if "picture" in p]
+        if not shown:
+            return []
+        figure = Figure(figsize=(1.6 * len(shown), 5.0))
+        grid = figure.subplots(len(STAGES), len(shown), squeeze=False)
+        for axes, stage, pictures in zip(grid, STAGES, zip(*shown, strict=True), strict=True):
+            axes[0].set_ylabel(stage)
+            for place, picture in zip(axes, pictures, strict=True):
+                place.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                place.set(xticks=[], yticks=[])
+        return [as_png(figure, "Hidden cells and what the model paints there")]
+
+    def _normalisation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standard deviation and mean (C, 1, 1) that the processor has put into pixel_values."""
+        processor = self.processor
+        if not getattr(processor, "do_normalize", False):
+            return torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+        return torch.tensor(processor.image_std)[:, None, None], torch.tensor(processor.image_mean)[:, None, None]
+
+
+class MaskedImages(torch.utils.data.Dataset):
+    """Images with a mask each, (num_cells,) with 1 at hidden cells: a function of seed, `set_epoch` and the row.
+
+    Of measured rows, `is_shown` marks those in `shown`.
+    """
+
+    def __init__(self, images: ImageRows, num_cells: int, *, ratio: float, seed: int, shown: Sequence[int]):
+        self.images, self.num_cells, self.ratio, self.seed, self.epoch = images, num_cells, ratio, seed, 0
+        self.shown = set(map(int, shown))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, row: int) -> dict:
+        hidden = hidden_cells(self.num_cells, self.ratio, draws(self.seed, self.epoch, row))
+        marks = {"is_shown": row in self.shown} if self.shown else {}
+        return {**self.images[row], "hidden": hidden, **marks}
+
+
+def pixels_of(cells: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Cells (B, M) of a square grid as pixels (B, 1, H, W)."""
+    side = round(cells.shape[1] ** 0.5)
+    size = pixels.shape[-1] // side
+    return cells.view(-1, 1, side, side).repeat_interleave(size, 2).repeat_interleave(size, 3)
+
+
+def mean_error(painted: torch.Tensor, pixels: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error (B,) of images (B, C, H, W) where `hidden` (B, 1, H, W)."""
+    return ((painted - pixels).abs().mean(1, keepdim=True) * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3))
+
+
+def as_image(pixels: torch.Tensor) -> np.ndarray:
+    """(C, H, W) from 0 to 1 as bytes (H, W, C), without the last axis if it is grey."""
+    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return array[..., 0] if array.shape[-1] == 1 else array
