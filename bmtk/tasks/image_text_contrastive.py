@@ -102,6 +102,7 @@ class ImageTextContrastive(TextTask, ImageTask):
         self, model_type: str, chosen: Mapping[str, object], *, preset: str | None = None
     ) -> VisionTextDualEncoderConfig:
         """Two towers; fields of one of them have no place outside of `vision_config` and `text_config`."""
+        chosen = [*chosen, *(["preset_model"] if preset else [])]
         if chosen:
             raise ValueError(
                 f"{', '.join(chosen)}: there are two towers; put what is meant for one of them into vision_config or "

@@ -103,7 +103,11 @@ class ImageTask(Task):
         if type(config) not in IMAGE_PROCESSOR_MAPPING:
             raise ValueError(f"no image processor belongs to a {config.model_type}; is it a model of images?")
         processor_class = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]
-        return processor_class.for_config(config) if hasattr(processor_class, "for_config") else processor_class()
+        if hasattr(processor_class, "for_config"):
+            return processor_class.for_config(config)
+        side, sizes = getattr(config, "image_size", None), processor_class.size or {}
+        fits = isinstance(side, int) and {"height", "width"} <= dict(sizes).keys()
+        return processor_class(size={"height": side, "width": side}) if fits else processor_class()
 
     def pixel_rows(self, rows: Dataset, where: str, *, augmentation: Augmentation | None = None) -> "PixelRows":
         """Rows with `pixels`; those of a split are decoded at once if they fit into memory."""

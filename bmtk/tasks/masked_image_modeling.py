@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedImageModeling
 
 from bmtk.data.masking import draws, hidden_cells
 
-from .images import ImageArguments, ImageRows, ImageTask
+from .images import ImageArguments, ImageTask, PixelRows
 from .pictures import as_png
 from .task import DataArguments, Prediction, mean_loss, setting
 
@@ -81,12 +81,14 @@ class MaskedImageModeling(ImageTask):
     def encode(self, rows: Dataset, where: str) -> "MaskedImages":
         seed = self.seed if where == "train" else MEASURED_SEED
         shown = () if where == "train" else np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)
-        return MaskedImages(ImageRows(rows, where), self.num_cells, ratio=self.args.mask_ratio, seed=seed, shown=shown)
+        options = {"ratio": self.args.mask_ratio, "seed": seed, "shown": shown}
+        return MaskedImages(self.pixel_rows(rows, where), self.num_cells, **options)
 
     def collator(self):
         def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
             hidden = torch.from_numpy(np.stack([row["hidden"] for row in rows])).bool()
-            batch = {"pixel_values": self.pixels([row["image"] for row in rows]), "bool_masked_pos": hidden}
+            pixels = np.stack([row["pixels"] for row in rows])
+            batch = {"pixel_values": self.scaled(pixels), "bool_masked_pos": hidden}
             if "is_shown" in rows[0]:
                 batch["is_shown"] = torch.tensor([row["is_shown"] for row in rows])
             return batch
@@ -171,7 +173,7 @@ class MaskedImages(torch.utils.data.Dataset):
     Of measured rows, `is_shown` marks those in `shown`.
     """
 
-    def __init__(self, images: ImageRows, num_cells: int, *, ratio: float, seed: int, shown: Sequence[int]):
+    def __init__(self, images: PixelRows, num_cells: int, *, ratio: float, seed: int, shown: Sequence[int]):
         self.images, self.num_cells, self.ratio, self.seed, self.epoch = images, num_cells, ratio, seed, 0
         self.shown = set(map(int, shown))
 

@@ -137,7 +137,7 @@ def test_metrics_do_not_depend_on_the_batches():
 
 def test_training_rows_are_changed_as_seed_epoch_and_row_say(tmp_path):
     task, _ = make_task(image_augmentation=1.0)
-    rows = task.batch_rows(task.rows["train"])
+    rows = task.batch_rows(task.rows["train"], is_training=True)
     both = rows.batch([3, 5], [1, 2])
     assert torch.equal(rows.batch([5], [2])["pixel_values"][0], both["pixel_values"][1])
     assert not torch.equal(rows.batch([5], [3])["pixel_values"][0], both["pixel_values"][1])
@@ -151,7 +151,7 @@ def test_training_rows_are_changed_as_seed_epoch_and_row_say(tmp_path):
     Dataset.from_dict({"image": list(images), **others}).to_parquet(tmp_path / "train.parquet")
     files = {"train_file": [str(tmp_path / "train.parquet")], "dataset": None, "validation_fraction": 0.5}
     task, _ = make_task(**files, other_caption_columns=["more", "none"])
-    batch = task.batch_rows(task.rows["train"]).batch(range(20), [0] * 20)
+    batch = task.batch_rows(task.rows["train"], is_training=True).batch(range(20), [0] * 20)
     first = {task.tokenizer.decode(ids) for ids in batch["input_ids"]}
     assert first == {"a b", "c d"}, "texts that are missing are not drawn"
     assert set(batch["labels"].tolist()) == {0}

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, pipeline
 
 import bmtk  # noqa: F401
+from bmtk.arguments import RunArguments
 from bmtk.data.masking import MaskedTokens, word_ends
 from bmtk.data.packing import PackedRows
 from bmtk.data.token_store import build_token_store
@@ -43,13 +44,6 @@ def make_task(text, **settings):
     seed = {"seed": settings.pop("seed")} if "seed" in settings else {}
     args = MaskedLMArguments(**{**sources, "vocab_size": 300, "context_length": 32, **settings})
     return MaskedLM(args, folder=text.parent / "run", **seed)
-
-
-class Run:
-    model, model_type = None, "bm_transformer"
-
-    def __init__(self, model_type, model=None):
-        self.model_type, self.model = model_type, model
 
 
 def test_hidden_tokens_are_guessed_and_all_others_are_as_they_were(text):
@@ -132,7 +126,7 @@ def test_words_of_wordpiece_go_on_with_what_follows_them():
 @pytest.mark.parametrize("model_type", TINY)
 def test_documents_of_one_row_do_not_see_each_other(text, model_type):
     task = make_task(text)
-    model = starting_model(Run(model_type), task, TINY[model_type]).eval()
+    model = starting_model(RunArguments(model_type=model_type), task, TINY[model_type]).eval()
     assert model.config.is_causal is False
     batch = task.rows["validation"].batch([0], [0])
     inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
@@ -146,7 +140,7 @@ def test_documents_of_one_row_do_not_see_each_other(text, model_type):
 
 def test_metrics_are_those_of_all_hidden_tokens_whatever_the_batches(text):
     task = make_task(text)
-    model = starting_model(Run("bm_transformer"), task, TINY["bm_transformer"]).eval()
+    model = starting_model(RunArguments(model_type="bm_transformer"), task, TINY["bm_transformer"]).eval()
     rows, scores = task.rows["validation"], []
     for size in (1, 3, len(rows)):
         batches = task.batches_in_order(rows, batch_size=size)
@@ -175,7 +169,7 @@ def test_bad_settings_and_models_are_one_clear_error(text, tmp_path):
         make_task(text, vocab_size=257)
     task = make_task(text)
     with pytest.raises(ValueError, match="needs is_causal=False: a causal trunk does not see what follows"):
-        starting_model(Run("bm_transformer"), task, {**TINY["bm_transformer"], "is_causal": True})
+        starting_model(RunArguments(model_type="bm_transformer"), task, {**TINY["bm_transformer"], "is_causal": True})
     row = {"text": ["no mask here", "one <mask>"]}
     task.configure(task.new_config("bm_transformer", {}))
     with pytest.raises(ValueError, match="input row 1 has no <mask> to be filled in; write one"):
