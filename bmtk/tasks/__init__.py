@@ -2,6 +2,7 @@
 
 from .audio_classification import AudioClassification
 from .causal_lm import CausalLM
+from .denoising import Denoising
 from .image_classification import ImageClassification
 from .image_text_contrastive import ImageTextContrastive
 from .masked_image_modeling import MaskedImageModeling
@@ -17,6 +18,7 @@ from .translation import Translation
 TASKS = {
     "audio_classification": AudioClassification,
     "causal_lm": CausalLM,
+    "denoising": Denoising,
     "image_classification": ImageClassification,
     "image_text_contrastive": ImageTextContrastive,
     "masked_image_modeling": MaskedImageModeling,
