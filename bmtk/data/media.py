@@ -23,6 +23,7 @@ import soxr
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)
+ON_CORRUPT = ("stop", "skip")  # what may be done about a file that cannot be read
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"  # the column of metadata that names a file
 

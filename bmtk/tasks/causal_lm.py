@@ -33,6 +33,7 @@ class CausalLM(CorpusTask):
     arguments = CausalLMArguments
     auto_class = AutoModelForCausalLM
     peft_task_type = "CAUSAL_LM"
+    padding_side = "left"  # so that prompts end together
     about: ClassVar[dict[str, str]] = {
         "pipeline_tag": "text-generation",
         "auto_class": "AutoModelForCausalLM",
@@ -44,18 +45,6 @@ class CausalLM(CorpusTask):
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
         return rows.map(lambda batch: self.processor(batch["text"], add_special_tokens=False), batched=True)
-
-    def collator(self):
-        """Leaves batches of packed rows as they are; pads prompts on the left, so that they end together."""
-
-        def collate(rows):
-            if isinstance(rows, dict):
-                return rows
-            keys = ("input_ids", "attention_mask")
-            prompts = [{key: row[key] for key in keys} for row in rows]
-            return dict(self.processor.pad(prompts, padding_side="left", return_tensors="pt"))
-
-        return collate
 
     def prepare_to_save(self, model) -> None:
         """Let `generate()` and `pipeline()` sample by default: the likeliest text of a small model repeats itself."""

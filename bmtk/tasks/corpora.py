@@ -54,6 +54,7 @@ class CorpusTask(Task):
     # Settings that change what is shown, not what is learned: they may differ when a run is resumed.
     free_keys = frozenset(("corpus_dir", "data_name", "data_licence"))
     main_metric = "loss"
+    padding_side: ClassVar[str] = "right"  # of texts that are not packed
     needs_mask: ClassVar[bool] = False  # whether the tokenizer must have a token that hides another
 
     def __init__(
@@ -114,6 +115,17 @@ class CorpusTask(Task):
 
     def batch_rows(self, rows, *, is_training: bool = False) -> PackedRows:
         return super().batch_rows(rows) if isinstance(rows, Dataset) else rows
+
+    def collator(self):
+        """Leaves batches of packed rows as they are; pads texts to the longest of them."""
+
+        def collate(rows):
+            if isinstance(rows, dict):
+                return rows
+            texts = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows]
+            return dict(self.processor.pad(texts, padding_side=self.padding_side, return_tensors="pt"))
+
+        return collate
 
     @staticmethod
     def num_items(batch):

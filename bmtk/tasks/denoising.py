@@ -96,17 +96,6 @@ class Denoising(CorpusTask):
                 raise ValueError(f"{where} row {row} has no {first} to be filled in; write one")
         return encoded
 
-    def collator(self):
-        """Leaves batches of packed rows as they are; pads texts to the longest of them."""
-
-        def collate(rows):
-            if isinstance(rows, dict):
-                return rows
-            texts = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows]
-            return dict(self.processor.pad(texts, return_tensors="pt"))
-
-        return collate
-
     def num_units(self, batch) -> int:
         """Tokens that are read and written."""
         return int(batch["attention_mask"].sum() + self.num_items(batch))

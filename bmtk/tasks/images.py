@@ -15,12 +15,11 @@ from transformers import AutoImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from bmtk.data.augmentation import Augmentation
-from bmtk.data.media import decode_image, image_header, in_colour
+from bmtk.data.media import ON_CORRUPT, decode_image, image_header, in_colour
 from bmtk.data.tables import check_column
 
 from .task import Task, setting
 
-ON_CORRUPT = ("stop", "skip")
 SURVEYED = 1000  # rows whose sizes and kinds are noted, and whose pixels are averaged where not all are in memory
 AT_ONCE = 256  # rows that are decoded together
 KINDS = {"1": "black and white", "L": "greyscale", "P": "palette", "RGB": "colour", "RGBA": "colour"}  # PIL's modes

@@ -91,17 +91,6 @@ class MaskedLM(CorpusTask):
                 )
         return encoded
 
-    def collator(self):
-        """Leaves batches of packed rows as they are; pads texts to the longest of them."""
-
-        def collate(rows):
-            if isinstance(rows, dict):
-                return rows
-            texts = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows]
-            return dict(self.processor.pad(texts, return_tensors="pt"))
-
-        return collate
-
     def num_units(self, batch) -> int:
         """Tokens that are read, hidden or not."""
         return batch["input_ids"].numel()

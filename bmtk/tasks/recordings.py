@@ -9,14 +9,13 @@ from datasets import Dataset
 from transformers import AutoFeatureExtractor
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
-from bmtk.data.media import audio_seconds, decode_audio
+from bmtk.data.media import ON_CORRUPT, audio_seconds, decode_audio
 from bmtk.data.tables import check_column
 
 from .audio_augmentation import AudioAugmentationArguments, changed_samples, masked_frames
 from .pictures import spectrograms
 from .task import Prediction, Task, setting
 
-POLICIES = ("stop", "skip")
 CACHED_BYTES = 1 << 30  # features kept of a split, at most
 SHOWN = 6  # recordings in a figure
 
@@ -35,8 +34,8 @@ class RecordingArguments(AudioAugmentationArguments):
 
     def check_recordings(self) -> None:
         self.check_augmentation()
-        if self.on_corrupt not in POLICIES:
-            raise ValueError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(POLICIES)}")
+        if self.on_corrupt not in ON_CORRUPT:
+            raise ValueError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}")
         for name in ("frame_ms", "hop_ms"):
             if not getattr(self, name) * self.sampling_rate >= 1000:
                 raise ValueError(f"{name}={getattr(self, name)} is less than one sample at {self.sampling_rate} Hz")

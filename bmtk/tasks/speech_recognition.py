@@ -16,10 +16,11 @@ from datasets import Dataset
 from transformers import AutoModelForCTC, AutoTokenizer, Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 from bmtk.data.labels import some
+from bmtk.data.media import ON_CORRUPT
 from bmtk.data.tables import check_column
 
 from .ctc import best_path, positions_needed, prefix_beam_search, row_losses
-from .recordings import POLICIES, RecordingArguments, RecordingRows, RecordingTask
+from .recordings import RecordingArguments, RecordingRows, RecordingTask
 from .task import DataArguments, Prediction, mean_loss, setting, spread_and_worst
 
 BLANK, UNKNOWN, SPACE = "<pad>", "<unk>", "|"
@@ -51,7 +52,7 @@ class SpeechRecognitionArguments(RecordingArguments, DataArguments):
         super().__post_init__()
         self.check_recordings()
         choices = {"text_case": CASES, "token_unit": TOKEN_UNITS, "decoding": DECODINGS}
-        for name, allowed in {**choices, "too_short_recordings": POLICIES}.items():
+        for name, allowed in {**choices, "too_short_recordings": ON_CORRUPT}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
         if self.beam_width < 1:
