@@ -11,8 +11,9 @@ pretrain: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 pretrain: .venv/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py $(ARGS)
 
+# A file of tests stays on one core, so that its fixtures are made once.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

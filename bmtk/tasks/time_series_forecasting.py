@@ -298,7 +298,7 @@ class TimeSeriesForecasting(Task):
     def collator(self):
         return lambda batch: batch  # Windows gives whole batches
 
-    def batch_rows(self, rows: Windows) -> Windows:
+    def batch_rows(self, rows: Windows, *, is_training: bool = False) -> Windows:
         return rows
 
     @staticmethod
