@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .arguments import LoopArguments
 from .checkpoint import TrainState
 from .interruption import Stopped, StopRequest, noted_signals
-from .optimizers import NamedOptimizer, build_optimizer
+from .optimizers import NamedOptimizer, build_optimizer, multiplies_bfloat16_fast
 from .progress import Progress
 from .throughput import Meter
 from .updates import Update, Updater
@@ -46,10 +46,7 @@ def build_accelerator(args: LoopArguments) -> Accelerator:
 
 def _natural_precision() -> str:
     """bf16 where the device multiplies it faster than fp32: CUDA devices and CPUs with instructions for it."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    instructions = torch.cpu.get_capabilities()
-    return "bf16" if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else "fp32"
+    return "bf16" if multiplies_bfloat16_fast("cuda" if torch.cuda.is_available() else "cpu") else "fp32"
 
 
 def prepare(

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from bmtk.training import optimizers
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.optimizers import build_optimizer
 
@@ -72,6 +73,38 @@ def test_muon_takes_the_hidden_matrices_and_leaves_embedding_and_head_to_adamw()
     assert isinstance(optimizer.optimizers[1], torch.optim.Muon)
 
 
+@pytest.mark.parametrize(("fast", "tolerance"), [(True, 0.05), (False, 0.05)], ids=["bfloat16", "float32"])
+def test_muon_makes_the_updates_of_torchs(fast, tolerance, monkeypatch):
+    """torch's works in bfloat16, so its updates are known to two digits; several shapes, wide and tall, two steps."""
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16_fast", lambda device: fast)
+    torch.manual_seed(0)
+    shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (24, 8)]
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.2}
+    one, other = optimizers.Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(2):
+        for mine, expected in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape)
+            expected.grad = mine.grad.clone()
+        one.step()
+        other.step()
+    for mine, expected in zip(ours, theirs, strict=True):
+        moved = (expected - 1).abs().max()
+        assert (mine - expected).abs().max() < tolerance * moved
+        torch.testing.assert_close(one.state[mine]["momentum_buffer"], other.state[expected]["momentum_buffer"])
+
+
+def test_orthogonal_moves_singular_values_to_about_one_and_leaves_singular_vectors(monkeypatch):
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16_fast", lambda device: False)
+    group = torch.optim.Muon([nn.Parameter(torch.ones(2, 2))]).param_groups[0]
+    torch.manual_seed(0)
+    for matrix in (torch.randn(6, 10), torch.randn(10, 6)):
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        inside = left.T @ optimizers.orthogonal(matrix[None], group)[0] @ right.T
+        torch.testing.assert_close(inside, inside.diagonal().diag(), rtol=0, atol=1e-5)
+        assert 0.6 < inside.diagonal().min() <= inside.diagonal().max() < 1.25
+
+
 def test_a_table_that_embedding_and_head_share_goes_to_adamw_without_decay():
     optimizer = build_optimizer(tiny_model(tied=True), LoopArguments(optimizer="muon"))
     others, hidden = groups(optimizer)
@@ -122,7 +155,8 @@ def test_frozen_parameters_are_in_no_group():
     assert hidden == {name for name in HIDDEN if ".layers.1." in name}
 
 
-def test_the_two_optimizers_step_as_torchs_own_do():
+def test_the_two_optimizers_step_as_torchs_own_do(monkeypatch):
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16_fast", lambda device: True)  # as torch's own, everywhere
     model, oracle = tiny_model(), tiny_model()
     args = LoopArguments(optimizer="muon", weight_decay=0.2)
     optimizer = build_optimizer(model, args)
