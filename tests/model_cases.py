@@ -206,20 +206,6 @@ HEADS = {
         loss_left=0.3,
     ),
 }  # fmt: skip
-# Auto class -> the field and value of a configuration without which it refuses, naming its class; others read tokens
-NEEDS = {
-    "AutoModel": ("is_encoder_decoder", False),
-    "AutoModelForCausalLM": ("is_causal", True),
-    "AutoModelForMaskedLM": ("is_causal", False),
-    "AutoModelForSeq2SeqLM": ("is_encoder_decoder", True),
-    "AutoBackbone": ("input_type", "pixels"),
-    "AutoModelForImageClassification": ("input_type", "pixels"),
-    "AutoModelForMaskedImageModeling": ("input_type", "pixels"),
-    "AutoModelForObjectDetection": ("input_type", "pixels"),
-    "AutoModelForAudioClassification": ("input_type", "audio"),
-    "AutoModelForCTC": ("input_type", "audio"),
-    "AutoModelForTimeSeriesPrediction": ("input_type", "series"),
-}
 
 
 # Shapes --------------------------------------------------------------------------------------------------------------

@@ -286,7 +286,8 @@ def test_one_batch_is_learnt_by_heart(case):
     model, batch = case.model().train(), case.batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     first = model(**batch).loss.item()
-    for _ in range(250):
+    is_plain = case.family == "bm_transformer" and case.config().input_type == "tokens"  # others have more to learn
+    for _ in range(60 if is_plain else 250):
         loss = model(**batch).loss
         if loss < case.head.loss_left * first:
             return
