@@ -5,7 +5,7 @@ Source: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, GPT-2
 apart follows GPT-4's (numbers in groups of three, a newline ends a word), with combining marks counted as letters,
 and no word longer than about 64 characters.
 `char`: one token per Unicode character, lossless on the characters it was trained on.
-`word`: what stands between blanks is a token, for text that was cut into words before.
+`word`: what stands between blanks is a token, and so is the end of a line; for text that was cut into words before.
 `uncased_word`: lower-cased words, punctuation marks and Han characters, a token each; for classifiers of small data.
 """
 
@@ -32,6 +32,7 @@ WORDS = "|".join(  # repeats are bounded: the time to train is quadratic in the 
         r"\s{1,64}",
     ]
 )
+LINES_OF_WORDS = r"\n|\S+"
 UNCASED_WORDS = r"\p{Han}|[^\s\p{P}\p{S}\p{Han}]+|[\p{P}\p{S}]"
 PIECE_CHARACTERS = 1 << 16
 LONE_NEWLINE = re.compile(r"(?<=\S\n)(?=\S)")
@@ -166,7 +167,7 @@ def _train_char(texts: Iterable[str], vocab_size: int, special: list[AddedToken]
 
 def _train_word(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(LINES_OF_WORDS), behavior="removed", invert=True)
     return _with_most_frequent_words(tokenizer, texts, vocab_size, _with_unknown(special))
 
 

@@ -12,6 +12,9 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, set_seed
 
+from bmtk.data.packing import PackedRows
+from bmtk.data.token_store import TokenStore
+
 from .corpora import CorpusArguments, CorpusTask
 from .task import Prediction, mean_loss, setting
 
@@ -24,6 +27,14 @@ class CausalLMArguments(CorpusArguments):
 
     prompts: list[str] | None = setting(None, "beginnings that the samples of the report go on from")
     sample_tokens: int = setting(200, "tokens per sample; 0: no samples")
+    eval_context_length: int | None = setting(
+        None, "tokens per row of an evaluation; longer rows give later tokens more to go by; default: context_length"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_context_length is not None and self.eval_context_length < 1:
+            raise ValueError(f"eval_context_length={self.eval_context_length} must be at least 1 token")
 
 
 class CausalLM(CorpusTask):
@@ -42,6 +53,14 @@ class CausalLM(CorpusTask):
         "copied from that data; it was not trained to follow instructions or to refuse.",
     }
     free_keys = CorpusTask.free_keys | {"prompts", "sample_tokens"}
+
+    @property
+    def longest_row(self) -> int:
+        return max(self.args.context_length, self.args.eval_context_length or 0)
+
+    def rows_of(self, store: TokenStore, split: str) -> PackedRows:
+        is_measured = split != "train" and self.args.eval_context_length
+        return PackedRows(store, self.args.eval_context_length if is_measured else self.args.context_length)
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
         return rows.map(lambda batch: self.processor(batch["text"], add_special_tokens=False), batched=True)

@@ -90,10 +90,15 @@ class CorpusTask(Task):
         return Dataset.from_dict({"text": [str(text or "") for text in table[self.args.text_column]]})
 
     @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that the model reads."""
+        return self.args.context_length
+
+    @property
     def config_fields(self) -> dict[str, object]:
         return {
             "vocab_size": len(self.processor),
-            "max_position_embeddings": self.args.context_length,
+            "max_position_embeddings": self.longest_row,
             "bos_token_id": self.processor.bos_token_id,
             "eos_token_id": self.processor.eos_token_id,
             "pad_token_id": self.processor.pad_token_id,
@@ -102,9 +107,9 @@ class CorpusTask(Task):
     def configure(self, config, *, labels: Sequence[str] = ()) -> None:
         """Raise ValueError if the model cannot read the rows."""
         limit = getattr(config, "max_position_embeddings", None)
-        if self.rows and limit is not None and self.args.context_length > limit:
+        if self.rows and limit is not None and self.longest_row > limit:
             raise ValueError(
-                f"context_length={self.args.context_length} exceeds max_position_embeddings={limit}; "
+                f"context_length={self.longest_row} exceeds max_position_embeddings={limit}; "
                 "lower it, or use a model with a larger limit"
             )
         if len(self.processor) > config.vocab_size:
@@ -191,7 +196,7 @@ class CorpusTask(Task):
         if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == identity:
             return AutoTokenizer.from_pretrained(folder)
         tokenizer = train_tokenizer(texts, **kind)
-        tokenizer.model_max_length = self.args.context_length
+        tokenizer.model_max_length = self.longest_row
         tokenizer.save_pretrained(folder)
         stamp.write_text(json.dumps(identity), encoding="utf-8")
         return tokenizer
