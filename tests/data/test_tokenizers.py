@@ -60,7 +60,14 @@ def test_word_has_the_most_frequent_words_between_blanks():
     tokenizer = train_tokenizer(["It 's a a dog .", "It 's <unk> ."], kind="word", vocab_size=6)
     tokens = ["<|endoftext|>", "<unk>", "'s", ".", "It", "a"]  # two each, in the order of their characters; no dog
     assert tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) == tokens
-    assert tokenizer("a  It\ndog it <unk>")["input_ids"] == [5, 4, 1, 1, 1]
+    assert tokenizer("a  It dog it <unk>")["input_ids"] == [5, 4, 1, 1, 1]
+
+
+def test_word_has_a_token_for_the_end_of_a_line():
+    tokenizer = train_tokenizer(["no it was n't \n black monday \r\n\n"], kind="word", vocab_size=10)
+    tokens = ["<|endoftext|>", "<unk>", "\n", "black", "it", "monday", "n't", "no", "was"]
+    assert tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) == tokens
+    assert tokenizer("it\n\n black")["input_ids"] == [4, 2, 2, 3]
 
 
 def test_uncased_word_parts_words_marks_and_han_characters_and_knows_where_they_were():

@@ -1,0 +1,54 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import bmtk  # noqa: F401  registers the model families
+from bmtk.tasks.causal_lm import CausalLM, CausalLMArguments
+
+TEXT = "the cat sat \n on the mat \n and the dog sat \n on the cat \n"
+
+
+def task_of(folder, **settings) -> CausalLM:
+    for split in ("train", "validation"):
+        (folder / f"{split}.txt").write_text(TEXT)
+    files = {"train_file": [str(folder / "train.txt")], "validation_file": [str(folder / "validation.txt")]}
+    return CausalLM(CausalLMArguments(**files, tokenizer="word", vocab_size=50, **settings), folder=folder)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_longer_rows_of_an_evaluation_give_the_perplexity_of_the_unbroken_text(tmp_path, batch_size):
+    task = task_of(tmp_path, context_length=4, eval_context_length=64)
+    fields = task.new_config("bm_rnn", {"hidden_size": 8, "num_hidden_layers": 1, "initializer_range": 0.7}).to_dict()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
+    store = task.rows["validation"].store
+    tokens = torch.tensor(store.tokens.astype("int64"))[None]
+    with torch.no_grad():
+        logits = model(input_ids=tokens[:, :-1]).logits
+    whole = F.cross_entropy(logits[0], tokens[0, 1:]).item()
+
+    def measured(task):
+        batches = task.batches_in_order(task.rows["validation"], batch_size=batch_size)
+        with torch.no_grad():
+            predictions = [one for batch in batches for one in task.predict(model, batch)]
+        return task.score(predictions, task.rows["validation"])
+
+    metrics = measured(task)
+    assert metrics["loss"] == pytest.approx(whole, abs=1e-6)
+    assert metrics["perplexity"] == pytest.approx(math.exp(whole), rel=1e-6)
+    assert metrics["tokens"] == len(TEXT.split(" ")) + 1  # every word and end of line, and the end of the text
+    assert {len(row) for row in task.rows["train"][[0, 1]]["input_ids"]} == {4}
+    assert measured(task_of(tmp_path, context_length=4))["loss"] != pytest.approx(whole, abs=1e-4)  # short rows forget
+
+
+def test_a_new_model_reads_the_longest_row(tmp_path):
+    longer = task_of(tmp_path, context_length=4, eval_context_length=16)
+    assert longer.config_fields["max_position_embeddings"] == 16
+    assert longer.processor.model_max_length == 16
+    with pytest.raises(ValueError, match="context_length=16 exceeds max_position_embeddings=8; lower it"):
+        longer.configure(AutoConfig.for_model("bm_transformer", max_position_embeddings=8))
+    with pytest.raises(ValueError, match="eval_context_length=0 must be at least 1 token"):
+        CausalLMArguments(eval_context_length=0)
