@@ -16,6 +16,7 @@ def run_summary(directory: str | Path, *, next_command: str) -> str:
         ("training time", format_seconds(run.get("train_seconds") or 0.0)),
         *filter(None, [speed_of(run["throughput"])]),
         ("MFU", f"{mfu:.1%}" if (mfu := run["throughput"].get("mfu")) is not None else None),
+        ("test rows per second", run.get("inference", {}).get("rows_per_second")),
         ("checkpoint", directory),
         ("report", directory / "report.html"),
     ]

@@ -190,7 +190,8 @@ class BmRnnModel(BmRnnPreTrainedModel):
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         has_state = initial_state is not None or (past_key_values is not None and past_key_values.get_seq_length() > 0)
-        documents = Documents.find(attention_mask, position_ids, inputs_embeds, has_state=has_state)
+        states = {"has_state": has_state, "keeps_state": self.returns_state or past_key_values is not None}
+        documents = Documents.find(attention_mask, position_ids, inputs_embeds, **states)
         hidden_states, final_state = self.stem(inputs_embeds), []
         for layer, start in zip(self.layers, self._split_state(initial_state), strict=True):
             hidden_states, *state = layer(

@@ -13,20 +13,24 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+MOST_PADDING = 4  # times the tokens, in documents that are laid side by side
 BLOCK = 16  # positions that one block of the scan goes through one by one
 
 
 class Documents:
     """Which positions are real, and where among them a new document begins: two masks (B, L).
 
-    A padded token must not touch the state, and the first token of a document must not see it.
+    A padded token must not touch the state, and the first token of a document must not see it.  `keeps_state` says
+    whether the state after a row is read by anyone.
     """
 
-    def __init__(self, is_real: torch.Tensor, is_start: torch.Tensor):
-        self.is_real, self.is_start = is_real, is_start
+    def __init__(self, is_real: torch.Tensor, is_start: torch.Tensor, *, keeps_state: bool = True):
+        self.is_real, self.is_start, self.keeps_state = is_real, is_start, keeps_state
 
     @classmethod
-    def find(cls, attention_mask, position_ids, like: torch.Tensor, *, has_state: bool) -> "Documents | None":
+    def find(
+        cls, attention_mask, position_ids, like: torch.Tensor, *, has_state: bool, keeps_state: bool = True
+    ) -> "Documents | None":
         """Read them from a mask's last L columns and from positions that restart at 0, for inputs `like` (B, L, D).
 
         None if every token is real and continues the one before it: then rows go through the kernel as they are.
@@ -41,7 +45,7 @@ class Documents:
         first = 0 if has_state else 1  # nothing precedes the first column unless a state does
         if is_real.all() and not is_start[:, first:].any():
             return None
-        return cls(is_real, is_start)
+        return cls(is_real, is_start, keeps_state=keeps_state)
 
     @cached_property
     def packing(self) -> "Packing":
@@ -49,26 +53,40 @@ class Documents:
 
 
 class Packing:
-    """The order in which torch's PackedSequence holds the N real tokens of S documents, longest document first.
+    """The N real tokens by document, longest document first; S documents, T tokens in the longest.
 
-    `tokens` (N,) are indices into the B * L positions; `batch_sizes` documents are still going at each step.  Of each
-    document: its `rows`, whether its state `is_fresh`, and whether it `is_last` in its row.
+    Of each token, row by row: its `position` among all B * L, and its place in an array (S, T) of documents side by
+    side: its `slot`, and its `turned` slot if documents are read backwards.  Of each document: its `rows`, the slot of
+    its `last` token, whether its state `is_fresh`, and whether it `is_last` in its row.
     """
 
     def __init__(self, is_real: torch.Tensor, is_start: torch.Tensor):
         length = is_real.shape[1]
-        position = is_real.flatten().nonzero()[:, 0]  # (N,), row by row
-        row = position // length
-        label = row * (length + 1) + is_start.cumsum(1).flatten()[position]
+        self.position = is_real.flatten().nonzero()[:, 0]  # (N,)
+        row = self.position // length
+        label = row * (length + 1) + is_start.cumsum(1).flatten()[self.position]
         _, document, lengths = label.unique_consecutive(return_inverse=True, return_counts=True)
         first = lengths.cumsum(0) - lengths  # (S,)
-        step = torch.arange(len(position), device=position.device) - first[document]
         by_length = lengths.argsort(descending=True, stable=True)
-        self.tokens = position[(step * len(lengths) + by_length.argsort()[document]).argsort()]
-        self.batch_sizes = step.bincount().cpu()
+        self.step = torch.arange(len(document), device=document.device) - first[document]
+        self.shape = len(lengths), max(lengths.tolist(), default=0)
+        start = by_length.argsort()[document] * self.shape[1]
+        self.slot = start + self.step
+        self.turned = start + lengths[document] - 1 - self.step
         self.rows = row[first][by_length]
-        self.is_fresh = is_start.flatten()[position[first]][by_length]
+        self.is_fresh = is_start.flatten()[self.position[first]][by_length]
         self.is_last = (torch.diff(row[first], append=row.new_tensor([-1])) != 0)[by_length]
+        self.last = torch.arange(len(lengths), device=row.device) * self.shape[1] + lengths[by_length] - 1
+
+    @cached_property
+    def by_step(self) -> torch.Tensor:
+        """The order in which torch's PackedSequence holds the tokens."""
+        return (self.step * self.shape[0] + self.slot // max(1, self.shape[1])).argsort()
+
+    @cached_property
+    def batch_sizes(self) -> torch.Tensor:
+        """Documents that are still going at each step."""
+        return self.step.bincount().cpu()
 
 
 class WeightDrop:
@@ -82,19 +100,38 @@ class WeightDrop:
         self.weight_drop = weight_drop
 
     def forward(self, x: torch.Tensor | PackedSequence, state):
-        if not self.training or not self.weight_drop:
+        """Rows (B, L, D), packed rows, or (directions, B, L, D): the same rows as each direction shall read them."""
+        if isinstance(x, torch.Tensor) and x.ndim == 4:
+            pair = isinstance(state, tuple)
+            starts = zip(*(s.split(1) for s in state), strict=True) if pair else state.split(1)
+            runs = [
+                self.kernel(rows, start, weights, True, 1, 0.0, self.training, False, True)
+                for rows, start, weights in zip(x, starts, self._weights(), strict=True)
+            ]
+            y, *after = (torch.stack(parts) for parts in zip(*runs, strict=True))
+            after = [s.flatten(0, 1) for s in after]
+        elif not (self.training and self.weight_drop):
             return super().forward(x, state)
-        weights = []
-        for suffix in ("_l0", "_l0_reverse")[: 2 if self.bidirectional else 1]:
-            weights += [getattr(self, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-            weights[-3] = F.dropout(weights[-3], self.weight_drop)
-        settings = True, 1, 0.0, True, self.bidirectional  # with biases, one layer, no dropout, training
-        if isinstance(x, PackedSequence):
-            y, *after = self.kernel(x.data, x.batch_sizes, state, weights, *settings)
-            y = PackedSequence(y, x.batch_sizes)
         else:
-            y, *after = self.kernel(x, state, weights, *settings, True)
+            weights = [weight for direction in self._weights() for weight in direction]
+            settings = True, 1, 0.0, True, self.bidirectional  # with biases, one layer, no dropout, training
+            if isinstance(x, PackedSequence):
+                y, *after = self.kernel(x.data, x.batch_sizes, state, weights, *settings)
+                y = PackedSequence(y, x.batch_sizes)
+            else:
+                y, *after = self.kernel(x, state, weights, *settings, True)
         return y, tuple(after) if len(after) == 2 else after[0]
+
+    def _weights(self) -> list[list[torch.Tensor]]:
+        """Of each direction: from input and from state to gates, and their biases."""
+        directions = []
+        for suffix in ("_l0", "_l0_reverse")[: 2 if self.bidirectional else 1]:
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            weight_ih, weight_hh, *biases = (getattr(self, name + suffix) for name in names)
+            if self.training and self.weight_drop:
+                weight_hh = F.dropout(weight_hh, self.weight_drop)
+            directions.append([weight_ih, weight_hh, *biases])
+        return directions
 
 
 class ElmanLayer(WeightDrop, nn.RNN):
@@ -136,16 +173,42 @@ class TorchRecurrence(nn.Module):
             return self._run(x, state)
         packing = documents.packing
         y = x.new_zeros(batch * length, self.units)
-        if len(packing.tokens):
+        if len(packing.position):
             before = tuple(s[packing.rows].masked_fill(packing.is_fresh[:, None], 0) for s in state)
-            packed = PackedSequence(x.flatten(0, 1)[packing.tokens], packing.batch_sizes)
-            packed, after = self._run(packed, before)
+            run = self._run_side_by_side if self._prefers_rows(documents, x.device) else self._run_packed
+            tokens, after = run(x.flatten(0, 1)[packing.position], before, packing)
+            y = y.to(tokens.dtype).index_copy(0, packing.position, tokens)
             rows = packing.rows[packing.is_last]
-            y = y.to(packed.data.dtype).index_copy(0, packing.tokens, packed.data)
             state = tuple(
                 s.to(a.dtype).index_copy(0, rows, a[packing.is_last]) for s, a in zip(state, after, strict=True)
             )
         return y.view(batch, length, self.units), state
+
+    def _prefers_rows(self, documents: Documents, device: torch.device) -> bool:
+        """Whether documents side by side, padded, are faster than packed ones.
+
+        They are on a CPU, where the time to train on a PackedSequence grows with the square of its length.  An LSTM's
+        cell after its last token is not to be had that way.
+        """
+        num_documents, longest = documents.packing.shape
+        is_dense = num_documents * longest <= MOST_PADDING * len(documents.packing.position)
+        return device.type == "cpu" and is_dense and not (self.has_cell and documents.keeps_state)
+
+    def _run_packed(self, tokens: torch.Tensor, state, packing: Packing):
+        """Tokens (N, D) and states (S, U) before each document -> (N, U), and the states after it."""
+        y, after = self._run(PackedSequence(tokens[packing.by_step], packing.batch_sizes), state)
+        return torch.empty_like(y.data).index_copy(0, packing.by_step, y.data), after
+
+    def _run_side_by_side(self, tokens: torch.Tensor, state, packing: Packing):
+        """As `_run_packed`, but that the cells after a document are none."""
+        slots = torch.stack((packing.slot, packing.turned)[: self.num_directions])
+        padded = tokens.new_zeros(self.num_directions, packing.shape[0] * packing.shape[1], tokens.shape[1])
+        padded = torch.stack([rows.index_copy(0, slot, tokens) for rows, slot in zip(padded, slots, strict=True)])
+        y, _ = self._run(padded.unflatten(1, packing.shape), state)
+        y = y.flatten(1, 2)  # (directions, S * T, U / directions)
+        after = y[:, packing.last].transpose(0, 1).flatten(1)
+        y = torch.cat([rows[slot] for rows, slot in zip(y, slots, strict=True)], dim=-1)
+        return y, (after, after.new_zeros(len(after), state[1].shape[1]))
 
     def _run(self, x: torch.Tensor | PackedSequence, state):
         """Call the kernel on rows, or on packed documents, whose state is in the packed order."""

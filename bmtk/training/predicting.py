@@ -1,5 +1,6 @@
 """Predictions over whole splits: every row once, in order, on any number of processes."""
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ class Results:
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
     figures: list[dict[str, str]] = field(default_factory=list)
+    inference: dict[str, float] = field(default_factory=dict)  # speed over the test rows, of all processes together
 
 
 @torch.no_grad()
@@ -82,7 +84,10 @@ def measure(task, model, predict_split: Callable[[str], list], *, seed: int) -> 
     model.eval()
     results = Results(samples=task.written(model, seed=seed))
     for split in (split for split in task.rows if split != "train"):
+        started = time.perf_counter()
         predictions, rows = predict_split(split), task.rows[split]
+        if split == "test":  # predictions of the validation rows may have been there
+            results.inference = {"rows_per_second": len(rows) / (time.perf_counter() - started)}
         results.metrics |= {f"{split}/{name}": value for name, value in task.score(predictions, rows).items()}
         samples, figures = task.samples(predictions, rows), task.figures(predictions, rows)
     results.samples += samples

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import bmtk  # noqa: F401  (registers the families)
+from bmtk.models import recurrence_bm
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.recurrence_bm import Documents, LinearScan, MinGRU, TorchRecurrence, scan
 from bmtk.models.recurrent_state_bm import RecurrentState
@@ -191,6 +192,19 @@ def test_the_scan_stays_exact_over_long_rows():
 # ---- padding and packing -------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["side by side", "packed"])
+def way(request, monkeypatch):
+    """How torch's kernels get the documents of padded and packed rows on a CPU."""
+    runs = []
+    for name in ("_run_side_by_side", "_run_packed"):
+        run = getattr(TorchRecurrence, name)
+        monkeypatch.setattr(TorchRecurrence, name, lambda *args, run=run: runs.append(run.__name__) or run(*args))
+    monkeypatch.setattr(recurrence_bm, "MOST_PADDING", 100 if request.param == "side by side" else 0)
+    yield
+    assert set(runs) <= {f"_run_{request.param.replace(' ', '_')}"}
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("cell", CELLS)
@@ -199,7 +213,7 @@ def test_padding_changes_no_real_output_and_no_gradient(cell, side, is_causal):
     ids, mask = padded_rows(side)
     real = mask.bool()
     weights = torch.randn(4, 10, 8)
-    padded = trunk(ids, attention_mask=mask).last_hidden_state
+    padded = trunk(ids, attention_mask=mask, use_cache=False).last_hidden_state
     (padded * weights)[real].sum().backward()
     gradients = [p.grad.clone() for p in trunk.parameters()]
     trunk.zero_grad()
@@ -210,13 +224,14 @@ def test_padding_changes_no_real_output_and_no_gradient(cell, side, is_causal):
         assert is_close(mine, theirs, 1e-5)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_packed_rows_equal_documents_alone_also_in_their_gradients(cell, is_causal):
     trunk = shake(AutoModel.from_config(small(cell, is_causal=is_causal))).eval()
     documents, ids, positions = packed_row()
     weights = torch.randn(24, 8)
-    packed = trunk(ids, position_ids=positions).last_hidden_state.flatten(0, 1)
+    packed = trunk(ids, position_ids=positions, use_cache=False).last_hidden_state.flatten(0, 1)
     (packed * weights).sum().backward()
     gradients = [p.grad.clone() for p in trunk.parameters()]
     trunk.zero_grad()
@@ -228,6 +243,7 @@ def test_packed_rows_equal_documents_alone_also_in_their_gradients(cell, is_caus
     assert (trunk(ids).last_hidden_state.flatten(0, 1) - alone).abs().max() > 1e-2, "documents would not matter anyway"
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("cell", CELLS)
 @torch.no_grad()
@@ -238,7 +254,7 @@ def test_packed_rows_may_be_padded_too(cell, is_causal):
     ids = torch.cat((pad, one, pad, other, pad), dim=1)
     mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0]])
     positions = torch.tensor([[0, 0, 0, 1, 2, 0, 0, 0, 1, 2, 3, 0, 0]])
-    packed = trunk(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    packed = trunk(ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
     assert is_close(packed[:, 2:5], trunk(one).last_hidden_state)
     assert is_close(packed[:, 7:11], trunk(other).last_hidden_state)
 
