@@ -124,8 +124,12 @@ def test_the_resolved_config_repeats_the_run(finetuned, tmp_path):
 
 @pytest.mark.parametrize(
     ("stop_at", "saving"),
-    [(7, ["--load_best_model_at_end", "true"]), (40, ["--save_strategy", "steps", "--save_steps", "1000"])],
-    ids=["within an epoch", "at the very end, where nothing else saves"],
+    [
+        (7, ["--load_best_model_at_end", "true"]),
+        (40, ["--save_strategy", "steps", "--save_steps", "1000"]),
+        (27, ["--ema_decay", "0.9", "--load_best_model_at_end", "true"]),
+    ],
+    ids=["within an epoch", "at the very end, where nothing else saves", "with averaged weights"],
 )
 def test_a_stopped_run_goes_on_to_the_very_same_weights(stop_at, saving, tmp_path, monkeypatch):
     settings = [*SHORT, "--hidden_dropout", "0.1", "--token_dropout", "0.2", "--logging_steps", "1", *saving]
@@ -151,6 +155,26 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(stop_at, saving, tmp_pat
     ]
     assert timeless[0] == timeless[1]
     assert facts(whole)["metrics"] == facts(tmp_path / "stopped")["metrics"]
+
+
+def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(tmp_path):
+    steps = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9"]
+    evaluations = ["--eval_strategy", "steps", "--eval_steps", "1", "--warmup_steps", "0"]
+    averaged = ["--ema_decay", "0.5", "--load_best_model_at_end", "true", "--metric_for_best_model", "loss"]
+    raw = run(tmp_path / "raw", *steps, *evaluations)
+    best = run(tmp_path / "best", *steps, *evaluations, *averaged)
+    average = load_file(best / "checkpoints" / "checkpoint-1" / "averages.safetensors")
+    for step in range(2, 5):
+        decay = min(0.5, (1 + step) / (10 + step))
+        weights = load_file(raw / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+        trained = load_file(best / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+        assert all(torch.equal(trained[name], weights[name]) for name in weights)
+        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
+    for name, value in load_file(best / "model.safetensors").items():
+        torch.testing.assert_close(value, average[name])
+    losses = [row["validation/loss"] for row in history(best) if "validation/loss" in row]
+    assert losses[-1] == min(losses) == pytest.approx(facts(best)["metrics"]["validation/loss"], abs=1e-7)
+    assert losses[-1] != history(raw)[-1]["validation/loss"]
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path, caplog):
@@ -383,6 +407,10 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
         (["--model", str(REVIEWS), "--tokenizer", "byte_bpe"], r"is a folder without config\.json"),
         (["--adapter", "prefix"], r"adapter='prefix' is unknown; choose lora or dora"),
         (["--adapter", "lora"], r"adapter=lora changes a pretrained model; name one with model"),
+        (
+            ["--ema_decay", "1"],
+            r"do not fit:\n  ema_decay=1\.0 is out of range; give a number of at least 0 and below 1",
+        ),
         (["--merge_adapter"], r"merge_adapter needs an adapter: set adapter to lora"),
         (["--max_length", "65"], r"max_length=65 exceeds the model's limit of 64 tokens"),
         (["--num_attention_heads", "3"], r"hidden_size=32 is not a multiple of num_attention_heads=3"),

@@ -5,6 +5,7 @@ is checked when the object is made, and all problems are told in one message.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
@@ -24,8 +25,28 @@ def _setting(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
+@dataclass(kw_only=True)
+class SharedArguments:
+    """What the project's own loop and `transformers.Trainer` are told in the same words."""
+
+    ema_decay: float = _setting(
+        0.0, "evaluate and save an exponential moving average of the weights that forgets so slowly (0.999); 0: none"
+    )
+
+    def wrong_settings(self) -> Iterator[str]:
+        """What does not fit, in sentences."""
+        if not 0 <= self.ema_decay < 1:
+            yield f"ema_decay={self.ema_decay} is out of range; give a number of at least 0 and below 1"
+
+
+def check(problems: Iterable[str]):
+    """Raises: ValueError that tells all `problems`, if there are any."""
+    if problems := list(problems):
+        raise ValueError("the training arguments do not fit:\n  " + "\n  ".join(problems))
+
+
 @dataclass
-class LoopArguments:
+class LoopArguments(SharedArguments):
     """What the training loop is told: how long, how fast, how often, and where to."""
 
     _argument_group_name = "training"
@@ -68,9 +89,7 @@ class LoopArguments:
     nonfinite: str = _setting("stop", "a step whose loss or gradient is not finite is never applied: stop, or skip it")
 
     def __post_init__(self):
-        problems = [*self._wrong_choices(), *self._wrong_numbers()]
-        if problems:
-            raise ValueError("the training arguments do not fit:\n  " + "\n  ".join(problems))
+        check([*self._wrong_choices(), *self._wrong_numbers(), *self.wrong_settings()])
 
     def _wrong_choices(self):
         choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS, "nonfinite": NONFINITE}

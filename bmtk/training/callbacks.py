@@ -98,6 +98,19 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: {words}")
 
 
+class AverageWeights(TrainerCallback):
+    """Keeps the trainer's average of the weights up to date, and leaves it in the model at the end."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.trainer.average.update(unless=optimizer.step_was_skipped)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.average.apply()
+
+
 class StopOnNonFinite(TrainerCallback):
     """Ends the run before an update whose gradient is not finite; Trainer would apply it and hide the loss.
 

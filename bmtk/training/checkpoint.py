@@ -3,6 +3,7 @@
     <output_dir>/checkpoints/step-00000100/
         config.json, model.safetensors, tokenizer, code ...     what from_pretrained reads
         training_state/optimizer.safetensors                    optimizer state by parameter name
+        training_state/averages.safetensors                     averaged weights by name, if the run averages
         training_state/randomness.safetensors                   generators, one row for each process
         training_state/state.json, config.json                  step, counters; resolved configuration of the run
         manifest.json                                           size and sha256 of every file above
@@ -27,6 +28,7 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
+from .averaging import AVERAGES
 from .manifest import PARTIAL, damages, delete_partial, files, flush, write_json, written_whole
 from .optimizers import NamedOptimizer
 from .randomness import random_state
@@ -114,6 +116,8 @@ def load_checkpoint(
     stored = json.loads((run_state / "state.json").read_text(encoding="utf-8"))
     _load_weights(Path(folder), model)
     optimizer.load_state_dict({"state": _by_parameter(load_file(run_state / "optimizer.safetensors"))})
+    if optimizer.average:
+        optimizer.average.load_state_dict(load_file(run_state / AVERAGES))
     if accelerator.scaler is not None and stored["scaler"]:
         accelerator.scaler.load_state_dict(stored["scaler"])
     state = TrainState(**stored["progress"])
@@ -172,6 +176,8 @@ def _write_state(
     by_parameter = optimizer.state_dict()["state"]
     flat = {f"{key}/{name}": value for name, values in by_parameter.items() for key, value in values.items()}
     save_file({name: value.contiguous() for name, value in flat.items()}, folder / "optimizer.safetensors")
+    if optimizer.average:
+        save_file(optimizer.average.state_dict(), folder / AVERAGES)
     save_file(randomness, folder / "randomness.safetensors")
 
 
@@ -233,4 +239,5 @@ def _step(folder: Path) -> int:
 
 def _num_bytes(model: torch.nn.Module, optimizer: NamedOptimizer) -> int:
     tensors = [*model.state_dict().values(), *(t for state in optimizer.state.values() for t in state.values())]
+    tensors += optimizer.average.state_dict().values() if optimizer.average else []
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

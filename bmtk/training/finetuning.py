@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,15 @@ import numpy as np
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapters import ADAPTER_CONFIG, load_adapter
-from .arguments import LoopArguments
-from .callbacks import Progress, TellEpoch
+from .arguments import LoopArguments, SharedArguments, check
+from .averaging import AVERAGES, WeightAverage
+from .callbacks import AverageWeights, Progress, TellEpoch
 from .predicting import Results, measure, predict_all
 from .run_folder import CHECKPOINTS
 from .updates import LossSum
@@ -39,7 +42,7 @@ def _settled(default):
 
 
 @dataclass
-class FineTuningArguments(TrainingArguments):
+class FineTuningArguments(SharedArguments, TrainingArguments):
     """transformers.TrainingArguments; settled here is what recipes do themselves, and what would hide a broken run."""
 
     _argument_group_name = "training (transformers.TrainingArguments)"
@@ -77,6 +80,10 @@ class FineTuningArguments(TrainingArguments):
     do_train: bool = _settled(False)  # these three are read by Hugging Face's example scripts only
     do_eval: bool = _settled(False)
     do_predict: bool = _settled(False)
+
+    def __post_init__(self):
+        check(self.wrong_settings())
+        super().__post_init__()
 
 
 def load_for_task(auto_class, name: str, config, **loading: object) -> tuple[PreTrainedModel, list[str]]:
@@ -231,6 +238,7 @@ class TaskTrainer(Trainer):
       and scores all of them at once; Trainer's loss is a mean of batch means in which rows that fill up the last
       batches count twice.
     - Where rows have a `length`, those of an evaluation are batched longest first; predictions are in the rows' order.
+    - An average of the weights (`ema_decay`) is what is evaluated, chosen from and left in the model at the end.
     """
 
     loss_is_scaled_for_ga = True
@@ -248,6 +256,9 @@ class TaskTrainer(Trainer):
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(TellEpoch(self.train_dataset))
         self.task = task
+        self.average: WeightAverage | None = None
+        if args.ema_decay:
+            self.add_callback(AverageWeights(self))
         smoothing = {"label_smoothing": args.label_smoothing_factor} if args.label_smoothing_factor else {}
         criterion = partial(task.criterion, **smoothing) if task.criterion else None
         self.loss = LossSum(model, model, args.device, criterion=criterion, inputs_of=task.inputs_of)
@@ -265,6 +276,29 @@ class TaskTrainer(Trainer):
         assert not return_outputs
         self.loss.model = model  # wrapped for several devices
         return self.loss(inputs, int(self.task.num_items(inputs)), num_items_in_batch) * self.args.world_size
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.args.ema_decay:
+            names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            self.average = WeightAverage(names, self.args.ema_decay)
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Before trainer_state.json, with which a checkpoint is whole."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average and self.args.should_save:
+            save_file(self.average.state_dict(), Path(output_dir) / AVERAGES)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average:
+            self.average.load_state_dict(load_file(Path(checkpoint) / AVERAGES))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average:
+            self.average.load_state_dict(load_file(Path(self.state.best_model_checkpoint) / AVERAGES))
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """This process's share of the rows, in the order of `_reading_order`."""
@@ -296,7 +330,8 @@ class TaskTrainer(Trainer):
         return [predictions[place] for place in np.argsort(self._reading_order(dataloader.dataset.dataset))]
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
-        predictions = self.predictions(dataloader, description, preview=metric_key_prefix == "eval")
+        with self.average.applied() if self.average else nullcontext():
+            predictions = self.predictions(dataloader, description, preview=metric_key_prefix == "eval")
         rows = dataloader.dataset.dataset
         metrics = self.task.score(predictions, rows)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -327,6 +362,10 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
     args.remove_unused_columns = False  # the task's rows hold what its collator reads
     args.include_num_input_tokens_seen = "no"  # counted by the task
     trainer = TaskTrainer(model, args, task, callbacks=callbacks)
+    if args.ema_decay and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            f"ema_decay={args.ema_decay} needs whole weights on every device; leave out FSDP and DeepSpeed"
+        )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from transformers import PreTrainedModel
 
 from .arguments import LoopArguments
+from .averaging import WeightAverage
 from .checkpoint import TrainState
 from .interruption import Stopped, StopRequest, noted_signals
 from .optimizers import NamedOptimizer, build_optimizer, multiplies_bfloat16_fast
@@ -56,7 +57,10 @@ def prepare(
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, args)
-    return accelerator.prepare(model), optimizer
+    wrapped = accelerator.prepare(model)
+    if args.ema_decay:
+        optimizer.average = WeightAverage(optimizer.names, args.ema_decay)
+    return wrapped, optimizer
 
 
 def train(  # noqa: PLR0913 - a straight list of collaborators; an object around them would only hide it
@@ -84,6 +88,7 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     throughput is counted in (None: the items); criterion(outputs, batch) sums the losses, if the model's own shall not
     be used, and inputs_of(batch) is then what the model reads.
     evaluate() and save(state) are called on every process, log(record) on the main one for each line of history.jsonl.
+    Where the optimizer keeps an average of the weights, the model has it in evaluations, and when this returns.
 
     Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop"; Stopped (exit code 130 or 143)
     after SIGINT or SIGTERM, when the step is finished and saved.
@@ -91,6 +96,9 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
     losses = {"num_items": num_items, "num_units": num_units, "criterion": criterion, "inputs_of": inputs_of}
     updater = Updater(model, optimizer, accelerator, max_grad_norm=args.max_grad_norm, **losses)
+    average = optimizer.average
+    if average and evaluate:
+        evaluate = average.applied()(evaluate)
     run = Progress(accelerator, args, state, total=total, meter=meter or Meter())
     run.begin()
     model.train()
@@ -111,6 +119,8 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
             run.evaluate_if_due(evaluate, log)
             if run.is_due(args.save_steps):
                 run.save(save)
+    if average:
+        average.apply()
     return state
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .arguments import LoopArguments
+from .averaging import WeightAverage
 
 
 class NamedOptimizer(torch.optim.Optimizer):
@@ -26,6 +27,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         # The parent's constructor would make param_groups of its own; ours are shared with the optimizers inside.
         self.optimizers = optimizers
         self.names = names
+        self.average: WeightAverage | None = None  # of the weights that are stepped; whoever steps updates it
         self.defaults = {}
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group in self.param_groups:

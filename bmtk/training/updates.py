@@ -149,7 +149,10 @@ class Updater:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
-        rejected = self._apply(~torch.isfinite(grad_norm))
+        bad = ~torch.isfinite(grad_norm)
+        rejected = self._apply(bad)
+        if self.optimizer.average:
+            self.optimizer.average.update(unless=bad)
         self.optimizer.zero_grad(set_to_none=True)
         return Update(sum(losses), *totals, grad_norm, rejected)
 
