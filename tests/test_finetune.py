@@ -128,8 +128,9 @@ def test_the_resolved_config_repeats_the_run(finetuned, tmp_path):
         (7, ["--load_best_model_at_end", "true"]),
         (40, ["--save_strategy", "steps", "--save_steps", "1000"]),
         (27, ["--ema_decay", "0.9", "--load_best_model_at_end", "true"]),
+        (7, ["--optimizer", "muon", "--learning_rate", "1e-3", "--weight_decay", "0.1"]),
     ],
-    ids=["within an epoch", "at the very end, where nothing else saves", "with averaged weights"],
+    ids=["within an epoch", "at the very end, where nothing else saves", "with averaged weights", "with Muon"],
 )
 def test_a_stopped_run_goes_on_to_the_very_same_weights(stop_at, saving, tmp_path, monkeypatch):
     settings = [*SHORT, "--hidden_dropout", "0.1", "--token_dropout", "0.2", "--logging_steps", "1", *saving]
@@ -155,6 +156,20 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(stop_at, saving, tmp_pat
     ]
     assert timeless[0] == timeless[1]
     assert facts(whole)["metrics"] == facts(tmp_path / "stopped")["metrics"]
+
+
+def test_the_projects_adamw_steps_as_trainers_own_where_nothing_is_decayed(tmp_path):
+    steps = ["--max_steps", "4", "--adam_beta2", "0.9", "--adam_epsilon", "1e-4", "--weight_decay"]
+    own, shared = run(tmp_path / "own", *steps, "0"), run(tmp_path / "shared", *steps, "0", "--optimizer", "adamw")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (shared, own))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-7)
+    state = torch.load(shared / "checkpoints" / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    assert set(state) == set(theirs)
+    decayed = load_file(run(tmp_path / "decayed", *steps, "0.5", "--optimizer", "adamw") / "model.safetensors")
+    changed = {name for name in theirs if not torch.allclose(decayed[name], theirs[name], rtol=1e-4)}
+    assert "model.layers.0.self_attn.q_proj.weight" in changed
+    assert json.loads((shared / "run_config.json").read_text())["optimizer"] == "adamw"
 
 
 def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(tmp_path):
@@ -410,6 +425,15 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
         (
             ["--ema_decay", "1"],
             r"do not fit:\n  ema_decay=1\.0 is out of range; give a number of at least 0 and below 1",
+        ),
+        (
+            ["--optimizer", "adam"],
+            r"optimizer='adam' is unknown; choose one of adamw, muon, sgd, or use optim",
+        ),
+        (["--optimizer", "sgd", "--optim", "adafactor"], r"optimizer=sgd and optim=adafactor both name an optimizer"),
+        (
+            ["--optimizer", "sgd", "--sgd_momentum", "1"],
+            r"sgd_momentum=1\.0 is out of range; give a number of at least",
         ),
         (["--merge_adapter"], r"merge_adapter needs an adapter: set adapter to lora"),
         (["--max_length", "65"], r"max_length=65 exceeds the model's limit of 64 tokens"),

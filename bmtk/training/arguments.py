@@ -29,14 +29,20 @@ def _setting(default, text: str):
 class SharedArguments:
     """What the project's own loop and `transformers.Trainer` are told in the same words."""
 
+    muon_learning_rate: float = _setting(0.02, "peak learning rate of Muon")
+    sgd_momentum: float = _setting(0.9, "share of the last update in SGD's next one (Nesterov); 0: none")
     ema_decay: float = _setting(
         0.0, "evaluate and save an exponential moving average of the weights that forgets so slowly (0.999); 0: none"
     )
 
     def wrong_settings(self) -> Iterator[str]:
         """What does not fit, in sentences."""
-        if not 0 <= self.ema_decay < 1:
-            yield f"ema_decay={self.ema_decay} is out of range; give a number of at least 0 and below 1"
+        for name in ("muon_learning_rate",):
+            if not 0 <= vars(self)[name] < math.inf:
+                yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0"
+        for name in ("sgd_momentum", "ema_decay"):
+            if not 0 <= vars(self)[name] < 1:
+                yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0 and below 1"
 
 
 def check(problems: Iterable[str]):
@@ -62,11 +68,10 @@ class LoopArguments(SharedArguments):
 
     optimizer: str = _setting("adamw", "adamw, sgd, or muon (hidden matrices by Muon, everything else by AdamW)")
     learning_rate: float = _setting(1e-3, "peak learning rate of AdamW or SGD")
-    muon_learning_rate: float = _setting(0.02, "peak learning rate of Muon")
     weight_decay: float = _setting(0.1, "decoupled weight decay of matrices, times the learning rate at each step")
-    sgd_momentum: float = _setting(0.9, "share of the last update in SGD's next one (Nesterov); 0: none")
     adam_beta1: float = _setting(0.9, "decay of AdamW's mean of gradients")
     adam_beta2: float = _setting(0.95, "decay of AdamW's mean of squared gradients")
+    adam_epsilon: float = _setting(1e-8, "added to the root of that mean, which AdamW divides by")
     max_grad_norm: float = _setting(
         1.0, "gradients longer than this (L2 norm of all of them) are scaled down; 0: never"
     )
@@ -100,12 +105,12 @@ class LoopArguments(SharedArguments):
 
     def _wrong_numbers(self):
         at_least = {"batch_size": 1, "logging_steps": 1, "micro_batch_size": 0, "eval_steps": 0, "save_steps": 0}
-        at_least |= {"save_total_limit": 0, "learning_rate": 0, "muon_learning_rate": 0, "weight_decay": 0}
+        at_least |= {"save_total_limit": 0, "learning_rate": 0, "weight_decay": 0, "adam_epsilon": 0}
         at_least |= {"max_grad_norm": 0, "warmup_steps": 0, "min_lr_ratio": 0, "decay_fraction": 0, "seed": 0}
         for name, lowest in at_least.items():
             if not lowest <= vars(self)[name] < math.inf:
                 yield f"{name}={vars(self)[name]} is out of range; give a number of at least {lowest}"
-        for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
+        for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= vars(self)[name] < 1:
                 yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0 and below 1"
         for name in ("decay_fraction", "min_lr_ratio"):

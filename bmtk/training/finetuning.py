@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer,
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapters import ADAPTER_CONFIG, load_adapter
-from .arguments import LoopArguments, SharedArguments, check
+from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check
 from .averaging import AVERAGES, WeightAverage
 from .callbacks import AverageWeights, Progress, TellEpoch
+from .optimizers import build_optimizer
 from .predicting import Results, measure, predict_all
 from .run_folder import CHECKPOINTS
 from .updates import LossSum
@@ -59,6 +60,12 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of history.jsonl"})
     save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
 
+    optimizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "adamw, sgd or muon, the optimizers of recipes/pretrain.py; default: the one that optim names"
+        },
+    )
     channels_last: bool = field(
         default=False, metadata={"help": "lay out two-dimensional convolutions channels last: often faster"}
     )
@@ -82,8 +89,14 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
     do_predict: bool = _settled(False)
 
     def __post_init__(self):
-        check(self.wrong_settings())
+        check([*self._wrong_optimizer(), *self.wrong_settings()])
         super().__post_init__()
+
+    def _wrong_optimizer(self):
+        if self.optimizer not in (None, *OPTIMIZERS):
+            yield f"optimizer={self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}, or use optim"
+        elif self.optimizer and (self.optim != TrainingArguments.optim or self.optim_args):
+            yield f"optimizer={self.optimizer} and optim={self.optim} both name an optimizer; leave one of them out"
 
 
 def load_for_task(auto_class, name: str, config, **loading: object) -> tuple[PreTrainedModel, list[str]]:
@@ -238,6 +251,7 @@ class TaskTrainer(Trainer):
       and scores all of them at once; Trainer's loss is a mean of batch means in which rows that fill up the last
       batches count twice.
     - Where rows have a `length`, those of an evaluation are batched longest first; predictions are in the rows' order.
+    - `optimizer` names one of the project's own, with its groups of parameters.
     - An average of the weights (`ema_decay`) is what is evaluated, chosen from and left in the model at the end.
     """
 
@@ -278,6 +292,8 @@ class TaskTrainer(Trainer):
         return self.loss(inputs, int(self.task.num_items(inputs)), num_items_in_batch) * self.args.world_size
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.args.optimizer and self.optimizer is None:
+            self.optimizer = build_optimizer(self.model, self.args)
         optimizer = super().create_optimizer(model)
         if self.args.ema_decay:
             names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -292,6 +308,8 @@ class TaskTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate  # a torch optimizer's state tells it, a NamedOptimizer's does not
         if self.average:
             self.average.load_state_dict(load_file(Path(checkpoint) / AVERAGES))
 
@@ -410,9 +428,10 @@ def loop_arguments(args: TrainingArguments) -> LoopArguments:
     """What the project's own loop would be told, to do as this Trainer does."""
     share = args.per_device_train_batch_size * args.gradient_accumulation_steps
     precision = "bf16" if args.bf16 else "fp32"
-    rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+    names = "output_dir seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon".split()
+    same = {name: getattr(args, name) for name in (*names, *(f.name for f in fields(SharedArguments)))}
     sizes = {"batch_size": share * args.world_size, "micro_batch_size": args.per_device_train_batch_size}
-    return LoopArguments(args.output_dir, seed=args.seed, precision=precision, **rates, **sizes)
+    return LoopArguments(optimizer=args.optimizer or "adamw", precision=precision, **same, **sizes)
 
 
 def total_steps(args: TrainingArguments, num_rows: int) -> int:

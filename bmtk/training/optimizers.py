@@ -8,8 +8,9 @@ one, so making their update orthogonal means nothing (Jordan et al. 2024, https:
 from collections.abc import Iterator
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from .arguments import LoopArguments
@@ -150,20 +151,22 @@ def multiplies_bfloat16_fast(device_type: str) -> bool:
     return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
 
 
-def build_optimizer(model: PreTrainedModel, args: LoopArguments) -> NamedOptimizer:
+def build_optimizer(model: PreTrainedModel | PeftModel, args: LoopArguments | TrainingArguments) -> NamedOptimizer:
     """Make the optimizer that `args` name, over the parameters of `model` that require a gradient.
 
+    `args` are the loop's, or Trainer's with the fields of SharedArguments and `optimizer`.
     Raises: ValueError if nothing is trainable, or if Muon finds no matrix.
     """
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not names:
         raise ValueError("the model has no trainable parameter; set requires_grad on what shall be trained")
-    hidden = set(_hidden_matrices(model)) if args.optimizer == "muon" else set()
+    hidden = set(_hidden_matrices(whole)) if args.optimizer == "muon" else set()
     rest = [parameter for parameter in names if parameter not in hidden]
     optimizers = []
     if rest:
         make = _sgd if args.optimizer == "sgd" else _adamw
-        optimizers.append(make(_decay_groups(rest, _tables(model), args.weight_decay), args))
+        optimizers.append(make(_decay_groups(rest, _tables(whole), args.weight_decay), args))
     if args.optimizer == "muon":
         optimizers.append(_muon([parameter for parameter in names if parameter in hidden], args))
     return NamedOptimizer(optimizers, names)
@@ -177,18 +180,19 @@ def _decay_groups(parameters: list[nn.Parameter], tables: set[nn.Parameter], wei
     return [group for group in groups if group["params"]]
 
 
-def _adamw(groups: list[dict], args: LoopArguments) -> torch.optim.AdamW:
+def _adamw(groups: list[dict], args) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), fused=True)
+    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True, **settings)
 
 
-def _sgd(groups: list[dict], args: LoopArguments) -> torch.optim.SGD:
+def _sgd(groups: list[dict], args) -> torch.optim.SGD:
     """SGD with Nesterov momentum; its weight decay is the factor of an L2 penalty, added to the gradient."""
     momentum = args.sgd_momentum
     return torch.optim.SGD(groups, lr=args.learning_rate, momentum=momentum, nesterov=momentum > 0)
 
 
-def _muon(parameters: list[nn.Parameter], args: LoopArguments) -> Muon:
+def _muon(parameters: list[nn.Parameter], args) -> Muon:
     if not parameters:
         raise ValueError("optimizer='muon' found no trainable matrix in the model's linear layers; use 'adamw'")
     return Muon(parameters, lr=args.muon_learning_rate, weight_decay=args.weight_decay)

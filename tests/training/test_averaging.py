@@ -79,10 +79,10 @@ def test_an_unread_flag_decides_as_a_read_one_does():
 
 
 def test_only_what_is_trained_is_averaged_and_statistics_are_the_current_ones():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2)).to(memory_format=torch.channels_last)
     model[0].bias.requires_grad_(False)
     average = WeightAverage(names(model), 0.9)
-    model(torch.randn(4, 1, 5, 5) + 3)
+    model(torch.randn(4, 3, 5, 5) + 3)
     with torch.no_grad():
         [parameter.add_(1) for parameter in model.parameters()]
     average.update()

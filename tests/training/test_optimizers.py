@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from bmtk.training import optimizers
+from bmtk.training.adapters import AdapterArguments, add_adapter
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.optimizers import build_optimizer
 
@@ -124,6 +125,15 @@ def test_muon_leaves_the_head_of_a_classifier_to_adamw():
     model = LlamaForSequenceClassification(LlamaConfig.from_dict(tiny_model().config.to_dict() | {"pad_token_id": 0}))
     *_, hidden = groups(build_optimizer(model, LoopArguments(optimizer="muon")))
     assert hidden == HIDDEN
+
+
+def test_muon_takes_the_updates_of_an_adapter_and_leaves_its_head_to_adamw():
+    model = LlamaForSequenceClassification(LlamaConfig.from_dict(tiny_model().config.to_dict() | {"pad_token_id": 0}))
+    adapted = add_adapter(model, AdapterArguments(adapter="lora", lora_rank=2), task_type=None)
+    head, hidden = groups(build_optimizer(adapted, LoopArguments(optimizer="muon")))
+    assert head == {"base_model.model.score.modules_to_save.default.weight"}
+    assert len(hidden) == 2 * len(HIDDEN)
+    assert all("lora_" in name for name in hidden)
 
 
 class Flat(PreTrainedModel):
