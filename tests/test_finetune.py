@@ -128,7 +128,7 @@ def test_the_resolved_config_repeats_the_run(finetuned, tmp_path):
         (7, ["--load_best_model_at_end", "true"]),
         (40, ["--save_strategy", "steps", "--save_steps", "1000"]),
         (27, ["--ema_decay", "0.9", "--load_best_model_at_end", "true"]),
-        (7, ["--optimizer", "muon", "--learning_rate", "1e-3", "--weight_decay", "0.1"]),
+        (7, ["--optimizer", "muon", "--learning_rate", "1e-3", "--layer_lr_decay", "0.8"]),
     ],
     ids=["within an epoch", "at the very end, where nothing else saves", "with averaged weights", "with Muon"],
 )
@@ -170,6 +170,18 @@ def test_the_projects_adamw_steps_as_trainers_own_where_nothing_is_decayed(tmp_p
     changed = {name for name in theirs if not torch.allclose(decayed[name], theirs[name], rtol=1e-4)}
     assert "model.layers.0.self_attn.q_proj.weight" in changed
     assert json.loads((shared / "run_config.json").read_text())["optimizer"] == "adamw"
+
+
+def test_layers_of_trainers_own_optimizer_move_by_their_depth(tmp_path):
+    sgd = ["--optim", "sgd", "--max_steps", "1", "--warmup_steps", "0", "--learning_rate"]
+    runs = {"start": ["0"], "flat": ["1e-2"], "falling": ["1e-2", "--layer_lr_decay", "0.5"]}
+    start, flat, falling = (
+        load_file(run(tmp_path / name, *sgd, *argv) / "model.safetensors") for name, argv in runs.items()
+    )
+    for name in start:
+        depth = 2 - int(name.split(".")[2]) if "layers" in name else 3 if ".stem." in name else 0
+        moved = (flat[name] - start[name]) * 0.5**depth
+        torch.testing.assert_close(falling[name] - start[name], moved, rtol=1e-2, atol=1e-6)
 
 
 def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(tmp_path):

@@ -31,6 +31,10 @@ class SharedArguments:
 
     muon_learning_rate: float = _setting(0.02, "peak learning rate of Muon")
     sgd_momentum: float = _setting(0.9, "share of the last update in SGD's next one (Nesterov); 0: none")
+    layer_lr_decay: float = _setting(
+        1.0,
+        "a layer's learning rate is that of the one above it times this, the head's is the whole one; 1: all alike",
+    )
     ema_decay: float = _setting(
         0.0, "evaluate and save an exponential moving average of the weights that forgets so slowly (0.999); 0: none"
     )
@@ -40,6 +44,8 @@ class SharedArguments:
         for name in ("muon_learning_rate",):
             if not 0 <= vars(self)[name] < math.inf:
                 yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0"
+        if not 0 < self.layer_lr_decay <= 1:
+            yield f"layer_lr_decay={self.layer_lr_decay} is out of range; give a number above 0, and at most 1"
         for name in ("sgd_momentum", "ema_decay"):
             if not 0 <= vars(self)[name] < 1:
                 yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0 and below 1"

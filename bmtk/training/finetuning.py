@@ -22,6 +22,7 @@ from .adapters import ADAPTER_CONFIG, load_adapter
 from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check
 from .averaging import AVERAGES, WeightAverage
 from .callbacks import AverageWeights, Progress, TellEpoch
+from .layers import decay_rates, depths
 from .optimizers import build_optimizer
 from .predicting import Results, measure, predict_all
 from .run_folder import CHECKPOINTS
@@ -294,7 +295,11 @@ class TaskTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.args.optimizer and self.optimizer is None:
             self.optimizer = build_optimizer(self.model, self.args)
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        if is_new and self.args.layer_lr_decay != 1:
+            depth = depths(self.model, asked_by=f"layer_lr_decay={self.args.layer_lr_decay}")
+            decay_rates(optimizer, depth, self.args.layer_lr_decay)
         if self.args.ema_decay:
             names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
             self.average = WeightAverage(names, self.args.ema_decay)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .arguments import LoopArguments
 from .averaging import WeightAverage
+from .layers import decay_rates, depths
 
 
 class NamedOptimizer(torch.optim.Optimizer):
@@ -155,7 +156,7 @@ def build_optimizer(model: PreTrainedModel | PeftModel, args: LoopArguments | Tr
     """Make the optimizer that `args` name, over the parameters of `model` that require a gradient.
 
     `args` are the loop's, or Trainer's with the fields of SharedArguments and `optimizer`.
-    Raises: ValueError if nothing is trainable, or if Muon finds no matrix.
+    Raises: ValueError if nothing is trainable, if Muon finds no matrix, or layer_lr_decay no layers.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -169,6 +170,10 @@ def build_optimizer(model: PreTrainedModel | PeftModel, args: LoopArguments | Tr
         optimizers.append(make(_decay_groups(rest, _tables(whole), args.weight_decay), args))
     if args.optimizer == "muon":
         optimizers.append(_muon([parameter for parameter in names if parameter in hidden], args))
+    if args.layer_lr_decay != 1:
+        depth = depths(model, asked_by=f"layer_lr_decay={args.layer_lr_decay}")
+        for optimizer in optimizers:
+            decay_rates(optimizer, depth, args.layer_lr_decay)
     return NamedOptimizer(optimizers, names)
 
 
