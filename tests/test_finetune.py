@@ -128,9 +128,10 @@ def test_the_resolved_config_repeats_the_run(finetuned, tmp_path):
         (7, ["--load_best_model_at_end", "true"]),
         (40, ["--save_strategy", "steps", "--save_steps", "1000"]),
         (27, ["--ema_decay", "0.9", "--load_best_model_at_end", "true"]),
+        (13, ["--unfreeze_epochs", "0.5", "--l1_penalty", "1e-3", "--gradient_accumulation_steps", "2"]),
         (7, ["--optimizer", "muon", "--learning_rate", "1e-3", "--layer_lr_decay", "0.8"]),
     ],
-    ids=["within an epoch", "at the very end, where nothing else saves", "with averaged weights", "with Muon"],
+    ids=["within an epoch", "at the very end, where nothing else saves", "averaged", "unfrozen", "with Muon"],
 )
 def test_a_stopped_run_goes_on_to_the_very_same_weights(stop_at, saving, tmp_path, monkeypatch):
     settings = [*SHORT, "--hidden_dropout", "0.1", "--token_dropout", "0.2", "--logging_steps", "1", *saving]
@@ -184,24 +185,36 @@ def test_layers_of_trainers_own_optimizer_move_by_their_depth(tmp_path):
         torch.testing.assert_close(falling[name] - start[name], moved, rtol=1e-2, atol=1e-6)
 
 
+def test_frozen_layers_stay_as_they_are_until_their_turn(tmp_path):
+    steps = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "20", "--max_steps", "7"]
+    folder = run(tmp_path / "run", *steps, "--unfreeze_epochs", "0.1", "--weight_decay", "0.5")  # two steps of 20
+    weights = [load_file(folder / "checkpoints" / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 8)]
+    for name in weights[0]:
+        turn = 3 - int(name.split(".")[2]) if "layers" in name else 4 if ".stem." in name else 1
+        for step in range(1, 7):
+            moved = not torch.equal(weights[step][name], weights[step - 1][name])
+            assert moved == (step >= 2 * (turn - 1)), (name, step)
+
+
 def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(tmp_path):
     steps = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9"]
     evaluations = ["--eval_strategy", "steps", "--eval_steps", "1", "--warmup_steps", "0"]
-    averaged = ["--ema_decay", "0.5", "--load_best_model_at_end", "true", "--metric_for_best_model", "loss"]
     raw = run(tmp_path / "raw", *steps, *evaluations)
-    best = run(tmp_path / "best", *steps, *evaluations, *averaged)
-    average = load_file(best / "checkpoints" / "checkpoint-1" / "averages.safetensors")
+    best = run(tmp_path / "best", *steps, *evaluations, "--ema_decay", "0.5", "--load_best_model_at_end", "true")
+    average = {1: load_file(best / "checkpoints" / "checkpoint-1" / "averages.safetensors")}
     for step in range(2, 5):
         decay = min(0.5, (1 + step) / (10 + step))
         weights = load_file(raw / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
         trained = load_file(best / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
         assert all(torch.equal(trained[name], weights[name]) for name in weights)
-        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
+        average[step] = {name: decay * average[step - 1][name] + (1 - decay) * weights[name] for name in weights}
+    evaluated = [row for row in history(best) if "validation/accuracy" in row]
+    chosen = max(evaluated, key=lambda row: row["validation/accuracy"])  # the first of the best
+    assert chosen["step"] < 4, "the last one would prove nothing"
     for name, value in load_file(best / "model.safetensors").items():
-        torch.testing.assert_close(value, average[name])
-    losses = [row["validation/loss"] for row in history(best) if "validation/loss" in row]
-    assert losses[-1] == min(losses) == pytest.approx(facts(best)["metrics"]["validation/loss"], abs=1e-7)
-    assert losses[-1] != history(raw)[-1]["validation/loss"]
+        torch.testing.assert_close(value, average[chosen["step"]][name])
+    assert chosen["validation/loss"] == pytest.approx(facts(best)["metrics"]["validation/loss"], abs=1e-7)
+    assert evaluated[-1]["validation/loss"] != history(raw)[-1]["validation/loss"]
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path, caplog):

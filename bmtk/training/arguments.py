@@ -35,13 +35,19 @@ class SharedArguments:
         1.0,
         "a layer's learning rate is that of the one above it times this, the head's is the whole one; 1: all alike",
     )
+    unfreeze_epochs: float = _setting(
+        0.0, "train the head alone for so many epochs, then the last layer too, and so on down; 0: all from the start"
+    )
+    l1_penalty: float = _setting(
+        0.0, "add so many times the sum of absolute values of decayed matrices to the loss; it is not in the loss told"
+    )
     ema_decay: float = _setting(
         0.0, "evaluate and save an exponential moving average of the weights that forgets so slowly (0.999); 0: none"
     )
 
     def wrong_settings(self) -> Iterator[str]:
         """What does not fit, in sentences."""
-        for name in ("muon_learning_rate",):
+        for name in ("muon_learning_rate", "unfreeze_epochs", "l1_penalty"):
             if not 0 <= vars(self)[name] < math.inf:
                 yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0"
         if not 0 < self.layer_lr_decay <= 1:

@@ -22,6 +22,7 @@ from .adapters import ADAPTER_CONFIG, load_adapter
 from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check
 from .averaging import AVERAGES, WeightAverage
 from .callbacks import AverageWeights, Progress, TellEpoch
+from .gradients import gradient_rules
 from .layers import decay_rates, depths
 from .optimizers import build_optimizer
 from .predicting import Results, measure, predict_all
@@ -253,6 +254,7 @@ class TaskTrainer(Trainer):
       batches count twice.
     - Where rows have a `length`, those of an evaluation are batched longest first; predictions are in the rows' order.
     - `optimizer` names one of the project's own, with its groups of parameters.
+    - Layers are unfrozen, and an L1 penalty added, as in the project's own loop.
     - An average of the weights (`ema_decay`) is what is evaluated, chosen from and left in the model at the end.
     """
 
@@ -271,6 +273,9 @@ class TaskTrainer(Trainer):
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(TellEpoch(self.train_dataset))
         self.task = task
+        steps = steps_per_epoch(args, len(self.train_dataset))
+        total = total_steps(args, len(self.train_dataset))
+        self.gradient_rules = gradient_rules(model, args, steps_per_epoch=steps, total=total)
         self.average: WeightAverage | None = None
         if args.ema_decay:
             self.add_callback(AverageWeights(self))
@@ -291,6 +296,14 @@ class TaskTrainer(Trainer):
         assert not return_outputs
         self.loss.model = model  # wrapped for several devices
         return self.loss(inputs, int(self.task.num_items(inputs)), num_items_in_batch) * self.args.world_size
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Forward and backward of a micro-batch; after the step's last one, `gradient_rules`, before the clipping."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.gradient_rules and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler
+            self.gradient_rules(self.state.global_step, scale=scaler.get_scale() if scaler else 1.0)
+        return loss
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.args.optimizer and self.optimizer is None:
@@ -439,9 +452,14 @@ def loop_arguments(args: TrainingArguments) -> LoopArguments:
     return LoopArguments(optimizer=args.optimizer or "adamw", precision=precision, **same, **sizes)
 
 
+def steps_per_epoch(args: TrainingArguments, num_rows: int) -> int:
+    """Optimizer steps of an epoch, counted as Trainer counts them."""
+    batches = math.ceil(num_rows / (args.per_device_train_batch_size * args.world_size))
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+
 def total_steps(args: TrainingArguments, num_rows: int) -> int:
-    """Optimizer steps of the run, counted as Trainer counts them."""
+    """Optimizer steps of the run."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = math.ceil(num_rows / (args.per_device_train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+    return math.ceil(args.num_train_epochs * steps_per_epoch(args, num_rows))

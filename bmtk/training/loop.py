@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .checkpoint import TrainState
+from .gradients import gradient_rules
 from .interruption import Stopped, StopRequest, noted_signals
 from .optimizers import NamedOptimizer, build_optimizer, multiplies_bfloat16_fast
 from .progress import Progress
@@ -84,7 +85,7 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     """Train `model` from `state.step` to the end of the run, and return `state`, which is changed in place.
 
     batches[step] is the list of this process's micro-batches of optimizer step `step`; batches.steps_per_epoch is read
-    when args.num_train_steps is -1.  num_items(batch) counts the items whose losses are summed, num_units(batch) what
+    where args count in epochs.  num_items(batch) counts the items whose losses are summed, num_units(batch) what
     throughput is counted in (None: the items); criterion(outputs, batch) sums the losses, if the model's own shall not
     be used, and inputs_of(batch) is then what the model reads.
     evaluate() and save(state) are called on every process, log(record) on the main one for each line of history.jsonl.
@@ -95,7 +96,14 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     """
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
     losses = {"num_items": num_items, "num_units": num_units, "criterion": criterion, "inputs_of": inputs_of}
-    updater = Updater(model, optimizer, accelerator, max_grad_norm=args.max_grad_norm, **losses)
+    rules = gradient_rules(
+        accelerator.unwrap_model(model, keep_torch_compile=False),
+        args,
+        steps_per_epoch=batches.steps_per_epoch if args.unfreeze_epochs else 0.0,
+        total=total,
+    )
+    norm = args.max_grad_norm
+    updater = Updater(model, optimizer, accelerator, max_grad_norm=norm, gradient_rules=rules, **losses)
     average = optimizer.average
     if average and evaluate:
         evaluate = average.applied()(evaluate)
@@ -108,7 +116,7 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
         for step in range(state.step, total):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step)
-            update = updater.step(batches[step], stop_requested=request.signal_number != 0)
+            update = updater.step(batches[step], step, stop_requested=request.signal_number != 0)
             run.add(update)
             bar.update()
             if run.is_due(args.logging_steps):

@@ -163,11 +163,11 @@ def build_optimizer(model: PreTrainedModel | PeftModel, args: LoopArguments | Tr
     if not names:
         raise ValueError("the model has no trainable parameter; set requires_grad on what shall be trained")
     hidden = set(_hidden_matrices(whole)) if args.optimizer == "muon" else set()
-    rest = [parameter for parameter in names if parameter not in hidden]
+    rest, matrices = [parameter for parameter in names if parameter not in hidden], set(decayed_matrices(model))
     optimizers = []
     if rest:
         make = _sgd if args.optimizer == "sgd" else _adamw
-        optimizers.append(make(_decay_groups(rest, _tables(whole), args.weight_decay), args))
+        optimizers.append(make(_decay_groups(rest, matrices, args.weight_decay), args))
     if args.optimizer == "muon":
         optimizers.append(_muon([parameter for parameter in names if parameter in hidden], args))
     if args.layer_lr_decay != 1:
@@ -177,10 +177,15 @@ def build_optimizer(model: PreTrainedModel | PeftModel, args: LoopArguments | Tr
     return NamedOptimizer(optimizers, names)
 
 
-def _decay_groups(parameters: list[nn.Parameter], tables: set[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Weights of two and more dimensions are decayed, lookup tables and the rest are not."""
-    decayed = [p for p in parameters if p.ndim >= 2 and p not in tables]
-    others = [p for p in parameters if p.ndim < 2 or p in tables]
+def decayed_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained weights of two and more dimensions that are no lookup tables."""
+    tables = _tables(model)
+    return [p for p in model.parameters() if p.requires_grad and p.ndim >= 2 and p not in tables]
+
+
+def _decay_groups(parameters: list[nn.Parameter], matrices: set[nn.Parameter], weight_decay: float) -> list[dict]:
+    decayed = [parameter for parameter in parameters if parameter in matrices]
+    others = [parameter for parameter in parameters if parameter not in matrices]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
@@ -212,6 +217,6 @@ def _hidden_matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
             yield module.weight
 
 
-def _tables(model: PreTrainedModel) -> set[nn.Parameter]:
+def _tables(model: nn.Module) -> set[nn.Parameter]:
     """Lookup tables of tokens, positions and the like."""
     return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}

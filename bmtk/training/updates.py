@@ -131,23 +131,32 @@ class Updater:
         num_items: Callable[[dict], int],
         max_grad_norm: float,
         num_units: Callable[[dict], int] | None = None,
+        gradient_rules: Callable[[int], None] | None = None,
         **loss: Callable,
     ):
-        """`num_units(batch)` is what throughput is counted in (None: the items); `loss` what LossSum may be told."""
+        """`num_units(batch)` is what throughput is counted in (None: the items); `loss` what LossSum may be told.
+
+        `gradient_rules(step)` may change the gradients of optimizer step `step` before they are clipped.
+        """
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.num_items, self.num_units, self.max_grad_norm = num_items, num_units or num_items, max_grad_norm
         unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.gradient_rules = gradient_rules
         self.loss = LossSum(model, unwrapped, accelerator.device, **loss)
         self.skips_on_device = accelerator.device.type == "cuda" and optimizer.can_skip_on_device
 
-    def step(self, micro_batches: list[dict[str, torch.Tensor]], *, stop_requested: bool = False) -> Update:
-        """Train on this process's micro-batches of one global batch; the gradients are gone afterwards."""
+    def step(
+        self, micro_batches: list[dict[str, torch.Tensor]], number: int = 0, *, stop_requested: bool = False
+    ) -> Update:
+        """Train on this process's micro-batches of optimizer step `number`; the gradients are gone afterwards."""
         counts = [int(self.num_items(batch)) for batch in micro_batches]
         units = sum(int(self.num_units(batch)) for batch in micro_batches)
         totals = self._over_processes([sum(counts), units, int(stop_requested)])
         losses = self._backward(micro_batches, counts, totals[0].clamp(min=1))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
+        if self.gradient_rules:
+            self.gradient_rules(number)
         grad_norm = self._clip()
         bad = ~torch.isfinite(grad_norm)
         rejected = self._apply(bad)

@@ -28,6 +28,7 @@ from tiny_run import (
     tiny_model,
 )
 from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetForImageClassification
+from two_processes import FROZEN
 
 import bmtk
 from bmtk.training.arguments import LoopArguments
@@ -299,6 +300,7 @@ def two_processes(tmp_path_factory) -> tuple[dict, Path]:
     run(arguments(folder / "one", save_steps=3), dropout=0.0)
     with pytest.raises(SystemExit):
         run(arguments(folder / "resumed"), dropout=0.0, batches=Stopping(2))
+    run(arguments(folder / "one frozen", **FROZEN), dropout=0.0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -319,6 +321,11 @@ def same_up_to_rounding(left: Path, right: Path):
 def test_two_processes_train_the_same_model_as_one(two_processes):
     _, folder = two_processes
     same_up_to_rounding(folder / "one", folder / "two")
+
+
+def test_two_processes_unfreeze_penalise_and_average_as_one(two_processes):
+    _, folder = two_processes
+    same_up_to_rounding(folder / "one frozen", folder / "two frozen")
 
 
 def test_two_processes_resume_what_one_has_saved_and_the_other_way_round(two_processes, caplog):

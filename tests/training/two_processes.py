@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 from tiny_run import Stopping, arguments, run, tiny_model
 
+FROZEN = {"unfreeze_epochs": 0.4, "l1_penalty": 1e-3, "ema_decay": 0.9, "layer_lr_decay": 0.8}
+
 
 def main(folder: Path):
     torch.set_num_threads(1)
     facts = {}
     facts["without dropout"] = run(arguments(folder / "two", micro_batch_size=2), dropout=0.0)
     facts["resumed"] = run(arguments(folder / "resumed"), dropout=0.0)
+    run(arguments(folder / "two frozen", **FROZEN), dropout=0.0)
     facts["straight"] = run(arguments(folder / "straight"), dropout=0.2)
     with contextlib.suppress(SystemExit):
         run(arguments(folder / "stopped"), dropout=0.2, batches=lambda **share: Stopping(3, only_rank=1, **share))
