@@ -22,8 +22,8 @@ from bmtk import arguments
 from bmtk.hub import facts, summary
 from bmtk.hub.conclusion import conclude
 from bmtk.tasks import task_named
+from bmtk.training import checkpoint
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
-from bmtk.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint, save_model
 from bmtk.training.finetuning import starting_model
 from bmtk.training.loop import build_accelerator, prepare, train
 from bmtk.training.lr_range_test import suggest_rate
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
         accelerator.print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)
         state, results, speeds = fit(model, task, args, config, accelerator)
         if accelerator.is_main_process:
-            save_model(folder, model, task.processor)
+            checkpoint.save_model(folder, model, task.processor)
             conclude(
                 folder,
                 run=run,
@@ -96,16 +96,16 @@ def main(argv: list[str]) -> None:
         accelerator.wait_for_everyone()
 
 
-def fit(model, task, args, config, accelerator) -> tuple[TrainState, Results, dict[str, float]]:
+def fit(model, task, args, config, accelerator) -> tuple[checkpoint.TrainState, Results, dict[str, float]]:
     """Train to the end, from the newest checkpoint if there is one; return the last state, results and speeds."""
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = task.train_batches(**args.batching, **ranks)
     one_row = next(task.batches_in_order(task.rows["train"], batch_size=1))
     meter = build_meter(model, task.unit, one_row, accelerator)
     wrapped, optimizer = prepare(model, args, accelerator)
-    state, newest = TrainState(), newest_checkpoint(args.output_dir)
+    state, newest = checkpoint.TrainState(), checkpoint.newest_checkpoint(args.output_dir)
     if newest:
-        state = load_checkpoint(newest, model=wrapped, optimizer=optimizer, accelerator=accelerator)
+        state = checkpoint.load_checkpoint(newest, model=wrapped, optimizer=optimizer, accelerator=accelerator)
         accelerator.print(f"going on after step {state.step:,} ({newest})")
 
     evaluator = Evaluator(task, wrapped, accelerator, batch_size=batches.micro_batch_size)
@@ -121,7 +121,9 @@ def fit(model, task, args, config, accelerator) -> tuple[TrainState, Results, di
         num_units=task.num_units,
         **task.losses,
         evaluate=evaluator.validate,
-        save=partial(save_checkpoint, args.output_dir, config=config, keep=args.save_total_limit, **saved),
+        main_metric=f"validation/{task.main_metric}",
+        load_best=partial(checkpoint.load_best, args.output_dir, model=wrapped, optimizer=optimizer),
+        save=partial(checkpoint.save_checkpoint, args.output_dir, config=config, keep=args.save_total_limit, **saved),
         meter=meter,
     )
     return state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)

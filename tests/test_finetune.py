@@ -196,6 +196,54 @@ def test_frozen_layers_stay_as_they_are_until_their_turn(tmp_path):
             assert moved == (step >= 2 * (turn - 1)), (name, step)
 
 
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory):
+    """Folders of a whole run that gets worse in the end, and of one that ends early; and the latter's settings."""
+    folder = tmp_path_factory.mktemp("impatient")
+    settings = ["--eval_strategy", "steps", "--eval_steps", "4", "--save_strategy", "steps", "--save_steps", "4"]
+    settings += ["--max_steps", "24", "--metric_for_best_model", "loss", "--learning_rate", "0.05"]
+    patient = [*settings, "--early_stopping_patience", "2"]
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        return run(folder / "whole", *settings, "--save_total_limit", "99"), run(folder / "early", *patient), patient
+    finally:
+        os.chdir(before)
+
+
+def test_a_run_ends_early_with_the_best_model(impatient):
+    whole, early, _ = impatient
+    losses = [row["validation/loss"] for row in history(whole) if "validation/loss" in row]
+    best = next(place for place, value in enumerate(losses) if min(losses[place : place + 3]) == value)
+    assert best < len(losses) - 3
+    assert [row["validation/loss"] for row in history(early) if "validation/loss" in row] == losses[: best + 3]
+    ours = load_file(early / "model.safetensors")
+    theirs = load_file(whole / "checkpoints" / f"checkpoint-{4 * (best + 1)}" / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert facts(early)["metrics"]["validation/loss"] == pytest.approx(losses[best], abs=1e-7)
+
+
+def test_a_run_that_ended_early_has_ended_and_one_that_was_stopped_goes_on_counting(impatient, tmp_path, monkeypatch):
+    _, early, settings = impatient
+    before = (early / "model.safetensors").read_bytes(), history(early)
+    run(early, *settings)
+    assert ((early / "model.safetensors").read_bytes(), history(early)) == before
+    last = history(early)[-1]["step"]
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == last - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.RecordHistory, "on_step_begin", lambda *args, **kwargs: None, raising=False)
+        patch.setattr(callbacks.RecordHistory, "on_step_end", stop, raising=False)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "stopped", *settings)
+    run(tmp_path / "stopped", *settings)
+    assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == before[0]
+    assert [row["step"] for row in history(tmp_path / "stopped")] == [row["step"] for row in before[1]]
+
+
 def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(tmp_path):
     steps = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9"]
     evaluations = ["--eval_strategy", "steps", "--eval_steps", "1", "--warmup_steps", "0"]
@@ -271,6 +319,7 @@ def test_the_gradient_does_not_depend_on_accumulation_though_bert_drops_the_coun
         sizes = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", accumulation]
         dropout = ["--model_type", "bert", "--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0"]
         steps = ["--max_steps", "4", "--logging_steps", "1", "--optim", "sgd", "--learning_rate", "0.1"]
+        steps += ["--l1_penalty", "0.01"]  # once a step, too
         folders.append(run_bert(tmp_path / f"run{rows}", bert, *sizes, *dropout, *steps))
     printed = capsys.readouterr().out
     assert "NEWLY INITIALISED, to be learned from these data: classifier.bias, classifier.weight" in printed
@@ -459,6 +508,10 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
         (
             ["--optimizer", "sgd", "--sgd_momentum", "1"],
             r"sgd_momentum=1\.0 is out of range; give a number of at least",
+        ),
+        (
+            ["--early_stopping_patience", "1", "--eval_strategy", "no"],
+            r"early_stopping_patience=1 needs evaluations; set",
         ),
         (["--merge_adapter"], r"merge_adapter needs an adapter: set adapter to lora"),
         (["--max_length", "65"], r"max_length=65 exceeds the model's limit of 64 tokens"),

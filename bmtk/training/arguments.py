@@ -45,9 +45,13 @@ class SharedArguments:
         0.0, "evaluate and save an exponential moving average of the weights that forgets so slowly (0.999); 0: none"
     )
 
+    early_stopping_patience: int = _setting(
+        0, "end the run after so many evaluations without a better main metric, and keep the best model; 0: never"
+    )
+
     def wrong_settings(self) -> Iterator[str]:
         """What does not fit, in sentences."""
-        for name in ("muon_learning_rate", "unfreeze_epochs", "l1_penalty"):
+        for name in ("muon_learning_rate", "unfreeze_epochs", "l1_penalty", "early_stopping_patience"):
             if not 0 <= vars(self)[name] < math.inf:
                 yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0"
         if not 0 < self.layer_lr_decay <= 1:
@@ -128,6 +132,8 @@ class LoopArguments(SharedArguments):
         for name in ("decay_fraction", "min_lr_ratio"):
             if vars(self)[name] > 1:
                 yield f"{name}={vars(self)[name]} is a fraction; give a number from 0 to 1"
+        if self.early_stopping_patience and not self.eval_steps:
+            yield f"early_stopping_patience={self.early_stopping_patience} needs evaluations; set eval_steps"
         if self.num_train_steps < 1 and self.num_train_steps != -1:
             yield f"num_train_steps={self.num_train_steps} is out of range; give at least 1, or -1 for whole epochs"
         if self.num_train_steps == -1 and not 0 < self.num_train_epochs < math.inf:

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from .history import History
 from .interruption import Stopped, StopRequest
@@ -109,6 +109,15 @@ class AverageWeights(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.average.apply()
+
+
+class StopEarly(EarlyStoppingCallback):
+    """transformers' EarlyStoppingCallback, which a resumed run would let count anew."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        stored = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self.early_stopping_patience_counter = stored["early_stopping_patience_counter"]
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class StopOnNonFinite(TrainerCallback):

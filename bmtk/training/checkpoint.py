@@ -47,6 +47,9 @@ class TrainState:
     seconds: float = 0.0  # of training, without evaluations and checkpoints
     metrics: dict = field(default_factory=dict)  # of the last evaluation
     evaluated_step: int = -1  # when that was
+    best: float | None = None  # value of the main metric, where a run may end early
+    best_step: int = 0  # when that was
+    worse: int = 0  # evaluations since then
     skipped: list[int] = field(default_factory=list)  # steps whose update was not finite, and not applied
     window_loss: float = 0.0  # summed loss since the last line of history.jsonl
     window_items: int = 0  # predicted items since then
@@ -64,7 +67,7 @@ def save_checkpoint(
     config: dict | None = None,
     keep: int = 0,
 ) -> Path:
-    """Write `<directory>/checkpoints/step-<step>`, then delete all but the `keep` newest (0: none is deleted).
+    """Write `<directory>/checkpoints/step-<step>`, then delete all but best and `keep` newest (0: none is deleted).
 
     Called by every process; the main one writes.  A whole checkpoint of the same step is left as it is.
 
@@ -77,7 +80,7 @@ def save_checkpoint(
             _write_model(folder, model, processor)
             _write_state(folder / RUN_STATE, state, optimizer, accelerator, randomness)
             write_json(folder / RUN_STATE / "config.json", config or {})
-        _delete_old(final.parent, step=state.step, keep=keep)
+        _delete_old(final.parent, state, keep=keep)
     accelerator.wait_for_everyone()
     return final
 
@@ -133,6 +136,20 @@ def load_checkpoint(
         rows = load_file(run_state / "randomness.safetensors")
         state.randomness = {name: row[accelerator.process_index].clone() for name, row in rows.items()}
     return state
+
+
+def load_best(directory: str | Path, state: TrainState, *, model: torch.nn.Module, optimizer: NamedOptimizer):
+    """Put the weights of the best evaluation into the model; the averaged ones, if the run averages.
+
+    Raises: ValueError if its checkpoint is damaged.
+    """
+    folder = Path(directory) / "checkpoints" / f"step-{state.best_step:08d}"
+    if problems := damages(folder):
+        raise ValueError(f"the best checkpoint {folder} is damaged: {'; '.join(problems)}; restore it, or start anew")
+    _load_weights(folder, model)
+    if optimizer.average:
+        optimizer.average.load_state_dict(load_file(folder / RUN_STATE / AVERAGES))
+        optimizer.average.apply()
 
 
 def save_model(directory: str | Path, model: torch.nn.Module, processor=None):
@@ -224,10 +241,10 @@ def _checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdigit())
 
 
-def _delete_old(directory: Path, *, step: int, keep: int):
-    """Keep the `keep` newest up to `step`; a later one is damaged, or it would have been resumed."""
-    up_to_now = [folder for folder in _checkpoints(directory) if _step(folder) <= step]
-    for folder in up_to_now[:-keep] if keep else []:
+def _delete_old(directory: Path, state: TrainState, *, keep: int):
+    """Keep the best and the `keep` newest up to now; a later one is damaged, or it would have been resumed."""
+    up_to_now = [folder for folder in _checkpoints(directory) if _step(folder) <= state.step]
+    for folder in (old for old in up_to_now[:-keep] if _step(old) != state.best_step) if keep else []:
         # A kill while deleting must not leave half a checkpoint with its final name.
         os.replace(folder, folder.with_name(f"{PARTIAL}{folder.name}"))
     delete_partial(directory)

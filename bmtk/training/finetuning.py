@@ -21,11 +21,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from .adapters import ADAPTER_CONFIG, load_adapter
 from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check
 from .averaging import AVERAGES, WeightAverage
-from .callbacks import AverageWeights, Progress, TellEpoch
+from .callbacks import AverageWeights, Progress, StopEarly, TellEpoch
 from .gradients import gradient_rules
 from .layers import decay_rates, depths
 from .optimizers import build_optimizer
-from .predicting import Results, measure, predict_all
+from .predicting import LOWER_IS_BETTER, Results, measure, predict_all
 from .run_folder import CHECKPOINTS
 from .updates import LossSum
 
@@ -36,7 +36,6 @@ FREE_KEYS = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint logging_steps save_total_limit report_to disable_tqdm "
     "run_name per_device_eval_batch_size dataloader_num_workers dataloader_pin_memory merge_adapter".split()
 )
-LOWER_IS_BETTER = frozenset("loss mse mae mase wer cer perplexity".split())  # of the metrics that choose a best model
 
 
 def _settled(default):
@@ -91,14 +90,17 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
     do_predict: bool = _settled(False)
 
     def __post_init__(self):
-        check([*self._wrong_optimizer(), *self.wrong_settings()])
+        check([*self._wrong_choices(), *self.wrong_settings()])
+        self.load_best_model_at_end |= self.early_stopping_patience > 0
         super().__post_init__()
 
-    def _wrong_optimizer(self):
+    def _wrong_choices(self):
         if self.optimizer not in (None, *OPTIMIZERS):
             yield f"optimizer={self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}, or use optim"
         elif self.optimizer and (self.optim != TrainingArguments.optim or self.optim_args):
             yield f"optimizer={self.optimizer} and optim={self.optim} both name an optimizer; leave one of them out"
+        if self.early_stopping_patience and self.eval_strategy == "no":
+            yield f"early_stopping_patience={self.early_stopping_patience} needs evaluations; set eval_strategy"
 
 
 def load_for_task(auto_class, name: str, config, **loading: object) -> tuple[PreTrainedModel, list[str]]:
@@ -279,6 +281,8 @@ class TaskTrainer(Trainer):
         self.average: WeightAverage | None = None
         if args.ema_decay:
             self.add_callback(AverageWeights(self))
+        if args.early_stopping_patience:
+            self.add_callback(StopEarly(args.early_stopping_patience))
         smoothing = {"label_smoothing": args.label_smoothing_factor} if args.label_smoothing_factor else {}
         criterion = partial(task.criterion, **smoothing) if task.criterion else None
         self.loss = LossSum(model, model, args.device, criterion=criterion, inputs_of=task.inputs_of)
@@ -296,6 +300,11 @@ class TaskTrainer(Trainer):
         assert not return_outputs
         self.loss.model = model  # wrapped for several devices
         return self.loss(inputs, int(self.task.num_items(inputs)), num_items_in_batch) * self.args.world_size
+
+    def _run_epoch(self, **kwargs) -> None:
+        """Nothing, where a run goes on that had stopped early."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(**kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of a micro-batch; after the step's last one, `gradient_rules`, before the clipping."""

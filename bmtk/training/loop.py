@@ -78,7 +78,9 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     criterion: Callable[..., torch.Tensor] | None = None,
     inputs_of: Callable[[dict], dict] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    main_metric: str = "validation/loss",
     save: Callable[[TrainState], object] | None = None,
+    load_best: Callable[[TrainState], object] | None = None,
     log: Callable[[dict], None] | None = None,
     meter: Meter | None = None,
 ) -> TrainState:
@@ -90,6 +92,8 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     be used, and inputs_of(batch) is then what the model reads.
     evaluate() and save(state) are called on every process, log(record) on the main one for each line of history.jsonl.
     Where the optimizer keeps an average of the weights, the model has it in evaluations, and when this returns.
+    Early stopping goes by `main_metric` of the evaluations, and load_best(state) then gives the model what was saved
+    after state.best_step.
 
     Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop"; Stopped (exit code 130 or 143)
     after SIGINT or SIGTERM, when the step is finished and saved.
@@ -107,13 +111,13 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     average = optimizer.average
     if average and evaluate:
         evaluate = average.applied()(evaluate)
-    run = Progress(accelerator, args, state, total=total, meter=meter or Meter())
+    run = Progress(accelerator, args, state, total=total, meter=meter or Meter(), main_metric=main_metric)
     run.begin()
     model.train()
     with noted_signals(second_stops_at_once=accelerator.num_processes == 1) as request, run.bar() as bar:
         if state.step:
             run.evaluate_if_due(evaluate, log)  # the run may have been stopped before it came to this
-        for step in range(state.step, total):
+        for step in run.steps():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step)
             update = updater.step(batches[step], step, stop_requested=request.signal_number != 0)
@@ -125,10 +129,14 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
                 run.save(save)
                 raise _stopped(request, state, total, saved=save is not None)
             run.evaluate_if_due(evaluate, log)
-            if run.is_due(args.save_steps):
+            if run.must_save:
                 run.save(save)
     if average:
         average.apply()
+    if load_best and state.best_step not in (0, state.step):
+        accelerator.print(f"the best of the run, {main_metric} {state.best:.6g}, was that of step {state.best_step}")
+        load_best(state)
+        state.metrics = dict(evaluate())
     return state
 
 

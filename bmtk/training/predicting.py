@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from .updates import on_device
 
+LOWER_IS_BETTER = frozenset("loss mse mae mase wer cer perplexity".split())  # of the metrics that choose a best model
 SHORT = 20  # batches of an evaluation that shows no progress bar
 
 

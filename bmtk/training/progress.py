@@ -3,7 +3,7 @@
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from .arguments import LoopArguments
 from .checkpoint import TrainState
 from .history import History
+from .predicting import LOWER_IS_BETTER
 from .randomness import kept_randomness, seed_process, set_random_state
 from .throughput import Meter
 from .updates import Update
@@ -24,8 +25,19 @@ MAX_SKIPS_IN_A_ROW = 20  # after so many rejected steps the weights or the data 
 class Progress:
     """Account of one run.  Updates are read from the device only when something is due, so the host can run ahead."""
 
-    def __init__(self, accelerator: Accelerator, args: LoopArguments, state: TrainState, *, total: int, meter: Meter):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: LoopArguments,
+        state: TrainState,
+        *,
+        total: int,
+        meter: Meter,
+        main_metric: str = "validation/loss",
+    ):
+        """`main_metric` is the one of an evaluation that early stopping goes by."""
         self.accelerator, self.args, self.state, self.total, self.meter = accelerator, args, state, total, meter
+        self.main_metric = main_metric
         self.history = History(args.output_dir)
         self.unread: list[Update] = []
         self.window_tokens = 0  # since the meter's last lap
@@ -47,6 +59,11 @@ class Progress:
         interval = 0.5 if sys.stderr.isatty() else 20.0
         hidden = not self.accelerator.is_main_process
         return tqdm(total=self.total, initial=self.state.step, unit="step", mininterval=interval, disable=hidden)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, counted from 0, until the run ends."""
+        while self.state.step < self.total and not self.is_over:
+            yield self.state.step
 
     def add(self, update: Update):
         """Count one step; read it at once if it is known to be rejected, or something is due after it."""
@@ -126,6 +143,33 @@ class Progress:
             self.state.metrics = dict(evaluate())
         self.state.evaluated_step = self.state.step
         self._write({"step": self.state.step, **self.state.metrics}, report)
+        if self.args.early_stopping_patience:
+            self._compare()
+
+    def _compare(self):
+        """Note whether the evaluation was the best one.  Raises: ValueError if it does not have the main metric."""
+        state, patience = self.state, self.args.early_stopping_patience
+        if self.main_metric not in state.metrics:
+            raise ValueError(
+                f"early_stopping_patience={patience} goes by {self.main_metric}, and the evaluation has "
+                f"{', '.join(state.metrics) or 'nothing'}; give validation rows, or leave it out"
+            )
+        value, lower = state.metrics[self.main_metric], self.main_metric.rpartition("/")[2] in LOWER_IS_BETTER
+        former = state.best if state.best is not None else math.inf if lower else -math.inf
+        if value < former if lower else value > former:
+            state.best, state.best_step, state.worse = value, state.step, 0
+        else:
+            state.worse += 1
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run ends early."""
+        return 0 < self.args.early_stopping_patience <= self.state.worse
+
+    @property
+    def must_save(self) -> bool:
+        """Whether a checkpoint is due, or this step is the best, or the last one."""
+        return self.is_due(self.args.save_steps) or self.state.best_step == self.state.step or self.is_over
 
     def save(self, save: Callable[[TrainState], object] | None):
         """Save the run as it is now."""

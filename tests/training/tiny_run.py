@@ -18,7 +18,14 @@ from accelerate.state import AcceleratorState
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from bmtk.training.arguments import LoopArguments
-from bmtk.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint, save_model
+from bmtk.training.checkpoint import (
+    TrainState,
+    load_best,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    save_model,
+)
 from bmtk.training.loop import build_accelerator, prepare, train
 from bmtk.training.predicting import predict_all
 from bmtk.training.run_folder import locked
@@ -145,6 +152,7 @@ def run_on(accelerator, args, *, dropout: float = 0.2, model=None, batches=None,
         num_items=num_items,
         evaluate=evaluate,
         save=functools.partial(save_checkpoint, args.output_dir, keep=args.save_total_limit, **parts),
+        load_best=functools.partial(load_best, args.output_dir, model=model, optimizer=optimizer),
     )
     if accelerator.is_main_process:
         save_model(args.output_dir, model)

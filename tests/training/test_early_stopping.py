@@ -1,0 +1,117 @@
+"""A run that ends early ends where a reading of the whole run's history says, with the model that was best there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import Stopping, arguments, read_history, run
+
+from bmtk.training.checkpoint import TrainState
+from bmtk.training.progress import Progress
+from bmtk.training.throughput import Meter
+
+SETTINGS = {"num_train_steps": 12, "eval_steps": 1, "learning_rate": 0.003, "schedule": "constant", "warmup_steps": 0}
+PATIENT = SETTINGS | {"early_stopping_patience": 3, "save_steps": 0, "save_total_limit": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that does not end early, with a checkpoint of every step."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(arguments(folder, **SETTINGS | {"save_steps": 1}))
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["validation/loss"] for row in read_history(folder) if "validation/loss" in row]
+
+
+def ends_at(values: list[float], patience: int) -> tuple[int, int]:
+    """The step after which the run ends, and the one that was best."""
+    for step in range(1, len(values) + 1):
+        best = 1 + min(range(step), key=lambda place: values[place])
+        if step - best == patience:
+            return step, best
+    raise AssertionError("these losses never stop falling")
+
+
+def weights(folder: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    return load_file((folder / "checkpoints" / f"step-{step:08d}" if step else folder) / "model.safetensors")
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_run_ends_after_the_patience_and_leaves_the_best_model(whole, tmp_path):
+    last, best = ends_at(losses(whole), patience=3)
+    assert 1 < best < last < 12
+    args = arguments(tmp_path, **PATIENT)
+    first = run(args)
+    assert first["step"] == last
+    assert equal(weights(tmp_path), weights(whole, best))
+    assert first["metrics"]["validation/loss"] == losses(whole)[best - 1]
+    assert losses(tmp_path) == losses(whole)[:last]
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == [f"step-{best:08d}", f"step-{last:08d}"]
+    before = (tmp_path / "history.jsonl").read_bytes()
+    assert run(args, batches=Stopping(0)) == first, "there is nothing left to train"
+    assert (tmp_path / "history.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("back", [1, 2])
+def test_a_stopped_run_goes_on_counting(whole, back, tmp_path):
+    last, best = ends_at(losses(whole), patience=3)
+    with pytest.raises(SystemExit):
+        run(arguments(tmp_path, **PATIENT), batches=Stopping(last - 1 - back))
+    assert run(arguments(tmp_path, **PATIENT))["step"] == last
+    assert equal(weights(tmp_path), weights(whole, best))
+
+
+def test_the_best_averaged_weights_are_left(tmp_path):
+    settings = PATIENT | {"ema_decay": 0.3, "save_total_limit": 0, "save_steps": 1}
+    last = run(arguments(tmp_path, **settings))["step"]
+    expected = ends_at(losses(tmp_path), patience=3)
+    assert last == expected[0]
+    checkpoint = tmp_path / "checkpoints" / f"step-{expected[1]:08d}"
+    averages = load_file(checkpoint / "training_state" / "averages.safetensors")
+    assert all(torch.equal(value, averages[name]) for name, value in weights(tmp_path).items())
+
+
+def test_a_run_that_is_best_at_its_end_is_left_as_it_is(tmp_path):
+    assert run(arguments(tmp_path, **PATIENT | {"num_train_steps": 2}))["step"] == 2
+    assert losses(tmp_path)[-1] == min(losses(tmp_path))
+    state = json.loads((tmp_path / "checkpoints" / "step-00000002" / "training_state" / "state.json").read_text())
+    assert (state["progress"]["best_step"], state["progress"]["worse"]) == (2, 0)
+
+
+@pytest.mark.parametrize(("metric", "best_step"), [("validation/loss", 2), ("validation/accuracy", 3)])
+def test_better_is_lower_for_losses_and_higher_for_others_and_never_unknown(metric, best_step, tmp_path):
+    args, state = arguments(tmp_path, **PATIENT), TrainState()
+    progress = Progress(_Main(), args, state, total=12, meter=Meter(), main_metric=metric)
+    for step, value in enumerate([float("nan"), 0.1, 0.9, 0.5, float("nan"), 0.9], start=1):
+        state.step = step
+        progress.evaluate_if_due(lambda value=value: {metric: value}, None)
+    assert (state.best_step, state.worse, progress.is_over) == (best_step, 6 - best_step, True)
+
+
+class _Main:
+    is_main_process = True
+
+
+def test_what_early_stopping_needs_is_told(tmp_path):
+    with pytest.raises(ValueError, match="early_stopping_patience=2 needs evaluations; set eval_steps"):
+        arguments(tmp_path, early_stopping_patience=2, eval_steps=0)
+    progress = Progress(_Main(), arguments(tmp_path, **PATIENT), TrainState(step=1), total=12, meter=Meter())
+    with pytest.raises(ValueError, match=r"goes by validation/loss, and the evaluation has nothing; give validation"):
+        progress.evaluate_if_due(dict, None)
+
+
+def test_a_best_checkpoint_that_is_damaged_is_told(whole, tmp_path):
+    _, best = ends_at(losses(whole), patience=3)
+    run(arguments(tmp_path, **PATIENT))
+    (tmp_path / "checkpoints" / f"step-{best:08d}" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"the best checkpoint .* is damaged: model\.safetensors is missing"):
+        run(arguments(tmp_path, **PATIENT))
