@@ -142,10 +142,15 @@ def read_config(model: str, chosen: dict[str, object], **loading: object) -> tup
             f"model={model!r} is no folder here, and as a Hub id it cannot be loaded: {reason}"
         ) from error
     for name in chosen:
-        if ("drop" in name or name.startswith("classifier_")) and hasattr(config, name):
+        if may_change(name) and hasattr(config, name):
             setattr(config, name, chosen[name])
     others = [name for name in chosen if getattr(config, name, None) != chosen[name]]
     return config, [f"{model} keeps its own architecture: {', '.join(others)} not applied"] if others else []
+
+
+def may_change(name: str) -> bool:
+    """Whether a field of a pretrained model's configuration may be set anew: it is of dropout, or of the head."""
+    return "drop" in name or name.startswith("classifier_")
 
 
 def starting_model(run, task, chosen: dict[str, object]) -> PreTrainedModel:
