@@ -106,7 +106,7 @@ def build_model(run, task, adapter, chosen):
     """The model that training starts from: pretrained under the task's head, or new; with its adapter."""
     if adapter.purpose and not run.model:
         raise ValueError(f"{adapter.purpose} a pretrained model; name one with model")
-    model = finetuning.starting_model(run, task, chosen)
+    model = finetuning.starting_model(run, task, chosen, quantize=adapter.quantize)
     if not run.model:
         task.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
     return adapt(model, adapter, task_type=task.peft_task_type)

@@ -220,7 +220,9 @@ def test_a_trial_is_stopped_early_if_it_is_worse_than_the_median_at_the_same_eva
 def test_what_cannot_be_searched_is_told_before_anything_runs(recipe, argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=message):
-        recipe.main(["--preset", "smoke", "--output_dir", str(tmp_path / "s"), "--search", "optuna", *argv])
+        recipe.main(
+            ["--preset", "smoke", "--output_dir", str(tmp_path / "s"), "--trials", "1", "--search", "optuna", *argv]
+        )
     assert not (tmp_path / "s").exists()
 
 
