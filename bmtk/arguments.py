@@ -31,7 +31,9 @@ NAMES_OF_SOURCES = frozenset(("data_name", "data_licence"))
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]"
 # Keys that may differ when a run goes on: they say where it is described and published, not what is learned.
-FREE_RUN_KEYS = frozenset(("config", "preset", "dry_run", "find_lr", "push_to_hub", "private", "trust_remote_code"))
+FREE_RUN_KEYS = frozenset(
+    ("config", "preset", "dry_run", "find_lr", "push_to_hub", "private", "trust_remote_code", "trials")
+)
 
 
 @dataclass
@@ -64,6 +66,9 @@ class RunArguments:
     find_lr: bool = field(
         default=False, metadata={"help": "Try learning rates from far too small to far too large, and suggest one"}
     )
+    skip_test: bool = field(
+        default=False, metadata={"help": "Leave the test rows unread: for runs by which settings are chosen"}
+    )
     push_to_hub: str | None = field(
         default=None, metadata={"help": "user/name to publish the result under; needs `hf auth login` or HF_TOKEN"}
     )
@@ -73,6 +78,12 @@ class RunArguments:
     def loading(self) -> dict[str, bool]:
         """What `from_pretrained` is told about code that comes with a model."""
         return {"trust_remote_code": True} if self.trust_remote_code else {}
+
+    @property
+    def reading(self) -> dict[str, object]:
+        """What a task is told of its model and of the parts of its data."""
+        splits = ("train", "validation", *(() if self.skip_test else ("test",)))
+        return {"model": self.model, "splits": splits, **self.loading}
 
 
 class RunConfig:
@@ -120,7 +131,7 @@ class RunConfig:
         unknown = [key for key in self.file_values if key not in known]
         unknown += [key for key in self.cli_values if key not in known | switches | {"help"}]
         if unknown:
-            raise ValueError("\n".join(_unknown_key(key, known) for key in dict.fromkeys(unknown)))
+            raise ValueError("\n".join(unknown_key(key, known) for key in dict.fromkeys(unknown)))
         if short := [text for text in self.argv if re.match(r"-[A-Za-z]\w+", text)]:
             raise ValueError(f"'{short[0]}' is no option; options begin with two dashes: '-{short[0]}'")
         parser = _Parser(classes, description=description, usage=USAGE, allow_abbrev=False, formatter_class=_Help)
@@ -135,15 +146,33 @@ def resolved_config(*instances: object) -> dict[str, object]:
         foreign = any(cls.__module__.split(".")[0] == "transformers" for cls in type(instance).__mro__)
         for f in dataclasses.fields(instance):
             value = getattr(instance, f.name)
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             if "token" in f.name.split("_") and f.name.startswith("hub"):
                 continue  # a secret has no place in a file
-            if not f.init or (foreign and value == default and f.name not in inspect.get_annotations(type(instance))):
+            ours = f.name in inspect.get_annotations(type(instance))
+            if not f.init or (foreign and value == _default(f) and not ours):
                 continue
             if foreign and (value == [] or not isinstance(value, str | int | float | list | dict | None)):
                 continue  # not what was given, but what the class made of it
             resolved[f.name] = json.loads(json.dumps(value, default=str))
     return resolved
+
+
+def changed_settings(*instances: object) -> dict[str, object]:
+    """What of `resolved_config` is not the default: the content of a config file that says the same."""
+    defaults = {f.name: _default(f) for instance in instances for f in dataclasses.fields(instance) if f.init}
+    config = resolved_config(*instances).items()
+    changed = {name: value for name, value in config if value is not None and value != defaults[name]}
+    return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in changed.items()}
+
+
+def field_types(*instances: object) -> dict[str, type]:
+    """The type of every field that a config file may set, as `bind` reads it: a list's is `list[...]`."""
+    hints = [(instance, typing.get_type_hints(type(instance))) for instance in instances]
+    return {f.name: _plain_type(of[f.name]) for instance, of in hints for f in dataclasses.fields(instance) if f.init}
+
+
+def _default(f: dataclasses.Field) -> object:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def model_type_of(values: RunConfig) -> str:
@@ -278,7 +307,7 @@ def _as_argv(key: str, value: object) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, bool) else value}"]
 
 
-def _unknown_key(key: str, known: set[str]) -> str:
+def unknown_key(key: str, known: set[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; see --help for the known ones")
 

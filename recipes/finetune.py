@@ -4,11 +4,11 @@
     accelerate launch recipes/finetune.py --model outputs/pretrain --dataset FOLDER_FILE_OR_HUB_ID
     accelerate launch recipes/finetune.py --model outputs/pretrain --dataset ... --adapter lora --learning_rate 1e-3
     accelerate launch recipes/finetune.py --config my.yaml --dry_run                         # the plan, no training
+    accelerate launch recipes/finetune.py --config my.yaml --search optuna --trials 30       # which settings?
 
 Stop it whenever you like: the same command goes on where it stopped.
 """
 
-import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -22,6 +22,7 @@ import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import facts, summary
 from bmtk.hub.conclusion import conclude
+from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
 from bmtk.training import finetuning
 from bmtk.training.adapters import AdapterArguments, adapt
@@ -29,7 +30,7 @@ from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnReques
 from bmtk.training.interruption import noted_signals
 from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.rehearsal import seconds_per_step
-from bmtk.training.run_folder import CHECKPOINTS, check_output_dir, locked
+from bmtk.training.run_folder import CHECKPOINTS, held
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -40,8 +41,8 @@ def read_arguments(argv: list[str]) -> list:
     task_class = task_named(values.get("task", "sequence_classification"))
     model_type = arguments.model_type_of(values)
     architecture = arguments.model_fields(model_type)
-    groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments]
-    bound = values.bind([*groups, AdapterArguments, architecture], description=__doc__)
+    groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments, AdapterArguments]
+    bound = values.bind([*groups, SearchArguments, architecture], description=__doc__)
     bound[0].task, bound[0].model_type = task_class.name, model_type
     if bound[2].load_best_model_at_end:
         finetuning.choose_best_by(bound[2], values.get("metric_for_best_model", task_class.main_metric))
@@ -51,13 +52,15 @@ def read_arguments(argv: list[str]) -> list:
 def main(argv: list[str]) -> None:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()  # of files; Trainer's own bar stays
-    run, data_args, args, adapter, architecture = read_arguments(argv)
-    config = arguments.resolved_config(run, data_args, args, adapter, architecture)
-    task_class = task_named(run.task)
+    run, data_args, args, adapter, search, architecture = read_arguments(argv)
+    task_class, settings = task_named(run.task), [run, data_args, args, adapter, architecture]
+    if search.search:
+        return search_settings(search, settings, task_class, recipe=__file__, log=print)
+    config = arguments.resolved_config(*settings)
     is_main = args.process_index == 0
     started_at = facts.now()
     with args.main_process_first():
-        task = task_class(data_args, model=run.model, seed=args.seed, **run.loading)
+        task = task_class(data_args, seed=args.seed, **run.reading)
     set_seed(args.seed)
     model = build_model(run, task, adapter, arguments.chosen_fields(architecture))
     if is_main:
@@ -69,11 +72,9 @@ def main(argv: list[str]) -> None:
 
     folder = Path(args.output_dir)
     free_keys = finetuning.FREE_KEYS | arguments.FREE_RUN_KEYS | task_class.free_keys
-    with contextlib.ExitStack() as stack:
-        if is_main:
-            stack.enter_context(locked(folder))
-            check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
-        request = stack.enter_context(noted_signals(second_stops_at_once=args.world_size == 1))
+    check = {"overwrite": args.overwrite_output_dir, "free_keys": free_keys}
+    signals = noted_signals(second_stops_at_once=args.world_size == 1)
+    with held(folder, config, is_main=is_main, **check), signals as request:
         history = RecordHistory(folder, unit=task.unit)
         callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
         trainer = finetuning.build_trainer(model, task, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
@@ -105,7 +106,7 @@ def build_model(run, task, adapter, chosen):
     """The model that training starts from: pretrained under the task's head, or new; with its adapter."""
     if adapter.purpose and not run.model:
         raise ValueError(f"{adapter.purpose} a pretrained model; name one with model")
-    model = finetuning.starting_model(run, task, chosen)
+    model = finetuning.starting_model(run, task, chosen, quantize=adapter.quantize)
     if not run.model:
         task.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
     return adapt(model, adapter, task_type=task.peft_task_type)

@@ -4,11 +4,11 @@
     accelerate launch recipes/pretrain.py --preset smoke                                  # seconds
     accelerate launch recipes/pretrain.py --config my.yaml --learning_rate 1e-3
     accelerate launch recipes/pretrain.py --config my.yaml --dry_run                      # the plan, no training
+    accelerate launch recipes/pretrain.py --config my.yaml --search optuna --trials 30    # which settings?
 
 Stop it whenever you like: the same command goes on where it stopped.
 """
 
-import contextlib
 import logging
 import sys
 import tempfile
@@ -21,6 +21,7 @@ import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import facts, summary
 from bmtk.hub.conclusion import conclude
+from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
 from bmtk.training import checkpoint
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
@@ -29,7 +30,7 @@ from bmtk.training.loop import build_accelerator, prepare, train
 from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.predicting import Evaluator, Results
 from bmtk.training.rehearsal import seconds_per_step
-from bmtk.training.run_folder import check_output_dir, locked
+from bmtk.training.run_folder import held
 from bmtk.training.schedules import build_schedule
 from bmtk.training.throughput import build_meter
 
@@ -42,22 +43,24 @@ def read_arguments(argv: list[str]) -> list:
     task_class = task_named(values.get("task", "causal_lm"))
     model_type = arguments.model_type_of(values)
     architecture = arguments.model_fields(model_type)
-    groups = [arguments.RunArguments, task_class.arguments, LoopArguments, architecture]
+    groups = [arguments.RunArguments, task_class.arguments, LoopArguments, SearchArguments, architecture]
     bound = values.bind(groups, description=__doc__)
     bound[0].task, bound[0].model_type = task_class.name, model_type
     return bound
 
 
 def main(argv: list[str]) -> None:
-    run, data_args, args, architecture = read_arguments(argv)
-    config = arguments.resolved_config(run, data_args, args, architecture)
-    task_class = task_named(run.task)
+    run, data_args, args, search, architecture = read_arguments(argv)
+    task_class, settings = task_named(run.task), [run, data_args, args, architecture]
+    if search.search:
+        return search_settings(search, settings, task_class, recipe=__file__, log=print)
+    config = arguments.resolved_config(*settings)
     accelerator = build_accelerator(args)
 
     def build(folder: Path) -> tuple:
         """The task, and the model that training starts from: the same on every process."""
         with accelerator.main_process_first():
-            task = task_class(data_args, model=run.model, seed=args.seed, folder=folder, **run.loading)
+            task = task_class(data_args, seed=args.seed, folder=folder, **run.reading)
         set_seed(args.seed)
         return task, starting_model(run, task, arguments.chosen_fields(architecture))
 
@@ -69,10 +72,8 @@ def main(argv: list[str]) -> None:
 
     folder = Path(args.output_dir)
     free_keys = FREE_KEYS | arguments.FREE_RUN_KEYS | task_class.free_keys
-    with contextlib.ExitStack() as stack:
-        if accelerator.is_main_process:
-            stack.enter_context(locked(folder))
-            check_output_dir(folder, config, overwrite=args.overwrite_output_dir, free_keys=free_keys)
+    check = {"overwrite": args.overwrite_output_dir, "free_keys": free_keys}
+    with held(folder, config, is_main=accelerator.is_main_process, **check):
         started_at = facts.now()
         task, model = build(folder)
         accelerator.print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)
@@ -107,7 +108,6 @@ def fit(model, task, args, config, accelerator) -> tuple[checkpoint.TrainState, 
     if newest:
         state = checkpoint.load_checkpoint(newest, model=wrapped, optimizer=optimizer, accelerator=accelerator)
         accelerator.print(f"going on after step {state.step:,} ({newest})")
-
     evaluator = Evaluator(task, wrapped, accelerator, batch_size=batches.micro_batch_size)
     saved = {"model": wrapped, "optimizer": optimizer, "accelerator": accelerator, "processor": task.processor}
     train(

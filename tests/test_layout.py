@@ -30,8 +30,9 @@ ARROWS = {
     "training": set(),
     "hub": set(),
     "models": set(),
-    "recipes": {"bmtk", "arguments", "tasks", "training", "hub"},
-    "bmtk_cli": {"bmtk", "arguments", "catalogue", "data", "tasks", "training", "hub", "models"},
+    "search": {"arguments", "training", "hub"},
+    "recipes": {"bmtk", "arguments", "search", "tasks", "training", "hub"},
+    "bmtk_cli": {"bmtk", "arguments", "catalogue", "data", "search", "tasks", "training", "hub", "models"},
 }
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "misc"}
 MODEL_PACKAGES = {"torch", "numpy", "transformers", "huggingface_hub"}

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from smoke_runs import TINY
 from transformers import AutoModel, AutoTokenizer, pipeline
 
-from bmtk.arguments import read_yaml
+from bmtk.arguments import changed_settings, read_yaml, resolved_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
@@ -63,6 +64,16 @@ def test_every_config_binds_and_the_command_in_its_header_runs_it(config, monkey
     assert by_header[2].output_dir == by_file[2].output_dir == read_yaml(config)["output_dir"]
     assert by_header[0].task == config.parent.name
     assert len(facts) >= 1, "the header says the hardware and the minutes"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_changed_settings_are_a_config_that_says_the_same(config, tmp_path):
+    recipe = recipe_of(config)
+    parts = recipe.read_arguments(["--config", str(config)])
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump({**changed_settings(*parts), "seed": 7}), encoding="utf-8")
+    one, other = (resolved_config(*read) for read in (parts, recipe.read_arguments(["--config", str(again)])))
+    assert {**one, "seed": 7, "config": str(again)} == other
 
 
 def test_the_finished_folder_is_a_repository_with_report_and_card(pretrained):

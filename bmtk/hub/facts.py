@@ -56,7 +56,7 @@ def model_facts(model, *, base_model: str | None = None, adapter: str | None = N
     return {
         "class": type(model).__name__,
         "model_type": model.config.model_type,
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_parameters": model.num_parameters(),  # counts what is packed by quantisation, too
         "base_model": base_model,
         "adapter": adapter,
     }

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .quantization import QUANTIZATIONS
+
 ADAPTERS = ("lora", "dora")
 ADAPTER_CONFIG = "adapter_config.json"  # the file that makes a folder an adapter
 
@@ -31,6 +33,10 @@ class AdapterArguments:
     freeze_backbone: bool = field(
         default=False, metadata={"help": "train the head alone (a linear probe); all else stays as it was pretrained"}
     )
+    quantize: str | None = field(
+        default=None,
+        metadata={"help": "4bit or 8bit: keep the frozen weights under an adapter so (QLoRA); needs bitsandbytes"},
+    )
     merge_adapter: bool = field(
         default=False, metadata={"help": "save a whole model with the update added to its weights, not the adapter"}
     )
@@ -40,6 +46,16 @@ class AdapterArguments:
             raise ValueError(
                 f"adapter={self.adapter!r} is unknown; choose {' or '.join(ADAPTERS)}, or leave it out to train all "
                 "weights"
+            )
+        if self.quantize not in (None, *QUANTIZATIONS):
+            raise ValueError(
+                f"quantize={self.quantize!r} is unknown; choose {' or '.join(QUANTIZATIONS)}, or leave it out"
+            )
+        if self.quantize and not self.adapter:
+            raise ValueError(f"quantize={self.quantize} leaves weights that cannot be trained: set adapter to lora")
+        if self.quantize and self.merge_adapter:
+            raise ValueError(
+                f"merge_adapter would round the update to quantize={self.quantize}; leave one of them out"
             )
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")

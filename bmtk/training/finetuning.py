@@ -26,6 +26,7 @@ from .gradients import gradient_rules
 from .layers import decay_rates, depths
 from .optimizers import build_optimizer
 from .predicting import LOWER_IS_BETTER, Results, measure, predict_all
+from .quantization import quantization, quantize_subclasses
 from .run_folder import CHECKPOINTS
 from .updates import LossSum
 
@@ -103,13 +104,20 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
             yield f"early_stopping_patience={self.early_stopping_patience} needs evaluations; set eval_strategy"
 
 
-def load_for_task(auto_class, name: str, config, **loading: object) -> tuple[PreTrainedModel, list[str]]:
+def load_for_task(
+    auto_class, name: str, config, *, quantize: str | None = None, **loading: object
+) -> tuple[PreTrainedModel, list[str]]:
     """Weights of `name` in float32 under the head of `auto_class`; with what was not found there, in sentences.
 
+    quantize: "4bit" or "8bit", for the linear layers of the trunk.
     Raises: ValueError if the model has no such head, or its trunk is not the one that `config` describes.
     """
     if type(config) not in auto_class._model_mapping and auto_class.__name__ not in getattr(config, "auto_map", {}):
         raise ValueError(f"a {config.model_type} model has no head for this task (no {auto_class.__name__} knows it)")
+    if quantize:
+        with torch.device("meta"):
+            skeleton = auto_class.from_config(config, **loading)
+        loading["quantization_config"] = quantization(quantize, skeleton)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its table of missing weights is said in one line here
     try:
@@ -123,6 +131,8 @@ def load_for_task(auto_class, name: str, config, **loading: object) -> tuple[Pre
         )
     finally:
         transformers.logging.set_verbosity(verbosity)
+    if quantize:
+        quantize_subclasses(model, loading["quantization_config"])
     return model, _weight_notes(model, name, info)
 
 
@@ -166,21 +176,27 @@ def read_config(model: str, chosen: dict[str, object], **loading: object) -> tup
             f"model={model!r} is no folder here, and as a Hub id it cannot be loaded: {reason}"
         ) from error
     for name in chosen:
-        if ("drop" in name or name.startswith("classifier_")) and hasattr(config, name):
+        if may_change(name) and hasattr(config, name):
             setattr(config, name, chosen[name])
     others = [name for name in chosen if getattr(config, name, None) != chosen[name]]
     return config, [f"{model} keeps its own architecture: {', '.join(others)} not applied"] if others else []
 
 
-def starting_model(run, task, chosen: dict[str, object]) -> PreTrainedModel:
+def may_change(name: str) -> bool:
+    """Whether a field of a pretrained model's configuration may be set anew: it is of dropout, or of the head."""
+    return "drop" in name or name.startswith("classifier_")
+
+
+def starting_model(run, task, chosen: dict[str, object], *, quantize: str | None = None) -> PreTrainedModel:
     """The model that training starts from: `run.model` under the task's head, or a new `run.model_type`.
 
-    `chosen` are fields of its configuration.  What was decided on the way is said in `task.notes`.
+    `chosen` are fields of its configuration, `quantize` is that of `load_for_task`.  What was decided on the way is
+    said in `task.notes`.
     """
     if run.model:
         config, notes = read_config(run.model, chosen, **run.loading)
         task.configure(config)
-        model, more = load_for_task(task.auto_class, run.model, config, **run.loading)
+        model, more = load_for_task(task.auto_class, run.model, config, quantize=quantize, **run.loading)
         task.notes += notes + more
     else:
         config = task.new_config(run.model_type, chosen, preset=run.preset_model)
@@ -193,13 +209,13 @@ def starting_model(run, task, chosen: dict[str, object]) -> PreTrainedModel:
 class TrainedModel:
     """A finished model: a whole one, or an adapter whose base is where `adapter_config.json` says.
 
-    The labels of an adapter, and how its head pools, only its run.json can tell.
+    The labels of an adapter, how its head pools, and how its base was quantised, only its run.json can tell.
     Raises: ValueError if it, or its base, cannot be found.
     """
 
     def __init__(self, name: str, **loading: object):
         self.name, self.loading, self.labels = name, loading, []
-        self.base, head = name, {}
+        self.base, self.quantize, head = name, None, {}
         if (Path(name) / ADAPTER_CONFIG).is_file():
             self.base = json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8"))[
                 "base_model_name_or_path"
@@ -207,13 +223,14 @@ class TrainedModel:
             facts = Path(name) / "run.json"
             run = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
             self.labels = run.get("data", {}).get("labels", [])
-            settings = run.get("config", {}).items()
-            head = {key: value for key, value in settings if key.startswith("classifier_") and value is not None}
+            settings = run.get("config", {})
+            self.quantize = settings.get("quantize")
+            head = {k: value for k, value in settings.items() if k.startswith("classifier_") and value is not None}
         self.config, _ = read_config(self.base, head, **loading)
 
     def load(self, auto_class) -> PreTrainedModel | PeftModel:
         """The model with its head.  Raises: ValueError if it was saved without one."""
-        model, notes = load_for_task(auto_class, self.base, self.config, **self.loading)
+        model, notes = load_for_task(auto_class, self.base, self.config, quantize=self.quantize, **self.loading)
         if self.base != self.name:
             return load_adapter(model, self.name)
         if notes:

@@ -23,6 +23,9 @@ FROM_A_RUN = (
     "config.json",
     "*.safetensors",
     "*.safetensors.index.json",
+    "trials",  # these three of a search
+    "study.journal",
+    "best.yaml",
 )
 
 
@@ -104,6 +107,20 @@ def _delete_run(directory: Path):
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+@contextmanager
+def held(directory: str | Path, config: dict, *, is_main: bool = True, **options: object) -> Iterator[None]:
+    """Lock `directory` and check that it is this run's, as long as the body runs; only the main process does.
+
+    `options` and errors are those of `check_output_dir`.
+    """
+    if not is_main:
+        yield
+        return
+    with locked(directory):
+        check_output_dir(directory, config, **options)
+        yield
 
 
 @contextmanager

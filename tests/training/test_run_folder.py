@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from bmtk.training.history import History
-from bmtk.training.run_folder import check_output_dir, locked
+from bmtk.training.run_folder import check_output_dir, held, locked
 
 CONFIG = {"learning_rate": 0.1, "betas": (0.9, 0.95), "save_steps": 10}
 
@@ -15,6 +15,15 @@ CONFIG = {"learning_rate": 0.1, "betas": (0.9, 0.95), "save_steps": 10}
 def test_the_same_run_may_come_back_with_another_cadence(tmp_path):
     for config in (CONFIG, CONFIG, CONFIG | {"save_steps": 5}):
         check_output_dir(tmp_path / "new", config, overwrite=False)
+
+
+def test_the_main_process_holds_the_folder_and_no_other_touches_it(tmp_path):
+    with held(tmp_path / "run", CONFIG, is_main=False, overwrite=False):
+        assert not (tmp_path / "run").exists()
+    with held(tmp_path / "run", CONFIG, overwrite=False):
+        assert (tmp_path / "run" / "run_config.json").exists()
+        assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} ")
+    assert (tmp_path / "run" / ".lock").read_text() == ""
 
 
 def test_another_run_is_refused_with_the_keys_that_differ(tmp_path):

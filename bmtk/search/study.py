@@ -1,0 +1,244 @@
+"""The search itself: which values next, what came of them, and which were best.  It goes on where it stopped."""
+
+import dataclasses
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from bmtk import arguments
+from bmtk.hub.wording import format_number, format_seconds
+from bmtk.training import arguments as loop_arguments
+from bmtk.training import finetuning
+from bmtk.training.interruption import noted_signals
+from bmtk.training.predicting import LOWER_IS_BETTER
+from bmtk.training.run_folder import held
+
+from .space import SearchArguments, default_space, read_space
+from .trial import RecipeTrials, TrialFailed, write_settings
+
+JOURNAL, BEST, TRIALS = "study.journal", "best.yaml", "trials"
+HOPELESS = 3  # so many trials failed, and none succeeded: it is not the values
+NUM_SHOWN = 5  # trials in the last table
+NUM_FOR_IMPORTANCES = 8  # of fewer trials nothing is said about what matters
+# Trials that differ in these are measured on other rows, or are somewhere else.
+INCOMPARABLE = arguments.SOURCE_KEYS | {"seed", "validation_fraction", "leakage", "output_dir", "overwrite_output_dir"}
+OF_THIS_RUN = {"config", "preset", "overwrite_output_dir", "resume_from_checkpoint"}  # no trial is told of them
+FREE_KEYS = arguments.FREE_RUN_KEYS | loop_arguments.FREE_KEYS | finetuning.FREE_KEYS  # may differ when it goes on
+OF_A_RESULT = {"push_to_hub", "private"}
+
+
+def search_settings(
+    args: SearchArguments, settings: Sequence, task_class, *, recipe: str, log: Callable[[str], object]
+) -> None:
+    """Run `recipe` with many values of its `settings`, the bound dataclasses run, data, training, ..., architecture.
+
+    Trials are compared by `task_class.main_metric` of the validation rows; the test rows are not read.
+    Raises: ValueError for several processes, a space that does not fit, another search in the folder, and if no trial
+    succeeds; Stopped (exit code 130 or 143) after SIGINT or SIGTERM, when the trial that was running is saved.
+    """
+    run, _, training, *_, architecture = settings
+    _check_launch(run)
+    current = {f.name: vars(part)[f.name] for part in settings for f in dataclasses.fields(part) if f.init}
+    args.search_space = args.search_space or default_space(current)
+    space = read_space(args.search_space, arguments.field_types(*settings), _refused(run, architecture))
+    folder, metric = Path(training.output_dir), task_class.main_metric
+    changed = {k: v for k, v in arguments.changed_settings(*settings).items() if k not in OF_THIS_RUN}
+    in_trials = {k: v for k, v in changed.items() if k not in OF_A_RESULT}
+    if "corpus_dir" in current:
+        in_trials.setdefault("corpus_dir", str(folder / "corpus"))  # tokens are made once
+    config = {**arguments.resolved_config(*settings), **vars(args)}
+    check = {"overwrite": training.overwrite_output_dir, "free_keys": FREE_KEYS | task_class.free_keys}
+    with held(folder, config, **check), noted_signals(second_stops_at_once=False) as request:
+        study = open_study(
+            folder / JOURNAL, maximise=metric not in LOWER_IS_BETTER, first=_inside(space, current)
+        )
+        run_trial = RecipeTrials(recipe, in_trials, folder / TRIALS, f"validation/{metric}", request)
+
+        def tell(trial: FrozenTrial) -> None:
+            log(progress_line(study, trial, metric, args.trials))
+            if trial.state == TrialState.COMPLETE:
+                place = {"output_dir": str(folder / "best")}
+                write_settings(folder / BEST, {**changed, **study.best_trial.params, **place})
+            for other in finished(study):
+                run_trial.clear(other.number, keep_model=_is_best(study, other))
+
+        log(f"{args.trials} trials, each with its log in {folder / TRIALS}: {', '.join(args.search_space)}")
+        if done := len(finished(study)):
+            log(f"going on after {done} of them")
+        explore(study, space, run_trial, num_trials=args.trials, seed=training.seed, tell=tell)
+    log(f"{summary(study, metric)}\n\nnext: {_next_command(recipe, folder / BEST)}")
+
+
+def explore(
+    study: optuna.Study,
+    space: Mapping[str, BaseDistribution],
+    run_trial: Callable[[optuna.Trial], float],
+    *,
+    num_trials: int,
+    seed: int,
+    tell: Callable[[FrozenTrial], None],
+) -> None:
+    """Run trials until the study has `num_trials`; those that an interruption has left unfinished come first.
+
+    Which values a trial gets depends on the seed, its number and what came of those before, and on nothing else.
+    Raises: ValueError if the first HOPELESS trials fail; what `run_trial` raises besides TrialFailed and TrialPruned.
+    """
+    while True:
+        trials = study.get_trials(deepcopy=False)
+        begun = [trial for trial in trials if trial.state != TrialState.WAITING]
+        if interrupted := [trial for trial in begun if trial.state == TrialState.RUNNING]:
+            trial = optuna.Trial(study, interrupted[0]._trial_id)
+        elif len(begun) < num_trials:
+            study.sampler = _sampler(seed, len(begun))
+            trial = study.ask(dict(space))
+        else:
+            return
+        started = time.monotonic()
+        state, value = TrialState.COMPLETE, None
+        try:
+            value = run_trial(trial)
+        except optuna.TrialPruned:
+            state = TrialState.PRUNED
+        except TrialFailed as failure:
+            state = TrialState.FAIL
+            trial.set_user_attr("reason", str(failure))
+        trial.set_user_attr("seconds", time.monotonic() - started)
+        tell(study.tell(trial, value, None if state == TrialState.COMPLETE else state))
+        ended = finished(study)
+        if len(ended) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in ended):
+            raise ValueError(
+                f"none of {len(ended)} trials succeeded; the last one: {ended[-1].user_attrs['reason']}. Mend that, "
+                "then set overwrite_output_dir to begin anew"
+            )
+
+
+def open_study(path: Path, *, maximise: bool, first: Mapping[str, object]) -> optuna.Study:
+    """The study in the file `path`, or a new one whose first trial has the values `first`; others are sampled.
+
+    The caller holds the folder's lock.  A line that a kill has cut short is dropped.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if path.exists():
+        whole = path.read_bytes()
+        os.truncate(path, whole.rfind(b"\n") + 1)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(path), lock_obj=_HeldAlready())),
+        study_name="search",
+        direction="maximize" if maximise else "minimize",
+        pruner=optuna.pruners.MedianPruner(),
+        load_if_exists=True,
+    )
+    if first and not study.get_trials(deepcopy=False):
+        study.enqueue_trial(dict(first))
+    return study
+
+
+class _HeldAlready:
+    """Optuna's own lock of the file outlives a killed process; ours of the folder does not."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
+    """Of one trial: the same before and after an interruption (Watanabe 2023, arXiv:2304.11127: multivariate TPE)."""
+    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return optuna.samplers.TPESampler(seed=state, multivariate=True)
+
+
+def _check_launch(run) -> None:
+    if run.dry_run or run.find_lr:
+        raise ValueError("search, dry_run and find_lr are three different things to do; give one of them")
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"a search starts its trials one by one, and this is one of {processes} processes; launch it with one "
+            "(accelerate launch --num_processes 1), and train on several with best.yaml"
+        )
+
+
+def _refused(run, architecture) -> dict[str, str]:
+    """Fields that cannot be searched, with the reason."""
+    names = INCOMPARABLE | {f.name for f in dataclasses.fields(run)}
+    refused = dict.fromkeys(names, "decides what is run or measured, not how well it learns")
+    if run.model:
+        fields = [f.name for f in dataclasses.fields(architecture) if not finetuning.may_change(f.name)]
+        refused |= dict.fromkeys(fields, f"is an architecture field, and {run.model} keeps its own")
+    return refused
+
+
+def _inside(space: Mapping[str, BaseDistribution], current: Mapping[str, object]) -> dict[str, object]:
+    """The `current` values, where they lie in `space`."""
+
+    def has(distribution: BaseDistribution, value: object) -> bool:
+        if isinstance(distribution, CategoricalDistribution):
+            return value in distribution.choices
+        return value is not None and distribution.low <= value <= distribution.high
+
+    return {name: current[name] for name, distribution in space.items() if has(distribution, current[name])}
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that have ended, well or not."""
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+
+
+def ranked(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that have a value, the best first."""
+    complete = [trial for trial in finished(study) if trial.state == TrialState.COMPLETE]
+    return sorted(complete, key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")
+
+
+def _is_best(study: optuna.Study, trial: FrozenTrial) -> bool:
+    return trial.number in [best.number for best in ranked(study)[:1]]
+
+
+def progress_line(study: optuna.Study, trial: FrozenTrial, metric: str, num_trials: int) -> str:
+    """What came of a trial, and how long the others will take."""
+    results = {TrialState.PRUNED: "stopped early", TrialState.FAIL: f"failed: {trial.user_attrs.get('reason')}"}
+    result = results.get(trial.state) or f"{metric} {format_number(trial.value)}"
+    best = ranked(study)[:1]
+    told = [f"best {format_number(best[0].value)} (trial {best[0].number})"] if best else []
+    seconds = [other.user_attrs["seconds"] for other in finished(study) if "seconds" in other.user_attrs]
+    if left := num_trials - len(finished(study)):
+        told.append(f"about {format_seconds(left * sum(seconds) / len(seconds))} left")
+    head = f"trial {trial.number} ({len(finished(study))} of {num_trials})"
+    return "; ".join([f"{head}: {_values(trial)}: {result}", *told])
+
+
+def summary(study: optuna.Study, metric: str) -> str:
+    """The best trials, what became of the others, and which fields mattered."""
+    best, counts = ranked(study), {}
+    for trial in finished(study):
+        counts[trial.state] = counts.get(trial.state, 0) + 1
+    lines = [f"  {trial.number:>4}  {format_number(trial.value):>10}  {_values(trial)}" for trial in best[:NUM_SHOWN]]
+    lines = ["", f"  {'trial':>4} {metric:>10}  values", *lines, ""]
+    named = {"stopped early": TrialState.PRUNED, "failed": TrialState.FAIL}
+    others = [f"{counts[state]} {name}" for name, state in named.items() if state in counts]
+    lines.append(f"{len(finished(study))} trials" + (f", {' and '.join(others)}" if others else ""))
+    if len(best) >= NUM_FOR_IMPORTANCES and len(best[0].params) > 1:
+        shares = optuna.importance.get_param_importances(study)
+        lines.append("what mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    return "\n".join(lines)
+
+
+def _values(trial: FrozenTrial) -> str:
+    shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in trial.params.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def _next_command(recipe: str, config: Path) -> str:
+    script = Path(recipe)
+    script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    return shlex.join(["accelerate", "launch", str(script), "--config", str(config)])
