@@ -43,8 +43,7 @@ def read_arguments(argv: list[str]) -> list:
     groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments]
     bound = values.bind([*groups, AdapterArguments, architecture], description=__doc__)
     bound[0].task, bound[0].model_type = task_class.name, model_type
-    if bound[2].load_best_model_at_end:
-        finetuning.choose_best_by(bound[2], values.get("metric_for_best_model", task_class.main_metric))
+    bound[2].metric_for_best_model = values.get("metric_for_best_model")  # None: the task's own
     return bound
 
 
@@ -52,12 +51,14 @@ def main(argv: list[str]) -> None:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()  # of files; Trainer's own bar stays
     run, data_args, args, adapter, architecture = read_arguments(argv)
-    config = arguments.resolved_config(run, data_args, args, adapter, architecture)
     task_class = task_named(run.task)
     is_main = args.process_index == 0
     started_at = facts.now()
     with args.main_process_first():
         task = task_class(data_args, model=run.model, seed=args.seed, **run.loading)
+    if args.load_best_model_at_end:
+        finetuning.choose_best_by(args, args.metric_for_best_model or task.main_metric)
+    config = arguments.resolved_config(run, data_args, args, adapter, architecture)
     set_seed(args.seed)
     model = build_model(run, task, adapter, arguments.chosen_fields(architecture))
     if is_main:

@@ -26,12 +26,13 @@ ARROWS = {
     "arguments": set(),
     "catalogue": {"models"},
     "data": set(),
-    "tasks": {"data"},
+    "metrics": set(),
+    "tasks": {"data", "metrics"},
     "training": set(),
     "hub": set(),
     "models": set(),
     "recipes": {"bmtk", "arguments", "tasks", "training", "hub"},
-    "bmtk_cli": {"bmtk", "arguments", "catalogue", "data", "tasks", "training", "hub", "models"},
+    "bmtk_cli": {"bmtk", "arguments", "catalogue", "data", "metrics", "tasks", "training", "hub", "models"},
 }
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "misc"}
 MODEL_PACKAGES = {"torch", "numpy", "transformers", "huggingface_hub"}

@@ -18,8 +18,9 @@ from bmtk.data.entities import Entity, agreement, entities, is_scheme, single_wo
 from bmtk.data.labels import label_name
 from bmtk.data.tables import check_column
 
-from .classification import Classification, ClassificationArguments, scores_table
+from .classification import Classification, ClassificationArguments
 from .pictures import confusion_matrix
+from .problems import scores_table
 from .task import Prediction, mean_loss, setting, spread_and_worst
 from .texts import TextArguments, TextTask, padded
 
@@ -97,10 +98,6 @@ class TokenClassification(TextTask, Classification):
         place = f"label_column={column!r} of {where} row"
         return [[label_name(value, names, f"{place} {row}") for value in tags] for row, tags in enumerate(lists, 1)]
 
-    @staticmethod
-    def labels_in(rows: Dataset) -> list[str]:
-        return [tag for tags in rows["label"] for tag in tags]
-
     def training_texts(self) -> list[str]:
         return [self.args.word_separator.join(words) for words in self.rows["train"]["words"]]
 
@@ -116,7 +113,7 @@ class TokenClassification(TextTask, Classification):
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
         """Tokens; "places": where each word's first token is; with tags "truth", and "labels" of all tokens."""
-        labels = self.label_ids(rows["label"], where) if "label" in rows.column_names else None
+        labels = self.targets(rows["label"], where) if "label" in rows.column_names else None
         encoded = rows.map(self._encode, batched=True, remove_columns=rows.column_names)
         self.say_what_was_cut(encoded["length"], where)
         places = list(encoded["places"])

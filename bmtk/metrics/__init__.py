@@ -1,0 +1,1 @@
+"""Metrics: functions of predictions and truth, without a model or a task."""
