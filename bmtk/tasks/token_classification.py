@@ -14,9 +14,9 @@ from datasets import ClassLabel, Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
-from bmtk.data.entities import Entity, agreement, entities, is_scheme, single_words
 from bmtk.data.labels import label_name
 from bmtk.data.tables import check_column
+from bmtk.metrics.entities import Entity, agreement, entities, is_scheme, single_words
 
 from .classification import Classification, ClassificationArguments
 from .pictures import confusion_matrix
