@@ -14,7 +14,15 @@ from collections import defaultdict
 from pathlib import Path
 
 from bmtk.hub.facts import read_run
-from bmtk.hub.wording import format_compact, format_number, format_seconds, is_quality, split_metric
+from bmtk.hub.wording import (
+    escape_markdown,
+    format_compact,
+    format_number,
+    format_seconds,
+    is_number,
+    is_quality,
+    split_metric,
+)
 from bmtk.tasks import TASKS
 
 SAME = frozenset(("seed", "output_dir", "overwrite_output_dir", "corpus_dir"))  # may differ within a row
@@ -30,6 +38,8 @@ def main(argv: list[str]) -> None:
     if not runs:
         raise SystemExit("no run.json in these folders; run a recipe first, or name the folders of finished runs")
     rows = sorted(filter(None, map(row_of, grouped(runs))))
+    if not rows:
+        raise SystemExit(f"none of these {len(runs)} runs has measured anything; run recipes/evaluate.py")
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     for row in (COLUMNS, ["-" * width for width in widths], *rows):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
@@ -45,41 +55,52 @@ def grouped(runs: list[dict]) -> list[list[dict]]:
 
 
 def row_of(runs: list[dict]) -> list[str] | None:
-    """One line of the table; None for runs that measured nothing."""
-    run, metrics = runs[0], runs[0]["metrics"]
-    splits = {split_metric(key)[0] for key in metrics if is_quality(key)}
-    split = next((name for name in ("test", "validation") if name in splits), None)
+    """One line of the table, of the newest run of each seed; None for runs that measured nothing."""
+    newest = {seed_of(run): run for run in sorted(runs, key=lambda run: str(run.get("started_at")))}
+    measured = {split: [run for run in newest.values() if metrics_of(run, split)] for split in ("test", "validation")}
+    split = next((split for split, found in measured.items() if found), None)
     if split is None:
         return None
-    seconds = [other["train_seconds"] for other in runs if other.get("train_seconds")]
-    seeds = sorted({str(other["config"].get("seed", 42)) for other in runs}, key=lambda seed: (len(seed), seed))
-    size = run["model"].get("num_parameters")
+    runs = sorted(measured[split], key=lambda run: (len(seed_of(run)), seed_of(run)))
+    run, values = runs[0], [metrics_of(run, split) for run in runs]
+    seconds = [run["train_seconds"] for run in runs if run.get("train_seconds")]
+    base, size = run["model"].get("base_model"), run["model"].get("num_parameters")
     return [
         run["task"],
-        str(run["data"].get("name")),
-        f"{run['model'].get('class')}{' from ' + base if (base := run['model'].get('base_model')) else ''}",
+        escape_markdown(run["data"].get("name")),
+        f"{run['model'].get('class')}{f' from {base}' if base else ''}",
         format_compact(size) if size else "",
-        ", ".join(seeds),
+        ", ".join(map(seed_of, runs)),
         split,
-        "; ".join(f"{name.replace('_', ' ')} {spread(runs, f'{split}/{name}')}" for name in best_first(run, split)),
+        "; ".join(f"{name.replace('_', ' ')} {spread(values, name)}" for name in best_first(run["task"], values)),
         format_seconds(statistics.mean(seconds)) if seconds else "",
         ", ".join(str(run["environment"].get(key, "")) for key in ("hardware", "precision")),
     ]
 
 
-def best_first(run: dict, split: str) -> list[str]:
-    """The metrics of a split, the task's main one first."""
-    names = [split_metric(key)[1] for key in run["metrics"] if split_metric(key)[0] == split and is_quality(key)]
-    task = TASKS.get(run["task"])
-    return sorted(names, key=lambda name: (task is None or name != task.main_metric, name == "loss"))[:SHOWN]
+def seed_of(run: dict) -> str:
+    return str(run["config"].get("seed", 42))
 
 
-def spread(runs: list[dict], key: str) -> str:
-    """A metric of one run, or mean and standard deviation of several."""
-    values = [run["metrics"][key] for run in runs if key in run["metrics"]]
-    if len(values) < 2:
-        return format_number(values[0])
-    return f"{format_number(statistics.mean(values))} ± {format_number(statistics.stdev(values))}"
+def metrics_of(run: dict, split: str) -> dict[str, float]:
+    """What was measured on a split, by the metric's own name."""
+    named = {split_metric(key): value for key, value in run["metrics"].items() if is_quality(key) and is_number(value)}
+    return {name: value for (of, name), value in named.items() if of == split}
+
+
+def best_first(task: str, values: list[dict[str, float]]) -> list[str]:
+    """The metrics of some of the runs, the task's main one first and the loss last."""
+    main = TASKS[task].main_metric if task in TASKS else None
+    names = dict.fromkeys(name for of_run in values for name in of_run)
+    return sorted(names, key=lambda name: (name != main, name == "loss"))[:SHOWN]
+
+
+def spread(values: list[dict[str, float]], name: str) -> str:
+    """A metric of one run, or mean and standard deviation of several; it is said if some runs lack it."""
+    found = [of_run[name] for of_run in values if name in of_run]
+    lacking = f" ({len(found)} of {len(values)} runs)" if len(found) < len(values) else ""
+    deviation = f" ± {format_number(statistics.stdev(found))}" if len(found) > 1 else ""
+    return f"{format_number(statistics.mean(found))}{deviation}{lacking}"
 
 
 if __name__ == "__main__":

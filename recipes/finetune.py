@@ -44,8 +44,7 @@ def read_arguments(argv: list[str]) -> list:
     groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments, AdapterArguments]
     bound = values.bind([*groups, SearchArguments, architecture], description=__doc__)
     bound[0].task, bound[0].model_type = task_class.name, model_type
-    if bound[2].load_best_model_at_end:
-        finetuning.choose_best_by(bound[2], values.get("metric_for_best_model", task_class.main_metric))
+    bound[2].metric_for_best_model = values.get("metric_for_best_model")  # None: the task's own
     return bound
 
 
@@ -56,11 +55,13 @@ def main(argv: list[str]) -> None:
     task_class, settings = task_named(run.task), [run, data_args, args, adapter, architecture]
     if search.search:
         return search_settings(search, settings, task_class, recipe=__file__, log=print)
-    config = arguments.resolved_config(*settings)
     is_main = args.process_index == 0
     started_at = facts.now()
     with args.main_process_first():
         task = task_class(data_args, seed=args.seed, **run.reading)
+    if args.load_best_model_at_end:
+        finetuning.choose_best_by(args, args.metric_for_best_model or task.main_metric)
+    config = arguments.resolved_config(*settings)
     set_seed(args.seed)
     model = build_model(run, task, adapter, arguments.chosen_fields(architecture))
     if is_main:

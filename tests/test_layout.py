@@ -26,13 +26,14 @@ ARROWS = {
     "arguments": set(),
     "catalogue": {"models"},
     "data": set(),
-    "tasks": {"data"},
+    "metrics": set(),
+    "tasks": {"data", "metrics"},
     "training": set(),
     "hub": set(),
     "models": set(),
     "search": {"arguments", "training", "hub"},
     "recipes": {"bmtk", "arguments", "search", "tasks", "training", "hub"},
-    "bmtk_cli": {"bmtk", "arguments", "catalogue", "data", "search", "tasks", "training", "hub", "models"},
+    "bmtk_cli": {"bmtk", "arguments", "catalogue", "data", "metrics", "search", "tasks", "training", "hub", "models"},
 }
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "misc"}
 MODEL_PACKAGES = {"torch", "numpy", "transformers", "huggingface_hub"}

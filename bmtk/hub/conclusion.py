@@ -24,8 +24,10 @@ def conclude(
 ) -> None:
     """Write run.json, recipe.yaml, README.md and report.html, show the summary, and publish where `run` says so.
 
-    `run` has `task`, `push_to_hub` and `private`; `task` has `about`, `facts()` and `next_command(folder)`.
+    `run` has `task`, `push_to_hub` and `private`; `task` has `about`, `facts()` and `next_command(folder)`, and in
+    `settled` what the data decided of `config`.
     """
+    config = {**config, **task.settled}
     chosen = scrub({key: value for key, value in config.items() if value is not None})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
     environment = environment_facts(accelerator)

@@ -41,7 +41,8 @@ def search_settings(
 ) -> None:
     """Run `recipe` with many values of its `settings`, the bound dataclasses run, data, training, ..., architecture.
 
-    Trials are compared by `task_class.main_metric` of the validation rows; the test rows are not read.
+    Trials are compared by metric_for_best_model, or `task_class.main_metric`, of the validation rows; the test rows are
+    not read.
     Raises: ValueError for several processes, a space that does not fit, another search in the folder, and if no trial
     succeeds; Stopped (exit code 130 or 143) after SIGINT or SIGTERM, when the trial that was running is saved.
     """
@@ -50,7 +51,7 @@ def search_settings(
     current = {f.name: vars(part)[f.name] for part in settings for f in dataclasses.fields(part) if f.init}
     args.search_space = args.search_space or default_space(current)
     space = read_space(args.search_space, arguments.field_types(*settings), _refused(run, architecture))
-    folder, metric = Path(training.output_dir), task_class.main_metric
+    folder, metric = Path(training.output_dir), _metric(training) or task_class.main_metric
     changed = {k: v for k, v in arguments.changed_settings(*settings).items() if k not in OF_THIS_RUN}
     in_trials = {k: v for k, v in changed.items() if k not in OF_A_RESULT}
     if "corpus_dir" in current:
@@ -58,9 +59,7 @@ def search_settings(
     config = {**arguments.resolved_config(*settings), **vars(args)}
     check = {"overwrite": training.overwrite_output_dir, "free_keys": FREE_KEYS | task_class.free_keys}
     with held(folder, config, **check), noted_signals(second_stops_at_once=False) as request:
-        study = open_study(
-            folder / JOURNAL, maximise=metric not in LOWER_IS_BETTER, first=_inside(space, current)
-        )
+        study = open_study(folder / JOURNAL, maximise=metric not in LOWER_IS_BETTER, first=_inside(space, current))
         run_trial = RecipeTrials(recipe, in_trials, folder / TRIALS, f"validation/{metric}", request)
 
         def tell(trial: FrozenTrial) -> None:
@@ -76,6 +75,12 @@ def search_settings(
             log(f"going on after {done} of them")
         explore(study, space, run_trial, num_trials=args.trials, seed=training.seed, tell=tell)
     log(f"{summary(study, metric)}\n\nnext: {_next_command(recipe, folder / BEST)}")
+
+
+def _metric(training) -> str | None:
+    """What `metric_for_best_model` names, as the task's score calls it."""
+    name = getattr(training, "metric_for_best_model", None)
+    return name and name.removeprefix("eval_")
 
 
 def explore(

@@ -9,13 +9,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForAudioClassification
 
-from .classification import Classification, ClassificationArguments
 from .recordings import RecordingArguments, RecordingRows, RecordingTask
+from .row_classification import RowClassification, RowClassificationArguments
 from .task import Prediction
 
 
 @dataclass
-class AudioClassificationArguments(RecordingArguments, ClassificationArguments):
+class AudioClassificationArguments(RecordingArguments, RowClassificationArguments):
     """Which recordings and labels."""
 
     _argument_group_name = "data of audio_classification"
@@ -25,7 +25,7 @@ class AudioClassificationArguments(RecordingArguments, ClassificationArguments):
         self.check_recordings()
 
 
-class AudioClassification(RecordingTask, Classification):
+class AudioClassification(RecordingTask, RowClassification):
     """Recordings and their labels."""
 
     name = "audio_classification"
@@ -54,7 +54,7 @@ class AudioClassification(RecordingTask, Classification):
 
     def encode(self, rows: Dataset, where: str) -> RecordingRows:
         if "label" in rows.column_names:
-            labels = self.label_ids(rows["label"], where)
+            labels = self.targets(rows["label"], where)
             rows = rows.remove_columns("label").add_column("labels", labels)
         return self.rows_of(rows, where)
 

@@ -1,10 +1,8 @@
-"""Boxes of an image: read, cut, moved with the image, measured, drawn.  N boxes, K labels, T thresholds.
+"""Boxes of an image: read, cut, moved with the image, drawn.  N boxes, K labels.
 
 A box is [left, top, width, height] in pixels of its image, as in COCO.
 """
 
-import contextlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +12,6 @@ import PIL.ImageEnhance
 from datasets import ClassLabel, Dataset
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from bmtk.data.labels import label_name
 from bmtk.data.tables import check_column
@@ -23,7 +19,6 @@ from bmtk.data.tables import check_column
 from .pictures import as_png
 
 LEAST_VISIBLE = 0.3  # share of a box that must still be in a cropped image; the rest teaches no one where it ends
-MOST_FOUND = 100  # boxes of an image that count, the best first, as in COCO
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324")
 
 
@@ -127,45 +122,6 @@ class BoxAugmentation:
         for kind, factor in zip(kinds, draw.uniform(1 - self.colour, 1 + self.colour, size=3), strict=True):
             image = kind(image).enhance(factor)
         return image
-
-
-# -------------------------------------------------------------------------------------------------------- measuring
-
-
-def average_precisions(truth: Sequence[dict], predictions: Sequence[dict], num_labels: int) -> np.ndarray:
-    """COCO's AP (T, K) at overlaps (IoU) of 0.50, 0.55, ..., 0.95; NaN for a label that no image holds.
-
-    Both are images of the same order: {"boxes", "labels"}, the predictions with "scores".
-    Source: pycocotools; an AP is the mean precision at the recalls 0, 0.01, ..., 1.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
-        measured = COCOeval(_coco(truth, num_labels), _coco(predictions, num_labels), "bbox")
-        measured.params.areaRng, measured.params.areaRngLbl = [[0, 1e10]], ["all"]
-        measured.params.maxDets = [MOST_FOUND]
-        measured.evaluate()
-        measured.accumulate()
-    precision = measured.eval["precision"][..., 0, 0]  # (T, recalls, K), -1 for a label that no image holds
-    return np.where(precision[:, 0] < 0, np.nan, precision.mean(1))
-
-
-def _coco(images: Sequence[dict], num_labels: int) -> COCO:
-    objects = [
-        {"image_id": number, "bbox": list(box), "category_id": label, "area": box[2] * box[3], "iscrowd": 0, **score}
-        for number, image in enumerate(images)
-        for box, label, score in zip(image["boxes"], image["labels"], _scores(image), strict=True)
-    ]
-    index = COCO()
-    index.dataset = {
-        "images": [{"id": number} for number in range(len(images))],
-        "categories": [{"id": label} for label in range(num_labels)],
-        "annotations": [{"id": number, **entry} for number, entry in enumerate(objects, 1)],  # 0 means "no match"
-    }
-    index.createIndex()
-    return index
-
-
-def _scores(image: dict) -> list[dict[str, float]]:
-    return [{"score": score} for score in image["scores"]] if "scores" in image else [{}] * len(image["boxes"])
 
 
 # -------------------------------------------------------------------------------------------------------- drawing

@@ -1,7 +1,6 @@
 """Causal language modelling: predict the next token of packed text.  Loss in nats per token; also bits per byte."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from bmtk.data.packing import PackedRows
 from bmtk.data.token_store import TokenStore
+from bmtk.metrics.texts import bits_per_byte, perplexity
 
 from .corpora import CorpusArguments, CorpusTask
 from .task import Prediction, mean_loss, setting
@@ -85,8 +85,8 @@ class CausalLM(CorpusTask):
         loss, tokens = mean_loss(predictions), sum(p["items"] for p in predictions)
         return {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": loss * tokens / math.log(2) / rows.store.num_bytes,
+            "perplexity": perplexity(loss),
+            "bits_per_byte": bits_per_byte(loss * tokens, rows.store.num_bytes),
             "tokens": tokens,
         }
 

@@ -3,7 +3,6 @@
 Loss in nats per token of the target.  Measured rows are corrupted the same way every time, whatever the run's seed.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from bmtk.data.packing import PackedRows
 from bmtk.data.sources import Texts
 from bmtk.data.spans import CorruptedSpans, noise_mask, num_spans, with_sentinels
 from bmtk.data.token_store import TokenStore
+from bmtk.metrics.texts import perplexity
 
 from .corpora import CorpusArguments, CorpusTask
 from .task import Prediction, mean_loss, setting
@@ -117,7 +117,7 @@ class Denoising(CorpusTask):
     def score(self, predictions: Sequence[Prediction], rows) -> dict[str, float]:
         """Mean loss of the target's tokens, and its perplexity."""
         loss, tokens = mean_loss(predictions), sum(p["items"] for p in predictions)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+        return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
 
     def describe(self, prediction: Prediction) -> dict[str, object]:
         return {"prediction": prediction["text"]}

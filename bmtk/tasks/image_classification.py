@@ -12,16 +12,16 @@ from transformers import AutoModelForImageClassification
 
 from bmtk.data.augmentation import Augmentation
 
-from .classification import Classification, ClassificationArguments
 from .images import ImageArguments, ImageTask, PixelRows
 from .pictures import image_grid
+from .row_classification import RowClassification, RowClassificationArguments
 from .task import Prediction, setting
 
 WORST = 24  # images of the report's picture
 
 
 @dataclass
-class ImageClassificationArguments(ImageArguments, ClassificationArguments):
+class ImageClassificationArguments(ImageArguments, RowClassificationArguments):
     """Which images and labels, and what is done to images in training; evaluation sees them as they are."""
 
     _argument_group_name = "data of image_classification"
@@ -39,7 +39,7 @@ class ImageClassificationArguments(ImageArguments, ClassificationArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss != "cross_entropy" and self.augmentation.mixes:
+        if self.loss == "focal" and self.augmentation.mixes:
             raise ValueError(f"loss={self.loss} is not defined for mixed labels; leave mixup and cutmix out")
 
     @property
@@ -48,7 +48,7 @@ class ImageClassificationArguments(ImageArguments, ClassificationArguments):
         return Augmentation(**{field.name: getattr(self, field.name) for field in fields(Augmentation)})
 
 
-class ImageClassification(ImageTask, Classification):
+class ImageClassification(ImageTask, RowClassification):
     """Images and their labels."""
 
     name = "image_classification"
@@ -82,7 +82,7 @@ class ImageClassification(ImageTask, Classification):
 
     def encode(self, rows: Dataset, where: str) -> PixelRows:
         if "label" in rows.column_names:
-            labels = self.label_ids(rows["label"][:], where)
+            labels = self.targets(rows["label"][:], where)
             rows = rows.remove_columns("label").add_column("labels", labels)
         augmentation = self.args.augmentation if where == "train" else None
         return self.pixel_rows(rows, where, augmentation=None if augmentation == Augmentation() else augmentation)
@@ -105,20 +105,18 @@ class ImageClassification(ImageTask, Classification):
 
     def figures(self, predictions: Sequence[Prediction], rows: PixelRows) -> list[dict[str, str]]:
         """The confusion matrix, and the images whose label was given the least probability."""
-        wrong = [row for row, prediction in enumerate(predictions) if prediction["label"] != prediction["truth"]]
+        wrong = [row for row, prediction in enumerate(predictions) if not self.problem.is_right(prediction)]
         worst = sorted(wrong, key=lambda row: -predictions[row]["loss"])[:WORST]
         if not worst:
             return super().figures(predictions, rows)
-        captions = [self._mistake(predictions[row]) for row in worst]
+        captions = [self.problem.mistake(predictions[row]) for row in worst]
         title = f"The {len(worst)} most wrong of {len(wrong):,} mistakes among {len(predictions):,} images"
         return [*super().figures(predictions, rows), image_grid(rows.pixels(worst), captions, title)]
 
-    def _mistake(self, prediction: Prediction) -> str:
-        said, truth = self.labels[prediction["label"]], self.labels[prediction["truth"]]
-        return f"{said} {prediction['score']:.1%}\nis {truth} {np.exp(-prediction['loss']):.1%}"
-
 
 def mixed_labels(labels: torch.Tensor, others: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tensor:
-    """(B, count) probabilities of which `shares` (B,) belong to `labels` (B,) and the rest to `others` (B,)."""
-    shares = shares.to(torch.float32)[:, None]
-    return shares * F.one_hot(labels, count) + (1 - shares) * F.one_hot(others, count)
+    """`shares` (B,) of `labels`, the rest of `others`; of ids (B,) among `count` labels, probabilities (B, count)."""
+    if not labels.is_floating_point():
+        labels, others = F.one_hot(labels, count), F.one_hot(others, count)
+    shares = shares.to(torch.float32).view(-1, *[1] * (labels.ndim - 1))
+    return shares * labels + (1 - shares) * others

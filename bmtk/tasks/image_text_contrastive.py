@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from bmtk.data.image_changes import Changes, changed, drawn_changes
 from bmtk.data.masking import draws
 from bmtk.data.tables import check_column
+from bmtk.metrics.retrieval import retrieval_scores
 
 from .images import ImageArguments, ImageRows, ImageTask
 from .pictures import as_png
@@ -224,8 +225,7 @@ class ImageTextContrastive(TextTask, ImageTask):
         for kind, queries, found in (("image_to_text", images, texts), ("text_to_image", texts, images)):
             places, losses = ranks(queries, found, names, scale)
             loss += losses.mean() / 2
-            metrics |= {f"{kind}_recall_at_{k}": float((places <= k).mean()) for k in TOP}
-            metrics[f"{kind}_mean_rank"] = float(places.mean())
+            metrics |= {f"{kind}_{name}": value for name, value in retrieval_scores(places, TOP).items()}
         return {"loss": float(loss), **metrics}
 
     def describe(self, prediction: Prediction) -> dict[str, object]:

@@ -3,7 +3,6 @@
 Loss in nats per hidden token.  In measurements the hidden tokens are the same every time, whatever the run's seed.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,6 +16,7 @@ from transformers import AutoModelForMaskedLM
 from bmtk.data.masking import MaskedTokens
 from bmtk.data.packing import PackedRows
 from bmtk.data.token_store import TokenStore
+from bmtk.metrics.texts import perplexity
 
 from .corpora import CorpusArguments, CorpusTask
 from .task import Prediction, mean_loss, setting
@@ -115,7 +115,7 @@ class MaskedLM(CorpusTask):
         loss, tokens = mean_loss(predictions), sum(p["items"] for p in predictions)
         return {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            "perplexity": perplexity(loss),
             "masked_accuracy": sum(p["hits"] for p in predictions) / max(1, tokens),
             "tokens": tokens,
         }

@@ -16,8 +16,9 @@ from transformers import AutoModelForObjectDetection
 
 from bmtk.data.labels import agreed_labels, in_order, some
 from bmtk.data.media import image_size
+from bmtk.metrics.boxes import average_precisions, summary
 
-from .boxes import BoxAugmentation, average_precisions, cut, picture_of_boxes, read_objects
+from .boxes import BoxAugmentation, cut, picture_of_boxes, read_objects
 from .classification import labels_of
 from .images import ImageArguments, ImageRows, ImageTask
 from .task import DataArguments, Prediction, mean_loss, setting, spread_and_worst
@@ -231,9 +232,7 @@ class ObjectDetection(ImageTask):
         precisions = average_precisions(self._truth(rows), predictions, len(self.labels))  # (T, K)
         metrics = {
             "loss": mean_loss(predictions),
-            "map": float(np.nanmean(precisions)),
-            "map_50": float(np.nanmean(precisions[0])),
-            "map_75": float(np.nanmean(precisions[5])),
+            **summary(precisions),
         }
         if len(self.labels) <= MOST_NAMES:
             of_labels = zip(self.labels, precisions.mean(0), strict=True)

@@ -47,6 +47,32 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[
     return as_svg(figure, "Confusion matrix")
 
 
+def hits_and_misses(truth: np.ndarray, found: np.ndarray, labels: Sequence[str]) -> dict[str, str]:
+    """Rows that have each label and got it, that have it and did not get it, and that got it wrongly; (N, K), bool."""
+    order = np.argsort(truth.sum(0), kind="stable")[-MOST_NAMES:]  # the most frequent ones, at the top
+    names = [labels[label] for label in order]
+    figure = Figure(figsize=(7, 1.2 + 0.28 * len(names)))
+    axes, left = figure.add_subplot(), np.zeros(len(names))
+    parts = {"found": (truth & found, "tab:blue"), "missed": (truth & ~found, "lightgrey")}
+    for name, (rows, colour) in {**parts, "wrongly given": (found & ~truth, "tab:orange")}.items():
+        axes.barh(names, rows.sum(0)[order], left=left, color=colour, label=name)
+        left += rows.sum(0)[order]
+    axes.set_xlabel("rows")
+    axes.legend(loc="lower right", fontsize=8)
+    return as_svg(figure, "Labels found, missed and wrongly given")
+
+
+def truth_and_prediction(truth: np.ndarray, predicted: np.ndarray, name: str) -> dict[str, str]:
+    """Each row as a point; those on the line are right."""
+    figure = Figure(figsize=(4.5, 4.5))
+    axes = figure.add_subplot()
+    low, high = min(truth.min(), predicted.min()), max(truth.max(), predicted.max())
+    axes.plot([low, high], [low, high], color="grey", linewidth=0.8)
+    axes.scatter(truth, predicted, s=9, alpha=0.6, linewidths=0)
+    axes.set(xlabel=f"{name} of the data", ylabel="predicted")
+    return as_png(figure, "Predictions and truth")
+
+
 def spectrograms(recordings: Sequence[np.ndarray], names: Sequence[str], rate: int) -> dict[str, str]:
     """Loudness over time (across) and frequency (up) of recordings (N,) of `rate` Hz, each under its name."""
     across = min(3, len(recordings))

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
-from bmtk.data.answers import agreement, is_chinese
 from bmtk.data.tables import check_column
+from bmtk.metrics.answers import agreement, is_chinese
 
 from .pictures import as_svg
 from .task import DataArguments, Prediction, mean_loss, setting, spread_and_worst

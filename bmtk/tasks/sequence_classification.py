@@ -8,13 +8,13 @@ from transformers import AutoModelForSequenceClassification
 
 from bmtk.data.tables import check_column
 
-from .classification import Classification, ClassificationArguments
+from .row_classification import RowClassification, RowClassificationArguments
 from .task import setting
 from .texts import TextArguments, TextTask
 
 
 @dataclass
-class SequenceClassificationArguments(TextArguments, ClassificationArguments):
+class SequenceClassificationArguments(TextArguments, RowClassificationArguments):
     """Which texts and labels, and how many tokens of a text are read."""
 
     _argument_group_name = "data of sequence_classification"
@@ -26,7 +26,7 @@ class SequenceClassificationArguments(TextArguments, ClassificationArguments):
         self.check_lengths()
 
 
-class SequenceClassification(TextTask, Classification):
+class SequenceClassification(TextTask, RowClassification):
     """Texts and their labels."""
 
     name = "sequence_classification"
@@ -63,7 +63,7 @@ class SequenceClassification(TextTask, Classification):
             encoded = self.processor(batch["text"], truncation=True, max_length=self.longest)
             return {**encoded, "length": list(map(len, whole))}
 
-        labels = self.label_ids(rows["label"], where) if "label" in rows.column_names else None
+        labels = self.targets(rows["label"], where) if "label" in rows.column_names else None
         encoded = rows.map(encode, batched=True, remove_columns=rows.column_names)
         self.say_what_was_cut(encoded["length"], where)
         encoded = encoded.remove_columns("length")

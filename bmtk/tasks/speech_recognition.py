@@ -18,6 +18,7 @@ from transformers import AutoModelForCTC, AutoTokenizer, Wav2Vec2CTCTokenizer, W
 from bmtk.data.labels import some
 from bmtk.data.media import ON_CORRUPT
 from bmtk.data.tables import check_column
+from bmtk.metrics.texts import error_rates
 
 from .ctc import best_path, positions_needed, prefix_beam_search, row_losses
 from .recordings import RecordingArguments, RecordingRows, RecordingTask
@@ -284,9 +285,7 @@ class SpeechRecognition(RecordingTask):
         said, heard = rows.texts, [p["text"] for p in predictions]
         return {
             "loss": mean_loss(predictions),
-            "wer": jiwer.wer(said, heard),
-            "cer": jiwer.cer(said, heard),
-            "exact_match": float(np.mean([one == other for one, other in zip(said, heard, strict=True)])),
+            **error_rates(said, heard),
         }
 
     def describe(self, prediction: Prediction) -> dict[str, object]:

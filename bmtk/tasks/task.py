@@ -247,6 +247,11 @@ class Task:
 
     # ------------------------------------------------------------------------------------------------ in words
 
+    @property
+    def settled(self) -> dict[str, object]:
+        """Settings that the data decided."""
+        return {}
+
     def facts(self) -> dict[str, object]:
         """What the report and the model card say of the data."""
         args = self.args

@@ -30,6 +30,7 @@ from bmtk.data.series import (
 )
 from bmtk.data.tables import SPLITS, check_column, one_table, read_splits, read_table
 from bmtk.data.windows import Windows, windows_of
+from bmtk.metrics.forecasts import column_errors, quantile_scores, scores
 
 from . import forecasts
 from .task import DataArguments, Prediction, Task, mean_loss, setting
@@ -345,13 +346,13 @@ class TimeSeriesForecasting(Task):
         truth = rows.truth()
         metrics = {
             "loss": mean_loss(predictions),
-            **forecasts.scores(self._together(predictions, rows, "forecast"), truth, self.known),
+            **scores(self._together(predictions, rows, "forecast"), truth, self.known),
         }
         if self.levels:
             quantiles = self._together(predictions, rows, "quantiles")
-            metrics |= forecasts.quantile_scores(quantiles, self.levels, truth, self.known)
+            metrics |= quantile_scores(quantiles, self.levels, truth, self.known)
         for name, forecast in self._naive(rows).items():
-            naive = forecasts.scores(forecast, truth, self.known)
+            naive = scores(forecast, truth, self.known)
             metrics |= {f"{name}_mse": naive["mse"], f"{name}_mae": naive["mae"]}
         return metrics
 
@@ -407,7 +408,7 @@ class TimeSeriesForecasting(Task):
 
     def table(self, predictions: Sequence[Prediction], rows: Windows) -> str:
         forecast = self._together(predictions, rows, "forecast")
-        return forecasts.table_of_columns(forecasts.column_errors(forecast, rows.truth(), self.known), self.columns)
+        return forecasts.table_of_columns(column_errors(forecast, rows.truth(), self.known), self.columns)
 
     # ------------------------------------------------------------------------------------------------ in words
 

@@ -1,11 +1,13 @@
 """Token classification: a tag for every word of a sentence.  Precision, recall and F1 of exact entities.
 
 A sentence is its words with `word_separator` between them, as `pipeline` reads it; the first token of a word carries
-the word's tag, and no other token is learned from or asked.
+the word's tag, and no other token is learned from or asked.  A sentence that is too long for the model is read in
+windows that overlap, and each word asked in the window that shows most around it.  B sentences, W windows, L tokens.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 import numpy as np
@@ -14,18 +16,21 @@ from datasets import ClassLabel, Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
-from bmtk.data.entities import Entity, agreement, entities, is_scheme, single_words
 from bmtk.data.labels import label_name
 from bmtk.data.tables import check_column
+from bmtk.metrics.entities import Entity, agreement, entities, is_scheme, single_words
 
-from .classification import Classification, ClassificationArguments, scores_table
+from .classification import Classification, ClassificationArguments
 from .pictures import confusion_matrix
+from .problems import scores_table
 from .task import Prediction, mean_loss, setting, spread_and_worst
 from .texts import TextArguments, TextTask, padded
 
 UNSEEN = -1  # in place of a position: the word has no token; in place of a tag: none was found
 NO_WORD = -2  # pads the places of words
 NOT_ASKED = -100  # pads labels, and stands where no word begins
+SPECIAL = (-1, -1)  # the span of a token that is not of the sentence
+NOT_READ = frozenset(("labels", "places", "sizes", "truth"))  # what of a batch is not for the model
 NOTHING = "nothing"
 
 
@@ -38,10 +43,15 @@ class TokenClassificationArguments(TextArguments, ClassificationArguments):
     token_column: str = setting("tokens", "column of the words: lists, or texts with blanks between words")
     label_column: str = setting("tags", "column of the tags, one for each word: IOB1, IOB2, BIOES, or plain labels")
     word_separator: str = setting(" ", "what stands between two words of a sentence; for Chinese characters: ''")
+    stride: int | None = setting(
+        None, "tokens that two windows share, of a sentence longer than max_length; default: a quarter of a window"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.check_lengths()
+        if self.stride is not None and self.stride < 0:
+            raise ValueError(f"stride={self.stride} must be at least 0 tokens")
 
 
 class TokenClassification(TextTask, Classification):
@@ -97,10 +107,6 @@ class TokenClassification(TextTask, Classification):
         place = f"label_column={column!r} of {where} row"
         return [[label_name(value, names, f"{place} {row}") for value in tags] for row, tags in enumerate(lists, 1)]
 
-    @staticmethod
-    def labels_in(rows: Dataset) -> list[str]:
-        return [tag for tags in rows["label"] for tag in tags]
-
     def training_texts(self) -> list[str]:
         return [self.args.word_separator.join(words) for words in self.rows["train"]["words"]]
 
@@ -115,15 +121,27 @@ class TokenClassification(TextTask, Classification):
         self.outside = self.labels.index("O") if "O" in self.labels else UNSEEN
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
-        """Tokens; "places": where each word's first token is; with tags "truth", and "labels" of all tokens."""
-        labels = self.label_ids(rows["label"], where) if "label" in rows.column_names else None
-        encoded = rows.map(self._encode, batched=True, remove_columns=rows.column_names)
-        self.say_what_was_cut(encoded["length"], where)
+        """Tokens of all windows of a sentence, one after the other; "windows": how many each has.
+
+        "places": where each word is asked; with tags "truth", and "labels" of all tokens.
+        """
+        labels = self.targets(rows["label"], where) if "label" in rows.column_names else None
+        room = self.longest - self.processor.num_special_tokens_to_add()
+        self.stride = room // 4 if self.args.stride is None else self.args.stride
+        if not self.stride < room:
+            raise ValueError(
+                f"stride={self.stride} must be less than the {room} tokens that a window of max_length={self.longest} "
+                "has for a sentence"
+            )
+        others = [name for name in rows.column_names if name != "words"]
+        encoded = rows.map(self._encode, batched=True, remove_columns=others)
+        several = sum(len(windows) > 1 for windows in encoded["windows"])
+        if several:
+            self.notes.append(f"{several:,} of {len(rows):,} {where} texts are read in several windows")
         places = list(encoded["places"])
         if lost := sum(row.count(UNSEEN) for row in places):
             of = f"{lost:,} of {sum(map(len, places)):,} {where} words"
-            self.notes.append(f"{of} have no token of their own that is read: no tag is learned or found for them")
-        encoded = encoded.remove_columns("length")
+            self.notes.append(f"{of} have no token of their own: no tag is learned or found for them")
         if labels is None:
             return encoded
         lengths = map(len, encoded["input_ids"])
@@ -132,30 +150,32 @@ class TokenClassification(TextTask, Classification):
 
     def _encode(self, batch: dict[str, list]) -> dict[str, list]:
         separator = self.args.word_separator
-        texts = [separator.join(words) for words in batch["words"]]
-        whole = self.processor(texts, verbose=False, return_attention_mask=False)["input_ids"]
         encoded = self.processor(
-            texts,
+            [separator.join(words) for words in batch["words"]],
             truncation=True,
             max_length=self.longest,
+            stride=self.stride,
+            return_overflowing_tokens=True,
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
         )
-        spans, specials = encoded.pop("offset_mapping"), encoded.pop("special_tokens_mask")
-        places = [
-            places_of_words(
-                words, [(-1, -1) if is_special else span for span, is_special in zip(*of, strict=True)], separator
-            )
-            for words, *of in zip(batch["words"], spans, specials, strict=True)
-        ]
-        return {**encoded, "places": places, "length": list(map(len, whole))}
+        tokens = [name for name in encoded if name in self.processor.model_input_names]
+        found = {name: [[] for _ in batch["words"]] for name in (*tokens, "windows", "spans")}
+        for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
+            marks = zip(encoded["offset_mapping"][window], encoded["special_tokens_mask"][window], strict=True)
+            found["windows"][row].append(len(encoded["input_ids"][window]))
+            found["spans"][row].append([SPECIAL if is_special else span for span, is_special in marks])
+            for name in tokens:
+                found[name][row] += encoded[name][window]
+        pairs = zip(batch["words"], found.pop("spans"), strict=True)
+        return {**found, "places": [places_in_windows(*pair, separator, self.stride) for pair in pairs]}
 
     def collator(self) -> "PadSentences":
         return PadSentences(self.processor)
 
     @staticmethod
     def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: value for name, value in batch.items() if name not in ("labels", "places", "truth")}
+        return {name: value for name, value in batch.items() if name not in NOT_READ}
 
     @staticmethod
     def num_items(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -171,17 +191,18 @@ class TokenClassification(TextTask, Classification):
 
     def predict(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
         """A tag id for each word; of words that were not read the one of O, or UNSEEN where no tag is called so."""
-        logits = model(**self.inputs_of(batch))["logits"].float()  # (B, L, K)
-        best, predictions = logits.argmax(-1).tolist(), []
-        for tags, places in zip(best, batch["places"].tolist(), strict=True):
-            words = [place for place in places if place != NO_WORD]
+        logits = model(**self.inputs_of(batch))["logits"].float()  # (W, L, K)
+        is_token, sizes = batch["attention_mask"].bool(), batch["sizes"].tolist()
+        logits, predictions = logits[is_token], []  # (tokens of all sentences, K)
+        for tags, places in zip(logits.argmax(-1).split(sizes), batch["places"].tolist(), strict=True):
+            tags, words = tags.tolist(), [place for place in places if place != NO_WORD]
             predictions.append({"tags": [self.outside if place == UNSEEN else tags[place] for place in words]})
         if "labels" in batch:
-            losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").sum(1).tolist()
-            items = (batch["labels"] != NOT_ASKED).sum(1).tolist()
-            for row, prediction in enumerate(predictions):
-                truth = batch["truth"][row, : len(prediction["tags"])].tolist()
-                prediction |= {"loss": losses[row], "items": items[row], "truth": truth}
+            labels = batch["labels"][is_token]
+            losses = F.cross_entropy(logits, labels, reduction="none").split(sizes)
+            for row, asked in enumerate((labels != NOT_ASKED).split(sizes)):
+                truth = batch["truth"][row, : len(predictions[row]["tags"])].tolist()
+                predictions[row] |= {"loss": losses[row].sum().item(), "items": int(asked.sum()), "truth": truth}
         return predictions
 
     def score(self, predictions: Sequence[Prediction], rows=None) -> dict[str, float]:
@@ -202,27 +223,15 @@ class TokenClassification(TextTask, Classification):
         return [self._sample(predictions[row], rows[row]) for row in spread_and_worst(predictions, count)]
 
     def _sample(self, prediction: Prediction, row: dict) -> dict[str, str]:
-        text = self.processor.decode(row["input_ids"], skip_special_tokens=True).strip()
-        words = self._words_of(row)
+        words = row["words"]
         said, truth = (
             ", ".join(f"{' '.join(words[start:end])} ({kind})" for start, end, kind in self._entities(tags))
             for tags in (prediction["tags"], prediction["truth"])
         )
         return {
-            "prompt": text,
+            "prompt": self.args.word_separator.join(words),
             "text": f" -> {said or NOTHING}" + (f" [labelled {truth or NOTHING}]" if truth != said else ""),
         }
-
-    def _words_of(self, row: dict) -> list[str]:
-        """What the model read of each word."""
-        starts = [place for place in row["places"] if place != UNSEEN]
-        ends = dict(zip(starts, [*starts[1:], len(row["input_ids"])], strict=True))
-        return [
-            "?"
-            if place == UNSEEN
-            else self.processor.decode(row["input_ids"][place : ends[place]], skip_special_tokens=True).strip()
-            for place in row["places"]
-        ]
 
     def figures(self, predictions: Sequence[Prediction], rows) -> list[dict[str, str]]:
         """Words of each type, and the type that they got; where a tag is no B- or I- of a type, tags."""
@@ -271,6 +280,36 @@ def places_of_words(words: Sequence[str], spans: Sequence[tuple[int, int]], sepa
     return places
 
 
+def places_in_windows(
+    words: Sequence[str], windows: Sequence[Sequence[tuple[int, int]]], separator: str, stride: int
+) -> list[int]:
+    """Where each word's first token is in the tokens of all `windows`, one after the other, or UNSEEN.
+
+    A window is the spans of its tokens; neighbours share `stride` of those that are not special.  Of a word that is in
+    several, that place is taken that has most tokens between it and where its window was cut off.
+    """
+    firsts, positions, spans, before = [], [], [], 0  # of each window: its first token in the sentence; its places
+    for window in windows:
+        own = [place for place, span in enumerate(window) if span != SPECIAL]
+        shared = stride if firsts else 0
+        firsts.append(len(spans) - shared)
+        positions.append([before + place for place in own])
+        spans += [window[place] for place in own[shared:]]
+        before += len(window)
+    last = len(windows) - 1
+
+    def best(token: int) -> int:
+        around = {}
+        for number, (first, own) in enumerate(zip(firsts, positions, strict=True)):
+            left, right = token - first, first + len(own) - 1 - token
+            if left >= 0 and right >= 0:
+                nearest = min(left if number else len(spans), right if number < last else len(spans))
+                around[own[left]] = nearest
+        return max(around, key=around.get)
+
+    return [UNSEEN if token == UNSEEN else best(token) for token in places_of_words(words, spans, separator)]
+
+
 def labels_of_tokens(places: Sequence[int], tags: Sequence[int], length: int) -> list[int]:
     """The tag at the first token of each word; NOT_ASKED elsewhere.
 
@@ -286,15 +325,28 @@ def labels_of_tokens(places: Sequence[int], tags: Sequence[int], length: int) ->
 
 @dataclass(frozen=True)
 class PadSentences:
-    """Pads tokens as the tokenizer does, and "labels", "places" and "truth" with NOT_ASKED, NO_WORD and NOT_ASKED."""
+    """The windows of several sentences, padded as the tokenizer does.
+
+    "labels" (W, L), NOT_ASKED where no word is asked; "sizes" (B,): tokens of each sentence, whose windows follow each
+    other; "places" and "truth" (B, words) of each word, filled up with NO_WORD and NOT_ASKED.
+    """
 
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        tokens = [{name: row[name] for name in row if name in self.tokenizer.model_input_names} for row in rows]
-        batch = dict(self.tokenizer.pad(tokens, return_tensors="pt"))
+        names = [name for name in rows[0] if name in self.tokenizer.model_input_names]
+        windows = {name: [part for row in rows for part in cut(row[name], row["windows"])] for name in names}
+        batch = dict(self.tokenizer.pad(windows, return_tensors="pt", return_attention_mask=True))
+        batch["sizes"] = torch.tensor([len(row["input_ids"]) for row in rows])
         batch["places"] = padded([row["places"] for row in rows], NO_WORD)
         if "labels" in rows[0]:
-            batch["labels"] = padded([row["labels"] for row in rows], NOT_ASKED, width=batch["input_ids"].shape[1])
+            batch["labels"] = torch.full_like(batch["input_ids"], NOT_ASKED)
+            batch["labels"][batch["attention_mask"].bool()] = torch.tensor([x for row in rows for x in row["labels"]])
             batch["truth"] = padded([row["truth"] for row in rows], NOT_ASKED)
         return batch
+
+
+def cut(values: Sequence, lengths: Sequence[int]) -> list[Sequence]:
+    """`values` in parts of these lengths."""
+    ends = list(accumulate(lengths))
+    return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]

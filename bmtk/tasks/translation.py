@@ -3,7 +3,6 @@
 B rows, S source positions, L target positions, V tokens.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,12 +12,12 @@ from typing import ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
-from sacrebleu.metrics import BLEU, CHRF
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM
 
 from bmtk.data.tables import check_column
+from bmtk.metrics.texts import perplexity, sentence_chrf, translation_scores
 
 from .pictures import sentence_scores
 from .task import DataArguments, Prediction, mean_loss, setting, spread_and_worst
@@ -273,19 +272,12 @@ class Translation(TextTask):
         return predictions
 
     def score(self, predictions: Sequence[Prediction], rows) -> dict[str, float]:
-        loss, (bleu, chrf) = mean_loss(predictions), self.metrics()
-        texts, references = [p["text"] for p in predictions], [list(rows["target"])]
-        scores = {
-            "bleu": bleu.corpus_score(texts, references).score,
-            "chrf": chrf.corpus_score(texts, references).score,
-        }
-        self.signatures = {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())}
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **scores}
-
-    def metrics(self) -> tuple[BLEU, CHRF]:
-        """BLEU and chrF as this task counts them; they do not compare with other signatures'."""
-        cut = self.args.bleu_tokenizer or CUT_BY.get((self.args.target_language or "")[:2], "13a")
-        return BLEU(tokenize=cut, lowercase=self.args.lower_case), CHRF(lowercase=self.args.lower_case)
+        loss, args = mean_loss(predictions), self.args
+        cut = args.bleu_tokenizer or CUT_BY.get((args.target_language or "")[:2], "13a")
+        scores, self.signatures = translation_scores(
+            [p["text"] for p in predictions], rows["target"], tokenizer=cut, lower_case=args.lower_case
+        )
+        return {"loss": loss, "perplexity": perplexity(loss), **scores}
 
     def describe(self, prediction: Prediction) -> dict[str, object]:
         return {"prediction": prediction["text"]}
@@ -319,9 +311,7 @@ class Translation(TextTask):
         return "\n".join(lines)
 
     def _sentence_chrf(self, predictions: Sequence[Prediction], rows) -> list[float]:
-        chrf = self.metrics()[1]
-        pairs = zip(predictions, rows["target"], strict=True)
-        return [chrf.sentence_score(prediction["text"], [target]).score for prediction, target in pairs]
+        return sentence_chrf([p["text"] for p in predictions], rows["target"], lower_case=self.args.lower_case)
 
     # ------------------------------------------------------------------------------------------------ in words
 

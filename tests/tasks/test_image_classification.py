@@ -248,7 +248,7 @@ def test_the_loss_of_mixed_labels_is_the_mixture_of_the_losses(tmp_path, weights
     shares = torch.tensor([0.2, 0.5, 0.7, 1.0, 0.0])
     soft = mixed_labels(one, other, shares, 2)
     losses = [
-        F.cross_entropy(logits, labels, task.weights, reduction="none", label_smoothing=smoothing)
+        F.cross_entropy(logits, labels, task.problem.weights, reduction="none", label_smoothing=smoothing)
         for labels in (one, other)
     ]
     expected = (shares * losses[0] + (1 - shares) * losses[1]).sum()

@@ -15,9 +15,10 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, DetrConfig, pipeline
 
+from bmtk.metrics.boxes import average_precisions
 from bmtk.models.boxes_bm import pairwise_iou
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
-from bmtk.tasks.boxes import BoxAugmentation, average_precisions, cut
+from bmtk.tasks.boxes import BoxAugmentation, cut
 from bmtk.tasks.object_detection import ObjectDetection, ObjectDetectionArguments
 from bmtk.training.finetuning import FineTuningArguments, build_trainer, load_for_task
 from bmtk.training.updates import LossSum

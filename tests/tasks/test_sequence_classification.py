@@ -17,9 +17,10 @@ from sklearn.metrics import (
 from transformers import AutoTokenizer, BertConfig, LlamaConfig
 
 from bmtk.data.tokenizers import train_tokenizer
+from bmtk.metrics.labels import scores_by_label
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
-from bmtk.tasks.classification import class_weights, scores_by_label
+from bmtk.tasks.problems import class_weights
 from bmtk.tasks.sequence_classification import SequenceClassification, SequenceClassificationArguments
 
 TRAIN = [("good soup", "good"), ("bad soup", "bad"), ("good day", "good"), ("bad day", "bad")]
@@ -148,7 +149,7 @@ def test_a_fraction_is_no_label(tmp_path):
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [1.0, 0.5]})
     rows.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"of train row 2 holds 0\.5; a label is a string or an integer"):
-        make_task(tmp_path, train_file=[str(tmp_path / "train.parquet")])
+        make_task(tmp_path, train_file=[str(tmp_path / "train.parquet")], problem_type="single_label_classification")
 
 
 def classifier_config(labels, task):
@@ -357,7 +358,7 @@ def test_focal_loss_and_class_weights_are_their_formulas(tmp_path):
     rows = [("a", "x"), ("b", "x"), ("c", "x"), ("d", "y")]
     task = make_task(tmp_path, rows, [("new", "x")], loss="focal", focal_gamma=3.0, class_weights=["balanced"])
     configured(task)
-    assert task.weights.tolist() == pytest.approx([4 / 2 / 3, 4 / 2 / 1])
+    assert task.problem.weights.tolist() == pytest.approx([4 / 2 / 3, 4 / 2 / 1])
     logits, labels = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 1])
     expected = 0.0
     for row, label in zip(logits.double(), labels.tolist(), strict=True):

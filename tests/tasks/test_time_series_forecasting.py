@@ -16,6 +16,7 @@ from transformers import AutoModelForTimeSeriesPrediction
 
 import bmtk  # noqa: F401  (registers the families)
 from bmtk.data.series import bounds, calendar_features, times_after, usual_season
+from bmtk.metrics.forecasts import column_errors, quantile_scores
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.tasks import forecasts
 from bmtk.tasks.time_series_forecasting import TimeSeriesForecasting, TimeSeriesForecastingArguments
@@ -373,7 +374,7 @@ def test_metrics_are_their_formulas(tmp_path):
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert "naive_mae" in metrics
-    errors = forecasts.column_errors(task._together(predictions, rows, "forecast"), rows.truth(), task.known)
+    errors = column_errors(task._together(predictions, rows, "forecast"), rows.truth(), task.known)
     assert errors["mase"] == pytest.approx([np.mean(absolute[c]) / scale[c] for c in (0, 1)], rel=1e-4)
     assert task.table(predictions, rows).splitlines()[2].split()[0] == "b"
 
@@ -393,7 +394,7 @@ def test_quantile_scores_are_their_formulas():
             weighted += 2 * losses[-1] * scaling["std"][c] / 3
         total += abs(truth[w, h, c] * scaling["std"][c] + scaling["mean"][c])
         inside.append(quantiles[w, h, c, 0] <= truth[w, h, c] <= quantiles[w, h, c, 2])
-    assert forecasts.quantile_scores(quantiles, levels, truth, scaling) == pytest.approx(
+    assert quantile_scores(quantiles, levels, truth, scaling) == pytest.approx(
         {"quantile_loss": np.mean(losses), "weighted_quantile_loss": weighted / total, "coverage": np.mean(inside)}
     )
 

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import BertConfig, BertTokenizerLegacy, pipeline
 
@@ -14,6 +16,7 @@ from bmtk.tasks.token_classification import (
     TokenClassification,
     TokenClassificationArguments,
     labels_of_tokens,
+    places_in_windows,
     places_of_words,
 )
 from recipes import evaluate, finetune, predict
@@ -47,27 +50,81 @@ def test_words_become_tokens_and_the_first_of_each_carries_the_tag(tmp_path):
     task = make_task(tmp_path, tokenizer="byte_bpe", vocab_size=257, max_length=14)
     config = configured(task)
     assert config.id2label == {0: "B-person", 1: "B-place", 2: "I-person", 3: "O"}
-    row = task.rows["train"][0]  # a token for each byte of "Ada Poe left R"
-    assert row["places"] == [0, 4, 8, 13]
-    assert row["labels"] == [0, *[-100] * 3, 2, *[-100] * 3, 3, *[-100] * 4, 1]
+    row = task.rows["train"][0]  # a token for each byte: "Ada Poe left R", and a window that begins 3 before its end
+    assert row["windows"] == [14, 6]
+    assert row["places"] == [0, 4, 8, 16]
+    assert row["labels"] == [0, *[-100] * 3, 2, *[-100] * 3, 3, *[-100] * 7, 1, *[-100] * 3]
     assert row["truth"] == [0, 2, 3, 1]
-    assert task.notes[-1] == "1 of 2 train texts (50.0%) are longer than 14 tokens and were cut"
+    assert task.notes[-1] == "1 of 2 train texts are read in several windows"
 
 
-def test_words_beyond_the_end_count_as_o_and_it_is_said(tmp_path):
-    task = make_task(tmp_path, max_length=3)
-    configured(task)
-    assert task.rows["train"][0]["places"] == [0, 1, 2, -1]
-    assert task.rows["train"][0]["labels"] == [0, 2, 3]
-    assert task.notes[-2:] == [
-        "1 of 2 train texts (50.0%) are longer than 3 tokens and were cut",
-        "1 of 6 train words have no token of their own that is read: no tag is learned or found for them",
-    ]
-    logits = torch.zeros(1, 3, 4)
-    logits[..., 1] = 9.0  # B-place everywhere
-    prediction = predicted(task, [0], logits)[0]
-    assert [task.labels[tag] for tag in prediction["tags"]] == ["B-place", "B-place", "B-place", "O"]
-    assert prediction["items"] == 3
+WORDS = [f"w{number}" for number in range(23)]
+LONG = [(WORDS, ["B-a" if number % 3 else "O" for number in range(23)]), (WORDS[:2], ["O", "B-a"])]
+
+
+class ByToken(torch.nn.Module):
+    """A model that says of every token what its id says."""
+
+    def forward(self, input_ids, attention_mask):
+        return {"logits": torch.stack([input_ids.sin(), input_ids.cos()], dim=-1)}
+
+
+@pytest.mark.parametrize("has_ends", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_every_word_of_a_long_sentence_is_asked_once_whatever_the_windows(tmp_path, has_ends, side):
+    found = []
+    for max_length in (64, 8):
+        task = make_task(tmp_path, LONG, [(["w0"], ["O"])], max_length=max_length, stride=2)
+        tokenizer = task.processor
+        tokenizer.padding_side = side
+        if has_ends:
+            marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in [tokenizer.eos_token]]
+            template = f"{marks[0][0]} $A {marks[0][0]}"
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=marks)
+        configured(task, max_position_embeddings=64)
+        batch = task.collator()(list(task.rows["train"]))
+        predictions = task.predict(ByToken(), batch)
+        outputs = ByToken()(batch["input_ids"], None)
+        found.append((task.score(predictions), [p["tags"] for p in predictions], int(task.num_items(batch))))
+        assert task.criterion(outputs, batch).item() == pytest.approx(sum(p["loss"] for p in predictions), rel=1e-5)
+        assert len(batch["input_ids"]) == {64: 2, 8: 7 if has_ends else 5}[max_length]
+        of_words = torch.cat([row[row != -100] for row in batch["labels"]])
+        assert of_words.tolist() == [*task.rows["train"][0]["truth"], *task.rows["train"][1]["truth"]]
+    assert found[0] == (pytest.approx(found[1][0]), *found[1][1:])
+    assert found[0][2] == 25
+
+
+def test_a_word_is_asked_where_most_is_around_it_by_brute_force():
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        words = ["x" * draw.integers(1, 5) for _ in range(draw.integers(1, 30))]
+        text, room = " ".join(words), int(draw.integers(2, 12))
+        stride = int(draw.integers(room))
+        tokens = [(at, at + 1) for at in range(len(text)) if text[at] != " "]  # one for each letter
+        windows, first = [], 0
+        while not windows or first + stride < len(tokens):
+            windows.append([(-1, -1), *tokens[first : first + room], (-1, -1)])
+            first += room - stride
+        around = []  # of every token of every window: which it is, and its distance from where the window was cut
+        for number, window in enumerate(windows):
+            for at, (begin, _) in enumerate(window):
+                left = at - 1 if number else len(text)
+                right = len(window) - 2 - at if number < len(windows) - 1 else len(text)
+                around.append((begin, min(left, right)))
+        begin = 0
+        for word, place in zip(words, places_in_windows(words, windows, " ", stride), strict=True):
+            assert around[place] == (begin, max(distance for at, distance in around if at == begin))
+            begin += len(word) + 1
+
+
+def test_windows_that_share_all_they_have_are_refused(tmp_path):
+    task = make_task(tmp_path, max_length=3, stride=3)
+    with pytest.raises(
+        ValueError, match="stride=3 must be less than the 3 tokens that a window of max_length=3 has for"
+    ):
+        configured(task)
+    with pytest.raises(ValueError, match="stride=-1 must be at least 0 tokens"):
+        make_task(tmp_path, stride=-1)
 
 
 def test_places_of_words_pass_over_blanks_special_tokens_and_words_without_a_token():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bmtk.data.entities import agreement, entities, is_scheme, single_words
+from bmtk.metrics.entities import agreement, entities, is_scheme, single_words
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ allows, such as an I- tag where nothing has begun: there an entity begins.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from .labels import ratios
+
 Entity = tuple[int, int, str]  # first word, one past the last, type
 
 
@@ -50,11 +52,4 @@ def agreement(truths: Sequence[Sequence[Entity]], found: Sequence[Sequence[Entit
             for *_, kind in spans:
                 counts[kind] += 1
                 counts[""] += 1
-    return {
-        kind: _ratios(in_both[kind], in_truth[kind], in_found[kind]) for kind in sorted({"", *in_truth, *in_found})
-    }
-
-
-def _ratios(hits: int, rows: int, calls: int) -> dict[str, float]:
-    precision, recall, f1 = hits / max(calls, 1), hits / max(rows, 1), 2 * hits / max(rows + calls, 1)
-    return {"rows": rows, "precision": precision, "recall": recall, "f1": f1}
+    return {kind: ratios(in_both[kind], in_truth[kind], in_found[kind]) for kind in sorted({"", *in_truth, *in_found})}

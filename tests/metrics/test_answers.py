@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from bmtk.data.answers import agreement, is_chinese, longest_run
+from bmtk.metrics.answers import agreement, is_chinese, longest_run
 
 
 @pytest.mark.parametrize(

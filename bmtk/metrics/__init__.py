@@ -1,0 +1,12 @@
+"""Metrics: functions of predictions and truth, without a model or a task; and all of them as modules of evaluate."""
+
+
+def load(name: str, **options: object):
+    """The metric of this name: `compute(predictions=..., references=...)`, after any number of `add_batch`.
+
+    `options` are those of evaluate's modules (process_id, num_process, experiment_id).
+    Raises: ValueError that lists the metrics there are.
+    """
+    from .metric import BmtkMetric  # evaluate takes a second to import, and no task needs it
+
+    return BmtkMetric(config_name=name, **options)

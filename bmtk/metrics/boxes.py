@@ -1,0 +1,53 @@
+"""How well boxes with labels were found.  T overlaps, K labels; a box is [left, top, width, height]."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+MOST_FOUND = 100  # boxes of an image that count, the best first, as in COCO
+
+
+def average_precisions(truth: Sequence[dict], predictions: Sequence[dict], num_labels: int) -> np.ndarray:
+    """COCO's AP (T, K) at overlaps (IoU) of 0.50, 0.55, ..., 0.95; NaN for a label that no image holds.
+
+    Both are images of the same order: {"boxes", "labels"}, the predictions with "scores".
+    Source: pycocotools; an AP is the mean precision at the recalls 0, 0.01, ..., 1.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+        measured = COCOeval(_coco(truth, num_labels), _coco(predictions, num_labels), "bbox")
+        measured.params.areaRng, measured.params.areaRngLbl = [[0, 1e10]], ["all"]
+        measured.params.maxDets = [MOST_FOUND]
+        measured.evaluate()
+        measured.accumulate()
+    precision = measured.eval["precision"][..., 0, 0]  # (T, recalls, K), -1 for a label that no image holds
+    return np.where(precision[:, 0] < 0, np.nan, precision.mean(1))
+
+
+def _coco(images: Sequence[dict], num_labels: int) -> COCO:
+    objects = [
+        {"image_id": number, "bbox": list(box), "category_id": label, "area": box[2] * box[3], "iscrowd": 0, **score}
+        for number, image in enumerate(images)
+        for box, label, score in zip(image["boxes"], image["labels"], _scores(image), strict=True)
+    ]
+    index = COCO()
+    index.dataset = {
+        "images": [{"id": number} for number in range(len(images))],
+        "categories": [{"id": label} for label in range(num_labels)],
+        "annotations": [{"id": number, **entry} for number, entry in enumerate(objects, 1)],  # 0 means "no match"
+    }
+    index.createIndex()
+    return index
+
+
+def _scores(image: dict) -> list[dict[str, float]]:
+    return [{"score": score} for score in image["scores"]] if "scores" in image else [{}] * len(image["boxes"])
+
+
+def summary(precisions: np.ndarray) -> dict[str, float]:
+    """Of `average_precisions` (T, K): the mean of all, and of those at overlaps of 0.50 and 0.75."""
+    means = {"map": precisions, "map_50": precisions[0], "map_75": precisions[5]}
+    return {name: float(np.nanmean(values)) for name, values in means.items()}

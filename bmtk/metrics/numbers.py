@@ -1,0 +1,18 @@
+"""How far predicted numbers are from true ones."""
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+
+
+def regression_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Errors and correlations of (N,); NaN is what is not defined, because one of both is the same number N times."""
+    truth, predicted = np.asarray(truth, np.float64), np.asarray(predicted, np.float64)
+    error, spread = predicted - truth, ((truth - truth.mean()) ** 2).sum()
+    varies = min(np.ptp(truth), np.ptp(predicted)) > 0
+    return {
+        "mse": float((error**2).mean()),
+        "mae": float(np.abs(error).mean()),
+        "r2": float(1 - (error**2).sum() / spread) if spread else np.nan,
+        "pearson": float(pearsonr(truth, predicted).statistic) if varies else np.nan,
+        "spearman": float(spearmanr(truth, predicted).statistic) if varies else np.nan,
+    }

@@ -1,0 +1,361 @@
+"""What a column of labels asks for (`problem_type` of transformers): one label of a row, several, or a number.
+
+A problem knows how a cell is read, what a model is trained towards, and what its logits say.  B rows, K labels.
+The loss that is reported is each problem's own, whatever is trained with: cross-entropy, binary cross-entropy (both in
+nats) or squared error.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from bmtk.data.labels import agreed_labels, label_name, some
+from bmtk.metrics.labels import one_label_scores, scores_by_label, several_labels_scores, top_accuracy
+from bmtk.metrics.numbers import regression_scores
+
+from .pictures import confusion_matrix, hits_and_misses, truth_and_prediction
+from .task import Prediction
+
+TOP = 5  # labels that count as a hit of top5_accuracy
+SHOWN = 10  # labels of a note
+NOTHING = "nothing"
+
+
+class Problem:
+    """What the three have in common."""
+
+    name: ClassVar[str]
+    main_metric: ClassVar[str]
+    losses: ClassVar[tuple[str, ...]]  # to train with, the default first
+    fewest: ClassVar[int]  # labels among the training rows, at least
+    about: ClassVar[dict[str, str]] = {}  # what a model card says otherwise than of one label
+
+    def __init__(self, args):
+        self.args, self.labels, self.weights = args, [], None
+        self.loss = args.loss or self.losses[0]
+        if self.loss not in self.losses:
+            raise ValueError(f"loss={self.loss!r} is not for {self.name}; choose one of {', '.join(self.losses)}")
+
+    def said_and_truth(self, prediction: Prediction) -> tuple[str, str]:
+        raise NotImplementedError
+
+    def is_right(self, prediction: Prediction) -> bool:
+        said, truth = self.said_and_truth(prediction)
+        return said == truth
+
+    def mistake(self, prediction: Prediction) -> str:
+        """Two lines: what was said, what is true."""
+        said, truth = self.said_and_truth(prediction)
+        return f"{said}\nis {truth}"
+
+
+class OneLabel(Problem):
+    """Exactly one of K labels."""
+
+    name = "single_label_classification"
+    main_metric = "accuracy"
+    losses = ("cross_entropy", "focal")
+    fewest = 2
+
+    def value(self, cell: object, names: Sequence[str] | None, where: str) -> object:
+        """What a cell of the label column says.  Raises: ValueError, naming the place `where`."""
+        return label_name(cell, names, where)
+
+    @staticmethod
+    def names_in(values: Sequence) -> list[str]:
+        """The names of labels in `values`, as often as they occur; a row may have a list of them."""
+        return [name for value in values for name in ([value] if isinstance(value, str) else value)]
+
+    @staticmethod
+    def agreed_labels(found: Collection[str], known: Sequence[str], names: Sequence[str], *, is_trained: bool):
+        """As bmtk.data.labels does."""
+        return agreed_labels(found, known, names, is_trained=is_trained)
+
+    def survey(self, values: Sequence) -> str:
+        """How often each label occurs, in a sentence; what class weights there are follows from it."""
+        found = Counter(self.names_in(values))
+        self.weights = class_weights(self.args.class_weights, self.labels, [found[name] for name in self.labels])
+        return f"training labels: {shares(found, found.total())}"
+
+    def targets(self, values: Sequence, ids: Mapping[str, int]) -> list:
+        """What a row's labels are in a batch."""
+        return [ids[value] if isinstance(value, str) else [ids[name] for name in value] for value in values]
+
+    @staticmethod
+    def num_items(labels: torch.Tensor) -> int:
+        """Losses of a batch that are summed."""
+        return len(labels)
+
+    def criterion(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Sum of the training losses.  Focal loss: Lin et al. 2017, arXiv:1708.02002, over a softmax.
+
+        `labels` are ids (B,), or of mixed rows the share of each label (B, K), for cross-entropy alone.
+        """
+        losses = F.cross_entropy(
+            logits, labels, on_device_of(logits, self.weights), reduction="none", label_smoothing=label_smoothing
+        )
+        if self.loss == "focal":
+            of_label = logits.softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+            losses = (1 - of_label) ** self.args.focal_gamma * losses
+        return losses.sum()
+
+    def reported(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum (B,) of the losses of each row."""
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def predictions(self, logits: torch.Tensor) -> list[Prediction]:
+        best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices.tolist()
+        scores = logits.softmax(-1).amax(-1).tolist()
+        return [
+            {"label": labels[0], "top": labels, "score": score} for labels, score in zip(best, scores, strict=True)
+        ]
+
+    def score(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        truth, predicted = self._truth_and_labels(predictions)
+        metrics = one_label_scores(truth, predicted)
+        if len(predictions[0]["top"]) == TOP and len(self.labels) > TOP:
+            metrics["top5_accuracy"] = top_accuracy(truth.tolist(), [p["top"] for p in predictions])
+        return metrics
+
+    @staticmethod
+    def _truth_and_labels(predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([p["truth"] for p in predictions]), np.array([p["label"] for p in predictions])
+
+    def describe(self, prediction: Prediction) -> dict[str, object]:
+        return {"prediction": self.labels[prediction["label"]], "score": round(prediction["score"], 6)}
+
+    def said_and_truth(self, prediction: Prediction) -> tuple[str, str]:
+        return self.labels[prediction["label"]], self.labels[prediction["truth"]]
+
+    def mistake(self, prediction: Prediction) -> str:
+        """Two lines: what was said, what is true."""
+        said, truth = self.said_and_truth(prediction)
+        return f"{said} {prediction['score']:.1%}\nis {truth} {math.exp(-prediction['loss']):.1%}"
+
+    def figures(self, predictions: Sequence[Prediction]) -> list[dict[str, str]]:
+        return [confusion_matrix(*self._truth_and_labels(predictions), self.labels)]
+
+    def table(self, predictions: Sequence[Prediction]) -> str:
+        """Rows, precision, recall and F1 of each label."""
+        scores = scores_by_label(*self._truth_and_labels(predictions))
+        return scores_table([{**row, "label": self.labels[row["label"]]} for row in scores])
+
+
+class SeveralLabels(OneLabel):
+    """Any number of K labels, none included: one binary question for each."""
+
+    name = "multi_label_classification"
+    main_metric = "micro_f1"
+    fewest = 1
+    about: ClassVar[dict[str, str]] = {
+        "limits": "It knows only the labels it was trained with, may give none of them, and its scores are not "
+        "calibrated probabilities. Expect lower accuracy on what differs from its training data."
+    }
+
+    def value(self, cell: object, names: Sequence[str] | None, where: str) -> list[str]:
+        """A list of labels, or a text that holds them between separators."""
+        separator = self.args.label_separator
+        if isinstance(cell, str) and separator is not None:
+            cell = [part.strip() for part in cell.split(separator)] if cell.strip() else []
+        if not isinstance(cell, list):
+            raise ValueError(
+                f"{where} holds {cell!r}; {self.name} needs a list of labels ([] for none), or label_separator: what "
+                "stands between the labels of a text"
+            )
+        found = [label_name(part, names, where) for part in cell]
+        if len(set(found)) < len(found):
+            raise ValueError(
+                f"{where} holds {cell!r}, with the same label twice; list the labels that the row has, each once"
+            )
+        return found
+
+    def survey(self, values: Sequence[list[str]]) -> str:
+        found, empty = Counter(self.names_in(values)), list(values).count([])
+        counts = [found[name] for name in self.labels]
+        if self.args.class_weights == ["balanced"]:  # a label's rows weigh as much as those without it
+            self.weights = torch.tensor([(len(values) - count) / max(count, 1) for count in counts])
+        else:
+            self.weights = class_weights(self.args.class_weights, self.labels, counts)
+        none = f"; {empty:,} rows have none" if empty else ""
+        mean = found.total() / len(values)
+        return f"training labels: {shares(found, len(values))} of the rows, {mean:.2f} a row{none}"
+
+    def targets(self, values: Sequence[list[str]], ids: Mapping[str, int]) -> list[list[float]]:
+        """1 for a label that the row has, 0 for others (K)."""
+        ids_of_rows = [{ids[name] for name in value} for value in values]
+        return [[float(label in row) for label in range(len(self.labels))] for row in ids_of_rows]
+
+    @staticmethod
+    def num_items(labels: torch.Tensor) -> int:
+        return labels.numel()
+
+    def criterion(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Sum over rows and labels; `labels` (B, K) in [0, 1].  Focal loss over sigmoids, as in the paper."""
+        smooth = labels * (1 - label_smoothing) + label_smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(
+            logits, smooth, pos_weight=on_device_of(logits, self.weights), reduction="none"
+        )
+        if self.loss == "focal":
+            missing = torch.where(labels > 0, 1 - logits.sigmoid(), logits.sigmoid())
+            losses = missing**self.args.focal_gamma * losses
+        return losses.sum()
+
+    def reported(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1)
+
+    def predictions(self, logits: torch.Tensor) -> list[Prediction]:
+        return [{"scores": scores} for scores in logits.sigmoid().tolist()]
+
+    def score(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        truth, found = self._truth_and_labels(predictions)
+        return several_labels_scores(truth, found, np.array([p["scores"] for p in predictions]))
+
+    def _truth_and_labels(self, predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+        truth, scores = (np.array([p[key] for p in predictions]) for key in ("truth", "scores"))
+        return truth > 0, scores >= self.args.threshold
+
+    def describe(self, prediction: Prediction) -> dict[str, object]:
+        scores = dict(zip(self.labels, prediction["scores"], strict=True))
+        return {
+            "prediction": [name for name, score in scores.items() if score >= self.args.threshold],
+            "scores": {name: round(score, 6) for name, score in scores.items()},
+        }
+
+    def said_and_truth(self, prediction: Prediction) -> tuple[str, str]:
+        truth = [name for name, has in zip(self.labels, prediction["truth"], strict=True) if has]
+        return tuple(", ".join(names) or NOTHING for names in (self.describe(prediction)["prediction"], truth))
+
+    mistake = Problem.mistake
+
+    def figures(self, predictions: Sequence[Prediction]) -> list[dict[str, str]]:
+        return [hits_and_misses(*self._truth_and_labels(predictions), self.labels)]
+
+
+class Numbers(Problem):
+    """One number."""
+
+    name = "regression"
+    main_metric = "mse"
+    losses = ("mse", "mae", "huber")
+    fewest = 0
+    about: ClassVar[dict[str, str]] = {
+        "noun": "regression model",
+        "limits": "Its numbers come without an error bar, and may lie outside of what is possible. Expect larger "
+        "errors on what differs from its training data.",
+    }
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.measure = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}[self.loss]
+        ignored = [name for name in ("label_names", "class_weights") if getattr(args, name)]
+        if ignored:
+            raise ValueError(f"{' and '.join(ignored)} have no meaning for {self.name}; leave them out")
+
+    def value(self, cell: object, names: Sequence[str] | None, where: str) -> float:
+        try:
+            number = float(cell)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{where} holds {cell!r}; {self.name} needs a finite number: mend the row or take it out")
+        return number
+
+    @staticmethod
+    def names_in(values: Sequence) -> list[str]:
+        return []
+
+    @staticmethod
+    def num_items(labels: torch.Tensor) -> int:
+        return len(labels)
+
+    def agreed_labels(self, found, known: Sequence[str], names, *, is_trained: bool):
+        """A model's only output, called as the column."""
+        return list(known) if len(known) == 1 else [self.args.label_column], {}
+
+    def survey(self, values: Sequence[float]) -> str:
+        """Raises: ValueError if there is nothing to learn."""
+        low, high, mean, spread = min(values), max(values), np.mean(values), np.std(values)
+        if low == high:
+            raise ValueError(f"label_column={self.args.label_column!r} holds {low:g} in all training rows")
+        return f"training targets: {low:.4g} to {high:.4g}, mean {mean:.4g}, standard deviation {spread:.4g}"
+
+    def targets(self, values: Sequence[float], ids: Mapping[str, int]) -> list[float]:
+        return list(values)
+
+    def criterion(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
+        if label_smoothing:
+            raise ValueError("label_smoothing_factor has no meaning for regression; leave it out")
+        return self.measure(logits.squeeze(-1), labels, reduction="sum")
+
+    def reported(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (logits.squeeze(-1) - labels) ** 2
+
+    def predictions(self, logits: torch.Tensor) -> list[Prediction]:
+        return [{"number": number} for number in logits.squeeze(-1).tolist()]
+
+    def score(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        return regression_scores(*self._truth_and_labels(predictions))
+
+    @staticmethod
+    def _truth_and_labels(predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([p["truth"] for p in predictions]), np.array([p["number"] for p in predictions])
+
+    def describe(self, prediction: Prediction) -> dict[str, object]:
+        return {"prediction": float(f"{prediction['number']:.6g}")}
+
+    def said_and_truth(self, prediction: Prediction) -> tuple[str, str]:
+        return f"{prediction['number']:.4g}", f"{prediction['truth']:.4g}"
+
+    def figures(self, predictions: Sequence[Prediction]) -> list[dict[str, str]]:
+        return [truth_and_prediction(*self._truth_and_labels(predictions), self.labels[0])]
+
+    def table(self, predictions: Sequence[Prediction]) -> str:
+        return ""
+
+
+PROBLEMS = {problem.name: problem for problem in (OneLabel, SeveralLabels, Numbers)}
+
+
+def shares(found: Counter[str], whole: int) -> str:
+    """The most frequent labels and their share of `whole`."""
+    names = sorted(sorted(found), key=found.get, reverse=True)
+    more = f", ... ({len(names)} labels)" if len(names) > SHOWN else ""
+    return ", ".join(f"{name} {found[name] / whole:.1%}" for name in names[:SHOWN]) + more
+
+
+def on_device_of(logits: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor | None:
+    return None if weights is None else weights.to(logits.device)
+
+
+def scores_table(scores: Sequence[Mapping]) -> str:
+    """Lines of "label", "rows", "precision", "recall" and "f1"."""
+    width = max(len("label"), *(len(row["label"]) for row in scores))
+    lines = [f"  {'label':<{width}}  {'rows':>7}  precision  recall     F1"]
+    lines += [
+        f"  {row['label']:<{width}}  {row['rows']:>7,}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:.4f}"
+        for row in scores
+    ]
+    return "\n".join(lines)
+
+
+def class_weights(given: Sequence[str] | None, labels: Sequence[str], counts: Sequence[int]) -> torch.Tensor | None:
+    """The factor of each label's rows (K,); None: 1 for all.  Raises: ValueError if `given` is not one for each."""
+    if given is None:
+        return None
+    if list(given) == ["balanced"]:
+        return torch.tensor([sum(counts) / len(labels) / max(count, 1) for count in counts])
+    try:
+        weights = [float(weight) for weight in given]
+    except ValueError:
+        weights = []
+    if len(weights) != len(labels) or min(weights) < 0:
+        raise ValueError(
+            f"class_weights={' '.join(given)} must be 'balanced', or a number of at least 0 for each of the "
+            f"{len(labels)} labels {some(labels)}"
+        )
+    return torch.tensor(weights)

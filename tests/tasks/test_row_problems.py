@@ -1,0 +1,319 @@
+"""Several labels of a row, and numbers: how columns are read, losses and metrics, and a whole run of each."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
+from sklearn.metrics import average_precision_score, f1_score, r2_score
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, BertConfig, pipeline
+
+from bmtk.metrics.labels import several_labels_scores
+from bmtk.metrics.numbers import regression_scores
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
+from bmtk.tasks.image_classification import mixed_labels
+from bmtk.tasks.sequence_classification import SequenceClassification, SequenceClassificationArguments
+from bmtk.training.updates import divides_by_count
+from recipes import evaluate, finetune, predict
+
+TEXTS = ["a", "b", "c", "d"]
+
+
+def write(path, columns):
+    Dataset.from_dict(columns).to_json(path) if path.suffix == ".jsonl" else Dataset.from_dict(columns).to_csv(path)
+    return [str(path)]
+
+
+def make_task(tmp_path, labels, validation=None, *, suffix=".jsonl", **settings):
+    files = {"train_file": write(tmp_path / f"train{suffix}", {"text": TEXTS[: len(labels)], "label": labels})}
+    validation = labels[:1] if validation is None else validation
+    columns = {"text": ["e", "f"][: len(validation)], "label": validation}
+    files["validation_file"] = write(tmp_path / f"validation{suffix}", columns)
+    task = SequenceClassification(SequenceClassificationArguments(**{**files, "vocab_size": 300, **settings}))
+    task.config = BmTransformerConfig(**{**task.config_fields, "max_position_embeddings": 16})
+    task.configure(task.config)
+    return task
+
+
+def batch_of(task, split="train"):
+    return task.collator()(list(task.rows[split]))
+
+
+def test_lists_are_several_labels_and_may_be_empty(tmp_path):
+    task = make_task(tmp_path, [["red", "round"], [], ["round"], ["old"]], [["old"], []])
+    assert (task.config.problem_type, task.config.num_labels) == ("multi_label_classification", 3)
+    assert task.labels == ["old", "red", "round"]
+    labels = batch_of(task)["labels"]
+    assert labels.dtype == torch.float32
+    assert labels.tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 0, 0]]
+    assert task.num_items({"labels": labels}) == 12
+    assert task.main_metric == "micro_f1"
+    assert task.settled == {"problem_type": "multi_label_classification"}
+    assert task.notes[:2] == [
+        "label_column='label' holds several labels a row: problem_type=multi_label_classification",
+        "training labels: round 50.0%, old 25.0%, red 25.0% of the rows, 1.00 a row; 1 rows have none",
+    ]
+
+
+def test_a_text_is_cut_at_the_separator_and_numbers_take_names(tmp_path):
+    task = make_task(
+        tmp_path, ["0|2", "", " 1 | 0", "2"], suffix=".csv", label_separator="|", label_names=["x", "y", "z"]
+    )
+    assert task.labels == ["x", "y", "z"]
+    assert batch_of(task)["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1]]
+
+
+def test_lists_of_class_labels_keep_their_names(tmp_path):
+    kind = Features({"text": Value("string"), "label": List(ClassLabel(names=["1", "0"]))})
+    rows = Dataset.from_dict({"text": TEXTS, "label": [[0], [1], [0, 1], []]}, features=kind)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    task = make_task(tmp_path, [["0"]], train_file=[str(tmp_path / "rows.parquet")])
+    assert list(task.rows["train"]["labels"]) == [[0, 1], [1, 0], [1, 1], [0, 0]]  # the first name is "1"
+
+
+def test_fractions_are_numbers(tmp_path):
+    for suffix, labels in ((".jsonl", [1.5, 2.0, -3.0, 0.5]), (".csv", ["1.5", "2", "-3", "5e-1"])):
+        task = make_task(tmp_path, labels, suffix=suffix)
+        assert (task.config.problem_type, task.config.num_labels) == ("regression", 1)
+        assert task.config.id2label == {0: "label"}
+        assert batch_of(task)["labels"].tolist() == [1.5, 2.0, -3.0, 0.5]
+        assert task.notes[:2] == [
+            "label_column='label' holds numbers with fractions: problem_type=regression",
+            "training targets: -3 to 2, mean 0.25, standard deviation 1.953",
+        ]
+    assert make_task(tmp_path, [1, 2, 3, 2]).config.problem_type == "single_label_classification"
+    whole = make_task(tmp_path, [1, 2, 3, 2], problem_type="regression")
+    assert batch_of(whole)["labels"].tolist() == [1.0, 2.0, 3.0, 2.0]
+    assert (whole.main_metric, whole.about["noun"], type(whole).about["noun"]) == (
+        "mse",
+        "regression model",
+        "text classifier",
+    )
+
+
+SEVERAL, NUMBERS = "multi_label_classification", "regression"
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "message"),
+    [
+        ([1.5, None, 2.0], {}, "'label' of train row 2 holds None; regression needs a finite number: mend the row or"),
+        (["1.5", "nan", "2"], {"suffix": ".csv"}, "of train row 2 holds 'nan'; regression needs a finite number"),
+        (["x", "y"], {"problem_type": NUMBERS}, "of train row 1 holds 'x'; regression needs a finite number"),
+        ([2.5, 2.5], {}, r"label_column='label' holds 2\.5 in all training rows"),
+        ([1.5, 2.5], {"loss": "focal"}, "loss='focal' is not for regression; choose one of mse, mae, huber"),
+        ([1.5, 2.5], {"label_names": ["x"]}, "label_names have no meaning for regression; leave them out"),
+        ([1.5, 2.5], {"class_weights": ["balanced"]}, "class_weights have no meaning for regression; leave them out"),
+        (
+            ["x", "y"],
+            {"loss": "mse"},
+            "loss='mse' is not for single_label_classification; choose one of cross_entropy",
+        ),
+        (
+            ["x|y", "y"],
+            {"problem_type": SEVERAL},
+            "of train row 1 holds 'x|y'; multi_label_classification needs a list",
+        ),
+        ([["x"], None], {}, "of train row 2 holds None; multi_label_classification needs a list of labels"),
+        ([["x"], ["y", ""]], {}, "of train row 2 is empty; label the row or take it out"),
+        (
+            [[0, 1, 1], [1, 0, 0]],
+            {},
+            r"row 1 holds \[0, 1, 1\], with the same label twice; list the labels that the row",
+        ),
+        ([[], []], {}, "label_column='label' holds no label in all training rows"),
+        (
+            [["x"], ["y"]],
+            {"validation": [["z"]]},
+            r"labels that the training data does not have: 'z' \(first in row 1\)",
+        ),
+        ([["x"], ["y"]], {"problem_type": "ranking"}, "problem_type='ranking' is unknown; choose one of single_label"),
+        ([["x"], ["y"]], {"label_separator": ""}, "label_separator='' separates nothing; name what stands between"),
+        ([["x"], ["y"]], {"threshold": 1.0}, r"threshold=1\.0 is not a probability; choose between 0 and 1"),
+    ],
+)
+def test_bad_columns_and_settings_are_one_clear_error(tmp_path, labels, settings, message):
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        make_task(tmp_path, labels, **settings)
+
+
+@pytest.mark.parametrize(("problem", "outputs"), [(SEVERAL, 3), (NUMBERS, 1)])
+def test_the_sum_over_the_number_of_items_is_the_loss_of_transformers_and_of_our_heads(tmp_path, problem, outputs):
+    labels = {SEVERAL: [["x", "z"], [], ["y"], ["x"]], NUMBERS: [1.5, -2.0, 0.0, 4.0]}[problem]
+    task = make_task(tmp_path, labels)
+    task.config.classifier_dropout = 0.0
+    model = AutoModelForSequenceClassification.from_config(task.config).eval()
+    batch = batch_of(task)
+    assert divides_by_count(model, batch, {})
+    logits = model(**task.inputs_of(batch))["logits"]
+    assert logits.shape == (4, outputs)
+    ours = task.criterion({"logits": logits}, batch) / task.num_items(batch)
+    assert ours.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+    parts = [
+        task.criterion({"logits": logits[part]}, {"labels": batch["labels"][part]}) for part in (slice(1), slice(1, 4))
+    ]
+    assert (sum(parts) / task.num_items(batch)).item() == pytest.approx(ours.item(), rel=1e-6)
+    predictions = task.predict(model, batch)
+    assert task.score(predictions)["loss"] == pytest.approx(ours.item(), rel=1e-6)
+    assert len(json.dumps(task.describe(predictions[0]))) > 10
+
+
+def test_training_losses_of_numbers_are_their_formulas(tmp_path):
+    logits, truth = torch.tensor([[0.0], [3.0], [-1.0]]), torch.tensor([0.5, 1.0, -1.0])
+    expected = {"mse": 0.25 + 4.0, "mae": 0.5 + 2.0, "huber": 0.125 + 1.5}
+    for loss, value in expected.items():
+        task = make_task(tmp_path, [1.5, 2.5, 3.0], loss=loss)
+        assert task.criterion({"logits": logits}, {"labels": truth}).item() == pytest.approx(value)
+    with pytest.raises(ValueError, match="label_smoothing_factor has no meaning for regression; leave it out"):
+        task.criterion({"logits": logits}, {"labels": truth}, label_smoothing=0.1)
+
+
+def test_training_losses_of_several_labels_are_their_formulas(tmp_path):
+    labels = [["x"], ["x", "y"], ["x"], []]
+    settings = {"loss": "focal", "focal_gamma": 3.0, "class_weights": ["balanced"]}
+    task = make_task(tmp_path, labels, **settings)
+    assert task.problem.weights.tolist() == pytest.approx([1 / 3, 3.0])
+    logits, truth, expected = torch.randn(4, 2), batch_of(task)["labels"], 0.0
+    for row, wanted in zip(logits.double().sigmoid().tolist(), truth.tolist(), strict=True):
+        for probability, has, weight in zip(row, wanted, (1 / 3, 3.0), strict=True):
+            right = probability if has else 1 - probability
+            expected -= (weight if has else 1.0) * (1 - right) ** 3 * np.log(right)
+    assert task.criterion({"logits": logits}, {"labels": truth}).item() == pytest.approx(expected, rel=1e-5)
+    plain = make_task(tmp_path, labels)
+    smooth = F.binary_cross_entropy_with_logits(logits, truth * 0.8 + 0.1, reduction="sum")
+    assert plain.criterion({"logits": logits}, {"labels": truth}, label_smoothing=0.2).item() == pytest.approx(
+        smooth.item(), rel=1e-6
+    )
+
+
+def test_mixed_rows_have_mixed_labels_whatever_these_are():
+    shares = torch.tensor([0.25, 1.0])
+    several = mixed_labels(torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[0.0, 1], [0, 0]]), shares, 2)
+    assert several.tolist() == [[0.25, 0.75], [1.0, 1.0]]
+    assert mixed_labels(torch.tensor([2.0, 4.0]), torch.tensor([6.0, 0.0]), shares, 1).tolist() == [5.0, 4.0]
+
+
+def test_metrics_of_several_labels_equal_those_of_scikit_learn():
+    draw = np.random.default_rng(0)
+    truth, scores = draw.random((40, 5)) < 0.3, draw.random((40, 5))
+    truth[:, 3] = False  # never true, but found: counts as F1 0, and has no average precision
+    found = scores >= 0.6
+    ours = several_labels_scores(truth, found, scores)
+    assert ours["micro_f1"] == pytest.approx(f1_score(truth, found, average="micro"))
+    assert ours["macro_f1"] == pytest.approx(f1_score(truth, found, average="macro", zero_division=0))
+    assert ours["subset_accuracy"] == pytest.approx(
+        np.mean([(a == b).all() for a, b in zip(truth, found, strict=True)])
+    )
+    there = [0, 1, 2, 4]
+    assert ours["map"] == pytest.approx(average_precision_score(truth[:, there], scores[:, there], average="macro"))
+    nothing = np.zeros((2, 3), bool)
+    assert several_labels_scores(nothing, nothing, np.zeros((2, 3))) == {
+        **dict.fromkeys(("micro_f1", "macro_f1", "map"), 0.0),
+        "subset_accuracy": 1.0,
+    }
+
+
+def test_metrics_of_numbers_are_their_formulas():
+    truth, predicted = np.array([1.0, 2.0, 4.0, 8.0]), np.array([1.5, 2.0, 3.0, 7.0])
+    ours = regression_scores(truth, predicted)
+    assert (ours["mse"], ours["mae"]) == (pytest.approx(2.25 / 4), pytest.approx(2.5 / 4))
+    assert ours["r2"] == pytest.approx(r2_score(truth, predicted))
+    assert ours["pearson"] == pytest.approx(np.corrcoef(truth, predicted)[0, 1])
+    assert ours["spearman"] == pytest.approx(1.0)
+    assert regression_scores(truth, predicted[::-1])["spearman"] == pytest.approx(-1.0)
+    constant = regression_scores(truth, np.full(4, 2.0))
+    assert np.isnan(constant["pearson"])
+    assert np.isnan(constant["spearman"])
+    assert constant["r2"] == pytest.approx(r2_score(truth, np.full(4, 2.0)))
+
+
+def test_a_finished_model_says_what_its_rows_are_about(tmp_path):
+    task = make_task(tmp_path, [1.5, 2.5, 3.0])
+    task.processor.save_pretrained(tmp_path / "tokenizer")
+    settings = {"tokenizer": str(tmp_path / "tokenizer")}
+    whole = write(tmp_path / "test.jsonl", {"text": ["a", "b"], "label": [1, 2]})
+    task = SequenceClassification(SequenceClassificationArguments(test_file=whole, **settings), splits=["test"])
+    config = BertConfig(architectures=["BertForSequenceClassification"], id2label={0: "stars"}, vocab_size=300)
+    message = "the model is for regression, and label_column='label' is read for single_label_.*; set problem_type=reg"
+    with pytest.raises(ValueError, match=message):
+        task.configure(config)
+    args = SequenceClassificationArguments(test_file=whole, problem_type=NUMBERS, **settings)
+    task = SequenceClassification(args, splits=["test"])
+    task.configure(config)
+    assert list(task.rows["test"]["labels"]) == [1.0, 2.0]
+    assert config.id2label == {0: "stars"}
+    several = write(tmp_path / "several.jsonl", {"text": ["a", "b"], "label": [["x"], []]})
+    task = SequenceClassification(SequenceClassificationArguments(test_file=several, **settings), splits=["test"])
+    task.configure(config, labels=["x", "y"])  # an adapter on that model knows better
+    assert list(task.rows["test"]["labels"]) == [[1.0, 0.0], [0.0, 0.0]]
+    config = BertConfig(architectures=["BertForSequenceClassification"], id2label={0: "stars"}, vocab_size=300)
+    without_rows = SequenceClassification(SequenceClassificationArguments(**settings), splits=())
+    without_rows.configure(config)
+    assert without_rows.problem.name == NUMBERS
+    assert without_rows.describe({"number": 1.23456789}) == {"prediction": 1.23457}
+
+
+KINDS = {"food": ("soup", "bread"), "travel": ("train", "ferry"), "music": ("song", "drum")}
+
+
+def corpus(path, seed, count):
+    """Texts about any number of three things, and how many words of praise they hold."""
+    draw, rows = np.random.default_rng(seed), []
+    for number in range(count):
+        kinds = [kind for kind in KINDS if draw.random() < 0.5]
+        praise = int(draw.integers(4))
+        words = [KINDS[kind][draw.integers(2)] for kind in kinds] + ["fine"] * praise + [f"n{seed}x{number}"]
+        text = " ".join(np.array(words)[draw.permutation(len(words))])
+        rows.append({"text": text, "about": kinds, "stars": praise / 2 + 1})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run(tmp_path, column, *more):
+    for seed, (name, count) in enumerate({"train": 256, "validation": 32, "test": 64}.items()):
+        corpus(tmp_path / f"{name}.jsonl", seed, count)
+    folder = tmp_path / "run"
+    argv = ["--preset", "smoke", "--dataset", tmp_path, "--output_dir", folder, "--label_column", column, *more]
+    finetune.main([*map(str, argv), "--tokenizer", "word", "--disable_tqdm", "true"])
+    evaluate.main(["--model", str(folder)])
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+    assert measured == pytest.approx({key: facts["metrics"][key] for key in measured}, rel=1e-4)
+    return folder, facts
+
+
+def test_a_run_of_several_labels_learns_and_serves_the_pipeline(tmp_path):
+    folder, facts = run(tmp_path, "about", "--load_best_model_at_end", "true")
+    assert facts["metrics"]["test/micro_f1"] > 0.8
+    assert facts["config"]["metric_for_best_model"] == "micro_f1"
+    assert facts["config"]["problem_type"] == SEVERAL
+    assert facts["figures"][0]["title"] == "Labels found, missed and wrongly given"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["problem_type"] == SEVERAL
+    predict.main(
+        ["--model", str(folder), "--input", str(tmp_path / "test.jsonl"), "--output", str(tmp_path / "o.csv")]
+    )
+    line = next(csv.DictReader((tmp_path / "o.csv").open(encoding="utf-8")))
+    classify = pipeline("text-classification", model=str(folder))
+    scores = {found["label"]: found["score"] for found in classify(line["text"], top_k=None)}
+    assert scores == pytest.approx(json.loads(line["scores"]), abs=1e-4)
+    assert json.loads(line["prediction"]) == [name for name in sorted(KINDS) if scores[name] >= 0.5]
+
+
+def test_a_run_of_numbers_learns_and_serves_the_pipeline(tmp_path):
+    folder, facts = run(tmp_path, "stars", "--loss", "huber", "--load_best_model_at_end", "true")
+    assert facts["metrics"]["test/r2"] > 0.5
+    assert facts["metrics"]["test/loss"] == pytest.approx(facts["metrics"]["test/mse"])
+    assert facts["config"]["metric_for_best_model"] == "mse"
+    assert facts["config"]["greater_is_better"] is False
+    assert facts["figures"][0]["title"] == "Predictions and truth"
+    predict.main(
+        ["--model", str(folder), "--input", str(tmp_path / "test.jsonl"), "--output", str(tmp_path / "o.csv")]
+    )
+    lines = list(csv.DictReader((tmp_path / "o.csv").open(encoding="utf-8")))
+    assert np.corrcoef(*([float(line[key]) for line in lines] for key in ("stars", "prediction")))[0, 1] > 0.7
+    found = pipeline("text-classification", model=str(folder))(lines[0]["text"])[0]
+    assert found["label"] == "stars"
+    assert found["score"] == pytest.approx(float(lines[0]["prediction"]), abs=1e-4)
