@@ -2,6 +2,7 @@
 
     accelerate launch recipes/predict.py --model outputs/sst2 --input reviews.csv
     accelerate launch recipes/predict.py --model outputs/fashion --input photographs/ --output labels.jsonl
+    accelerate launch recipes/predict.py --model outputs/bccd --input photographs/ --pictures drawn/
 
 A line of the output is a row of the input and what was predicted for it; of series, a step of the future.  What the
 model's own recipe.yaml says of its data (names of columns, lengths) holds here too, unless the command line says
@@ -24,7 +25,7 @@ import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import facts
 from bmtk.tasks import task_named
-from bmtk.tasks.inference import PredictionFile, read_inputs
+from bmtk.tasks.inference import PictureFolder, PredictionFile, read_inputs
 from bmtk.training import finetuning
 from bmtk.training.updates import on_device
 
@@ -52,6 +53,9 @@ class PredictionArguments:
         metadata={"help": "rows (.csv, .tsv, .jsonl, .json, .parquet), one image or recording, or a folder"},
     )
     output: str = field(default="predictions.csv", metadata={"help": "file to write: .csv or .jsonl"})
+    pictures: str | None = field(
+        default=None, metadata={"help": "empty or new folder for the images with predicted boxes drawn over them"}
+    )
     batch_size: int = field(default=32, metadata={"help": "rows per forward pass; changes no result"})
     task: str | None = field(default=None, metadata={"help": "what the model does; default: what its run.json says"})
     trust_remote_code: bool = field(
@@ -85,6 +89,7 @@ def main(argv: list[str]) -> None:
     loading = {"trust_remote_code": True} if args.trust_remote_code else {}
     table = read_inputs(args.input)
     output = PredictionFile(args.output)
+    pictures = PictureFolder(args.pictures, task_named(args.task)) if args.pictures else None
     trained = finetuning.TrainedModel(args.model, **loading)
     task = task_named(args.task)(data_args, model=args.model, splits=(), **loading)
     task.configure(trained.config, labels=trained.labels)
@@ -97,8 +102,9 @@ def main(argv: list[str]) -> None:
         for batch in batches:
             predictions = task.predict(model, on_device(batch, accelerator.device))
             for index, prediction in enumerate(predictions, bar.n):
+                drawn = pictures and pictures.save(task.drawn(prediction, index, rows), index + 1, table[index])
                 for line in task.lines(prediction, index, rows, table):
-                    output.write(line)
+                    output.write({**line, "picture": drawn} if drawn else line)
             bar.update(len(predictions))
     print("".join(f"note: {line}\n" for line in task.notes), end="")
     print(f"{output.count:,} predictions written to {output.path}")

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 import PIL.ImageEnhance
+import PIL.ImageFont
 from datasets import ClassLabel, Dataset
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -159,6 +161,20 @@ def picture_of_boxes(
     ]
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=9, frameon=False)
     return as_png(figure, "Predicted boxes, with their scores, over those of the data")
+
+
+def with_boxes(image: PIL.Image.Image, found: dict, labels: Sequence[str]) -> PIL.Image.Image:
+    """A copy of an image in its own size, with boxes in the colour of their label, its name and their scores."""
+    image = image.convert("RGB")
+    pen, unit = PIL.ImageDraw.Draw(image), max(image.size) / 500
+    font = PIL.ImageFont.load_default(size=max(8, 11 * unit))
+    for (left, top, width, height), label, score in zip(found["boxes"], found["labels"], found["scores"], strict=True):
+        colour, text = COLOURS[label % len(COLOURS)], f"{labels[label]} {score:.2f}"
+        right, bottom = max(left, left + width - 1), max(top, top + height - 1)
+        pen.rectangle((left, top, right, bottom), outline=colour, width=max(1, round(1.5 * unit)))
+        pen.rectangle(pen.textbbox((left, top), text, font=font), fill=colour)
+        pen.text((left, top), text, fill="white", font=font)
+    return image
 
 
 def _draw(axes, box: Sequence[float], *, colour: str, **line) -> None:

@@ -55,6 +55,28 @@ class PredictionFile:
             self.beside.unlink()
 
 
+class PictureFolder:
+    """Images with what was predicted drawn over them, named after the number and the file of their row.
+
+    Raises: ValueError if the task draws nothing, or files of another run could be mistaken for this one's.
+    """
+
+    def __init__(self, path: str, task_class: type):
+        self.path = Path(path)
+        if task_class.drawn is None:
+            raise ValueError(f"pictures={path!r}: there is nothing to draw for {task_class.name}; leave pictures out")
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(f"pictures={path!r} is not an empty folder; name another, or empty it")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def save(self, image, number: int, row: dict[str, object]) -> str:
+        """The path of the written file, a PNG."""
+        names = (value["path"] for value in row.values() if isinstance(value, dict) and value.get("path"))
+        name = "_".join([f"{number:05}", *(Path(path).stem for path in names)])
+        image.save(self.path / f"{name}.png")
+        return str(self.path / f"{name}.png")
+
+
 def shown(row: dict[str, object]) -> dict[str, object]:
     """What of an input row is repeated: texts (their beginnings), words, numbers, paths; not pixels or samples."""
     shown = {}

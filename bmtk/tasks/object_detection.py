@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
+import PIL.Image
 import torch
 from datasets import Dataset
 from transformers import AutoModelForObjectDetection
@@ -18,7 +19,7 @@ from bmtk.data.labels import agreed_labels, in_order, some
 from bmtk.data.media import image_size
 from bmtk.metrics.boxes import average_precisions, summary
 
-from .boxes import BoxAugmentation, cut, picture_of_boxes, read_objects
+from .boxes import BoxAugmentation, cut, picture_of_boxes, read_objects, with_boxes
 from .classification import labels_of
 from .images import ImageArguments, ImageRows, ImageTask
 from .task import DataArguments, Prediction, mean_loss, setting, spread_and_worst
@@ -247,6 +248,10 @@ class ObjectDetection(ImageTask):
                 for box, label, score in zip(found["boxes"], found["labels"], found["scores"], strict=True)
             ]
         }
+
+    def drawn(self, prediction: Prediction, index: int, rows: DetectionRows) -> PIL.Image.Image:
+        image = rows.__getitems__([index])[0]["image"]
+        return with_boxes(image, self._above_threshold(prediction), self.labels)
 
     def samples(self, predictions: Sequence[Prediction], rows: DetectionRows, count: int = 4) -> list[dict[str, str]]:
         truth = self._truth(rows)

@@ -78,6 +78,8 @@ class Task:
     cuts_one_table: ClassVar[bool] = False  # whether a single table holds the rows of all splits
     # Sum of a batch's losses from (outputs, batch, label_smoothing=...); None: the model's own loss.
     criterion: ClassVar[Callable | None] = None
+    # The image of one of the rows, (prediction, index, rows), with what was predicted drawn over it; None: no images.
+    drawn: ClassVar[Callable | None] = None
     whole_steps: ClassVar[bool] = False  # the loss of a row depends on all others of its optimizer step
 
     def __init__(

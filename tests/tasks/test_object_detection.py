@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,9 @@ from transformers import AutoModelForImageClassification, AutoModelForObjectDete
 from bmtk.metrics.boxes import average_precisions
 from bmtk.models.boxes_bm import pairwise_iou
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
-from bmtk.tasks.boxes import BoxAugmentation, cut
+from bmtk.tasks.boxes import COLOURS, BoxAugmentation, cut, with_boxes
+from bmtk.tasks.causal_lm import CausalLM
+from bmtk.tasks.inference import PictureFolder
 from bmtk.tasks.object_detection import ObjectDetection, ObjectDetectionArguments
 from bmtk.training.finetuning import FineTuningArguments, build_trainer, load_for_task
 from bmtk.training.updates import LossSum
@@ -533,9 +536,15 @@ def test_a_detector_is_trained_evaluated_and_used(tmp_path, capsys):
 
     output = tmp_path / "found.jsonl"
     images = "recipes/data/boxed_shapes/test"
-    predict.main(["--model", str(folder), "--input", images, "--output", str(output), "--score_threshold", "0.1"])
+    argv = ["--model", str(folder), "--input", images, "--output", str(output), "--score_threshold", "0.1"]
+    predict.main([*argv, "--pictures", str(tmp_path / "drawn")])
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 12
+    assert [Path(line["picture"]).name for line in lines][:1] == [f"00001_{Path(lines[0]['image']).stem}.png"]
+    with PIL.Image.open(lines[0]["picture"]) as drawn, PIL.Image.open(lines[0]["image"]) as original:
+        assert drawn.size == original.size
+    with pytest.raises(ValueError, match=r"pictures='.*drawn' is not an empty folder; name another, or empty it"):
+        predict.main([*argv, "--pictures", str(tmp_path / "drawn")])
     detector = pipeline("object-detection", model=str(folder))
     for line in lines[:3]:
         found = detector(line["image"], threshold=0.1)
@@ -546,3 +555,22 @@ def test_a_detector_is_trained_evaluated_and_used(tmp_path, capsys):
             corners = list(entry["box"].values())
             assert corners == pytest.approx([left, top, left + width, top + height], abs=1.2)
     assert sum(len(line["prediction"]) for line in lines) > 12
+
+
+def test_boxes_are_drawn_in_the_colours_of_their_labels_where_they_are():
+    image = PIL.Image.new("L", (60, 40), 128)
+    found = {"boxes": [[30, 20, 20, 10], [2.0, 4.0, 0.3, 0.2]], "labels": [1, 0], "scores": [0.9, 0.6]}
+    drawn = np.asarray(with_boxes(image, found, ["circle", "square"]))
+    assert drawn.shape == (40, 60, 3)
+    colour = tuple(bytes.fromhex(COLOURS[1][1:]))
+    is_square = (drawn == colour).all(-1)
+    assert is_square[29, 30:50].all()  # the lower edge
+    assert is_square[20:30, 49].all() or is_square[24:30, 49].all()
+    assert not is_square[:20].any()
+    assert (np.asarray(image) == 128).all()  # a copy was drawn on
+
+
+def test_a_task_that_draws_nothing_refuses_pictures(tmp_path):
+    with pytest.raises(ValueError, match="there is nothing to draw for causal_lm; leave pictures out"):
+        PictureFolder(str(tmp_path / "drawn"), CausalLM)
+    assert not (tmp_path / "drawn").exists()

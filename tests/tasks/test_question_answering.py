@@ -11,6 +11,8 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForQuestionAnswering
 
+from bmtk.models.configuration_bm_cnn import BmCnnConfig
+from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.tasks.question_answering import (
     QuestionAnswering,
@@ -310,6 +312,32 @@ def test_the_gradient_does_not_depend_on_accumulation(tmp_path):
             (task.criterion(model(**task.inputs_of(batch)), batch) / len(rows)).backward()
         gradients.append(model.qa_outputs.weight.grad.clone())
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+
+
+FAMILIES = {
+    "bm_rnn": BmRnnConfig(cell_type="gru", is_causal=False, hidden_size=32, num_hidden_layers=2),
+    "bm_cnn": BmCnnConfig(input_type="tokens", is_causal=False, hidden_size=32, num_hidden_layers=4),
+    "bm_transformer": BmTransformerConfig(is_causal=False, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_finds_what_the_question_asks_for_in_one_and_the_same_text(tmp_path, family):
+    """Without token types: question and text are told apart by the mark between them."""
+    asked = {"Where is Bo ?": ("old Oslo", 36), "Where is Ada ?": ("Rome", 13), "Who is in Rome ?": ("Ada", 0)}
+    task = make_task(tmp_path, [row(question, answers=[answer]) for question, answer in asked.items()])
+    config = type(FAMILIES[family])(**{**FAMILIES[family].to_diff_dict(), **task.config_fields})
+    task.configure(config)
+    model = AutoModelForQuestionAnswering.from_config(config)
+    rows, batch = task.rows["train"], task.collator()(list(task.rows["train"]))
+    assert "token_type_ids" not in batch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        task.criterion(model(**task.inputs_of(batch)), batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        assert task.score(task.predict(model.eval(), batch), rows)["exact_match"] == 1.0
 
 
 def test_an_adapter_reads_the_kinds_of_tokens(tmp_path):
