@@ -41,8 +41,8 @@ def search_settings(
 ) -> None:
     """Run `recipe` with many values of its `settings`, the bound dataclasses run, data, training, ..., architecture.
 
-    Trials are compared by metric_for_best_model, or `task_class.main_metric`, of the validation rows; the test rows are
-    not read.
+    Trials are compared by metric_for_best_model, or `task_class.main_metric`, of the validation rows; the test rows
+    are not read.
     Raises: ValueError for several processes, a space that does not fit, another search in the folder, and if no trial
     succeeds; Stopped (exit code 130 or 143) after SIGINT or SIGTERM, when the trial that was running is saved.
     """
