@@ -188,6 +188,11 @@ def _with_most_frequent_words(
         )
     trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(_at_least_one(texts), trainer)
+    # The trainer counts a special token that the text spells as a word once more, and leaves a hole in the ids.
+    ids = tokenizer.get_vocab()
+    names = list(map(str, special))
+    words = sorted(ids.keys() - set(names), key=ids.get)
+    tokenizer.model = models.WordLevel({token: i for i, token in enumerate(names + words)}, unk_token=UNKNOWN)
     return tokenizer
 
 

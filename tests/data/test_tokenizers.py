@@ -63,6 +63,13 @@ def test_word_has_the_most_frequent_words_between_blanks():
     assert tokenizer("a  It dog it <unk>")["input_ids"] == [5, 4, 1, 1, 1]
 
 
+def test_a_special_token_that_the_text_spells_leaves_no_hole_in_the_ids():
+    tokenizer = train_tokenizer(["<unk> of <unk> is <unk> <|endoftext|> of"], kind="word", vocab_size=10)
+    assert tokenizer.get_vocab() == {"<|endoftext|>": 0, "<unk>": 1, "of": 2, "is": 3}
+    assert tokenizer("is <unk> of that")["input_ids"] == [3, 1, 2, 1]
+    assert tokenizer.unk_token_id == 1
+
+
 def test_word_has_a_token_for_the_end_of_a_line():
     tokenizer = train_tokenizer(["no it was n't \n black monday \r\n\n"], kind="word", vocab_size=10)
     tokens = ["<|endoftext|>", "<unk>", "\n", "black", "it", "monday", "n't", "no", "was"]
