@@ -8,6 +8,7 @@ import bmtk  # noqa: F401
 from bmtk.arguments import (
     RunArguments,
     RunConfig,
+    changed_settings,
     clean_errors,
     model_fields,
     model_type_of,
@@ -149,3 +150,12 @@ def test_a_users_error_is_one_line_and_status_1(capsys, monkeypatch):
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(TypeError, match="a bug"), clean_errors():
         raise TypeError("a bug")
+
+
+def test_changed_settings_leave_out_defaults_and_write_a_dictionary_as_the_text_it_is_read_from():
+    @dataclass
+    class WithDictionary:
+        options: dict | None = None
+
+    assert changed_settings(Training(num_steps=3), WithDictionary({"a": 1})) == {"num_steps": 3, "options": '{"a": 1}'}
+    assert changed_settings(Training(), WithDictionary()) == {}

@@ -558,15 +558,17 @@ def test_a_detector_is_trained_evaluated_and_used(tmp_path, capsys):
 
 
 def test_boxes_are_drawn_in_the_colours_of_their_labels_where_they_are():
-    image = PIL.Image.new("L", (60, 40), 128)
-    found = {"boxes": [[30, 20, 20, 10], [2.0, 4.0, 0.3, 0.2]], "labels": [1, 0], "scores": [0.9, 0.6]}
+    image = PIL.Image.new("L", (300, 120), 128)
+    found = {"boxes": [[100, 60, 60, 40], [2.0, 4.0, 0.3, 0.2]], "labels": [1, 0], "scores": [0.9, 0.6]}
     drawn = np.asarray(with_boxes(image, found, ["circle", "square"]))
-    assert drawn.shape == (40, 60, 3)
-    colour = tuple(bytes.fromhex(COLOURS[1][1:]))
-    is_square = (drawn == colour).all(-1)
-    assert is_square[29, 30:50].all()  # the lower edge
-    assert is_square[20:30, 49].all() or is_square[24:30, 49].all()
-    assert not is_square[:20].any()
+    assert drawn.shape == (120, 300, 3)
+    is_square = (drawn == tuple(bytes.fromhex(COLOURS[1][1:]))).all(-1)
+    is_square = is_square[80:]  # below the name of the label
+    rows, columns = np.nonzero(is_square)
+    assert (rows.max(), columns.min(), columns.max()) == (19, 100, 159)
+    assert is_square[19, 100:160].all()  # the lower edge
+    assert is_square[:20, [100, 159]].all()
+    assert not is_square[:18, 102:158].any()
     assert (np.asarray(image) == 128).all()  # a copy was drawn on
 
 
