@@ -202,6 +202,7 @@ def impatient(tmp_path_factory):
     folder = tmp_path_factory.mktemp("impatient")
     settings = ["--eval_strategy", "steps", "--eval_steps", "4", "--save_strategy", "steps", "--save_steps", "4"]
     settings += ["--max_steps", "24", "--metric_for_best_model", "loss", "--learning_rate", "0.05"]
+    settings += ["--logging_steps", "1"]
     patient = [*settings, "--early_stopping_patience", "2"]
     before = os.getcwd()
     os.chdir(ROOT)

@@ -19,6 +19,8 @@ from transformers import (
     ConvNextForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     PoolFormerConfig,
     PoolFormerForImageClassification,
     PreTrainedConfig,
@@ -82,6 +84,10 @@ CASES = {
     "bert": (
         lambda: BertForSequenceClassification(BertConfig(**BERT)),
         {r"encoder\.layer\.(\d)": 3, r"embeddings": 4},
+    ),
+    "gpt_neox": (  # calls its head embed_out
+        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**TEXT, **HEADS, intermediate_size=16)),
+        {r"layers\.(\d)": 3, r"embed_in": 4},
     ),
     "gpt2, tied": (
         lambda: GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=19, n_positions=8)),
@@ -149,8 +155,9 @@ def test_depths_are_counted_from_the_head_down(case):
     assert set(found.values()) >= {1, 2}
 
 
-def test_the_updates_of_an_adapter_lie_where_its_layers_do():
-    build, patterns = CASES["bert"]
+@pytest.mark.parametrize("case", ["bert", "gpt_neox"])
+def test_the_updates_of_an_adapter_lie_where_its_layers_do(case):
+    build, patterns = CASES[case]
     adapted = add_adapter(build(), AdapterArguments(adapter="lora"), task_type=None)
     found = depths(adapted, asked_by="a test")
     names = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
