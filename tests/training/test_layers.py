@@ -19,8 +19,8 @@ from transformers import (
     ConvNextForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
+    GPTNeoXJapaneseConfig,
+    GPTNeoXJapaneseForCausalLM,
     PoolFormerConfig,
     PoolFormerForImageClassification,
     PreTrainedConfig,
@@ -85,8 +85,8 @@ CASES = {
         lambda: BertForSequenceClassification(BertConfig(**BERT)),
         {r"encoder\.layer\.(\d)": 3, r"embeddings": 4},
     ),
-    "gpt_neox": (  # calls its head embed_out
-        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**TEXT, **HEADS, intermediate_size=16)),
+    "gpt_neox_japanese": (  # calls its head embed_out
+        lambda: GPTNeoXJapaneseForCausalLM(GPTNeoXJapaneseConfig(**TEXT, **HEADS, intermediate_multiple_size=1)),
         {r"layers\.(\d)": 3, r"embed_in": 4},
     ),
     "gpt2, tied": (
@@ -155,7 +155,7 @@ def test_depths_are_counted_from_the_head_down(case):
     assert set(found.values()) >= {1, 2}
 
 
-@pytest.mark.parametrize("case", ["bert", "gpt_neox"])
+@pytest.mark.parametrize("case", ["bert", "gpt_neox_japanese"])
 def test_the_updates_of_an_adapter_lie_where_its_layers_do(case):
     build, patterns = CASES[case]
     adapted = add_adapter(build(), AdapterArguments(adapter="lora"), task_type=None)
