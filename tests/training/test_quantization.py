@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -42,7 +43,11 @@ def saved(config, folder):
         auto, batch["pixel_values"] = AutoModelForImageClassification, torch.randn(4, 3, 16, 16)
     else:
         auto, batch["input_ids"] = AutoModelForSequenceClassification, torch.randint(1, 99, (4, 7))
-    auto.from_config(config).save_pretrained(folder)
+    model = auto.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)  # zeros would not be missed
+    model.save_pretrained(folder)
     return auto, str(folder), batch
 
 
@@ -53,7 +58,7 @@ def load(auto, folder, kind=None):
 def losses(model, batch, *, num_steps=12):
     torch.manual_seed(1)
     adapted = add_adapter(model, AdapterArguments(adapter="lora"), task_type=None).eval()
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
     told = []
     for _ in range(num_steps):
         loss = adapted(**batch).loss
@@ -128,7 +133,7 @@ def test_an_adapter_learns_on_a_quantised_base_as_on_its_dequantised_copy(name, 
     assert left == full // {"4bit": 8, "8bit": 4}[kind]
     adapted, told = losses(model, batch)
     _, expected = losses(reference, batch)
-    assert told[-1] < 0.9 * told[0]
+    assert told[-1] < 0.99 * told[0]
     tolerance = 1e-5 if kind == "4bit" else 0.02  # 8 bits round what the layers read, too
     torch.testing.assert_close(told, expected, rtol=tolerance, atol=tolerance)
 

@@ -57,7 +57,9 @@ def test_a_run_that_ended_before_its_first_checkpoint_gives_way_to_mended_settin
 def test_overwriting_deletes_the_former_run_and_nothing_else(tmp_path):
     check_output_dir(tmp_path, CONFIG, overwrite=False)
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
-    (tmp_path / "history.jsonl").write_text("{}")
+    (tmp_path / "trials" / "0000").mkdir(parents=True)
+    for name in ("history.jsonl", "study.journal", "best.yaml"):
+        (tmp_path / name).write_text("{}")
     (tmp_path / "thesis.txt").write_text("mine")
     check_output_dir(tmp_path, {"learning_rate": 0.2}, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run_config.json", "thesis.txt"]
