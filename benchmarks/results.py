@@ -27,7 +27,7 @@ from bmtk.tasks import TASKS
 
 SAME = frozenset(("seed", "output_dir", "overwrite_output_dir", "corpus_dir"))  # may differ within a row
 SHOWN = 3  # metrics of a row
-COLUMNS = ("task", "data", "model", "parameters", "seeds", "split", "result", "training time", "hardware")
+COLUMNS = ("task", "data", "model", "parameters", "seeds", "split", "result", "training time", "rows/s", "hardware")
 
 
 def main(argv: list[str]) -> None:
@@ -64,6 +64,7 @@ def row_of(runs: list[dict]) -> list[str] | None:
     runs = sorted(measured[split], key=lambda run: (len(seed_of(run)), seed_of(run)))
     run, values = runs[0], [metrics_of(run, split) for run in runs]
     seconds = [run["train_seconds"] for run in runs if run.get("train_seconds")]
+    speeds = [speed for run in runs if (speed := run.get("inference", {}).get("rows_per_second"))]
     base, size = run["model"].get("base_model"), run["model"].get("num_parameters")
     return [
         run["task"],
@@ -74,6 +75,7 @@ def row_of(runs: list[dict]) -> list[str] | None:
         split,
         "; ".join(f"{name.replace('_', ' ')} {spread(values, name)}" for name in best_first(run["task"], values)),
         format_seconds(statistics.mean(seconds)) if seconds else "",
+        format_number(statistics.mean(speeds)) if speeds else "",
         ", ".join(str(run["environment"].get(key, "")) for key in ("hardware", "precision")),
     ]
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -92,19 +93,23 @@ def main(argv: list[str]) -> None:
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = task.batches_in_order(rows, batch_size=evaluation.batch_size, **share)
     num_batches = -(-len(rows) // evaluation.batch_size // accelerator.num_processes)
+    started = time.perf_counter()
     predictions = predict_all(model, batches, accelerator, task.predict, num_batches=num_batches)
+    speed = len(rows) / (time.perf_counter() - started)
     if accelerator.is_main_process:
         metrics = {f"{evaluation.split}/{name}": value for name, value in task.score(predictions, rows).items()}
         print("".join(f"note: {line}\n" for line in task.notes), end="")
         print(task.table(predictions, rows))
-        print(summary.text_table([(key.replace("/", " ").replace("_", " "), value) for key, value in metrics.items()]))
-        print(f"written to {write_metrics(evaluation, task, metrics)}")
+        told = [(key.replace("/", " ").replace("_", " "), value) for key, value in metrics.items()]
+        print(summary.text_table([*told, ("rows per second", speed)]))
+        print(f"written to {write_metrics(evaluation, task, metrics, speed)}")
 
 
-def write_metrics(evaluation: EvaluationArguments, task, metrics: dict[str, float]) -> Path:
+def write_metrics(evaluation: EvaluationArguments, task, metrics: dict[str, float], speed: float) -> Path:
     folder = Path(evaluation.model)
     path = Path(evaluation.output or (folder if folder.is_dir() else Path.cwd()) / "metrics.json")
     content = {"model": evaluation.model, "task": evaluation.task, "data": task.facts(), "metrics": metrics}
+    content["inference"] = {"rows_per_second": speed}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"at": facts.now(), **content}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -16,6 +16,7 @@ def write_run(folder, *, seed=1, metrics=None, task="sequence_classification", s
         "model": {"class": "BmCnnForSequenceClassification", "num_parameters": 33_761},
         "environment": {"hardware": "2 CPU cores", "precision": "fp32"},
         "train_seconds": seconds,
+        "inference": {"rows_per_second": 100.0 * seed} if metrics else {},
         "started_at": f"2026-01-0{seed}",
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +53,7 @@ def test_three_seeds_are_one_row_with_mean_and_spread(tmp_path, capsys):
         "split": "test",
         "result": "accuracy 0.92 ± 0.02; macro f1 0.91 ± 0.02; loss 0.5 ± 0",
         "training time": "2 min 00 s",
+        "rows/s": "200",
         "hardware": "2 CPU cores, fp32",
     }
     assert rows[0]["result"] == "accuracy 0.5; macro f1 0.49; loss 0.5"
@@ -63,11 +65,11 @@ def test_the_whole_table_is_markdown(tmp_path, capsys):
     results.main([str(write_run(tmp_path / "one", metrics={"test/accuracy": 0.75}, name="a|b"))])
     assert capsys.readouterr().out == (
         "| task                    | data | model                          | parameters | seeds "
-        "| split | result        | training time | hardware          |\n"
+        "| split | result        | training time | rows/s | hardware          |\n"
         "| ----------------------- | ---- | ------------------------------ | ---------- | ----- "
-        "| ----- | ------------- | ------------- | ----------------- |\n"
+        "| ----- | ------------- | ------------- | ------ | ----------------- |\n"
         "| sequence_classification | a\\|b | BmCnnForSequenceClassification | 33.8 k     | 1     "
-        "| test  | accuracy 0.75 | 1 min 30 s    | 2 CPU cores, fp32 |\n"
+        "| test  | accuracy 0.75 | 1 min 30 s    | 100    | 2 CPU cores, fp32 |\n"
     )
 
 
