@@ -116,6 +116,7 @@ class TokenClassification(TextTask, Classification):
                 f"{type(self.processor).__name__} cannot say which word a token belongs to; token_classification "
                 "needs a fast tokenizer"
             )
+        self.processor.truncation_side = "right"  # the order in which windows come; none of them is left out
         super().configure(config, **options)
         self.has_scheme = is_scheme(self.labels)
         self.outside = self.labels.index("O") if "O" in self.labels else UNSEEN
