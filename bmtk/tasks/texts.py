@@ -149,7 +149,9 @@ class TextTask(Task):
         return tokenizer
 
 
-def pad_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping], **options: bool) -> dict[str, torch.Tensor]:
+def pad_texts(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping], **options: object
+) -> dict[str, torch.Tensor]:
     """Rows of "input_ids" and the like, padded to the longest of them; one position at least, which models need."""
     longest = max(1, *(len(row["input_ids"]) for row in rows))
     return dict(tokenizer.pad(rows, padding="max_length", max_length=longest, return_tensors="pt", **options))
