@@ -271,6 +271,11 @@ def test_the_best_model_has_the_lowest_error_and_the_highest_of_all_else(argv, m
     assert (args.metric_for_best_model, args.greater_is_better) == (metric, is_greater_better)
 
 
+def test_a_rate_is_not_looked_for_with_another_optimizer():
+    with pytest.raises(ValueError, match=r"find_lr has no adafactor, .* set optimizer to one of adamw, muon, sgd"):
+        finetune.main(["--preset", "smoke", "--find_lr", "--optim", "adafactor"])
+
+
 def test_a_checkpoint_without_what_a_run_goes_on_with_cannot_be_asked_for():
     with pytest.raises(ValueError, match="unknown key 'save_only_model'"):
         finetune.read_arguments(["--preset", "smoke", "--save_only_model", "true"])

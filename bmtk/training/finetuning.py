@@ -474,7 +474,15 @@ def save(trainer: TaskTrainer, directory: str | Path, *, merge: bool):
 
 
 def loop_arguments(args: TrainingArguments) -> LoopArguments:
-    """What the project's own loop would be told, to do as this Trainer does."""
+    """What the project's own loop would be told, to do as this Trainer does.
+
+    Raises: ValueError for an optimizer that the loop does not have.
+    """
+    if not args.optimizer and not args.optim.startswith("adamw"):
+        raise ValueError(
+            f"find_lr has no {args.optim.value}, and another optimizer needs another rate; leave optim out and "
+            f"set optimizer to one of {', '.join(OPTIMIZERS)}"
+        )
     share = args.per_device_train_batch_size * args.gradient_accumulation_steps
     precision = "bf16" if args.bf16 else "fp32"
     names = "output_dir seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon".split()
