@@ -44,7 +44,6 @@ def read_arguments(argv: list[str]) -> list:
     groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments, AdapterArguments]
     bound = values.bind([*groups, SearchArguments, architecture], description=__doc__)
     bound[0].task, bound[0].model_type = task_class.name, model_type
-    bound[2].metric_for_best_model = values.get("metric_for_best_model")  # None: the task's own
     return bound
 
 
@@ -59,8 +58,7 @@ def main(argv: list[str]) -> None:
     started_at = facts.now()
     with args.main_process_first():
         task = task_class(data_args, seed=args.seed, **run.reading)
-    if args.load_best_model_at_end:
-        finetuning.choose_best_by(args, args.metric_for_best_model or task.main_metric)
+    finetuning.choose_best_by(args, task.main_metric)
     config = arguments.resolved_config(*settings)
     set_seed(args.seed)
     model = build_model(run, task, adapter, arguments.chosen_fields(architecture))

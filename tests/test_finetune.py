@@ -29,6 +29,7 @@ from bmtk.data.tokenizers import train_tokenizer
 from bmtk.tasks.sequence_classification import SequenceClassification
 from bmtk.training import callbacks
 from bmtk.training.adapters import AdapterArguments, add_adapter
+from bmtk.training.finetuning import choose_best_by
 from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parent.parent
@@ -243,6 +244,50 @@ def test_a_run_that_ended_early_has_ended_and_one_that_was_stopped_goes_on_count
     run(tmp_path / "stopped", *settings)
     assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == before[0]
     assert [row["step"] for row in history(tmp_path / "stopped")] == [row["step"] for row in before[1]]
+
+
+BEST = ["--load_best_model_at_end", "true", "--metric_for_best_model"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "metric", "is_greater_better"),
+    [
+        ([], None, None),
+        (BEST[:2], "accuracy", True),
+        ([*BEST, "eval_loss"], "eval_loss", False),
+        ([*BEST, "original_mae"], "original_mae", False),
+        ([*BEST, "weighted_quantile_loss"], "weighted_quantile_loss", False),
+        ([*BEST, "image_to_text_mean_rank"], "image_to_text_mean_rank", False),
+        ([*BEST, "bits_per_byte"], "bits_per_byte", False),
+        ([*BEST, "r2"], "r2", True),
+        ([*BEST, "r2", "--greater_is_better", "false"], "r2", False),
+        (["--save_strategy", "best", "--metric_for_best_model", "mse"], "mse", False),
+        (["--save_strategy", "best"], "accuracy", True),
+    ],
+)
+def test_the_best_model_has_the_lowest_error_and_the_highest_of_all_else(argv, metric, is_greater_better):
+    args = finetune.read_arguments(["--preset", "smoke", *argv])[2]
+    choose_best_by(args, "accuracy")
+    assert (args.metric_for_best_model, args.greater_is_better) == (metric, is_greater_better)
+
+
+def test_a_rate_is_not_looked_for_with_another_optimizer():
+    with pytest.raises(ValueError, match=r"find_lr has no adafactor, .* set optimizer to one of adamw, muon, sgd"):
+        finetune.main(["--preset", "smoke", "--find_lr", "--optim", "adafactor"])
+
+
+def test_a_checkpoint_without_what_a_run_goes_on_with_cannot_be_asked_for():
+    with pytest.raises(ValueError, match="unknown key 'save_only_model'"):
+        finetune.read_arguments(["--preset", "smoke", "--save_only_model", "true"])
+
+
+def test_a_rate_falls_where_the_main_metric_is_on_a_plateau(tmp_path):
+    plateau = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--lr_scheduler_kwargs", '{"patience": 0}']
+    steps = ["--max_steps", "2", "--eval_strategy", "steps", "--eval_steps", "1", "--logging_steps", "1"]
+    folder = run(tmp_path / "run", *steps, *plateau, "--learning_rate", "1e-12")
+    assert facts(folder)["config"]["metric_for_best_model"] == "accuracy"
+    rates = [row["learning_rate"] for row in history(folder) if "learning_rate" in row]
+    assert rates[-1] == pytest.approx(1e-13)
 
 
 def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(tmp_path):

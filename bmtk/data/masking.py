@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from bmtk.data.epochs import EpochRows
 from bmtk.data.packing import IGNORED, PackedRows
 
 BLANKS = ("\u0120", "\u2581")  # how byte-level and SentencePiece tokenizers write the blank that a token begins with
@@ -21,7 +22,7 @@ def draws(seed: int, epoch: int, row: int) -> np.random.Generator:
     return np.random.default_rng((seed, int(epoch), int(row)))
 
 
-class MaskedTokens:
+class MaskedTokens(EpochRows):
     """Packed rows of which some tokens are to be guessed; `batch(...)` is int64 tensors (B, L).
 
     `labels`: the tokens that were hidden, -100 elsewhere.  `input_ids`: a hidden token is the mask token (80 %), any
@@ -39,7 +40,7 @@ class MaskedTokens:
         whole_words: bool = False,
         seed: int,
     ):
-        self.rows, self.store, self.seed, self.epoch = rows, rows.store, seed, 0
+        self.rows, self.store, self.seed = rows, rows.store, seed
         self.probability, self.mask_token_id = probability, tokenizer.mask_token_id
         self.is_special = np.zeros(len(tokenizer), bool)
         self.is_special[tokenizer.all_special_ids] = True
@@ -48,9 +49,6 @@ class MaskedTokens:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """What a DataLoader asks for: a batch already, which a collator leaves as it is."""

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from bmtk.data.epochs import EpochRows
 from bmtk.data.packing import IGNORED, PackedRows
 
 
-class CorruptedSpans:
+class CorruptedSpans(EpochRows):
     """Packed rows for an encoder-decoder; `batch(...)` is int64 tensors, padded to the longest row.
 
     `input_ids` and `attention_mask`: the row with a sentinel in place of each span.  `labels`: each sentinel followed
@@ -36,7 +37,7 @@ class CorruptedSpans:
                 f"noise_density={noise_density} must be between 0 and 1, "
                 f"mean_span_length={mean_span_length} at least 1"
             )
-        self.rows, self.store, self.seed, self.epoch = rows, rows.store, seed, 0
+        self.rows, self.store, self.seed = rows, rows.store, seed
         self.sentinels, self.end_token_id = np.asarray(sentinels, np.int64), end_token_id
         self.noise_density, self.mean_span_length = noise_density, mean_span_length
         needed = num_spans(rows.context_length, noise_density, mean_span_length)[1]
@@ -48,9 +49,6 @@ class CorruptedSpans:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """What a DataLoader asks for: a batch already, which a collator leaves as it is."""

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
+from .epochs import EpochRows
+
 
 @dataclass
-class TokenDropout:
+class TokenDropout(EpochRows):
     """`rows` whose `input_ids` (or each of their lists) become `hidden` with probability `share`; `kept` never do.
 
     What is hidden depends on the seed, the epoch and the row only, so a run that is resumed goes on the same way.
@@ -21,10 +23,6 @@ class TokenDropout:
     hidden: int
     kept: frozenset[int]
     seed: int
-    epoch: int = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.rows)

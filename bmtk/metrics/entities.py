@@ -18,7 +18,7 @@ def is_scheme(tags: Iterable[str]) -> bool:
 
 
 def entities(tags: Sequence[str]) -> list[Entity]:
-    """The entities of one sentence, in order.
+    """The entities of one sentence, in order; an empty tag is as good as O.
 
     >>> entities(["B-person", "I-person", "O", "I-place", "B-place"])
     [(0, 2, 'person'), (3, 4, 'place'), (4, 5, 'place')]
@@ -26,7 +26,7 @@ def entities(tags: Sequence[str]) -> list[Entity]:
     found: list[Entity] = []
     first, open_kind, previous = 0, "", "O"
     for place, tag in enumerate([*tags, "O"]):
-        mark, kind = ("O", "") if tag == "O" else (tag[0], tag[2:])
+        mark, kind = ("O", "") if tag in ("O", "") else (tag[0], tag[2:])
         goes_on = mark in "IE" and previous in "BI" and kind == open_kind
         if open_kind and not goes_on:
             found.append((first, place, open_kind))
@@ -37,8 +37,8 @@ def entities(tags: Sequence[str]) -> list[Entity]:
 
 
 def single_words(tags: Sequence[str]) -> list[Entity]:
-    """Tags without a scheme: every word is an entity of its own."""
-    return [(place, place + 1, tag) for place, tag in enumerate(tags)]
+    """Tags without a scheme: every word is an entity of its own, but for those whose tag is empty."""
+    return [(place, place + 1, tag) for place, tag in enumerate(tags) if tag]
 
 
 def agreement(truths: Sequence[Sequence[Entity]], found: Sequence[Sequence[Entity]]) -> dict[str, dict[str, float]]:

@@ -19,7 +19,7 @@ from bmtk.hub.wording import format_number, format_seconds
 from bmtk.training import arguments as loop_arguments
 from bmtk.training import finetuning
 from bmtk.training.interruption import noted_signals
-from bmtk.training.predicting import LOWER_IS_BETTER
+from bmtk.training.predicting import lower_is_better
 from bmtk.training.run_folder import held
 
 from .space import SearchArguments, default_space, read_space
@@ -41,17 +41,17 @@ def search_settings(
 ) -> None:
     """Run `recipe` with many values of its `settings`, the bound dataclasses run, data, training, ..., architecture.
 
-    Trials are compared by metric_for_best_model, or `task_class.main_metric`, of the validation rows; test rows
-    are not read.
+    Trials are compared by metric_for_best_model, or the task's main metric, of the validation rows; test rows are not
+    read.
     Raises: ValueError for several processes, a space that does not fit, another search in the folder, and if no trial
     succeeds; Stopped (exit code 130 or 143) after SIGINT or SIGTERM, when the trial that was running is saved.
     """
-    run, _, training, *_, architecture = settings
+    run, data, training, *_, architecture = settings
     _check_launch(run)
     current = {f.name: vars(part)[f.name] for part in settings for f in dataclasses.fields(part) if f.init}
     args.search_space = args.search_space or default_space(current)
     space = read_space(args.search_space, arguments.field_types(*settings), _refused(run, architecture))
-    folder, metric = Path(training.output_dir), _metric(training) or task_class.main_metric
+    folder, metric = Path(training.output_dir), _metric(training) or task_class.metric_of(data, **run.reading)
     changed = {k: v for k, v in arguments.changed_settings(*settings).items() if k not in OF_THIS_RUN}
     in_trials = {k: v for k, v in changed.items() if k not in OF_A_RESULT}
     if "corpus_dir" in current:
@@ -59,7 +59,9 @@ def search_settings(
     config = {**arguments.resolved_config(*settings), **vars(args)}
     check = {"overwrite": training.overwrite_output_dir, "free_keys": FREE_KEYS | task_class.free_keys}
     with held(folder, config, **check), noted_signals(second_stops_at_once=False) as request:
-        study = open_study(folder / JOURNAL, maximise=metric not in LOWER_IS_BETTER, first=_inside(space, current))
+        maximise = getattr(training, "greater_is_better", None)
+        maximise = not lower_is_better(metric) if maximise is None else maximise
+        study = open_study(folder / JOURNAL, maximise=maximise, first=_inside(space, current))
         run_trial = RecipeTrials(recipe, in_trials, folder / TRIALS, f"validation/{metric}", request)
 
         def tell(trial: FrozenTrial) -> None:

@@ -18,6 +18,7 @@ from bmtk.data.token_store import TokenStore, build_token_store
 from bmtk.data.tokenizers import KINDS, mask_token, train_tokenizer
 
 from .task import Task, setting
+from .texts import pad_texts
 
 
 @dataclass
@@ -128,7 +129,7 @@ class CorpusTask(Task):
             if isinstance(rows, dict):
                 return rows
             texts = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows]
-            return dict(self.processor.pad(texts, padding_side=self.padding_side, return_tensors="pt"))
+            return pad_texts(self.processor, texts, padding_side=self.padding_side)
 
         return collate
 

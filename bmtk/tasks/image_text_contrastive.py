@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, VisionTextDualEncoderConfig, VisionTextDualEncoderProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from bmtk.data.epochs import EpochRows
 from bmtk.data.image_changes import Changes, changed, drawn_changes
 from bmtk.data.masking import draws
 from bmtk.data.tables import check_column
@@ -264,7 +265,7 @@ class ImageTextContrastive(TextTask, ImageTask):
         return "'an_image.png', candidate_labels=['a cat', 'a dog'], hypothesis_template='{}'"
 
 
-class Pairs(torch.utils.data.Dataset):
+class Pairs(EpochRows, torch.utils.data.Dataset):
     """Images and captions.  For training, a caption and changes of the image are drawn: functions of seed, epoch, row.
 
     A row: `pixels` (C, H, W), `input_ids`, `caption` (a number that equal captions share), `changes`.
@@ -272,16 +273,13 @@ class Pairs(torch.utils.data.Dataset):
 
     def __init__(self, task, images: ImageRows, captions, tokens, *, is_training: bool, strength: float):
         self.task, self.images, self.captions, self.tokens = task, images, captions, tokens
-        self.is_training, self.strength, self.epoch = is_training, strength, 0
+        self.is_training, self.strength = is_training, strength
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
         self.names = np.array([numbers[caption] for caption in captions])
         self.kept: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __getitem__(self, row: int) -> dict:
         texts, changes = self.tokens[row], {}

@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from bmtk.data.augmentation import Augmentation
+from bmtk.data.epochs import EpochRows
 from bmtk.data.media import ON_CORRUPT, decode_image, image_header, in_colour
 from bmtk.data.tables import check_column
 
@@ -165,7 +166,7 @@ class ImageRows(torch.utils.data.Dataset):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-class PixelRows(torch.utils.data.Dataset):
+class PixelRows(EpochRows, torch.utils.data.Dataset):
     """Rows with "pixels" (C, H, W), uint8, and every other column of `rows`.
 
     They are kept in memory if all of them take no more than `limit` bytes.  Augmented is a row only from the first
@@ -173,12 +174,12 @@ class PixelRows(torch.utils.data.Dataset):
     is mixed has the row that it is mixed with as "other" (its columns), and its own "share".
     """
 
+    first_epoch = -1
+
     def __init__(self, rows: ImageRows, resized, *, limit: int = 0, augmentation=None, seed: int = 0):
         self.rows, self.resized = rows, resized
         self.augmentation, self.seed = augmentation, seed
         self.columns = {name: rows.rows[name][:] for name in rows.rows.column_names if name != "image"}
-        # In shared memory, because workers that outlive an epoch hold a copy of everything else.
-        self.epoch = torch.tensor(-1).share_memory_()
         first = self._decoded([0])
         self.shape, self.num_bytes = first.shape[1:], first.nbytes * len(self)
         self.kept = self._all() if self.num_bytes <= limit else None
@@ -195,9 +196,6 @@ class PixelRows(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch)
 
     def pixels(self, indices: Sequence[int]) -> np.ndarray:
         """(B, C, H, W), as they are without augmentation."""
@@ -224,7 +222,7 @@ class PixelRows(torch.utils.data.Dataset):
         return {**self._row(index, pixels), "other": self._row(partner, other), "share": share}
 
     def _changed(self, index: int) -> tuple[np.ndarray, np.random.Generator]:
-        draw = np.random.default_rng((self.seed, int(self.epoch), index))
+        draw = np.random.default_rng((self.seed, self.epoch, index))
         return self.augmentation(self.pixels([index])[0], draw), draw
 
     def statistics(self) -> tuple[list[float], list[float]]:

@@ -14,6 +14,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import AutoModelForMaskedImageModeling
 
+from bmtk.data.epochs import EpochRows
 from bmtk.data.masking import draws, hidden_cells
 
 from .images import ImageArguments, ImageTask, PixelRows
@@ -167,21 +168,18 @@ class MaskedImageModeling(ImageTask):
         return torch.tensor(processor.image_std)[:, None, None], torch.tensor(processor.image_mean)[:, None, None]
 
 
-class MaskedImages(torch.utils.data.Dataset):
+class MaskedImages(EpochRows, torch.utils.data.Dataset):
     """Images with a mask each, (num_cells,) with 1 at hidden cells: a function of seed, `set_epoch` and the row.
 
     Of measured rows, `is_shown` marks those in `shown`.
     """
 
     def __init__(self, images: PixelRows, num_cells: int, *, ratio: float, seed: int, shown: Sequence[int]):
-        self.images, self.num_cells, self.ratio, self.seed, self.epoch = images, num_cells, ratio, seed, 0
+        self.images, self.num_cells, self.ratio, self.seed = images, num_cells, ratio, seed
         self.shown = set(map(int, shown))
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __getitem__(self, row: int) -> dict:
         hidden = hidden_cells(self.num_cells, self.ratio, draws(self.seed, self.epoch, row))

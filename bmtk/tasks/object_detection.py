@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForObjectDetection
 
+from bmtk.data.epochs import EpochRows
 from bmtk.data.labels import agreed_labels, in_order, some
 from bmtk.data.media import image_size
 from bmtk.metrics.boxes import average_precisions, summary
@@ -59,19 +60,17 @@ class ObjectDetectionArguments(ImageArguments, DataArguments):
             raise ValueError(f"score_threshold={self.score_threshold} must be from {LEAST_SCORE} to 1")
 
 
-class DetectionRows(ImageRows):
+class DetectionRows(EpochRows, ImageRows):
     """Rows {"image", "annotations"}, annotations as in COCO.
 
     As soon as a training loop has named an epoch, images are augmented, as a function of seed, epoch and row alone.
     """
 
+    first_epoch = -1
+
     def __init__(self, rows: Dataset, where: str, *, augmentation: BoxAugmentation, seed: int):
         super().__init__(rows, where)
         self.augmentation, self.seed = augmentation, seed
-        self.epoch = torch.tensor(-1).share_memory_()  # so that workers that live on hear of the next one
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch)
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         return [self.view(row, index) for row, index in zip(super().__getitems__(indices), indices, strict=True)]
@@ -80,9 +79,8 @@ class DetectionRows(ImageRows):
         if "boxes" not in row:
             return row
         image, boxes, labels = row["image"], np.array(row["boxes"]).reshape(-1, 4), np.array(row["labels"], dtype=int)
-        epoch = int(self.epoch)
-        if epoch >= 0:
-            draw = np.random.default_rng([self.seed, epoch, index])
+        if self.epoch >= 0:
+            draw = np.random.default_rng([self.seed, self.epoch, index])
             image, boxes, visible = self.augmentation(image, boxes, draw)
             boxes, labels = boxes[visible], labels[visible]
         objects = [

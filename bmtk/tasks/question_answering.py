@@ -152,6 +152,7 @@ class QuestionAnswering(TextTask):
                 f"{type(tokenizer).__name__} cannot say where in a text a token is; question_answering needs a fast "
                 "tokenizer"
             )
+        tokenizer.truncation_side = "right"  # a question that is too long loses its end; of a text nothing is lost
         if not tokenizer.num_special_tokens_to_add(pair=True):
             mark = tokenizer.eos_token or tokenizer.pad_token
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

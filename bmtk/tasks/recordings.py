@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import AutoFeatureExtractor
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
+from bmtk.data.epochs import EpochRows
 from bmtk.data.media import ON_CORRUPT, audio_seconds, decode_audio
 from bmtk.data.tables import check_column
 
@@ -139,7 +140,7 @@ class RecordingTask(Task):
         return f"accelerate launch recipes/predict.py --model {directory} --input a_recording.wav"
 
 
-class RecordingRows(torch.utils.data.Dataset):
+class RecordingRows(EpochRows, torch.utils.data.Dataset):
     """Rows whose recording is decoded when it is asked for, and its features kept while they fit; errors name the row.
 
     What `changes` asks for is a function of (seed, epoch, row).
@@ -157,12 +158,8 @@ class RecordingRows(torch.utils.data.Dataset):
         self.recordings, self.where, self.extractor = rows.select_columns("audio"), where, extractor
         self.others = rows.remove_columns(["audio", "seconds"])
         self.seconds = sum(rows["seconds"])
-        self.changes, self.seed, self.epoch = changes, seed, 0
+        self.changes, self.seed = changes, seed
         self.kept, self.kept_bytes = {}, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other changes; accelerate and TaskTrainer call this at the beginning of an epoch."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.recordings)

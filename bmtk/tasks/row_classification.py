@@ -41,6 +41,12 @@ class RowClassification(Classification):
 
     main_metric = "accuracy"
 
+    @classmethod
+    def metric_of(cls, args: RowClassificationArguments, **reading: object) -> str:
+        if args.problem_type:
+            return PROBLEMS[args.problem_type].main_metric
+        return cls(args, **{**reading, "splits": ("train",)}).main_metric
+
     # ------------------------------------------------------------------------------------------------ labels
 
     def read_labels(self, table: Dataset, where: str) -> list | None:

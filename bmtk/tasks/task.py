@@ -101,6 +101,11 @@ class Task:
         self._keep_apart()
         self.prepare()
 
+    @classmethod
+    def metric_of(cls, args: DataArguments, **reading: object) -> str:
+        """`main_metric` of the task that `args` and `reading` make: for a task whose rows decide it, they are read."""
+        return cls.main_metric
+
     # ------------------------------------------------------------------------------------------------ rows
 
     def usable(self, table: Dataset, where: str) -> Dataset:

@@ -1,12 +1,13 @@
 """What the tasks that read texts share: a tokenizer, and how much of a text is read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bmtk.data.token_dropout import TokenDropout
 from bmtk.data.tokenizers import KINDS, train_tokenizer
@@ -80,9 +81,8 @@ class TextTask(Task):
         kept = frozenset(tokenizer.all_special_ids)
         return TokenDropout(rows, share=self.args.token_dropout, hidden=hidden, kept=kept, seed=self.seed)
 
-    def collator(self) -> DataCollatorWithPadding:
-        """Pads the texts of a batch to the longest of them."""
-        return DataCollatorWithPadding(self.processor)
+    def collator(self) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+        return partial(pad_texts, self.processor)
 
     def num_units(self, batch) -> int:
         return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
@@ -147,6 +147,14 @@ class TextTask(Task):
             tokenizer.pad_token = stand_in
             self.notes.append(f"the tokenizer has no padding token: {stand_in!r} stands in for it")
         return tokenizer
+
+
+def pad_texts(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping], **options: object
+) -> dict[str, torch.Tensor]:
+    """Rows of "input_ids" and the like, padded to the longest of them; one position at least, which models need."""
+    longest = max(1, *(len(row["input_ids"]) for row in rows))
+    return dict(tokenizer.pad(rows, padding="max_length", max_length=longest, return_tensors="pt", **options))
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, *, width: int = 0) -> torch.Tensor:

@@ -24,7 +24,7 @@ from .classification import Classification, ClassificationArguments
 from .pictures import confusion_matrix
 from .problems import scores_table
 from .task import Prediction, mean_loss, setting, spread_and_worst
-from .texts import TextArguments, TextTask, padded
+from .texts import TextArguments, TextTask, pad_texts, padded
 
 UNSEEN = -1  # in place of a position: the word has no token; in place of a tag: none was found
 NO_WORD = -2  # pads the places of words
@@ -116,6 +116,7 @@ class TokenClassification(TextTask, Classification):
                 f"{type(self.processor).__name__} cannot say which word a token belongs to; token_classification "
                 "needs a fast tokenizer"
             )
+        self.processor.truncation_side = "right"  # the order in which windows come; none of them is left out
         super().configure(config, **options)
         self.has_scheme = is_scheme(self.labels)
         self.outside = self.labels.index("O") if "O" in self.labels else UNSEEN
@@ -335,8 +336,9 @@ class PadSentences:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         names = [name for name in rows[0] if name in self.tokenizer.model_input_names]
-        windows = {name: [part for row in rows for part in cut(row[name], row["windows"])] for name in names}
-        batch = dict(self.tokenizer.pad(windows, return_tensors="pt", return_attention_mask=True))
+        parts = ([part for row in rows for part in cut(row[name], row["windows"])] for name in names)
+        windows = [dict(zip(names, window, strict=True)) for window in zip(*parts, strict=True)]
+        batch = pad_texts(self.tokenizer, windows, return_attention_mask=True)
         batch["sizes"] = torch.tensor([len(row["input_ids"]) for row in rows])
         batch["places"] = padded([row["places"] for row in rows], NO_WORD)
         if "labels" in rows[0]:

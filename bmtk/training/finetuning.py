@@ -25,7 +25,7 @@ from .callbacks import AverageWeights, Progress, StopEarly, TellEpoch
 from .gradients import gradient_rules
 from .layers import decay_rates, depths
 from .optimizers import build_optimizer
-from .predicting import LOWER_IS_BETTER, Results, measure, predict_all
+from .predicting import Results, lower_is_better, measure, predict_all
 from .quantization import quantization, quantize_subclasses
 from .run_folder import CHECKPOINTS
 from .updates import LossSum
@@ -81,6 +81,7 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
     hub_private_repo: bool | None = _settled(None)
     hub_always_push: bool = _settled(False)
     hub_revision: str | None = _settled(None)
+    save_only_model: bool = _settled(False)  # True resumes with a new optimizer and schedule, and says nothing
     include_num_input_tokens_seen: str = _settled("no")
     remove_unused_columns: bool = _settled(False)
     batch_eval_metrics: bool = _settled(False)
@@ -93,7 +94,9 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
     def __post_init__(self):
         check([*self._wrong_choices(), *self.wrong_settings()])
         self.load_best_model_at_end |= self.early_stopping_patience > 0
+        given = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
+        self.metric_for_best_model, self.greater_is_better = given  # not the loss: `choose_best_by` knows the task
 
     def _wrong_choices(self):
         if self.optimizer not in (None, *OPTIMIZERS):
@@ -401,9 +404,11 @@ class TaskTrainer(Trainer):
 
 
 def choose_best_by(args: TrainingArguments, metric: str) -> None:
-    """Let `load_best_model_at_end` go by `metric`, whichever way is better."""
-    args.metric_for_best_model = metric
-    args.greater_is_better = metric not in LOWER_IS_BETTER
+    """Let what asks for a best model, or for a plateau, go by `metric_for_best_model`, or else by `metric`."""
+    asks = args.load_best_model_at_end, args.save_strategy == "best", args.lr_scheduler_type == "reduce_lr_on_plateau"
+    args.metric_for_best_model = args.metric_for_best_model or (metric if any(asks) else None)
+    if args.metric_for_best_model and args.greater_is_better is None:
+        args.greater_is_better = not lower_is_better(args.metric_for_best_model)
 
 
 def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbacks: Sequence = ()) -> TaskTrainer:
@@ -469,7 +474,15 @@ def save(trainer: TaskTrainer, directory: str | Path, *, merge: bool):
 
 
 def loop_arguments(args: TrainingArguments) -> LoopArguments:
-    """What the project's own loop would be told, to do as this Trainer does."""
+    """What the project's own loop would be told, to do as this Trainer does.
+
+    Raises: ValueError for an optimizer that the loop does not have.
+    """
+    if not args.optimizer and not args.optim.startswith("adamw"):
+        raise ValueError(
+            f"find_lr has no {args.optim.value}, and another optimizer needs another rate; leave optim out and "
+            f"set optimizer to one of {', '.join(OPTIMIZERS)}"
+        )
     share = args.per_device_train_batch_size * args.gradient_accumulation_steps
     precision = "bf16" if args.bf16 else "fp32"
     names = "output_dir seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon".split()

@@ -11,8 +11,13 @@ from tqdm.auto import tqdm
 
 from .updates import on_device
 
-LOWER_IS_BETTER = frozenset("loss mse mae mase wer cer perplexity".split())  # of the metrics that choose a best model
+ERRORS = frozenset("loss mse mae mase wer cer perplexity rank byte".split())  # last words of metrics that should fall
 SHORT = 20  # batches of an evaluation that shows no progress bar
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a model is the better, the smaller its `metric` is: "loss", "eval_loss", "validation/original_mae"."""
+    return metric.rpartition("/")[2].rpartition("_")[2] in ERRORS
 
 
 @dataclass

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .arguments import LoopArguments
 from .checkpoint import TrainState
 from .history import History
-from .predicting import LOWER_IS_BETTER
+from .predicting import lower_is_better
 from .randomness import kept_randomness, seed_process, set_random_state
 from .throughput import Meter
 from .updates import Update
@@ -154,7 +154,7 @@ class Progress:
                 f"early_stopping_patience={patience} goes by {self.main_metric}, and the evaluation has "
                 f"{', '.join(state.metrics) or 'nothing'}; give validation rows, or leave it out"
             )
-        value, lower = state.metrics[self.main_metric], self.main_metric.rpartition("/")[2] in LOWER_IS_BETTER
+        value, lower = state.metrics[self.main_metric], lower_is_better(self.main_metric)
         former = state.best if state.best is not None else math.inf if lower else -math.inf
         if value < former if lower else value > former:
             state.best, state.best_step, state.worse = value, state.step, 0

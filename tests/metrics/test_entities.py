@@ -41,6 +41,12 @@ def test_what_counts_as_a_scheme():
     assert single_words(["NOUN", "VERB"]) == [(0, 1, "NOUN"), (1, 2, "VERB")]
 
 
+def test_a_word_without_a_tag_is_no_entity_and_counts_nowhere():
+    assert entities(["B-a", "", "I-a"]) == [(0, 1, "a"), (2, 3, "a")]
+    scores = agreement([single_words(["NOUN", "VERB"])], [single_words(["NOUN", ""])])
+    assert scores[""] == {"rows": 2, "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3)}
+
+
 def test_only_exact_matches_count_and_by_sentence():
     truths = [[(0, 2, "a"), (3, 4, "b")], [(0, 1, "a")], []]
     found = [[(0, 2, "a"), (3, 5, "b")], [(0, 1, "b")], [(0, 2, "a")]]

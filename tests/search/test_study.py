@@ -14,8 +14,9 @@ from optuna.trial import TrialState
 
 from bmtk.arguments import read_yaml
 from bmtk.search.space import read_space
-from bmtk.search.study import explore, open_study, summary
+from bmtk.search.study import explore, open_study, search_settings, summary
 from bmtk.search.trial import RecipeTrials, TrialFailed
+from bmtk.tasks.sequence_classification import SequenceClassification
 from bmtk.training.interruption import Stopped, StopRequest
 from recipes import finetune, pretrain
 
@@ -231,6 +232,42 @@ def test_one_of_several_processes_does_not_search(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"one of 2 processes; launch it with one \(accelerate launch --num_p"):
         pretrain.main(["--preset", "smoke", "--output_dir", str(tmp_path), "--search", "optuna"])
+
+
+# What it is called by is what its rows decide: the lower rate is the better one by an error, the higher by a share.
+BY_RATE = """
+import json, pathlib, sys
+import yaml
+settings = yaml.safe_load(open(sys.argv[2]))
+metrics = {"validation/" + name: settings["learning_rate"] for name in ("METRIC", "loss")}
+(pathlib.Path(settings["output_dir"]) / "run.json").write_text(json.dumps({"metrics": metrics}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "metric", "best"),
+    [
+        ([0.5, 1.5, 2.0], [], "mse", 0.1),
+        ([["a"], ["a", "b"], []], [], "micro_f1", 0.3),
+        ([1, 2, 3], ["--problem_type", "regression"], "mse", 0.1),
+        ([1, 2, 3], ["--metric_for_best_model", "eval_loss"], "loss", 0.1),
+    ],
+)
+def test_a_search_goes_by_the_metric_that_its_rows_decide(tmp_path, labels, more, metric, best):
+    (tmp_path / "recipe.py").write_text(BY_RATE.replace("METRIC", metric), encoding="utf-8")
+    rows = [json.dumps({"text": f"text {place}", "label": label}) for place, label in enumerate(labels)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "validation.jsonl").write_text(rows[0].replace("text 0", "other"), encoding="utf-8")
+    files = ["--train_file", f"{tmp_path}/train.jsonl", "--validation_file", f"{tmp_path}/validation.jsonl"]
+    argv = ["--preset", "smoke", *files, "--output_dir", f"{tmp_path}/run", "--search", "optuna", "--trials", "4"]
+    *settings, search, architecture = finetune.read_arguments(
+        [*argv, "--search_space", "learning_rate=0.1,0.3", *more]
+    )
+    told, settings = [], [*settings, architecture]
+    search_settings(search, settings, SequenceClassification, recipe=str(tmp_path / "recipe.py"), log=told.append)
+    assert {read_yaml(path)["learning_rate"] for path in (tmp_path / "run").rglob("trial.yaml")} == {0.1, 0.3}
+    assert read_yaml(tmp_path / "run" / "best.yaml")["learning_rate"] == best
+    assert f"trial {metric:>10}  values" in told[-1]
 
 
 def test_two_trials_of_a_recipe_and_what_they_leave(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -42,6 +43,16 @@ def test_longer_rows_of_an_evaluation_give_the_perplexity_of_the_unbroken_text(t
     assert metrics["tokens"] == len(TEXT.split(" ")) + 1  # every word and end of line, and the end of the text
     assert {len(row) for row in task.rows["train"][[0, 1]]["input_ids"]} == {4}
     assert measured(task_of(tmp_path, context_length=4))["loss"] != pytest.approx(whole, abs=1e-4)  # short rows forget
+
+
+def test_an_empty_prompt_is_continued_alone_as_beside_others(tmp_path):
+    task = task_of(tmp_path, context_length=16, sample_tokens=3)
+    config = task.new_config("bm_transformer", {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2})
+    task.configure(config)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = list(task.encode_inputs(Dataset.from_dict({"text": ["the cat", ""]})))
+    together = task.predict(model, task.collator()(rows))
+    assert [task.predict(model, task.collator()([row]))[0] for row in rows] == together
 
 
 def test_a_new_model_reads_the_longest_row(tmp_path):

@@ -94,6 +94,17 @@ def test_a_long_question_is_cut_and_an_answer_may_be_in_two_windows(tmp_path):
     assert found["spans"][:2] == [[0, 9, 10], [1, 7, 8]]
 
 
+def test_a_tokenizer_that_cuts_on_the_left_reads_the_same_windows(tmp_path):
+    question = row("Where is Bo now and where was he before ?")
+    right = make_task(tmp_path, [question])
+    configured(right, max_position_embeddings=12)
+    right.processor.truncation_side = "left"
+    right.processor.save_pretrained(tmp_path / "left")
+    left = make_task(tmp_path, [question], tokenizer=str(tmp_path / "left"))
+    configured(left, max_position_embeddings=12)
+    assert left.rows["train"][0] == right.rows["train"][0]
+
+
 def test_what_occurs_in_the_question_is_marked_where_the_model_knows_three_kinds(tmp_path):
     assert kinds_of([5, 6, 0, 7, 6, 0], [0, 0, None, 1, 1, None]) == [0, 0, 0, 1, 2, 0]
     task = make_task(tmp_path)

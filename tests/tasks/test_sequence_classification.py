@@ -14,7 +14,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
     top_k_accuracy_score,
 )
-from transformers import AutoTokenizer, BertConfig, LlamaConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, LlamaConfig
 
 from bmtk.data.tokenizers import train_tokenizer
 from bmtk.metrics.labels import scores_by_label
@@ -220,6 +220,17 @@ def test_rows_without_text_are_left_out_and_said(tmp_path):
     assert task.notes == ["2 of 6 train rows have no text: left out"]
     with pytest.raises(ValueError, match="text_column='text' of the train data holds no text at all"):
         make_task(tmp_path, [(" ", "good")])
+
+
+def test_an_empty_text_gets_the_prediction_that_it_gets_beside_others(tmp_path):
+    task = make_task(tmp_path)
+    model = AutoModelForSequenceClassification.from_config(configured(task)).eval()
+    rows = task.encode_inputs(Dataset.from_dict({"text": ["good soup", "", "bad day"]}))
+    together = task.predict(model, task.collator()(list(rows)))
+    alone = [task.predict(model, task.collator()([row]))[0] for row in rows]
+    assert [p["score"] for p in alone] == pytest.approx([p["score"] for p in together], abs=1e-6)
+    batch = task.collator()([rows[0], rows[1]])
+    assert batch["attention_mask"].sum(1).tolist() == [len(rows[0]["input_ids"]), 0]
 
 
 def test_a_tokenizer_without_padding_gets_a_stand_in(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
-from transformers import BertConfig, BertTokenizerLegacy, pipeline
+from transformers import AutoModelForTokenClassification, BertConfig, BertTokenizerLegacy, pipeline
 
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.tasks.token_classification import (
@@ -70,13 +70,13 @@ class ByToken(torch.nn.Module):
 
 
 @pytest.mark.parametrize("has_ends", [False, True])
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("side", ["right", "left"])  # of padding, and of truncation: where windows begin
 def test_every_word_of_a_long_sentence_is_asked_once_whatever_the_windows(tmp_path, has_ends, side):
     found = []
     for max_length in (64, 8):
         task = make_task(tmp_path, LONG, [(["w0"], ["O"])], max_length=max_length, stride=2)
         tokenizer = task.processor
-        tokenizer.padding_side = side
+        tokenizer.padding_side = tokenizer.truncation_side = side
         if has_ends:
             marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in [tokenizer.eos_token]]
             template = f"{marks[0][0]} $A {marks[0][0]}"
@@ -193,6 +193,13 @@ def test_predictions_are_tags_of_words_and_their_loss_is_over_words(tmp_path):
         "text": " -> Ada (person), Rome (place) [labelled Ada Poe (person), Rome (place)]",
     }
     assert samples[1]["text"] == " -> left (place) [labelled nothing]"
+
+
+def test_a_batch_of_sentences_without_words_has_predictions_without_tags(tmp_path):
+    task = make_task(tmp_path)
+    model = AutoModelForTokenClassification.from_config(configured(task)).eval()
+    rows = task.encode_inputs(Dataset.from_dict({"tokens": [[], []]}))
+    assert task.predict(model, task.collator()(list(rows))) == [{"tags": []}, {"tags": []}]
 
 
 def test_tags_without_a_scheme_are_scored_word_by_word(tmp_path):

@@ -1,0 +1,24 @@
+"""Rows that are drawn anew in every epoch."""
+
+from typing import ClassVar
+
+import torch
+
+
+class EpochRows:
+    """Rows that depend on the epoch, of which `set_epoch` tells them: training does, at the beginning of each."""
+
+    first_epoch: ClassVar[int] = 0  # until they are told
+
+    def __new__(cls, *args: object, **kwargs: object):
+        rows = super().__new__(cls)
+        # In shared memory, because workers that outlive an epoch hold a copy of everything else.
+        rows._epoch = torch.tensor(cls.first_epoch).share_memory_()
+        return rows
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
