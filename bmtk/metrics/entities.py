@@ -37,8 +37,8 @@ def entities(tags: Sequence[str]) -> list[Entity]:
 
 
 def single_words(tags: Sequence[str]) -> list[Entity]:
-    """Tags without a scheme: every word is an entity of its own, but for those whose tag is empty."""
-    return [(place, place + 1, tag) for place, tag in enumerate(tags) if tag]
+    """Tags without a scheme: every word is an entity of its own, but for those whose tag is empty or O."""
+    return [(place, place + 1, tag) for place, tag in enumerate(tags) if tag not in ("", "O")]
 
 
 def agreement(truths: Sequence[Sequence[Entity]], found: Sequence[Sequence[Entity]]) -> dict[str, dict[str, float]]:

@@ -39,6 +39,7 @@ def test_what_counts_as_a_scheme():
     assert not is_scheme(["NOUN", "VERB", "O"])
     assert not is_scheme(["B-", "O"])
     assert single_words(["NOUN", "VERB"]) == [(0, 1, "NOUN"), (1, 2, "VERB")]
+    assert single_words(["O", "PER", "O", "LOC"]) == [(1, 2, "PER"), (3, 4, "LOC")]
 
 
 def test_a_word_without_a_tag_is_no_entity_and_counts_nowhere():
