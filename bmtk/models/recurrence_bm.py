@@ -201,9 +201,9 @@ class TorchRecurrence(nn.Module):
 
     def _run_side_by_side(self, tokens: torch.Tensor, state, packing: Packing):
         """As `_run_packed`, but that the cells after a document are none."""
-        slots = torch.stack((packing.slot, packing.turned)[: self.num_directions])
-        padded = tokens.new_zeros(self.num_directions, packing.shape[0] * packing.shape[1], tokens.shape[1])
-        padded = torch.stack([rows.index_copy(0, slot, tokens) for rows, slot in zip(padded, slots, strict=True)])
+        slots = (packing.slot, packing.turned)[: self.num_directions]
+        empty = tokens.new_zeros(packing.shape[0] * packing.shape[1], tokens.shape[1])
+        padded = torch.stack([empty.index_copy(0, slot, tokens) for slot in slots])
         y, _ = self._run(padded.unflatten(1, packing.shape), state)
         y = y.flatten(1, 2)  # (directions, S * T, U / directions)
         after = y[:, packing.last].transpose(0, 1).flatten(1)
