@@ -60,6 +60,8 @@ class GlobalBatches:
     Raises: ValueError if there are no rows, or sizes and ranks do not fit together.
     """
 
+    carries_state = False  # whether a row goes on where the same row of the step before ended
+
     def __init__(
         self,
         rows: Rows,

@@ -44,14 +44,24 @@ class PackedRows:
         return self[indices]
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        return self.read(indices)
+
+    def read(self, indices: Sequence[int], *, goes_on: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        """A batch of rows; `goes_on` (B,) says for each whether the reader still knows what stands before it.
+
+        Of such rows, `position_ids` are 0 only where a document begins.
+        """
         tokens, is_start = self._read(indices)
         labels = np.where(is_start[:, 1:], IGNORED, tokens[:, 1:])  # (B, L)
         labels[labels < 0] = IGNORED  # padding
         input_ids = np.where(tokens < 0, self.store.pad_token_id, tokens)[:, :-1]
         labels = torch.from_numpy(labels)
         batch = {"input_ids": torch.from_numpy(input_ids), "labels": labels, "shift_labels": labels}
-        if is_start[:, 1:-1].any():
-            batch["position_ids"] = torch.from_numpy(_count_from_starts(is_start[:, :-1]))
+        begins = is_start[:, :-1]
+        if goes_on is not None:
+            begins[:, 0] |= ~goes_on
+        if begins[:, 1 if goes_on is None else 0 :].any():
+            batch["position_ids"] = torch.from_numpy(_count_from_starts(begins, goes_on))
         return batch
 
     def _read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +80,11 @@ class PackedRows:
         return tokens, is_start
 
 
-def _count_from_starts(is_start: np.ndarray) -> np.ndarray:
-    """Distance to the last True at or before each column, or to the first column: (B, L) bool to int64."""
+def _count_from_starts(is_start: np.ndarray, goes_on: np.ndarray | None) -> np.ndarray:
+    """Distance to the last True at or before each column: (B, L) bool to int64.
+
+    Without one, to the first column; in a row that goes on, to the one before that.
+    """
     column = np.arange(is_start.shape[1])
-    return column - np.maximum.accumulate(np.where(is_start, column, 0), axis=1)
+    before = 0 if goes_on is None else -goes_on[:, None].astype(np.int64)
+    return column - np.maximum.accumulate(np.where(is_start, column, before), axis=1)

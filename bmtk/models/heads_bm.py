@@ -34,6 +34,8 @@ class CausalLMHead:
 
     _tied_weights_keys = {"lm_head.weight": "model.stem.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    output_class = CausalLMOutputWithPast
+    passed_on: tuple[str, ...] = ()  # what else of the trunk's outputs the head's outputs hold
 
     def __init__(self, config):
         check_input(config, type(self).__name__, "tokens")
@@ -80,12 +82,13 @@ class CausalLMHead:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training:
                 loss = loss + self.penalty(outputs, labels, attention_mask, position_ids, **kwargs)
-        return CausalLMOutputWithPast(
+        return self.output_class(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{name: outputs[name] for name in self.passed_on if name in outputs},
         )
 
 

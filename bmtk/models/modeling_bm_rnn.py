@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -49,10 +49,17 @@ NORMS = {"none": lambda width: nn.Identity(), "rms_norm": nn.RMSNorm, "layer_nor
 class BmRnnModelOutput(BaseModelOutputWithPoolingAndCrossAttentions):
     """`undropped_hidden_state` (B, L, D): as `last_hidden_state`, before its dropout; while training only.
 
-    `final_state` (B, sum over layers of U, twice for LSTMs): the state after each row; of an encoder only.
+    `final_state` (B, sum over layers of U, twice for LSTMs): the state after each row, where it is asked for.
     """
 
     undropped_hidden_state: torch.Tensor | None = None
+    final_state: torch.Tensor | None = None
+
+
+@dataclass
+class BmRnnCausalLMOutput(CausalLMOutputWithPast):
+    """`final_state`: as in BmRnnModelOutput."""
+
     final_state: torch.Tensor | None = None
 
 
@@ -172,9 +179,12 @@ class BmRnnModel(BmRnnPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         initial_state: torch.Tensor | None = None,
+        output_state: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BmRnnModelOutput:
         """A state is reset where `position_ids` (B, L) are 0; `initial_state` is a `final_state` to start from.
+
+        `output_state` asks for the `final_state`; None: an encoder gives it, others do not.
 
         Inputs that are not tokens come by name: input_features, past_values (see the stems).
         """
@@ -189,8 +199,9 @@ class BmRnnModel(BmRnnPreTrainedModel):
             past_key_values = None  # a state from the left says nothing about what comes from the right
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        output_state = self.returns_state if output_state is None else output_state
         has_state = initial_state is not None or (past_key_values is not None and past_key_values.get_seq_length() > 0)
-        states = {"has_state": has_state, "keeps_state": self.returns_state or past_key_values is not None}
+        states = {"has_state": has_state, "keeps_state": output_state or past_key_values is not None}
         documents = Documents.find(attention_mask, position_ids, inputs_embeds, **states)
         hidden_states, final_state = self.stem(inputs_embeds), []
         for layer, start in zip(self.layers, self._split_state(initial_state), strict=True):
@@ -205,7 +216,7 @@ class BmRnnModel(BmRnnPreTrainedModel):
             pooler_output=self.pool(last_hidden_state, mask_of_positions(attention_mask, inputs_embeds.shape[1])),
             past_key_values=past_key_values,
             undropped_hidden_state=undropped if self.training else None,
-            final_state=torch.cat(final_state, dim=-1) if self.returns_state else None,
+            final_state=torch.cat(final_state, dim=-1) if output_state else None,
         )
 
     def _split_state(self, state: torch.Tensor | None) -> list[tuple[torch.Tensor, ...]]:
@@ -240,9 +251,15 @@ def activation_penalty(config, outputs, labels, attention_mask=None, position_id
 
 
 class BmRnnForCausalLM(CausalLMHead, BmRnnPreTrainedModel, GenerationMixin):
-    """Predicts the next token.  While training, `loss` holds the activation penalties too; evaluation never does."""
+    """Predicts the next token.  While training, `loss` holds the activation penalties too; evaluation never does.
+
+    With `output_state=True` the output holds the `final_state`, which a later call takes as its `initial_state`.
+    """
 
     trunk_class = BmRnnModel
+    output_class = BmRnnCausalLMOutput
+    passed_on = ("final_state",)
+    carries_state = True
 
     def penalty(
         self, outputs, labels, attention_mask, position_ids, shift_labels=None, num_items_in_batch=None, **kwargs

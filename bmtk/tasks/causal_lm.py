@@ -11,6 +11,8 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, set_seed
 
+from bmtk.data.batches import GlobalBatches
+from bmtk.data.lanes import LaneBatches
 from bmtk.data.packing import PackedRows
 from bmtk.data.token_store import TokenStore
 from bmtk.metrics.texts import bits_per_byte, perplexity
@@ -29,6 +31,12 @@ class CausalLMArguments(CorpusArguments):
     sample_tokens: int = setting(200, "tokens per sample; 0: no samples")
     eval_context_length: int | None = setting(
         None, "tokens per row of an evaluation; longer rows give later tokens more to go by; default: context_length"
+    )
+
+    carry_state: bool = setting(
+        False,
+        "read the text in order, and let a recurrent network's state go on from one step to the next (truncated "
+        "backpropagation through time)",
     )
 
     def __post_init__(self):
@@ -61,6 +69,13 @@ class CausalLM(CorpusTask):
     def rows_of(self, store: TokenStore, split: str) -> PackedRows:
         is_measured = split != "train" and self.args.eval_context_length
         return PackedRows(store, self.args.eval_context_length if is_measured else self.args.context_length)
+
+    @property
+    def has_own_order(self) -> bool:
+        return self.args.carry_state
+
+    def train_batches(self, **sizes) -> GlobalBatches:
+        return LaneBatches(self.rows["train"], **sizes) if self.args.carry_state else super().train_batches(**sizes)
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
         return rows.map(lambda batch: self.processor(batch["text"], add_special_tokens=False), batched=True)

@@ -210,6 +210,11 @@ class Task:
         """Mean number of `unit`s in a row of a split."""
         return 1.0
 
+    @property
+    def has_own_order(self) -> bool:
+        """Whether `train_batches` go in an order that means something, so that no other sampler may shuffle them."""
+        return False
+
     def preview_rows(self) -> Any:
         """The validation rows that are measured while training; all are in the end."""
         return self.rows.get("validation")

@@ -5,6 +5,7 @@
         training_state/optimizer.safetensors                    optimizer state by parameter name
         training_state/averages.safetensors                     averaged weights by name, if the run averages
         training_state/randomness.safetensors                   generators, one row for each process
+        training_state/carried.safetensors                      a recurrent state for each row of a step, if carried on
         training_state/state.json, config.json                  step, counters; resolved configuration of the run
         manifest.json                                           size and sha256 of every file above
 
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from .averaging import AVERAGES
+from .carried import CarriedState
 from .manifest import PARTIAL, damages, delete_partial, files, flush, write_json, written_whole
 from .optimizers import NamedOptimizer
 from .randomness import random_state
@@ -36,6 +38,7 @@ from .randomness import random_state
 logger = logging.getLogger(__name__)
 
 RUN_STATE = "training_state"
+CARRIED = "carried.safetensors"
 
 
 @dataclass
@@ -54,6 +57,7 @@ class TrainState:
     window_loss: float = 0.0  # summed loss since the last line of history.jsonl
     window_items: int = 0  # predicted items since then
     randomness: dict[str, torch.Tensor] | None = None  # generators of this process, until the loop takes them over
+    carried: CarriedState | None = None  # recurrent state of this process's rows, where steps go on from it
 
 
 def save_checkpoint(
@@ -75,10 +79,13 @@ def save_checkpoint(
     """
     final = Path(directory) / "checkpoints" / f"step-{state.step:08d}"
     randomness = _randomness_of_all(accelerator)
+    carried = accelerator.gather(state.carried.rows).cpu() if state.carried else None
     if accelerator.is_main_process and damages(final):
         with written_whole(final, num_bytes=_num_bytes(model, optimizer)) as folder:
             _write_model(folder, model, processor)
             _write_state(folder / RUN_STATE, state, optimizer, accelerator, randomness)
+            if carried is not None:
+                save_file({"rows": carried}, folder / RUN_STATE / CARRIED)
             write_json(folder / RUN_STATE / "config.json", config or {})
         _delete_old(final.parent, state, keep=keep)
     accelerator.wait_for_everyone()
@@ -132,6 +139,9 @@ def load_checkpoint(
             stored["num_processes"],
             accelerator.num_processes,
         )
+    if (run_state / CARRIED).exists():
+        rows = load_file(run_state / CARRIED)["rows"].to(accelerator.device)
+        state.carried = CarriedState(rows.tensor_split(accelerator.num_processes)[accelerator.process_index])
     if accelerator.process_index < stored["num_processes"]:
         rows = load_file(run_state / "randomness.safetensors")
         state.randomness = {name: row[accelerator.process_index].clone() for name, row in rows.items()}
@@ -186,7 +196,7 @@ def _write_state(
     folder: Path, state: TrainState, optimizer: NamedOptimizer, accelerator: Accelerator, randomness: dict
 ):
     folder.mkdir()
-    progress = {name: value for name, value in vars(state).items() if name != "randomness"}
+    progress = {name: value for name, value in vars(state).items() if name not in ("randomness", "carried")}
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     stored = {"progress": progress, "num_processes": accelerator.num_processes, "scaler": scaler}
     write_json(folder / "state.json", stored)

@@ -424,6 +424,8 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
     if args.channels_last:
         lay_out_channels_last(model, args.device)
     task.check_parts(args.gradient_accumulation_steps * args.world_size)
+    if task.has_own_order:
+        raise ValueError("Trainer shuffles the rows; carry_state=True is for recipes/pretrain.py")
     args.output_dir = str(folder)
     args.dataloader_pin_memory &= torch.cuda.is_available()
     args.remove_unused_columns = False  # the task's rows hold what its collator reads

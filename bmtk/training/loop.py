@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .arguments import LoopArguments
 from .averaging import WeightAverage
+from .carried import carried_state
 from .checkpoint import TrainState
 from .gradients import gradient_rules
 from .interruption import Stopped, StopRequest, noted_signals
@@ -87,9 +88,10 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
     """Train `model` from `state.step` to the end of the run, and return `state`, which is changed in place.
 
     batches[step] is the list of this process's micro-batches of optimizer step `step`; batches.steps_per_epoch is read
-    where args count in epochs.  num_items(batch) counts the items whose losses are summed, num_units(batch) what
-    throughput is counted in (None: the items); criterion(outputs, batch) sums the losses, if the model's own shall not
-    be used, and inputs_of(batch) is then what the model reads.
+    where args count in epochs, and batches.carries_state says whether rows go on from the state of the step before.
+    num_items(batch) counts the items whose losses are summed, num_units(batch) what throughput is counted in (None:
+    the items); criterion(outputs, batch) sums the losses, if the model's own shall not be used, and inputs_of(batch)
+    is then what the model reads.
     evaluate() and save(state) are called on every process, log(record) on the main one for each line of history.jsonl.
     Where the optimizer keeps an average of the weights, the model has it in evaluations, and when this returns.
     Early stopping goes by `main_metric` of the evaluations, and load_best(state) then gives the model what was saved
@@ -107,7 +109,9 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
         total=total,
     )
     norm = args.max_grad_norm
-    updater = Updater(model, optimizer, accelerator, max_grad_norm=norm, gradient_rules=rules, **losses)
+    state.carried = carried_state(batches, state.carried)
+    settings = {"max_grad_norm": norm, "gradient_rules": rules, "carried": state.carried}
+    updater = Updater(model, optimizer, accelerator, **settings, **losses)
     average = optimizer.average
     if average and evaluate:
         evaluate = average.applied()(evaluate)

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from .carried import CarriedState, check_carries
 from .optimizers import NamedOptimizer
 
 
@@ -90,14 +91,16 @@ class LossSum:
         *,
         criterion: Callable[..., torch.Tensor] | None = None,
         inputs_of: Callable[[dict], dict] | None = None,
+        carried: CarriedState | None = None,
     ):
         """`criterion(outputs, batch)` is a sum that takes the place of the loss that the model makes of `labels`.
 
         `inputs_of(batch)` is what the model reads then; None: all but the labels.
+        `carried` is the state that rows go on from; None: they start without one.
         """
         self.model, self.unwrapped = model, unwrapped
         self.criterion, self.inputs_of = criterion, inputs_of or without_labels
-        self.device = device
+        self.device, self.carried = device, carried
         self.takes_count: bool | None = None  # not known before the first batch
         parameters = inspect.signature(type(unwrapped).forward).parameters
         # With a cache, packed rows are attended across documents without a warning.
@@ -110,9 +113,12 @@ class LossSum:
         # A detector has a loss where there is no object, too; other losses cannot be measured without an item.
         if self.takes_count is None and (own_items or hasattr(self.unwrapped, "count_items")):
             self.takes_count = divides_by_count(self.unwrapped, batch, self.options)
-        if self.takes_count:
-            return self.model(**batch, **self.options, num_items_in_batch=count).loss
-        return self.model(**batch, **self.options).loss * (own_items / count)
+        counted = {"num_items_in_batch": count} if self.takes_count else {}
+        carried = self.carried.inputs(len(batch["input_ids"])) if self.carried else {}
+        outputs = self.model(**batch, **self.options, **carried, **counted)
+        if self.carried:
+            self.carried.add(outputs.final_state)
+        return outputs.loss if self.takes_count else outputs.loss * (own_items / count)
 
 
 def _caches(model: PreTrainedModel) -> bool:
@@ -132,17 +138,21 @@ class Updater:
         max_grad_norm: float,
         num_units: Callable[[dict], int] | None = None,
         gradient_rules: Callable[[int], None] | None = None,
+        carried: CarriedState | None = None,
         **loss: Callable,
     ):
         """`num_units(batch)` is what throughput is counted in (None: the items); `loss` what LossSum may be told.
 
-        `gradient_rules(step)` may change the gradients of optimizer step `step` before they are clipped.
+        `gradient_rules(step)` may change the gradients of optimizer step `step` before they are clipped; `carried` is
+        the state that the rows of a step go on from.
         """
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.num_items, self.num_units, self.max_grad_norm = num_items, num_units or num_items, max_grad_norm
         unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self.gradient_rules = gradient_rules
-        self.loss = LossSum(model, unwrapped, accelerator.device, **loss)
+        self.gradient_rules, self.carried = gradient_rules, carried
+        if carried:
+            check_carries(unwrapped)
+        self.loss = LossSum(model, unwrapped, accelerator.device, carried=carried, **loss)
         self.skips_on_device = accelerator.device.type == "cuda" and optimizer.can_skip_on_device
 
     def step(
@@ -163,6 +173,8 @@ class Updater:
         if self.optimizer.average:
             self.optimizer.average.update(unless=bad)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.carried:
+            self.carried.turn()
         return Update(sum(losses), *totals, grad_norm, rejected)
 
     def _over_processes(self, numbers: list[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk.tasks.causal_lm import CausalLM, CausalLMArguments
+from bmtk.training.finetuning import FineTuningArguments, build_trainer
 
 TEXT = "the cat sat \n on the mat \n and the dog sat \n on the cat \n"
 
@@ -63,3 +64,14 @@ def test_a_new_model_reads_the_longest_row(tmp_path):
         longer.configure(AutoConfig.for_model("bm_transformer", max_position_embeddings=8))
     with pytest.raises(ValueError, match="eval_context_length=0 must be at least 1 token"):
         CausalLMArguments(eval_context_length=0)
+
+
+def test_rows_that_carry_a_state_come_in_the_order_of_the_text_which_trainer_does_not_keep(tmp_path):
+    task = task_of(tmp_path, context_length=4, carry_state=True)
+    batches = task.train_batches(batch_size=2, micro_batch_size=0, seed=1)
+    assert batches.carries_state
+    tokens = task.rows["train"].store.tokens.tolist()
+    lanes = torch.cat([batches[step][0]["input_ids"] for step in range(int(batches.steps_per_epoch))], dim=1)
+    assert lanes.flatten().tolist()[: len(tokens) - 1] == tokens[:-1]
+    with pytest.raises(ValueError, match=r"Trainer shuffles the rows; carry_state=True is for recipes/pretrain\.py"):
+        build_trainer(None, task, FineTuningArguments(output_dir=str(tmp_path), use_cpu=True), folder=tmp_path)

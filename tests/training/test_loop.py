@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_run import (
     Stopping,
+    StoppingStream,
+    Stream,
     TinyBatches,
     arguments,
     digest,
@@ -26,9 +28,10 @@ from tiny_run import (
     rows,
     run,
     tiny_model,
+    tiny_recurrent,
 )
 from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetForImageClassification
-from two_processes import FROZEN
+from two_processes import CARRIED, FROZEN
 
 import bmtk
 from bmtk.training.arguments import LoopArguments
@@ -301,6 +304,9 @@ def two_processes(tmp_path_factory) -> tuple[dict, Path]:
     with pytest.raises(SystemExit):
         run(arguments(folder / "resumed"), dropout=0.0, batches=Stopping(2))
     run(arguments(folder / "one frozen", **FROZEN), dropout=0.0)
+    run(arguments(folder / "one carried", **CARRIED), model=tiny_recurrent(), batches=Stream(0))
+    with pytest.raises(SystemExit):
+        run(arguments(folder / "resumed carried", **CARRIED), model=tiny_recurrent(), batches=StoppingStream(3))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -326,6 +332,12 @@ def test_two_processes_train_the_same_model_as_one(two_processes):
 def test_two_processes_unfreeze_penalise_and_average_as_one(two_processes):
     _, folder = two_processes
     same_up_to_rounding(folder / "one frozen", folder / "two frozen")
+
+
+@pytest.mark.parametrize("run_folder", ["two carried", "resumed carried"])
+def test_two_processes_carry_the_state_of_one(two_processes, run_folder):
+    _, folder = two_processes
+    same_up_to_rounding(folder / "one carried", folder / run_folder)
 
 
 def test_two_processes_resume_what_one_has_saved_and_the_other_way_round(two_processes, caplog):

@@ -26,6 +26,8 @@ class Bowl(torch.nn.Module):
 
 
 class Batches:
+    carries_state = False
+
     def __getitem__(self, step):
         return [{"rows": torch.zeros(1)}]
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
+import bmtk  # noqa: F401  registers the model families
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.checkpoint import (
     TrainState,
@@ -49,6 +50,14 @@ def tiny_model(*, dropout: float = 0.0, tied: bool = False) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def tiny_recurrent(*, cell_type: str = "lstm", dropout: float = 0.0):
+    """A recurrent network with two layers of width 16, equal at every call."""
+    torch.manual_seed(7)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.5}
+    config = AutoConfig.for_model("bm_rnn", cell_type=cell_type, hidden_dropout=dropout, **sizes)
+    return AutoModelForCausalLM.from_config(config)
+
+
 def rows(numbers) -> dict[str, torch.Tensor]:
     """Row i is a function of i, and has its own number of predicted tokens."""
     inputs, labels = [], []
@@ -66,6 +75,7 @@ class TinyBatches:
     """batches[step] is this process's share of eight rows, cut into micro-batches."""
 
     steps_per_epoch = 5
+    carries_state = False
 
     def __init__(self, micro_batch_size: int, *, rank: int = 0, world_size: int = 1, seconds: float = 0.0):
         self.micro_batch_size, self.seconds = micro_batch_size, seconds
@@ -79,6 +89,15 @@ class TinyBatches:
         return [rows(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
 
+class Stream(TinyBatches):
+    """Eight lanes of random text, whose tokens are to be repeated; each row goes on where the one before ended."""
+
+    carries_state = True
+
+    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        return [{name: batch["input_ids"] for name in batch} for batch in super().__getitem__(step)]
+
+
 class Stopping(TinyBatches):
     """Batches that send their process a signal before step `step` (counted from 0) is trained."""
 
@@ -90,6 +109,10 @@ class Stopping(TinyBatches):
         if step == self.step and self.here:
             signal.raise_signal(self.number)
         return super().__getitem__(step)
+
+
+class StoppingStream(Stopping, Stream):
+    """A stream that sends its process a signal."""
 
 
 def arguments(directory: str | Path, **changes) -> LoopArguments:

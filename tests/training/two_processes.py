@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_run import Stopping, arguments, run, tiny_model
+from tiny_run import Stopping, Stream, arguments, run, tiny_model, tiny_recurrent
 
 FROZEN = {"unfreeze_epochs": 0.4, "l1_penalty": 1e-3, "ema_decay": 0.9, "layer_lr_decay": 0.8}
+CARRIED = {"optimizer": "sgd", "learning_rate": 1.0}
 
 
 def main(folder: Path):
@@ -20,6 +21,8 @@ def main(folder: Path):
     facts["without dropout"] = run(arguments(folder / "two", micro_batch_size=2), dropout=0.0)
     facts["resumed"] = run(arguments(folder / "resumed"), dropout=0.0)
     run(arguments(folder / "two frozen", **FROZEN), dropout=0.0)
+    run(arguments(folder / "two carried", micro_batch_size=2, **CARRIED), model=tiny_recurrent(), batches=two_streams)
+    run(arguments(folder / "resumed carried", **CARRIED), model=tiny_recurrent(), batches=two_streams)
     facts["straight"] = run(arguments(folder / "straight"), dropout=0.2)
     with contextlib.suppress(SystemExit):
         run(arguments(folder / "stopped"), dropout=0.2, batches=lambda **share: Stopping(3, only_rank=1, **share))
@@ -33,6 +36,10 @@ def main(folder: Path):
     if torch.distributed.get_rank() == 0:
         sys.stdout.write(json.dumps(facts) + "\n")
     torch.distributed.destroy_process_group()
+
+
+def two_streams(**share) -> Stream:
+    return Stream(0, **share)
 
 
 def poison_one_process(model, module, inputs, outputs):
