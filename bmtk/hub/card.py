@@ -107,7 +107,8 @@ def describe(run: dict) -> str:
     base = model.get("base_model")
     origin = f"fine-tuned{adapter} from {base}" if base else "trained from scratch"
     name = f" on {data['name']}" if data.get("name") else ""
-    return one_line(f"A {noun}{size}, {origin}{name}.")
+    article = "An" if noun.startswith(tuple("aeiou")) else "A"
+    return one_line(f"{article} {noun}{size}, {origin}{name}.")
 
 
 def run_status(run: dict, last_step: float | None) -> str:

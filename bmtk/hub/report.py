@@ -292,7 +292,7 @@ def charts(run: dict, history: History) -> list[Chart]:
     validation = history.validation_keys()
     losses = tuple(key for key in validation if wording.split_metric(key)[1] == "loss")
     speeds = [key for key in history.columns if key.endswith("_per_second") and "/" not in key]
-    unit = "nats per token" if run["task"].endswith("_lm") else "nats"
+    unit = run["about"].get("loss_unit", "nats")
     panels = [
         Panel("Loss", unit, ("loss",), losses, wide=True),
         Panel("Learning rate", "", ("learning_rate",), from_zero=True, is_smooth=False),
@@ -301,7 +301,7 @@ def charts(run: dict, history: History) -> list[Chart]:
         Panel("Model FLOPs utilisation", "%", ("mfu",), from_zero=True, scale=100),
     ]
     others = (key for key in validation if wording.split_metric(key)[1] not in NOT_A_CHART)
-    panels += [Panel(wording.metric_label(key), validation=(key,)) for key in others]
+    panels += [Panel(wording.metric_label(key), validation=(key,)) for key in others if not wording.is_baseline(key)]
     logged = history.columns.keys()
     found = [draw(panel, history) for panel in panels if logged & {*panel.train, *panel.validation}]
     return found[:1] + second_half(panels[0], history) + found[1:]

@@ -5,6 +5,12 @@ import math
 import re
 
 SPEEDS = frozenset("epoch runtime samples_per_second steps_per_second model_preparation_time".split())
+BASELINES = ("naive_", "seasonal_naive_")  # how metrics begin that are of a forecast without a model
+# Parts of a metric's name that are not spelled as they are written there.
+SPELLED = {
+    **{part: part.upper() for part in "ap bleu cer f1 mae mape mase mse rmse smape wer".split()},
+    **{"chrf": "chrF", "macro": "macro-", "map": "mAP", "micro": "micro-", "r2": "R²", "top5": "top-5"},
+}
 COUNTS = frozenset("tokens rows items samples documents".split())  # how much was evaluated
 
 
@@ -53,12 +59,16 @@ def is_quality(key: str) -> bool:
     return split_metric(key)[1] not in SPEEDS | COUNTS
 
 
+def is_baseline(key: str) -> bool:
+    """Whether a metric is of what the model is compared with, and not of the model."""
+    return split_metric(key)[1].startswith(BASELINES)
+
+
 def metric_label(key: str) -> str:
     """Return `validation/macro_f1` as "Validation macro-F1"."""
     split, metric = split_metric(key)
-    words = metric.replace("macro_f1", "macro-F1").replace("_", " ")
-    label = re.sub(r"\bf1\b", "F1", f"{split} {words}".strip())
-    return label[:1].upper() + label[1:]
+    words = " ".join(SPELLED.get(part, part) for part in metric.split("_")).replace("- ", "-")
+    return f"{split.capitalize()} {words}" if split else words[:1].upper() + words[1:]
 
 
 def speed_of(throughput: dict) -> tuple[str, float] | None:

@@ -57,6 +57,7 @@ class CausalLM(CorpusTask):
         "pipeline_tag": "text-generation",
         "auto_class": "AutoModelForCausalLM",
         "noun": "causal language model",
+        "loss_unit": "nats per token",
         "limits": "It continues text in the manner of its training data. What it writes may be false, offensive or "
         "copied from that data; it was not trained to follow instructions or to refuse.",
     }

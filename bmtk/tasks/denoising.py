@@ -50,6 +50,7 @@ class Denoising(CorpusTask):
         "pipeline_tag": "text2text-generation",
         "auto_class": "AutoModelForSeq2SeqLM",
         "noun": "denoising encoder-decoder",
+        "loss_unit": "nats per token",
         "limits": "It writes what it guesses to stand in the gaps of a text, which may be wrong or offensive. It is "
         "meant to be fine-tuned.",
     }

@@ -53,6 +53,7 @@ class MaskedImageModeling(ImageTask):
         "pipeline_tag": "image-feature-extraction",
         "auto_class": "AutoModelForMaskedImageModeling",
         "noun": "masked image model",
+        "loss_unit": "",
         "limits": "It is meant to be fine-tuned; what it paints is a blurred guess in the manner of its training "
         "images, and shows nothing that is really there.",
     }

@@ -52,6 +52,7 @@ class MaskedLM(CorpusTask):
         "pipeline_tag": "fill-mask",
         "auto_class": "AutoModelForMaskedLM",
         "noun": "masked language model",
+        "loss_unit": "nats per token",
         "limits": "It guesses single hidden tokens in the manner of its training data, which may be wrong or "
         "offensive; it does not write texts. It is meant to be fine-tuned.",
     }

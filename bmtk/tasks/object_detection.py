@@ -99,6 +99,7 @@ class ObjectDetection(ImageTask):
         "auto_class": "AutoModelForObjectDetection",
         "processor_class": "AutoImageProcessor",
         "noun": "object detector",
+        "loss_unit": "",
         "limits": "It finds only the kinds of objects it was trained with, at sizes and in scenes like those of its "
         "training images; its scores are not calibrated probabilities.",
     }

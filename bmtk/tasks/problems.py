@@ -245,6 +245,7 @@ class Numbers(Problem):
     fewest = 0
     about: ClassVar[dict[str, str]] = {
         "noun": "regression model",
+        "loss_unit": "",
         "limits": "Its numbers come without an error bar, and may lie outside of what is possible. Expect larger "
         "errors on what differs from its training data.",
     }

@@ -69,6 +69,7 @@ class SpeechRecognition(RecordingTask):
         "auto_class": "AutoModelForCTC",
         "processor_class": "AutoProcessor",
         "noun": "speech recogniser",
+        "loss_unit": "nats per token",
         "limits": "It writes only the characters or words of its training transcriptions, and something for every "
         "recording, speech or not. Expect more errors on other voices, microphones and subjects.",
     }

@@ -67,7 +67,7 @@ class Task:
     name: ClassVar[str]
     about: ClassVar[
         dict[str, str | None]
-    ]  # for the model card: pipeline_tag, auto_class, processor_class, noun, limits
+    ]  # for model card and report: pipeline_tag, auto_class, processor_class, noun, limits, loss_unit (else nats)
     arguments: ClassVar[type[DataArguments]]
     auto_class: ClassVar[type]
     peft_task_type: ClassVar[str | None] = None

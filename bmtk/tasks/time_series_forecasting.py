@@ -100,6 +100,7 @@ class TimeSeriesForecasting(Task):
         "auto_class": "AutoModelForTimeSeriesPrediction",
         "processor_class": None,
         "noun": "forecaster of time series",
+        "loss_unit": "",
         "limits": "It continues what it has seen: a change in how the series come about, or in how they are measured, "
         "makes its forecasts wrong without a sign.",
     }

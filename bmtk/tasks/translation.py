@@ -103,6 +103,7 @@ class Translation(TextTask):
         "pipeline_tag": "translation",
         "auto_class": "AutoModelForSeq2SeqLM",
         "noun": "translator",
+        "loss_unit": "nats per token",
         "limits": "It translates sentences like those it was trained on. It may leave out, add or invent things, the "
         "more so the longer a text and the rarer its words are.",
     }

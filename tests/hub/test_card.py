@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from bmtk.hub import facts, wording
-from bmtk.hub.card import write_card
+from bmtk.hub.card import describe, write_card
 
 RUN = {
     "bmtk_version": "0.1.0",
@@ -276,3 +276,24 @@ def test_the_example_loads_the_processor_that_the_task_has(tmp_path):
         text = write_card(folder).read_text()
         assert expected in text
         assert "tokenizer" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("key", "label"),
+    [
+        ("validation/macro_f1", "Validation macro-F1"),
+        ("test/map_50", "Test mAP 50"),
+        ("eval_chrf", "Validation chrF"),
+        ("test/top5_accuracy", "Test top-5 accuracy"),
+        ("bits_per_byte", "Bits per byte"),
+        ("test/seasonal_naive_mse", "Test seasonal naive MSE"),
+    ],
+)
+def test_metrics_are_spelled_as_the_field_spells_them(key, label):
+    assert wording.metric_label(key) == label
+
+
+@pytest.mark.parametrize(("noun", "article"), [("image classifier", "An"), ("tagger", "A")])
+def test_the_article_fits_the_noun(noun, article):
+    run = {**RUN, "about": {"noun": noun}}
+    assert describe(run).startswith(f"{article} {noun} with ")

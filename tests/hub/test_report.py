@@ -182,6 +182,19 @@ def test_a_fine_tuning_history_has_its_validation_charts(tmp_path):
     assert len(page.paths("validation dot")) == 3
 
 
+@pytest.mark.parametrize(("about", "unit"), [({}, "nats"), ({"loss_unit": "nats per token"}, "nats per token")])
+def test_the_unit_of_the_loss_is_the_tasks(tmp_path, about, unit):
+    page_of(tmp_path, RUN, [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}])
+    assert report.charts({"about": about}, report.History(tmp_path))[0].panel.unit == unit
+
+
+def test_what_a_model_is_compared_with_has_no_curve(tmp_path):
+    rows = [{"step": 1, "loss": 1.0}]
+    rows += [{"step": 1, "eval_mse": 0.4, "eval_naive_mse": 1.3, "eval_seasonal_naive_mae": 0.6}]
+    page = Page(page_of(tmp_path, {"task": "time_series_forecasting", "metrics": {}}, rows))
+    assert page.charts == ["Loss", "Validation MSE"]
+
+
 def test_the_most_telling_metrics_come_first():
     run = {
         "metrics": {"eval_loss": 0.4, "eval_runtime": 2.0, "eval_rows": 9, "eval_macro_f1": 0.8, "eval_accuracy": 1}
@@ -196,7 +209,7 @@ def test_the_most_telling_metrics_come_first():
 def test_tokens_stand_where_the_steps_reached_them(tmp_path):
     rows = [{"step": step, "loss": 4.0, "tokens": tokens} for step, tokens in ((1, 100), (2, 1000), (4, 2000))]
     page_of(tmp_path, RUN, rows)
-    chart = report.charts({"task": "causal_lm"}, report.History(tmp_path))[0]
+    chart = report.charts({"about": {}}, report.History(tmp_path))[0]
     first = pytest.approx(25 * (1 + 4 / 9))  # 400 of the 900 tokens of step 2, of 4 steps
     assert chart.token_ticks == [(first, "500"), (50, "1k"), (75, "1.5k"), (100, "2k")]
 
