@@ -1,4 +1,8 @@
-"""Windows of series: T steps of context, H steps of forecast, C columns, F time features, W windows, B rows."""
+"""Windows of series: T steps of context, H steps of forecast, C columns, F time features, W windows, B rows.
+
+Sources of the augmentations: window slicing, Le Guennec et al. 2016, "Data augmentation for time series classification
+using convolutional neural networks"; jittering, Um et al. 2017, arXiv:1706.00527.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .epochs import EpochRows
 from .series import Series, calendar_features
 
 
@@ -40,23 +45,31 @@ class Windows(torch.utils.data.Dataset):
         """What torch's loaders ask for: rows that are a batch already."""
         return self.batch(indices)
 
-    def batch(self, indices: Sequence[int], epochs: Sequence[int] = ()) -> dict[str, torch.Tensor]:
-        """past_* (B, T, C or F), future_* (B, H, C or F), masks only where something is missing."""
+    def batch(
+        self, indices: Sequence[int], epochs: Sequence[int] = (), *, pace: np.ndarray | None = None
+    ) -> dict[str, torch.Tensor]:
+        """past_* (B, T, C or F), future_* (B, H, C or F), masks only where something is missing.
+
+        `pace` (B,), at most 1, is how far in time each row goes on from step to step, before and after the last one of
+        its context; what lies between two steps is interpolated.
+        """
         windows, column = np.asarray(indices), None
         if self.alone:
             windows, column = np.divmod(windows, self.values.shape[1])
-        past = self.starts[windows][:, None] + np.arange(-self.context, 0)
-        future = self.starts[windows][:, None] + np.arange(self.horizon)
-        batch = self._masked("past", self._read(self.filled if self.fills else self.values, past, column))
+        now = self.starts[windows][:, None] - 1
+        past, future = np.arange(1 - self.context, 1), np.arange(1, self.horizon + 1)
+        if pace is not None:
+            past, future = pace[:, None] * past, pace[:, None] * future
+        past, future = now + past, now + future
+        batch = self._masked("past", _read(self.filled if self.fills else self.values, past, column))
         if self.has_future:
-            batch |= self._masked("future", self._read(self.values, future, column))
+            batch |= self._masked("future", _read(self.values, future, column))
         if self.features is not None:
-            batch |= {"past_time_features": self.features[past], "future_time_features": self.features[future]}
+            batch |= {
+                "past_time_features": _read(self.features, past),
+                "future_time_features": _read(self.features, future),
+            }
         return {name: torch.from_numpy(value) for name, value in batch.items()}
-
-    @staticmethod
-    def _read(values: np.ndarray, steps: np.ndarray, column: np.ndarray | None) -> np.ndarray:
-        return values[steps] if column is None else values[steps, column[:, None]][..., None]
 
     def _masked(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
         if not self.has_gaps:
@@ -81,6 +94,49 @@ class Windows(torch.utils.data.Dataset):
             return forecasts
         shape = (len(self.starts), self.values.shape[1], *forecasts.shape[1:])
         return np.moveaxis(forecasts.reshape(shape)[:, :, :, 0], 1, 2)
+
+
+@dataclass
+class ChangedWindows(EpochRows):
+    """`rows` that differ in every epoch: an augmentation.
+
+    The past gets noise of deviation `jitter` (in standardised units), and a window shows up to the share `cut` less
+    time, stretched over its steps.  Both depend on the seed, the epoch and the row only.
+    """
+
+    rows: Windows
+    jitter: float
+    cut: float
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        return self.batch(indices, [self.epoch] * len(indices))
+
+    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
+        draws = [
+            np.random.default_rng([self.seed, int(epoch), int(index)])
+            for epoch, index in zip(epochs, indices, strict=True)
+        ]
+        pace = 1 - self.cut * np.array([draw.random() for draw in draws]) if self.cut else None
+        batch = self.rows.batch(indices, pace=pace)
+        if self.jitter:
+            past = batch["past_values"]
+            noise = np.stack([draw.standard_normal(past.shape[1:], dtype=np.float32) for draw in draws])
+            batch["past_values"] = past + self.jitter * torch.from_numpy(noise) * batch.get("past_observed_mask", 1)
+        return batch
+
+
+def _read(values: np.ndarray, steps: np.ndarray, column: np.ndarray | None = None) -> np.ndarray:
+    """Of values (steps, C): (B, L, C) at `steps` (B, L), or (B, L, 1) of one column (B,) each."""
+    if not np.issubdtype(steps.dtype, np.integer):
+        before = np.floor(steps).astype(np.int64)
+        weight = (steps - before)[..., None].astype(values.dtype)
+        after = np.where(weight[..., 0] > 0, before + 1, before)
+        return (1 - weight) * _read(values, before, column) + weight * _read(values, after, column)
+    return values[steps] if column is None else values[steps, column[:, None]][..., None]
 
 
 def filled_forward(values: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ Values are standardised by the training rows; the mean and deviation of each col
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from bmtk.data.series import (
     usual_season,
 )
 from bmtk.data.tables import SPLITS, check_column, one_table, read_splits, read_table
-from bmtk.data.windows import Windows, windows_of
+from bmtk.data.windows import ChangedWindows, Windows, windows_of
 from bmtk.metrics.forecasts import column_errors, quantile_scores, scores
 
 from . import forecasts
@@ -65,9 +66,21 @@ class TimeSeriesForecastingArguments(DataArguments):
         None, f"what the model is told of each time stamp: {', '.join(CALENDAR)}; default: nothing"
     )
     season: int | None = setting(None, "steps of a season, for naive forecasts and MASE; default: a day, week or year")
+    jitter: float = setting(
+        0.0, "training windows see the past with noise of so many deviations of its column (of the training rows)"
+    )
+    window_slice: float = setting(
+        0.0, "training windows show up to so much less time, stretched over all their steps (0.1: 10 %)"
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 <= self.jitter < math.inf:
+            raise ValueError(f"jitter={self.jitter} is out of range; give a number of at least 0 (0.1)")
+        if not 0 <= self.window_slice < 1:
+            raise ValueError(
+                f"window_slice={self.window_slice} is out of range; give a share of at least 0 and below 1"
+            )
         if self.missing_values not in GAPS:
             raise ValueError(f"missing_values={self.missing_values!r} is unknown; choose one of {', '.join(GAPS)}")
         if unknown := set(self.time_features or ()) - CALENDAR.keys():
@@ -296,6 +309,12 @@ class TimeSeriesForecasting(Task):
             alone=self.alone,
             fills=self.args.missing_values == "fill",
         )
+
+    def training_rows(self) -> Windows | ChangedWindows | None:
+        rows, args = super().training_rows(), self.args
+        if rows is None or not (args.jitter or args.window_slice):
+            return rows
+        return ChangedWindows(rows, jitter=args.jitter, cut=args.window_slice, seed=self.seed)
 
     def collator(self):
         return lambda batch: batch  # Windows gives whole batches

@@ -304,6 +304,63 @@ def test_a_missing_value_counts_nowhere(tmp_path):
     assert metrics["loss"] == pytest.approx(metrics["mse"], rel=1e-5)  # series_loss is mse
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_sliced_windows_are_the_series_at_another_pace(tmp_path, alone):
+    values = numbers()
+    values[:, 0] = np.arange(len(values))  # a clock
+    task = make_task(write(tmp_path / "x.csv", values), window_slice=0.4, time_features=["hour"])
+    configured(task, num_input_channels=1 if alone else 2)
+    plain, changed = task.rows["train"], task.training_rows()
+    assert len(changed) == len(plain)
+    mean, std = (np.array(task.known[name]) for name in ("mean", "std"))
+    paces = set()
+    for window, start in enumerate(plain.starts):
+        index = 2 * window if alone else window
+        batch = changed.batch([index], [3])
+        clock = torch.cat((batch["past_values"], batch["future_values"]), 1)[0, :, 0].numpy() * std[0] + mean[0]
+        assert clock[7] == pytest.approx(start - 1, abs=1e-3)  # the last step that is seen
+        pace = np.diff(clock)
+        assert np.allclose(pace, pace[0], atol=1e-3)
+        assert 0.6 - 1e-3 <= pace[0] <= 1
+        paces.add(round(float(pace[0]), 2))
+        hours = changed.batch([index], [3])["future_time_features"][0, :, 0].numpy()
+        assert np.allclose(hours, np.interp(clock[8:], np.arange(60), plain.features[:, 0]), atol=1e-3)
+        if not alone:
+            noise = torch.cat((batch["past_values"], batch["future_values"]), 1)[0, :, 1].numpy() * std[1] + mean[1]
+            assert np.allclose(noise, np.interp(clock, np.arange(60), values[:, 1]), atol=0.02)
+    assert len(paces) > 10
+
+
+def test_jitter_changes_what_is_seen_of_the_past_and_nothing_else(tmp_path):
+    values = numbers()
+    values[5, 0] = np.nan
+    task = make_task(write(tmp_path / "x.csv", values), jitter=0.5, missing_values="mask")
+    configured(task, num_input_channels=2)
+    rows = range(len(task.rows["train"]))
+    plain, changed = task.rows["train"].batch(rows), task.training_rows().batch(rows, [0] * len(rows))
+    noise = (changed["past_values"] - plain["past_values"])[plain["past_observed_mask"] > 0]
+    assert noise.std() == pytest.approx(0.5, rel=0.15)
+    assert abs(noise.mean()) < 0.1
+    assert (changed["past_values"][plain["past_observed_mask"] == 0] == 0).all()
+    assert all(torch.equal(changed[name], plain[name]) for name in plain if name != "past_values")
+
+
+def test_augmented_windows_depend_on_epoch_and_row_alone(tmp_path):
+    task = make_task(write(tmp_path / "x.csv", numbers()), jitter=0.1, window_slice=0.2)
+    configured(task)
+    batches = task.train_batches(batch_size=len(task.rows["train"]), micro_batch_size=0, seed=1)
+    by_trainer = task.training_rows()
+    for epoch in range(2):
+        rows, _ = batches.places(epoch)
+        by_trainer.set_epoch(epoch)
+        for name, values in batches[epoch][0].items():
+            assert torch.equal(values, by_trainer.__getitems__(rows)[name])
+    first, second = (by_trainer.batch([0], [epoch])["past_values"] for epoch in (0, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, by_trainer.batch([4, 0], [1, 0])["past_values"][1:])
+    assert task.preview_rows() is task.rows["validation"], "what is measured is not augmented"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -316,6 +373,8 @@ def test_a_missing_value_counts_nowhere(tmp_path):
         ({"time_column": "when"}, "time_column='when' is not in the train data; its columns are date, a, b"),
         ({"id_column": "meter"}, "id_column='meter' is not in the train data; its columns are date, a, b"),
         ({"season": 0}, "season=0 must be at least 1 step"),
+        ({"jitter": -1.0}, "jitter=-1.0 is out of range; give a number of at least 0"),
+        ({"window_slice": 1.0}, "window_slice=1.0 is out of range; give a share of at least 0 and below 1"),
         ({"time_column": "none", "time_features": ["hour"]}, "time_features are read from time stamps"),
     ],
 )
