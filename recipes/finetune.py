@@ -71,12 +71,13 @@ def main(argv: list[str]) -> None:
 
     folder = Path(args.output_dir)
     free_keys = finetuning.FREE_KEYS | arguments.FREE_RUN_KEYS | task_class.free_keys
-    check = {"overwrite": args.overwrite_output_dir, "free_keys": free_keys}
+    check = {"overwrite": args.overwrite_output_dir, "resume": args.may_resume, "free_keys": free_keys}
     signals = noted_signals(second_stops_at_once=args.world_size == 1)
     with held(folder, config, is_main=is_main, **check), signals as request:
         history = RecordHistory(folder, unit=task.unit)
         callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
         trainer = finetuning.build_trainer(model, task, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
+        trainer.accelerator.wait_for_everyone()  # what the main process deletes is gone
         checkpoint = finetuning.checkpoint_to_resume(folder, args.resume_from_checkpoint)
         if checkpoint and is_main:
             print(f"going on from {checkpoint}")

@@ -319,8 +319,23 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path, caplog):
     run(folder, *SHORT)
     assert "checkpoint-40 was not written to its end and is passed over" in caplog.text
     assert [row["step"] for row in history(folder) if "validation/loss" in row] == [20, 40]
-    with pytest.raises(ValueError, match="is not a folder with a whole checkpoint of Trainer"):
+    with pytest.raises(ValueError, match="is not a folder with a whole checkpoint of Trainer; name one, or say true"):
         run(folder, *SHORT, "--resume_from_checkpoint", checkpoints / "checkpoint-39")
+
+
+def test_a_run_that_shall_not_resume_loses_nothing_and_starts_where_nothing_is(tmp_path, capsys):
+    folder, anew = tmp_path / "run", ["--max_steps", "2", "--resume_from_checkpoint", "False"]
+    run(folder, *anew)
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"holds checkpoints, .* resume_from_checkpoint=false would not go on with"):
+        run(folder, *anew)
+    assert (folder / "checkpoints" / "checkpoint-2").is_dir()
+    capsys.readouterr()
+    run(folder, *anew, "--overwrite_output_dir")
+    assert "going on" not in capsys.readouterr().out
+    assert (folder / "model.safetensors").read_bytes() == before
+    run(folder, "--max_steps", "2", "--resume_from_checkpoint", "true")
+    assert f"going on from {folder / 'checkpoints' / 'checkpoint-2'}" in capsys.readouterr().out
 
 
 def test_a_pretrained_decoder_keeps_its_trunk_under_a_new_head(pretrained, tmp_path, capsys):

@@ -61,6 +61,13 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "rows per device in evaluations"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of history.jsonl"})
     save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "true, or left out: go on from the newest checkpoint in output_dir, if there is one; false: start "
+            "anew, for which output_dir must hold no run; or the folder of a checkpoint"
+        },
+    )
 
     optimizer: str | None = field(
         default=None,
@@ -97,6 +104,10 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
         given = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
         self.metric_for_best_model, self.greater_is_better = given  # not the loss: `choose_best_by` knows the task
+
+    @property
+    def may_resume(self) -> bool:
+        return (self.resume_from_checkpoint or "true").lower() != "false"
 
     def _wrong_choices(self):
         if self.optimizer not in (None, *OPTIMIZERS):
@@ -242,14 +253,20 @@ class TrainedModel:
 
 
 def checkpoint_to_resume(directory: str | Path, wanted: str | None) -> str | None:
-    """The checkpoint folder `wanted`, or the newest whole one of the run; None to start from the beginning.
+    """The checkpoint folder `wanted`, or the newest whole one of the run; None to start from the beginning ("false").
 
     Trainer writes `trainer_state.json` last: a folder without a readable one was cut short and is passed over.
     Raises: ValueError if `wanted` is not a whole checkpoint.
     """
-    if wanted and wanted.lower() not in ("true", "false"):
+    said = (wanted or "true").lower()
+    if said == "false":
+        return None
+    if said != "true":
         if not _is_whole(Path(wanted)):
-            raise ValueError(f"resume_from_checkpoint={wanted!r} is not a folder with a whole checkpoint of Trainer")
+            raise ValueError(
+                f"resume_from_checkpoint={wanted!r} is not a folder with a whole checkpoint of Trainer; name one, or "
+                "say true (the newest of output_dir) or false (start anew)"
+            )
         return wanted
     folders = [path for path in (Path(directory) / CHECKPOINTS).glob("checkpoint-*") if path.name[11:].isdecimal()]
     folders.sort(key=lambda path: int(path.name[11:]), reverse=True)

@@ -29,14 +29,22 @@ FROM_A_RUN = (
 )
 
 
-def check_output_dir(directory: str | Path, config: dict, *, overwrite: bool, free_keys: Collection[str] = FREE_KEYS):
+def check_output_dir(
+    directory: str | Path,
+    config: dict,
+    *,
+    overwrite: bool,
+    resume: bool = True,
+    free_keys: Collection[str] = FREE_KEYS,
+):
     """Make sure that `directory` is new, or holds the very run that `config` describes; then note `config` in it.
 
     free_keys may differ, because they do not change what is learned.  overwrite deletes the former run's checkpoints,
     weights and history first, and no other file.  Only the main process calls this, inside `locked`, so that a run
     which is still going on is never deleted.
 
-    Raises: ValueError if the folder holds another run or another model, or cannot be written.
+    Raises: ValueError if the folder holds another run or another model (or any, and `resume` is False), or cannot be
+    written.
     """
     directory = Path(directory)
     config = json.loads(json.dumps(config))  # tuples become lists, as in the file
@@ -46,13 +54,19 @@ def check_output_dir(directory: str | Path, config: dict, *, overwrite: bool, fr
             _delete_run(directory)
         elif not (found := _what_would_be_lost(directory)):
             pass  # nothing yet, or a run that ended before its first checkpoint: mended settings may replace it
-        elif (directory / RUN_CONFIG).exists():
-            _refuse_another_run(directory, config, free_keys)
-        else:
+        elif not (directory / RUN_CONFIG).exists():
             raise ValueError(
                 f"output_dir={str(directory)!r} holds {', '.join(found)}, but not a run that could be resumed; choose "
                 "another output_dir, or set overwrite_output_dir to replace them"
             )
+        elif not resume:
+            raise ValueError(
+                f"output_dir={str(directory)!r} holds {', '.join(found)} of a run, which resume_from_checkpoint=false "
+                "would not go on with; leave that out to resume it, set overwrite_output_dir to delete it, or choose "
+                "another output_dir"
+            )
+        else:
+            _refuse_another_run(directory, config, free_keys)
         beside = directory / f"{RUN_CONFIG}.partial"
         write_json(beside, config)
         os.replace(beside, directory / RUN_CONFIG)

@@ -66,6 +66,16 @@ def test_overwriting_deletes_the_former_run_and_nothing_else(tmp_path):
     check_output_dir(tmp_path, {"learning_rate": 0.2}, overwrite=False)
 
 
+def test_the_same_run_is_refused_if_it_shall_not_go_on_and_has_something_to_lose(tmp_path):
+    check_output_dir(tmp_path, CONFIG, overwrite=False, resume=False)
+    check_output_dir(tmp_path, CONFIG, overwrite=False, resume=False)  # it has left nothing
+    (tmp_path / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"holds checkpoints of a run.* set overwrite_output_dir to delete it, or ch"):
+        check_output_dir(tmp_path, CONFIG, overwrite=False, resume=False)
+    assert (tmp_path / "checkpoints" / "checkpoint-1").is_dir()
+    check_output_dir(tmp_path, CONFIG, overwrite=True, resume=False)
+
+
 def test_a_folder_with_a_foreign_model_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(ValueError, match=r"holds model\.safetensors, but not a run"):
