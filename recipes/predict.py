@@ -20,6 +20,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+from transformers import set_seed
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
@@ -56,7 +57,10 @@ class PredictionArguments:
     pictures: str | None = field(
         default=None, metadata={"help": "empty or new folder for the images with predicted boxes drawn over them"}
     )
-    batch_size: int = field(default=32, metadata={"help": "rows per forward pass; changes no result"})
+    batch_size: int = field(
+        default=32, metadata={"help": "rows per forward pass; changes no result but texts that are sampled"}
+    )
+    seed: int = field(default=42, metadata={"help": "seed of texts that are sampled, as by causal language models"})
     task: str | None = field(default=None, metadata={"help": "what the model does; default: what its run.json says"})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code from the Hub or folder: only for sources you have read"}
@@ -98,6 +102,7 @@ def main(argv: list[str]) -> None:
     model = trained.load(task.auto_class).to(accelerator.device).eval()
     rows = task.encode_inputs(table)
     batches = task.batches_in_order(rows, batch_size=args.batch_size)
+    set_seed(args.seed)
     with output, tqdm(total=len(rows), desc="predicting", unit="row") as bar:
         for batch in batches:
             predictions = task.predict(model, on_device(batch, accelerator.device))

@@ -612,6 +612,11 @@ def test_a_language_model_is_finetuned_evaluated_and_asked_by_the_same_recipes(p
 def test_what_would_leak_or_hide_something_is_settled(tmp_path, finetuned):
     args = finetune.read_arguments(["--preset", "smoke", "--output_dir", str(tmp_path)])[2]
     assert args.logging_nan_inf_filter is False
+    for name, seed in {"same": [], "said": ["--seed", "42"], "other": ["--seed", "7"]}.items():
+        output = str(tmp_path / f"{name}.jsonl")
+        predict.main(["--model", str(folder), "--input", str(prompts), "--output", output, *seed])
+    written = {name: (tmp_path / f"{name}.jsonl").read_bytes() for name in ("out", "same", "said", "other")}
+    assert written["out"] == written["same"] == written["said"] != written["other"]
     assert (args.hub_token, args.push_to_hub) == (None, False)
     assert not [key for key in facts(finetuned)["config"] if key.startswith("hub_")]
 
