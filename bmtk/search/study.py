@@ -50,7 +50,9 @@ def search_settings(
     _check_launch(run)
     current = {f.name: vars(part)[f.name] for part in settings for f in dataclasses.fields(part) if f.init}
     args.search_space = args.search_space or default_space(current)
-    space = read_space(args.search_space, arguments.field_types(*settings), _refused(run, architecture))
+    refused = _refused(run, architecture)
+    refused |= task_class.incomparable(data, _metric(training) or task_class.main_metric)  # before rows are read
+    space = read_space(args.search_space, arguments.field_types(*settings), refused)
     folder, metric = Path(training.output_dir), _metric(training) or task_class.metric_of(data, **run.reading)
     changed = {k: v for k, v in arguments.changed_settings(*settings).items() if k not in OF_THIS_RUN}
     in_trials = {k: v for k, v in changed.items() if k not in OF_A_RESULT}

@@ -64,6 +64,19 @@ class CausalLM(CorpusTask):
     free_keys = CorpusTask.free_keys | {"prompts", "sample_tokens"}
 
     @property
+    @classmethod
+    def incomparable(cls, args: CausalLMArguments, metric: str) -> dict[str, str]:
+        """Bits per byte are the same for all tokenizers; `eval_context_length` makes context_length training's own."""
+        found = super().incomparable(args, metric)
+        found["eval_context_length"] = found["context_length"]
+        if args.eval_context_length:
+            del found["context_length"]
+        else:
+            found["context_length"] += "; set eval_context_length, and it may be"
+        if metric == "bits_per_byte":
+            del found["tokenizer"], found["vocab_size"]
+        return found
+
     def longest_row(self) -> int:
         return max(self.args.context_length, self.args.eval_context_length or 0)
 

@@ -40,6 +40,12 @@ class Classification(Task):
 
     problem: Problem | None = None  # decided by `read_rows` or `prepare`
 
+    @classmethod
+    def incomparable(cls, args: ClassificationArguments, metric: str) -> dict[str, str]:
+        """Not `threshold`, by which a model may be the better one."""
+        names = ("label_column", "label_separator", "problem_type")
+        return {**super().incomparable(args, metric), **dict.fromkeys(names, "decides what the right labels are")}
+
     # ------------------------------------------------------------------------------------------------ labels
 
     def prepare(self) -> None:

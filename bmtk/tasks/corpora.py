@@ -82,6 +82,16 @@ class CorpusTask(Task):
         self.rows = {split: self.rows_of(store, split) for split, store in stores.items()}
 
     def rows_of(self, store: TokenStore, split: str) -> PackedRows:
+    @classmethod
+    def incomparable(cls, args: CorpusArguments, metric: str) -> dict[str, str]:
+        return {
+            **dict.fromkeys(("text_column", "sample_by"), "decides which texts are measured"),
+            **dict.fromkeys(
+                ("tokenizer", "vocab_size"), f"decides what a token is, and {metric} is a mean over tokens"
+            ),
+            "context_length": "decides how much text the model has to go by where it is measured",
+        }
+
         """The rows of a split."""
         return PackedRows(store, self.args.context_length)
 

@@ -56,6 +56,11 @@ class Denoising(CorpusTask):
     }
     free_keys = CorpusTask.free_keys | {"prompts"}
 
+    @classmethod
+    def incomparable(cls, args: DenoisingArguments, metric: str) -> dict[str, str]:
+        gaps = dict.fromkeys(("noise_density", "mean_span_length"), "decides which tokens are to be written")
+        return {**super().incomparable(args, metric), **gaps}
+
     def rows_of(self, store: TokenStore, split: str) -> CorruptedSpans:
         return CorruptedSpans(
             PackedRows(store, self.args.context_length),

@@ -82,6 +82,10 @@ class ImageTextContrastive(TextTask, ImageTask):
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
         """Columns "image" (undecoded) and "captions", a list of texts; rows without a caption are left out."""
+    @classmethod
+    def incomparable(cls, args: ImageTextContrastiveArguments, metric: str) -> dict[str, str]:
+        return {"caption_column": "decides which captions are to be found"}
+
         columns = [self.args.caption_column, *(self.args.other_caption_columns or ())]
         for number, name in enumerate(columns):
             option = "other_caption_columns" if number else "caption_column"

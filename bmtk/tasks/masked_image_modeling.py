@@ -60,6 +60,13 @@ class MaskedImageModeling(ImageTask):
     main_metric = "loss"
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
+    @classmethod
+    def incomparable(cls, args: MaskedImageModelingArguments, metric: str) -> dict[str, str]:
+        """Architecture fields are among them: what is measured is the size of what the model reads."""
+        names = ("mask_ratio", "mask_cell_size", "image_size")
+        of_cells = {} if args.mask_cell_size else {"patch_size": "is the size of a hidden cell; set mask_cell_size"}
+        return {**dict.fromkeys(names, "decides which pixels are to be painted"), **of_cells}
+
         """Column "image" (undecoded)."""
         return Dataset.from_dict({"image": self.read_images(table, where)})
 

@@ -60,6 +60,11 @@ class MaskedLM(CorpusTask):
     needs_mask = True
 
     def rows_of(self, store: TokenStore, split: str) -> MaskedTokens:
+    @classmethod
+    def incomparable(cls, args: MaskedLMArguments, metric: str) -> dict[str, str]:
+        hidden = dict.fromkeys(("mlm_probability", "whole_word_masking"), "decides which tokens are to be guessed")
+        return {**super().incomparable(args, metric), **hidden}
+
         return MaskedTokens(
             PackedRows(store, self.args.context_length),
             self.processor,

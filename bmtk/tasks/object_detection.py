@@ -108,6 +108,10 @@ class ObjectDetection(ImageTask):
     free_keys = frozenset((*ImageTask.free_keys, "score_threshold"))
     main_metric = "map"
 
+    @classmethod
+    def incomparable(cls, args: ObjectDetectionArguments, metric: str) -> dict[str, str]:
+        return {"objects_column": "decides which boxes are to be found"}
+
     # ------------------------------------------------------------------------------------------------ rows
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:

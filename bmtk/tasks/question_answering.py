@@ -77,6 +77,10 @@ class QuestionAnswering(TextTask):
     inputs = ("question", "context")
 
     # ------------------------------------------------------------------------------------------------ rows
+    @classmethod
+    def incomparable(cls, args: QuestionAnsweringArguments, metric: str) -> dict[str, str]:
+        return {"answers_column": "decides what the right answers are", "scored_by": "decides what F1 is counted in"}
+
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         """Columns "question" and "context"; "texts" and "starts" of the answers, which rows without any lack."""

@@ -107,6 +107,11 @@ class Task:
         return cls.main_metric
 
     # ------------------------------------------------------------------------------------------------ rows
+    @classmethod
+    def incomparable(cls, args: DataArguments, metric: str) -> dict[str, str]:
+        """Settings that change what `metric` measures, each with how: no search may choose between models by them."""
+        return {}
+
 
     def usable(self, table: Dataset, where: str) -> Dataset:
         """Those rows of `table` that can be read at all; called before `read_rows` and `encode_inputs`."""

@@ -124,6 +124,21 @@ class TimeSeriesForecasting(Task):
     cuts_one_table = True
     processor = None  # what belongs to the data is in the configuration
 
+    @classmethod
+    def incomparable(cls, args: TimeSeriesForecastingArguments, metric: str) -> dict[str, str]:
+        """Architecture fields are among them.  Windows of one table look back into the part before their own."""
+        found = {
+            "id_column": "decides which values are measured",
+            "prediction_length": "decides how far ahead is forecast, and the farther, the harder",
+        }
+        if metric == "mase":
+            found["season"] = "decides which naive forecast the errors are divided by"
+        if metric == "loss":
+            found["series_loss"] = "decides what the loss is"
+        if args.validation_file or (args.dataset and not one_table(args.dataset)):
+            found["context_length"] = "decides with which row of the validation table the first forecast begins"
+        return found
+
     # ------------------------------------------------------------------------------------------------ rows
 
     def _tables(self, splits: Sequence[str]) -> dict[str, Dataset]:

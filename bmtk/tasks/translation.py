@@ -115,6 +115,19 @@ class Translation(TextTask):
     main_metric = "bleu"
 
     # ------------------------------------------------------------------------------------------------ rows
+    @classmethod
+    def incomparable(cls, args: TranslationArguments, metric: str) -> dict[str, str]:
+        """BLEU and chrF are of whole texts, whatever the tokens; with how many beams they are found is the model's."""
+        references = ("translation_column", "target_language", "target_column", "lower_case")
+        previews = dict.fromkeys(("preview_rows", "preview_beams"), "decides how trials are measured before their end")
+        found = {**dict.fromkeys(references, "decides what the references are"), **previews}
+        if metric in ("loss", "perplexity"):
+            tokens = ("tokenizer", "vocab_size", "max_target_length")
+            return found | dict.fromkeys(
+                tokens, f"decides what a token is, or counts, and {metric} is a mean over tokens"
+            )
+        return {**found, "bleu_tokenizer": "decides what BLEU counts as a word"}
+
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
         """Columns "source" and "target"; rows without either are left out, but not of those to be predicted."""

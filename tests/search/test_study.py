@@ -16,6 +16,7 @@ from bmtk.arguments import read_yaml
 from bmtk.search.space import read_space
 from bmtk.search.study import explore, open_study, search_settings, summary
 from bmtk.search.trial import RecipeTrials, TrialFailed
+from bmtk.tasks.causal_lm import CausalLM, CausalLMArguments
 from bmtk.tasks.sequence_classification import SequenceClassification
 from bmtk.training.interruption import Stopped, StopRequest
 from recipes import finetune, pretrain
@@ -225,6 +226,51 @@ def test_what_cannot_be_searched_is_told_before_anything_runs(recipe, argv, mess
             ["--preset", "smoke", "--output_dir", str(tmp_path / "s"), "--trials", "1", "--search", "optuna", *argv]
         )
     assert not (tmp_path / "s").exists()
+
+
+TRANSLATION = "preview_rows preview_beams lower_case target_column"
+
+
+@pytest.mark.parametrize(
+    ("task", "argv", "refused", "allowed"),
+    [
+        ("causal_lm", "", "vocab_size tokenizer context_length eval_context_length sample_by", "sample_tokens"),
+        ("causal_lm", "--metric_for_best_model eval_bits_per_byte", "context_length", "vocab_size tokenizer"),
+        ("causal_lm", "--eval_context_length 64", "eval_context_length", "context_length"),
+        ("masked_lm", "", "mlm_probability whole_word_masking context_length vocab_size", "hidden_dropout"),
+        ("denoising", "", "noise_density mean_span_length context_length vocab_size", "hidden_dropout"),
+        ("masked_image_modeling", "", "mask_ratio mask_cell_size image_size patch_size", "hidden_size"),
+        ("masked_image_modeling", "--mask_cell_size 8", "mask_ratio image_size", "patch_size"),
+        ("image_text_contrastive", "", "caption_column", "max_length vocab_size projection_dim"),
+        ("object_detection", "", "objects_column", "image_size scale_jitter"),
+        ("sequence_classification", "--problem_type regression", "label_column problem_type", "max_length vocab_size"),
+        ("token_classification", "", "label_column", "max_length stride vocab_size"),
+        ("question_answering", "", "answers_column scored_by", "max_length max_answer_length vocab_size"),
+        ("translation", "", f"{TRANSLATION} bleu_tokenizer", "num_beams max_target_length vocab_size"),
+        ("translation", "--metric_for_best_model loss", f"{TRANSLATION} vocab_size max_target_length", "num_beams"),
+        ("speech_recognition", "", "text_case keep_punctuation", "token_unit hop_ms beam_width"),
+        ("speech_recognition", "--metric_for_best_model loss", "text_case token_unit", "hop_ms"),
+        ("time_series_forecasting", "--train_file a.csv", "prediction_length", "context_length season series_loss"),
+        ("time_series_forecasting", "--validation_file a.csv", "prediction_length context_length", "season"),
+        ("time_series_forecasting", "--metric_for_best_model mase", "season", "series_loss"),
+        ("time_series_forecasting", "--metric_for_best_model loss", "series_loss", "season"),
+    ],
+)
+def test_what_changes_the_measure_is_refused_and_nothing_else(task, argv, refused, allowed, tmp_path):
+    (tmp_path / "settings.yaml").write_text(f"task: {task}\n", encoding="utf-8")
+    space = [f"{name}=1,2" for name in (*refused.split(), *allowed.split(), "seed")]
+    argv = ["--config", str(tmp_path / "settings.yaml"), "--search", "optuna", *argv.split(), "--search_space", *space]
+    with pytest.raises(ValueError, match="search_space does not fit") as error:
+        finetune.main(argv)
+    found = [line.split()[0] for line in str(error.value).splitlines()[1:] if "cannot be searched: it " in line]
+    assert found == [*refused.split(), "seed"]
+    assert len(str(error.value).splitlines()) == len(found) + 1
+
+
+def test_the_reason_is_told_and_what_would_help():
+    told = CausalLM.incomparable(CausalLMArguments(), "perplexity")
+    assert told["vocab_size"] == "decides what a token is, and perplexity is a mean over tokens"
+    assert told["context_length"].endswith("to go by where it is measured; set eval_context_length, and it may be")
 
 
 def test_one_of_several_processes_does_not_search(tmp_path, monkeypatch):
