@@ -58,10 +58,10 @@ def main(argv: list[str]) -> None:
     started_at = facts.now()
     with args.main_process_first():
         task = task_class(data_args, seed=args.seed, **run.reading)
-    finetuning.choose_best_by(args, task.main_metric)
-    config = arguments.resolved_config(*settings)
     set_seed(args.seed)
     model = build_model(run, task, adapter, arguments.chosen_fields(architecture))
+    finetuning.choose_best_by(args, task.main_metric, among=task.metrics)
+    config = arguments.resolved_config(*settings)
     if is_main:
         print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)
     if run.find_lr:

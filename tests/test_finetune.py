@@ -267,7 +267,7 @@ BEST = ["--load_best_model_at_end", "true", "--metric_for_best_model"]
 )
 def test_the_best_model_has_the_lowest_error_and_the_highest_of_all_else(argv, metric, is_greater_better):
     args = finetune.read_arguments(["--preset", "smoke", *argv])[2]
-    choose_best_by(args, "accuracy")
+    choose_best_by(args, "accuracy", among={"accuracy", str(metric).removeprefix("eval_")})
     assert (args.metric_for_best_model, args.greater_is_better) == (metric, is_greater_better)
 
 
@@ -574,6 +574,11 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
             ["--early_stopping_patience", "1", "--eval_strategy", "no"],
             r"early_stopping_patience=1 needs evaluations; set",
         ),
+        (
+            ["--metric_for_best_model", "macro_f2"],
+            r"metric_for_best_model='macro_f2' is not measured; choose one of loss, accuracy, macro_f1, or leave it "
+            r"out for accuracy$",
+        ),
         (["--merge_adapter"], r"merge_adapter needs an adapter: set adapter to lora"),
         (["--max_length", "65"], r"max_length=65 exceeds the model's limit of 64 tokens"),
         (["--num_attention_heads", "3"], r"hidden_size=32 is not a multiple of num_attention_heads=3"),
@@ -607,16 +612,16 @@ def test_a_language_model_is_finetuned_evaluated_and_asked_by_the_same_recipes(p
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == ["To be", "or not to be, that"]
     assert all(line["prediction"] for line in lines)
-
-
-def test_what_would_leak_or_hide_something_is_settled(tmp_path, finetuned):
-    args = finetune.read_arguments(["--preset", "smoke", "--output_dir", str(tmp_path)])[2]
-    assert args.logging_nan_inf_filter is False
     for name, seed in {"same": [], "said": ["--seed", "42"], "other": ["--seed", "7"]}.items():
         output = str(tmp_path / f"{name}.jsonl")
         predict.main(["--model", str(folder), "--input", str(prompts), "--output", output, *seed])
     written = {name: (tmp_path / f"{name}.jsonl").read_bytes() for name in ("out", "same", "said", "other")}
     assert written["out"] == written["same"] == written["said"] != written["other"]
+
+
+def test_what_would_leak_or_hide_something_is_settled(tmp_path, finetuned):
+    args = finetune.read_arguments(["--preset", "smoke", "--output_dir", str(tmp_path)])[2]
+    assert args.logging_nan_inf_filter is False
     assert (args.hub_token, args.push_to_hub) == (None, False)
     assert not [key for key in facts(finetuned)["config"] if key.startswith("hub_")]
 

@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from smoke_runs import TINY
 from transformers import AutoModel, AutoTokenizer, pipeline
 
-from bmtk.arguments import changed_settings, read_yaml, resolved_config
+from bmtk.arguments import changed_settings, chosen_fields, read_yaml, resolved_config
+from bmtk.tasks import task_named
+from bmtk.training.finetuning import starting_model
+from bmtk.training.predicting import predict_all
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
@@ -114,6 +118,22 @@ def test_another_run_in_the_same_folder_is_refused(pretrained):
     argv = ["--preset", "smoke", "--output_dir", str(pretrained), *TINY, "--learning_rate", "1e-4"]
     with pytest.raises(ValueError, match=r"it differs in\n  learning_rate: 0\.003 there, 0\.0001 now"):
         pretrain.main(argv)
+
+
+NO_GOAL = re.compile(r"tokens|(seasonal_)?naive_\w+|mean_colour_mae")  # a count, and what needs no model
+
+
+@pytest.mark.parametrize("config", SMOKE, ids=lambda path: path.parent.name)
+def test_a_task_names_the_metrics_that_it_measures(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run, data_args, *_, architecture = recipe_of(config).read_arguments(["--config", str(config)])
+    task = task_named(run.task)(data_args, folder=tmp_path, **run.reading)
+    model = starting_model(run, task, chosen_fields(architecture))
+    rows = task.rows["validation"]
+    predictions = predict_all(model, task.batches_in_order(rows, batch_size=64), Accelerator(), task.preview)
+    measured = {name for name in task.score(predictions, rows) if not NO_GOAL.fullmatch(name)}
+    assert set(task.metrics) == measured
+    assert task.main_metric in measured
 
 
 def test_a_killed_run_goes_on_to_the_very_same_weights(pretrained, tmp_path):

@@ -61,9 +61,9 @@ class CausalLM(CorpusTask):
         "limits": "It continues text in the manner of its training data. What it writes may be false, offensive or "
         "copied from that data; it was not trained to follow instructions or to refuse.",
     }
+    metrics = (*CorpusTask.metrics, "bits_per_byte")
     free_keys = CorpusTask.free_keys | {"prompts", "sample_tokens"}
 
-    @property
     @classmethod
     def incomparable(cls, args: CausalLMArguments, metric: str) -> dict[str, str]:
         """Bits per byte are the same for all tokenizers; `eval_context_length` makes context_length training's own."""
@@ -77,6 +77,7 @@ class CausalLM(CorpusTask):
             del found["tokenizer"], found["vocab_size"]
         return found
 
+    @property
     def longest_row(self) -> int:
         return max(self.args.context_length, self.args.eval_context_length or 0)
 

@@ -54,6 +54,7 @@ class CorpusTask(Task):
     unit = "tokens"
     # Settings that change what is shown, not what is learned: they may differ when a run is resumed.
     free_keys = frozenset(("corpus_dir", "data_name", "data_licence"))
+    metrics = ("loss", "perplexity")
     main_metric = "loss"
     padding_side: ClassVar[str] = "right"  # of texts that are not packed
     needs_mask: ClassVar[bool] = False  # whether the tokenizer must have a token that hides another
@@ -81,7 +82,6 @@ class CorpusTask(Task):
         stores = {split: build_token_store(part, self.processor, corpus / split) for split, part in texts.items()}
         self.rows = {split: self.rows_of(store, split) for split, store in stores.items()}
 
-    def rows_of(self, store: TokenStore, split: str) -> PackedRows:
     @classmethod
     def incomparable(cls, args: CorpusArguments, metric: str) -> dict[str, str]:
         return {
@@ -92,6 +92,7 @@ class CorpusTask(Task):
             "context_length": "decides how much text the model has to go by where it is measured",
         }
 
+    def rows_of(self, store: TokenStore, split: str) -> PackedRows:
         """The rows of a split."""
         return PackedRows(store, self.args.context_length)
 

@@ -31,6 +31,7 @@ from .task import DataArguments, Prediction, Task, build_config, known_fields, s
 from .texts import TextArguments, TextTask
 
 TOP = (1, 5)  # a hit is among so many best
+WAYS, MEASURED = ("image_to_text", "text_to_image"), (*(f"recall_at_{k}" for k in TOP), "mean_rank")
 SHOWN, SHOWN_BEST = 6, 5  # captions of the report's figure, images that are found for each
 KEPT_BYTES = 2**30  # of training images that are decoded once
 
@@ -77,15 +78,16 @@ class ImageTextContrastive(TextTask, ImageTask):
     auto_class = AutoModel
     unit = "images"
     inputs = ("image",)
+    metrics = ("loss", *(f"{way}_{name}" for way in WAYS for name in MEASURED))
     main_metric = "image_to_text_recall_at_1"
     whole_steps = True
 
-    def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
-        """Columns "image" (undecoded) and "captions", a list of texts; rows without a caption are left out."""
     @classmethod
     def incomparable(cls, args: ImageTextContrastiveArguments, metric: str) -> dict[str, str]:
         return {"caption_column": "decides which captions are to be found"}
 
+    def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
+        """Columns "image" (undecoded) and "captions", a list of texts; rows without a caption are left out."""
         columns = [self.args.caption_column, *(self.args.other_caption_columns or ())]
         for number, name in enumerate(columns):
             option = "other_caption_columns" if number else "caption_column"
@@ -227,7 +229,7 @@ class ImageTextContrastive(TextTask, ImageTask):
         """
         images, texts, names = embeddings(predictions, rows)
         scale, metrics, loss = predictions[0]["scale"], {}, 0.0
-        for kind, queries, found in (("image_to_text", images, texts), ("text_to_image", texts, images)):
+        for kind, queries, found in zip(WAYS, (images, texts), (texts, images), strict=True):
             places, losses = ranks(queries, found, names, scale)
             loss += losses.mean() / 2
             metrics |= {f"{kind}_{name}": value for name, value in retrieval_scores(places, TOP).items()}

@@ -57,9 +57,9 @@ class MaskedImageModeling(ImageTask):
         "limits": "It is meant to be fine-tuned; what it paints is a blurred guess in the manner of its training "
         "images, and shows nothing that is really there.",
     }
+    metrics = ("loss", "mae")
     main_metric = "loss"
 
-    def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
     @classmethod
     def incomparable(cls, args: MaskedImageModelingArguments, metric: str) -> dict[str, str]:
         """Architecture fields are among them: what is measured is the size of what the model reads."""
@@ -67,6 +67,7 @@ class MaskedImageModeling(ImageTask):
         of_cells = {} if args.mask_cell_size else {"patch_size": "is the size of a hidden cell; set mask_cell_size"}
         return {**dict.fromkeys(names, "decides which pixels are to be painted"), **of_cells}
 
+    def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
         """Column "image" (undecoded)."""
         return Dataset.from_dict({"image": self.read_images(table, where)})
 

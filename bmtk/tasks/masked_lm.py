@@ -56,15 +56,16 @@ class MaskedLM(CorpusTask):
         "limits": "It guesses single hidden tokens in the manner of its training data, which may be wrong or "
         "offensive; it does not write texts. It is meant to be fine-tuned.",
     }
+    metrics = (*CorpusTask.metrics, "masked_accuracy")
     free_keys = CorpusTask.free_keys | {"prompts"}
     needs_mask = True
 
-    def rows_of(self, store: TokenStore, split: str) -> MaskedTokens:
     @classmethod
     def incomparable(cls, args: MaskedLMArguments, metric: str) -> dict[str, str]:
         hidden = dict.fromkeys(("mlm_probability", "whole_word_masking"), "decides which tokens are to be guessed")
         return {**super().incomparable(args, metric), **hidden}
 
+    def rows_of(self, store: TokenStore, split: str) -> MaskedTokens:
         return MaskedTokens(
             PackedRows(store, self.args.context_length),
             self.processor,

@@ -146,6 +146,13 @@ class ObjectDetection(ImageTask):
             self.notes.append(f"{num_cut:,} of {total:,} {where} boxes reach beyond their image: cut at its edge")
         return kept
 
+    @property
+    def metrics(self) -> list[str]:
+        """Also of each label that the validation rows have, if there are few."""
+        few = "validation" in self.rows and len(self.labels) <= MOST_NAMES
+        there = {label for image in self._truth(self.rows["validation"]) for label in image["labels"]} if few else ()
+        return ["loss", "map", "map_50", "map_75", *(f"ap_{self.labels[label]}" for label in sorted(there))]
+
     def prepare(self) -> None:
         """Find the labels: those of the training rows; of all rows, if none are for training."""
         sources = [self.rows["train"]] if "train" in self.rows else self.rows.values()

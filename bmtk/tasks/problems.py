@@ -30,6 +30,7 @@ class Problem:
     """What the three have in common."""
 
     name: ClassVar[str]
+    metrics: ClassVar[Sequence[str]]  # that `score` measures
     main_metric: ClassVar[str]
     losses: ClassVar[tuple[str, ...]]  # to train with, the default first
     fewest: ClassVar[int]  # labels among the training rows, at least
@@ -61,6 +62,10 @@ class OneLabel(Problem):
     main_metric = "accuracy"
     losses = ("cross_entropy", "focal")
     fewest = 2
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("accuracy", "macro_f1", *(["top5_accuracy"] if len(self.labels) > TOP else []))
 
     def value(self, cell: object, names: Sequence[str] | None, where: str) -> object:
         """What a cell of the label column says.  Raises: ValueError, naming the place `where`."""
@@ -150,6 +155,7 @@ class SeveralLabels(OneLabel):
     """Any number of K labels, none included: one binary question for each."""
 
     name = "multi_label_classification"
+    metrics = ("micro_f1", "macro_f1", "subset_accuracy", "map")
     main_metric = "micro_f1"
     fewest = 1
     about: ClassVar[dict[str, str]] = {
@@ -240,6 +246,7 @@ class Numbers(Problem):
     """One number."""
 
     name = "regression"
+    metrics = ("mse", "mae", "r2", "pearson", "spearman")
     main_metric = "mse"
     losses = ("mse", "mae", "huber")
     fewest = 0

@@ -73,14 +73,15 @@ class QuestionAnswering(TextTask):
     arguments = QuestionAnsweringArguments
     auto_class = AutoModelForQuestionAnswering
     peft_task_type = None  # peft's own class for this task takes token_type_ids and does not pass them on
+    metrics = ("loss", "exact_match", "f1")
     main_metric = "f1"
     inputs = ("question", "context")
 
-    # ------------------------------------------------------------------------------------------------ rows
     @classmethod
     def incomparable(cls, args: QuestionAnsweringArguments, metric: str) -> dict[str, str]:
         return {"answers_column": "decides what the right answers are", "scored_by": "decides what F1 is counted in"}
 
+    # ------------------------------------------------------------------------------------------------ rows
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         """Columns "question" and "context"; "texts" and "starts" of the answers, which rows without any lack."""

@@ -41,6 +41,10 @@ class RowClassification(Classification):
 
     main_metric = "accuracy"
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("loss", *self.problem.metrics)
+
     @classmethod
     def metric_of(cls, args: RowClassificationArguments, **reading: object) -> str:
         if args.problem_type:

@@ -75,16 +75,17 @@ class SpeechRecognition(RecordingTask):
     }
     arguments = SpeechRecognitionArguments
     auto_class = AutoModelForCTC
+    metrics = ("loss", "wer", "cer", "exact_match")
     main_metric = "wer"
     free_keys = RecordingTask.free_keys | {"decoding", "beam_width"}
 
-    # ------------------------------------------------------------------------------------------------ rows
     @classmethod
     def incomparable(cls, args: SpeechRecognitionArguments, metric: str) -> dict[str, str]:
         names = ("transcription_column", "text_case", "keep_punctuation")
         of_loss = {"token_unit": "decides what a token is, and loss is a mean over tokens"} if metric == "loss" else {}
         return {**dict.fromkeys(names, "decides what is said"), **of_loss}
 
+    # ------------------------------------------------------------------------------------------------ rows
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         """Columns "audio" (undecoded), "seconds" and "text"; rows without a transcription are left out."""

@@ -74,7 +74,8 @@ class Task:
     free_keys: ClassVar[frozenset[str]] = frozenset(("data_name", "data_licence"))  # may differ when a run is resumed
     unit: ClassVar[str] = "rows"  # what throughput is counted in
     inputs: ClassVar[tuple[str, ...]]  # columns of `read_rows` that make two rows the same
-    main_metric: ClassVar[str]  # of `score`; what `load_best_model_at_end` goes by unless told otherwise
+    metrics: ClassVar[Sequence[str]]  # what a model is chosen by, of all that `score` tells; known after `configure`
+    main_metric: ClassVar[str]  # one of them: what `load_best_model_at_end` goes by unless told otherwise
     cuts_one_table: ClassVar[bool] = False  # whether a single table holds the rows of all splits
     # Sum of a batch's losses from (outputs, batch, label_smoothing=...); None: the model's own loss.
     criterion: ClassVar[Callable | None] = None
@@ -106,12 +107,12 @@ class Task:
         """`main_metric` of the task that `args` and `reading` make: for a task whose rows decide it, they are read."""
         return cls.main_metric
 
-    # ------------------------------------------------------------------------------------------------ rows
     @classmethod
     def incomparable(cls, args: DataArguments, metric: str) -> dict[str, str]:
         """Settings that change what `metric` measures, each with how: no search may choose between models by them."""
         return {}
 
+    # ------------------------------------------------------------------------------------------------ rows
 
     def usable(self, table: Dataset, where: str) -> Dataset:
         """Those rows of `table` that can be read at all; called before `read_rows` and `encode_inputs`."""

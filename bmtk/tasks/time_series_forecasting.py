@@ -254,6 +254,13 @@ class TimeSeriesForecasting(Task):
         self.alone = config.num_input_channels == 1
 
     @property
+    def metrics(self) -> list[str]:
+        """MASE where a column has one; quantiles where the model has them.  Naive forecasts are no model's."""
+        mase = ["mase"] if any(error > 0 for error in self.known["seasonal_error"]) else []
+        quantiles = ["quantile_loss", "weighted_quantile_loss", "coverage"] if self.levels else []
+        return ["loss", "mse", "mae", "original_mse", "original_mae", *mase, *quantiles]
+
+    @property
     def columns(self) -> list[str]:
         return self.known["columns"]
 

@@ -68,6 +68,7 @@ class TokenClassification(TextTask, Classification):
     arguments = TokenClassificationArguments
     auto_class = AutoModelForTokenClassification
     peft_task_type = "TOKEN_CLS"
+    metrics = ("loss", "precision", "recall", "f1", "accuracy")
     main_metric = "f1"
     inputs = ("words",)
 

@@ -112,9 +112,9 @@ class Translation(TextTask):
     peft_task_type = "SEQ_2_SEQ_LM"
     free_keys = TextTask.free_keys | {"num_beams", "length_penalty", "bleu_tokenizer"}
     inputs = ("source",)
+    metrics = ("loss", "perplexity", "bleu", "chrf")
     main_metric = "bleu"
 
-    # ------------------------------------------------------------------------------------------------ rows
     @classmethod
     def incomparable(cls, args: TranslationArguments, metric: str) -> dict[str, str]:
         """BLEU and chrF are of whole texts, whatever the tokens; with how many beams they are found is the model's."""
@@ -128,6 +128,7 @@ class Translation(TextTask):
             )
         return {**found, "bleu_tokenizer": "decides what BLEU counts as a word"}
 
+    # ------------------------------------------------------------------------------------------------ rows
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
         """Columns "source" and "target"; rows without either are left out, but not of those to be predicted."""

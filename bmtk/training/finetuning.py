@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -420,10 +420,18 @@ class TaskTrainer(Trainer):
         return EvalLoopOutput(predictions=predictions, label_ids=None, metrics=named, num_samples=len(rows))
 
 
-def choose_best_by(args: TrainingArguments, metric: str) -> None:
-    """Let what asks for a best model, or for a plateau, go by `metric_for_best_model`, or else by `metric`."""
+def choose_best_by(args: TrainingArguments, metric: str, *, among: Collection[str]) -> None:
+    """Let what asks for a best model, or for a plateau, go by `metric_for_best_model`, or else by `metric`.
+
+    Raises: ValueError if that is not `among` the metrics of an evaluation.
+    """
     asks = args.load_best_model_at_end, args.save_strategy == "best", args.lr_scheduler_type == "reduce_lr_on_plateau"
     args.metric_for_best_model = args.metric_for_best_model or (metric if any(asks) else None)
+    if args.metric_for_best_model and args.metric_for_best_model.removeprefix("eval_") not in among:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is not measured; choose one of {', '.join(among)}, "
+            f"or leave it out for {metric}"
+        )
     if args.metric_for_best_model and args.greater_is_better is None:
         args.greater_is_better = not lower_is_better(args.metric_for_best_model)
 

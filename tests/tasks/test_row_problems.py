@@ -42,6 +42,23 @@ def batch_of(task, split="train"):
     return task.collator()(list(task.rows[split]))
 
 
+@pytest.mark.parametrize(
+    ("labels", "settings"),
+    [
+        (["a", "b", "a", "b"], {}),
+        ([0, 1, 2, 3], {"label_names": list("abcdef")}),
+        ([["a"], ["a", "b"], [], ["b"]], {}),
+        ([0.5, 1.5, 2, 3], {}),
+    ],
+)
+def test_all_that_is_measured_is_named(tmp_path, labels, settings):
+    task = make_task(tmp_path, labels, **settings)
+    predictions = task.problem.predictions(torch.randn(4, len(task.labels)))
+    for prediction, truth in zip(predictions, batch_of(task)["labels"].tolist(), strict=True):
+        prediction |= {"truth": truth, "loss": 0.0, "items": 1}
+    assert set(task.metrics) == set(task.score(predictions))
+
+
 def test_lists_are_several_labels_and_may_be_empty(tmp_path):
     task = make_task(tmp_path, [["red", "round"], [], ["round"], ["old"]], [["old"], []])
     assert (task.config.problem_type, task.config.num_labels) == ("multi_label_classification", 3)
