@@ -20,6 +20,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    Trainer,
     TrainerState,
     pipeline,
 )
@@ -29,7 +30,7 @@ from bmtk.data.tokenizers import train_tokenizer
 from bmtk.tasks.sequence_classification import SequenceClassification
 from bmtk.training import callbacks
 from bmtk.training.adapters import AdapterArguments, add_adapter
-from bmtk.training.finetuning import choose_best_by
+from bmtk.training.finetuning import check_whole_weights, choose_best_by
 from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parent.parent
@@ -588,6 +589,32 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(argv, message, tmp_path
     with pytest.raises((ValueError, OSError, StrictDataclassError), match=message):
         run(tmp_path / "run", *argv)
     assert not (tmp_path / "run").exists()
+
+
+WHOLE = ["--ema_decay=0.9", "--l1_penalty=0.1", "--optimizer=muon", "--unfreeze_epochs=0.5"]
+
+
+@pytest.mark.parametrize("setting", WHOLE)
+def test_what_needs_whole_weights_is_refused_where_devices_hold_parts(setting):
+    args = finetune.read_arguments(["--preset", "smoke", setting])[2]
+    check_whole_weights(args, is_sharded=False)
+    with pytest.raises(
+        ValueError, match=f"^{setting[2:]}: not under FSDP or DeepSpeed, .* leave out one or the other$"
+    ):
+        check_whole_weights(args, is_sharded=True)
+    check_whole_weights(finetune.read_arguments(["--preset", "smoke"])[2], is_sharded=True)
+
+
+@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_run_sees_by_trainer_where_devices_hold_parts(kind, tmp_path, monkeypatch):
+    """Trainer itself finds out only on GPUs, and with DeepSpeed installed."""
+    make = Trainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", lambda t: (make(t), setattr(t, kind, True)))
+    with pytest.raises(
+        ValueError, match=r"^ema_decay=0\.9, optimizer=sgd: not under FSDP or DeepSpeed, because whole"
+    ):
+        run(tmp_path / "run", "--ema_decay", "0.9", "--optimizer", "sgd")
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_language_model_is_finetuned_evaluated_and_asked_by_the_same_recipes(pretrained, tmp_path):

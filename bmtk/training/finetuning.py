@@ -439,7 +439,7 @@ def choose_best_by(args: TrainingArguments, metric: str, *, among: Collection[st
 def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbacks: Sequence = ()) -> TaskTrainer:
     """The trainer of the task's rows, with its loss and metrics, and with checkpoints in `folder`.
 
-    Raises: ValueError for a setting that the task's loss does not have.
+    Raises: ValueError for a setting that the task's loss does not have, and as `check_whole_weights`.
     """
     if args.label_smoothing_factor and not task.criterion:
         raise ValueError(
@@ -456,14 +456,22 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
     args.remove_unused_columns = False  # the task's rows hold what its collator reads
     args.include_num_input_tokens_seen = "no"  # counted by the task
     trainer = TaskTrainer(model, args, task, callbacks=callbacks)
-    if args.ema_decay and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError(
-            f"ema_decay={args.ema_decay} needs whole weights on every device; leave out FSDP and DeepSpeed"
-        )
+    check_whole_weights(args, is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     return trainer
+
+
+def check_whole_weights(args: TrainingArguments, *, is_sharded: bool) -> None:
+    """Raises: ValueError for settings that read or change single parameters, if devices hold parts of them."""
+    given = {name: getattr(args, name) for name in ("ema_decay", "l1_penalty", "optimizer", "unfreeze_epochs")}
+    if is_sharded and any(given.values()):
+        said = ", ".join(f"{name}={value}" for name, value in given.items() if value)
+        raise ValueError(
+            f"{said}: not under FSDP or DeepSpeed, because whole weights are needed on every device; leave out one or "
+            "the other"
+        )
 
 
 def lay_out_channels_last(model: torch.nn.Module, device: torch.device) -> None:
