@@ -34,6 +34,7 @@ def test_the_metadata_names_distribution_licence_and_pythons(wheel):
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
     for minor in (10, 11, 12, 13):
         assert f"Programming Language :: Python :: 3.{minor}\n" in metadata
+    assert "\nProvides-Extra: quantize\n" in metadata  # what an error of bmtk.training.quantization tells to install
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
 
 

@@ -19,7 +19,10 @@ def quantization(kind: str, skeleton: PreTrainedModel) -> BitsAndBytesConfig:
     Raises: ValueError without bitsandbytes, and for 8 bits in a trunk whose layers read maps (B, H, W, D).
     """
     if not is_bitsandbytes_available():
-        raise ValueError(f"quantize={kind} needs bitsandbytes 0.46.1 or newer: pip install -U bitsandbytes")
+        raise ValueError(
+            f"quantize={kind} needs bitsandbytes 0.46.1 or newer (this project's extra `quantize`): "
+            "pip install -U bitsandbytes"
+        )
     depthwise = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in skeleton.modules())
     if kind == "8bit" and depthwise:
         raise ValueError(

@@ -88,7 +88,9 @@ def test_what_the_arguments_refuse(values, message):
 def test_a_missing_package_is_named_with_its_command(monkeypatch, tmp_path):
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
     auto, folder, _ = saved(CONFIGS["bert"], tmp_path)
-    with pytest.raises(ValueError, match=r"quantize=4bit needs bitsandbytes .*: pip install -U bitsandbytes"):
+    with pytest.raises(
+        ValueError, match=r"quantize=4bit needs bitsandbytes .* extra `quantize`\): pip install -U bits"
+    ):
         load(auto, folder, "4bit")
 
 
