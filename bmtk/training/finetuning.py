@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from accelerate.data_loader import BatchSamplerShard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import BatchSampler, DataLoader, Subset
 from transformers import AutoConfig, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -28,6 +29,7 @@ from .optimizers import build_optimizer
 from .predicting import Results, lower_is_better, measure, predict_all
 from .quantization import quantization, quantize_subclasses
 from .run_folder import CHECKPOINTS
+from .shares import EvenShares
 from .updates import LossSum
 
 logger = logging.getLogger(__name__)
@@ -288,6 +290,7 @@ class TaskTrainer(Trainer):
 
     - A loss is a sum over the items of the whole optimizer step divided by their number, also for models that accept
       `num_items_in_batch` and drop it, and for labels that are not one tensor.
+    - The steps of several processes are those of one with as large a batch, also where the rows of an epoch run out.
     - An evaluation sees every row once on any number of processes, keeps a prediction for each instead of its logits,
       and scores all of them at once; Trainer's loss is a mean of batch means in which rows that fill up the last
       batches count twice.
@@ -381,6 +384,15 @@ class TaskTrainer(Trainer):
         super()._load_best_model()
         if self.average:
             self.average.load_state_dict(load_file(Path(self.state.best_model_checkpoint) / AVERAGES))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """With every row of an epoch once, on any number of processes."""
+        loader = super().get_train_dataloader()
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard) and type(batches := shard.batch_sampler) is BatchSampler:
+            settings = batches.sampler, batches.batch_size, batches.drop_last
+            shard.batch_sampler, shard.even_batches = EvenShares(*settings, num_shares=shard.num_processes), False
+        return loader
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """This process's share of the rows, in the order of `_reading_order`."""

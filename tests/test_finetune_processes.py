@@ -1,0 +1,91 @@
+"""recipes/finetune.py on two processes trains, and measures over all rows, as on one.
+
+As a script it is one of the two processes: test_finetune_processes.py RUNS.json.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes import finetune
+
+ROOT = Path(__file__).parent.parent
+THINGS = ("bread", "ferry", "song")
+WORDS = (*THINGS, "soup", "train", "drum")
+# Three steps an epoch: the last one has 3 rows on one process, and on two 1 and 2.
+SHORT = "--num_train_epochs 2 --warmup_steps 0 --save_strategy no --eval_strategy epoch --logging_steps 1"
+TEXT = "--tokenizer word --dataset {data}"
+CASES = {
+    "several labels": f"--task sequence_classification {TEXT} --label_column about",
+    "numbers": f"--task sequence_classification {TEXT} --label_column stars",
+    "tags in windows": f"--task token_classification {TEXT} --max_length 4",
+    "speech": "--task speech_recognition --max_steps 3 --eval_strategy no",
+    "boxes": "--task object_detection --norm_type layer_norm --max_steps 2 --eval_strategy no",
+}
+
+
+def write_rows(folder: Path) -> None:
+    for first, (name, count) in enumerate({"train": 19, "validation": 5, "test": 7}.items(), 1):
+        rows = []
+        for row in range(100 * first, 100 * first + count):
+            words = [WORDS[row * step % 6] for step in range(1, 5 + row % 5)] + [f"n{row}"]
+            tags = ["B-thing" if word in THINGS else "O" for word in words]
+            said = {"about": [word for word in THINGS if word in words], "stars": words.count("soup") / 2}
+            rows.append({"text": " ".join(words), "tokens": words, "tags": tags, **said})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def runs(folder: Path, *, data: Path, batch_size: int) -> list[list[str]]:
+    common = f"--preset smoke --disable_tqdm true --per_device_train_batch_size {batch_size} {SHORT}"
+    return [
+        [*f"{common} {case.format(data=data)}".split(), "--output_dir", f"{folder / name}"]
+        for name, case in CASES.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """Of all runs on one process, and on two with batches half as large, started once."""
+    folder = tmp_path_factory.mktemp("processes")
+    one, two, listed = folder / "one", folder / "two", folder / "runs.json"
+    write_rows(folder)
+    listed.write_text(json.dumps(runs(two, data=folder, batch_size=4)), encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launch, "--main_process_port", str(port), __file__, str(listed)]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        for argv in runs(one, data=folder, batch_size=8):
+            finetune.main(argv)
+    finally:
+        os.chdir(before)
+    return one, two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_and_measure_as_one(folders, name):
+    one, two = (json.loads((folder / name / "run.json").read_text(encoding="utf-8")) for folder in folders)
+    assert two["environment"]["num_processes"] == 2
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4, nan_ok=True)
+    losses = [
+        [record["loss"] for record in map(json.loads, path.read_text().splitlines()) if "loss" in record]
+        for path in (folder / name / "history.jsonl" for folder in folders)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+if __name__ == "__main__":
+    for argv in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        finetune.main(argv)
