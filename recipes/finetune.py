@@ -122,7 +122,7 @@ def plan(config, task, model, args) -> str:
     """What a run would be, timed by a rehearsal of its first step."""
     num_rows, share = len(task.rows["train"]), args.per_device_train_batch_size * args.gradient_accumulation_steps
     sizes = {"batch_size": share, "micro_batch_size": args.per_device_train_batch_size, "seed": args.seed}
-    batches = task.train_batches(**sizes)[0]
+    batches = task.train_batches(**sizes)
     steps = finetuning.total_steps(args, num_rows)
     step_rows = share * args.world_size
     return summary.run_plan(

@@ -140,7 +140,7 @@ def plan(config, task, model, args, accelerator) -> str:
         epochs=steps / batches.steps_per_epoch,
         per_step=round(args.batch_size * task.units_per_row("train")),
         unit=task.unit,
-        seconds_per_step=seconds_per_step(model, batches[0], accelerator, **task.losses),
+        seconds_per_step=seconds_per_step(model, batches, accelerator, **task.losses),
     )
 
 

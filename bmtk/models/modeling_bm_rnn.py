@@ -225,6 +225,11 @@ class BmRnnModel(BmRnnPreTrainedModel):
             return [()] * len(self.layers)
         has_cell = self.config.cell_type == "lstm"
         sizes = [size for units in self.config.layer_sizes for size in (units, units if has_cell else 0)]
+        if state.shape[-1] != sum(sizes):
+            raise ValueError(
+                f"initial_state has width {state.shape[-1]}, and the state of this model {sum(sizes)}; pass the "
+                "final_state that it returned"
+            )
         parts = state.split(sizes, dim=-1)
         return list(zip(parts[::2], parts[1::2], strict=True))
 

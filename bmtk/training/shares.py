@@ -10,7 +10,8 @@ class EvenShares(BatchSampler):
     """Batches in groups, one for each of `num_shares` processes, whose rows together are those of one larger batch.
 
     What is left at the end of an epoch is shared out evenly; accelerate's own way fills it up with rows that were
-    trained on before.  Where fewer rows than processes are left, each has all of them, and so their mean is the same.
+    trained on before.  Where fewer rows than processes are left, each has all of them: their mean is the same, but
+    beside other batches of one accumulated step they weigh more.
 
     >>> list(EvenShares(range(7), 2, False, num_shares=2))
     [[0, 1], [2, 3], [4], [5, 6]]

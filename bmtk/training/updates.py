@@ -118,7 +118,17 @@ class LossSum:
         outputs = self.model(**batch, **self.options, **carried, **counted)
         if self.carried:
             self.carried.add(outputs.final_state)
-        return outputs.loss if self.takes_count else outputs.loss * (own_items / count)
+        if self.takes_count:
+            return outputs.loss
+        if own_items or hasattr(self.unwrapped, "count_items"):
+            return outputs.loss * (own_items / count)
+        return _no_loss(outputs)  # the mean over no item is not a number
+
+
+def _no_loss(outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """0, with a gradient of 0 for every parameter, as other processes wait for this one's."""
+    found = (value for name, value in outputs.items() if name != "loss" and isinstance(value, torch.Tensor))
+    return 0.0 * sum(value.sum() for value in found if value.requires_grad)
 
 
 def _caches(model: PreTrainedModel) -> bool:

@@ -9,7 +9,8 @@ from tiny_run import StoppingStream, Stream, arguments, num_items, read_history,
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.carried import CarriedState
 from bmtk.training.loop import prepare
-from bmtk.training.updates import Updater
+from bmtk.training.rehearsal import seconds_per_step
+from bmtk.training.updates import LossSum, Updater
 
 CELLS = ["lstm", "gru", "elman", "mingru"]
 
@@ -57,6 +58,29 @@ def test_a_state_that_is_not_finite_begins_anew():
     carried.add(torch.tensor([[1.0, float("nan")], [float("inf"), 2.0]]))
     carried.turn()
     assert carried.rows.tolist() == [[1.0, 0.0], [0.0, 2.0]]
+
+
+@pytest.mark.parametrize("model", [tiny_recurrent, tiny_model])
+def test_a_batch_of_nothing_but_padding_adds_nothing(model):
+    """The last lanes end one row before the others, so a process may have no item to begin with."""
+    model = model().train()
+    batch = Stream(0)[0][0]
+    batch |= {name: torch.full_like(batch["labels"], -100) for name in ("labels", "shift_labels")}
+    loss = LossSum(model, model, torch.device("cpu"))(batch, 0, torch.tensor(10))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_state_of_another_width_is_refused():
+    batch = Stream(0)[0][0]
+    with pytest.raises(ValueError, match="initial_state has width 3, and the state of this model 64; pass the final"):
+        tiny_recurrent()(batch["input_ids"], initial_state=torch.zeros(8, 3))
+
+
+def test_a_plan_refuses_what_the_run_would():
+    with pytest.raises(ValueError, match="and LlamaForCausalLM has none; leave it out, or set model_type to bm_rnn"):
+        seconds_per_step(tiny_model(), Stream(0), Accelerator(cpu=True), num_items=num_items)
 
 
 def test_a_model_without_a_state_is_refused():
