@@ -125,7 +125,7 @@ class TextHead:
         return self.answer(outputs, labels, num_items_in_batch)
 
 
-class MaskedLMHead(TextHead):
+class MaskedLMHead:
     """Predicts tokens from both sides: dense layer, GELU, LayerNorm, output matrix (BERT: Devlin et al. 2018)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.stem.embed_tokens.weight"}
@@ -143,10 +143,40 @@ class MaskedLMHead(TextHead):
         self.lm_head = nn.Linear(width, config.vocab_size)
         self.post_init()
 
-    def answer(self, outputs, labels, num_items_in_batch) -> MaskedLMOutput:
-        """Logits (B, L, V); `labels` (B, L) are the tokens that were masked, else -100; an item is such a token."""
-        logits = self.lm_head(self.transform(outputs.last_hidden_state))
-        loss = None if labels is None else label_loss(logits, labels, num_items_in_batch)
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """Logits (B, L, V); `labels` (B, L) are the tokens that were masked, else -100; an item is such a token.
+
+        With `skip_logits` and labels, only the masked tokens are scored, for the same loss; `logits` is None then.
+        """
+        kwargs.setdefault("use_cache", False)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = loss = None
+        if labels is not None and skip_logits:
+            is_masked = labels != -100
+            scores = self.lm_head(self.transform(outputs.last_hidden_state[is_masked]))  # (N, V)
+            loss = label_loss(scores, labels[is_masked], num_items_in_batch)
+        else:
+            logits = self.lm_head(self.transform(outputs.last_hidden_state))
+            loss = None if labels is None else label_loss(logits, labels, num_items_in_batch)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -105,6 +105,7 @@ class LossSum:
         parameters = inspect.signature(type(unwrapped).forward).parameters
         # With a cache, packed rows are attended across documents without a warning.
         self.options = {"use_cache": False} if "use_cache" in parameters or _caches(unwrapped) else {}
+        self.can_skip_logits = "skip_logits" in parameters
 
     def __call__(self, batch: dict[str, torch.Tensor], own_items: int, count: torch.Tensor) -> torch.Tensor:
         batch = on_device(batch, self.device)
@@ -114,6 +115,8 @@ class LossSum:
         if self.takes_count is None and (own_items or hasattr(self.unwrapped, "count_items")):
             self.takes_count = divides_by_count(self.unwrapped, batch, self.options)
         counted = {"num_items_in_batch": count} if self.takes_count else {}
+        if own_items and self.can_skip_logits:
+            counted["skip_logits"] = True
         carried = self.carried.inputs(len(batch["input_ids"])) if self.carried else {}
         outputs = self.model(**batch, **self.options, **carried, **counted)
         if self.carried:

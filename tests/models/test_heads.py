@@ -35,6 +35,25 @@ def test_masked_lm_ties_its_output_to_the_embedding():
     assert model(torch.tensor([[79]])).logits.shape == (1, 1, 80)
 
 
+@pytest.mark.parametrize("case", [name for name in CASES if name.endswith("-MaskedLM")])
+def test_masked_lm_learns_the_same_where_it_scores_the_masked_tokens_alone(case):
+    model = CASES[case].model().eval()  # no dropout
+    batch = tokens()
+    labels = batch["input_ids"].masked_fill(torch.rand(batch["input_ids"].shape) < 0.7, -100)
+    scored, found = [], []
+    model.lm_head.register_forward_hook(lambda layer, inputs, outputs: scored.append(inputs[0][..., 0].numel()))
+    for skipped in (False, True):
+        model.zero_grad()
+        outputs = model(**batch, labels=labels, num_items_in_batch=7, skip_logits=skipped)
+        outputs.loss.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        found.append({"loss": outputs.loss.detach(), **gradients})
+        assert (outputs.logits is None) == skipped
+    assert scored == [labels.numel(), int((labels != -100).sum())]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @torch.no_grad()
 def test_question_answering_loss_by_hand():
     """Mean of start and end, padding excluded from the softmax, positions outside of the row not counted."""

@@ -15,8 +15,10 @@ from bmtk.data.masking import MaskedTokens, word_ends
 from bmtk.data.packing import PackedRows
 from bmtk.data.token_store import build_token_store
 from bmtk.data.tokenizers import train_tokenizer
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.tasks.masked_lm import MaskedLM, MaskedLMArguments
 from bmtk.training.finetuning import starting_model
+from bmtk.training.updates import LossSum
 from recipes import evaluate, finetune, predict, pretrain
 
 LINES = [
@@ -72,6 +74,22 @@ def test_of_hidden_tokens_80_percent_are_masks_10_are_others_and_10_stay(text):
         total += len(shown)
         assert not torch.isin(shown[~masks], torch.tensor(task.processor.all_special_ids)).any()
     assert counts / total == pytest.approx([0.8, 0.1, 0.1], abs=4 * math.sqrt(0.16 / total))
+
+
+def test_training_scores_hidden_tokens_alone(text):
+    task = make_task(text)
+    model = AutoModelForMaskedLM.from_config(
+        BmTransformerConfig(vocab_size=300, is_causal=False, **TINY["bm_transformer"])
+    )
+    batch = task.rows["train"].batch([0, 1], [0, 0])
+    scored, hidden = [], int((batch["labels"] != -100).sum())
+    model.lm_head.register_forward_hook(lambda layer, inputs, outputs: scored.append(outputs.shape[:-1].numel()))
+    loss = LossSum(model.eval(), model, torch.device("cpu"))(batch, hidden, torch.tensor(hidden))
+    assert scored[-1] == hidden < batch["labels"].numel()
+    torch.testing.assert_close(loss, model(**batch).loss)
+    batch["labels"][:] = -100  # a process that has nothing to guess
+    LossSum(model, model, torch.device("cpu"))(batch, 0, torch.tensor(hidden)).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_a_mask_depends_on_seed_epoch_and_row_alone(text):
