@@ -89,14 +89,14 @@ class RunArguments:
 class RunConfig:
     """The flat values of a run: a YAML file and the command line over it."""
 
-    def __init__(self, file_values: dict[str, object], argv: list[str]):
-        self.file_values = file_values
+    def __init__(self, file_values: dict[str, object], argv: list[str], path: Path | None = None):
+        self.file_values, self.path = file_values, path
         self.argv = argv
         self.cli_values = dict(_cli_pairs(argv))
 
     @classmethod
     def read(cls, argv: list[str], *, configs: Path, default: str) -> "RunConfig":
-        """Read `--config FILE`, or `--preset NAME` beside the task's configs, or `configs/<default>.yaml`.
+        """Read `--config FILE`, or `--preset NAME` beside the task's configs, or `configs/<default>.yaml` of its task.
 
         Raises: FileNotFoundError for a missing file (listing what is there), ValueError for a file that is not flat.
         """
@@ -107,13 +107,14 @@ class RunConfig:
         if isinstance(cli.get("config"), str):
             path = Path(cli["config"])
         else:
-            path = configs / str(cli.get("task", default_task)) / f"{cli.get('preset', default_name)}.yaml"
-            if "task" in cli and "preset" not in cli and not path.exists():
-                return cls({}, argv)  # a task without the default's name: the command line says everything
+            task = str(cli.get("task", default_task))
+            if task != default_task and "preset" not in cli:
+                return cls({}, argv)  # the command line says everything
+            path = configs / task / f"{cli.get('preset', default_name)}.yaml"
         values = read_yaml(path)
         if SOURCE_KEYS & cli.keys():  # the user's own data: neither mixed with the file's nor under its name
             values = {key: value for key, value in values.items() if key not in SOURCE_KEYS | NAMES_OF_SOURCES}
-        return cls(values, argv)
+        return cls(values, argv, path)
 
     def get(self, key: str, default: object = None) -> object:
         """The raw value of `key`: from the command line, else from the file, else `default`."""
@@ -128,10 +129,11 @@ class RunConfig:
         classes = _without_repeated_fields(classes)
         known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
         switches = {f"no_{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.default is True}
-        unknown = [key for key in self.file_values if key not in known]
-        unknown += [key for key in self.cli_values if key not in known | switches | {"help"}]
+        at = f"{self.path}: " if self.path else ""
+        unknown = [at + unknown_key(key, known) for key in self.file_values if key not in known]
+        unknown += [unknown_key(key, known) for key in self.cli_values if key not in known | switches | {"help"}]
         if unknown:
-            raise ValueError("\n".join(unknown_key(key, known) for key in dict.fromkeys(unknown)))
+            raise ValueError("\n".join(unknown))
         if short := [text for text in self.argv if re.match(r"-[A-Za-z]\w+", text)]:
             raise ValueError(f"'{short[0]}' is no option; options begin with two dashes: '-{short[0]}'")
         parser = _Parser(classes, description=description, usage=USAGE, allow_abbrev=False, formatter_class=_Help)

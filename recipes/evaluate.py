@@ -61,7 +61,8 @@ def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
     """The model and the rows; what is not said is taken from the run that made the model."""
     values = arguments.RunConfig({}, argv)
     if values.get("config"):
-        values = arguments.RunConfig(arguments.read_yaml(Path(str(values.get("config")))), argv)
+        path = Path(str(values.get("config")))
+        values = arguments.RunConfig(arguments.read_yaml(path), argv, path)
     if not values.get("model") and not {"-h", "--help"} & set(argv):
         raise ValueError("model is not set: name the folder or Hub id of the model to evaluate")
     folder = Path(str(values.get("model")))

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         task = task_class(data_args, seed=args.seed, **run.reading)
     set_seed(args.seed)
     model = build_model(run, task, adapter, arguments.chosen_fields(architecture))
-    finetuning.choose_best_by(args, task.main_metric, among=task.metrics)
+    finetuning.settle(args, task)
     config = arguments.resolved_config(*settings)
     if is_main:
         print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)

@@ -1,6 +1,7 @@
 """The flat YAML, the command line over it, and what a typo says."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +64,14 @@ def test_a_value_of_the_wrong_type_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: argument --num_steps/--num-steps: invalid int value: 'many'\n"
 
 
+def test_an_unknown_key_is_told_with_the_file_that_holds_it():
+    config = RunConfig({"learing_rate": 1}, ["--num_step", "3"], Path("my.yaml"))
+    with pytest.raises(
+        ValueError, match=r"my\.yaml: unknown key 'learing_rate'.*\nunknown key 'num_step'; did you mean"
+    ):
+        config.bind([Training], description="test")
+
+
 def test_a_negated_flag_is_known():
     (training,) = bind({}, ["--no_with_ema"])
     assert training.with_ema is False
@@ -81,6 +90,10 @@ def test_config_preset_and_default_choose_the_file(tmp_path):
     assert read("--preset", "smoke") == 2
     assert read("--config", str(tmp_path / "mine.yaml")) == 3
     assert read("--num_steps", "9") == "9"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "first.yaml").write_text("num_steps: 4")  # of a model that nobody asked for
+    assert read("--task", "other") is None
+    assert (read("--task", "other", "--preset", "first"), read("--task", "causal_lm")) == (4, 1)
     with pytest.raises(FileNotFoundError, match=r"smok\.yaml does not exist; .* holds first, smoke"):
         read("--preset", "smok")
 

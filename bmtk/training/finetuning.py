@@ -448,21 +448,29 @@ def choose_best_by(args: TrainingArguments, metric: str, *, among: Collection[st
         args.greater_is_better = not lower_is_better(args.metric_for_best_model)
 
 
-def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbacks: Sequence = ()) -> TaskTrainer:
-    """The trainer of the task's rows, with its loss and metrics, and with checkpoints in `folder`.
+def settle(args: TrainingArguments, task) -> None:
+    """Fill in what `args` leave to the task.
 
-    Raises: ValueError for a setting that the task's loss does not have, and as `check_whole_weights`.
+    Raises: ValueError for a setting that the task does not have, and as `choose_best_by`.
     """
+    choose_best_by(args, task.main_metric, among=task.metrics)
     if args.label_smoothing_factor and not task.criterion:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect on {task.name}, whose loss is the "
             "model's own; leave it out"
         )
-    if args.channels_last:
-        lay_out_channels_last(model, args.device)
     task.check_parts(args.gradient_accumulation_steps * args.world_size)
     if task.has_own_order:
         raise ValueError("Trainer shuffles the rows; carry_state=True is for recipes/pretrain.py")
+
+
+def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbacks: Sequence = ()) -> TaskTrainer:
+    """The trainer of the task's rows, with its loss and metrics, and with checkpoints in `folder`.
+
+    Raises: ValueError as `check_whole_weights`.
+    """
+    if args.channels_last:
+        lay_out_channels_last(model, args.device)
     args.output_dir = str(folder)
     args.dataloader_pin_memory &= torch.cuda.is_available()
     args.remove_unused_columns = False  # the task's rows hold what its collator reads

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk.tasks.causal_lm import CausalLM, CausalLMArguments
-from bmtk.training.finetuning import FineTuningArguments, build_trainer
+from recipes import finetune
 
 TEXT = "the cat sat \n on the mat \n and the dog sat \n on the cat \n"
 
@@ -66,12 +66,27 @@ def test_a_new_model_reads_the_longest_row(tmp_path):
         CausalLMArguments(eval_context_length=0)
 
 
-def test_rows_that_carry_a_state_come_in_the_order_of_the_text_which_trainer_does_not_keep(tmp_path):
+def test_rows_that_carry_a_state_come_in_the_order_of_the_text(tmp_path):
     task = task_of(tmp_path, context_length=4, carry_state=True)
     batches = task.train_batches(batch_size=2, micro_batch_size=0, seed=1)
     assert batches.carries_state
     tokens = task.rows["train"].store.tokens.tolist()
     lanes = torch.cat([batches[step][0]["input_ids"] for step in range(int(batches.steps_per_epoch))], dim=1)
     assert lanes.flatten().tolist()[: len(tokens) - 1] == tokens[:-1]
-    with pytest.raises(ValueError, match=r"Trainer shuffles the rows; carry_state=True is for recipes/pretrain\.py"):
-        build_trainer(None, task, FineTuningArguments(output_dir=str(tmp_path), use_cpu=True), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (["--carry_state", "true"], r"Trainer shuffles the rows; carry_state=True is for recipes/pretrain\.py"),
+        (["--label_smoothing_factor", "0.1"], r"label_smoothing_factor=0\.1 has no effect on causal_lm"),
+        (["--load_best_model_at_end", "true", "--metric_for_best_model", "f1"], "metric_for_best_model='f1' is not"),
+    ],
+)
+def test_a_plan_of_fine_tuning_refuses_what_the_run_would(tmp_path, setting, message):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be\n" * 20, encoding="utf-8")
+    files = ["--task", "causal_lm", "--train_file", str(text), "--validation_file", str(text)]
+    sizes = ["--vocab_size", "300", "--context_length", "8", "--model_type", "bm_rnn", "--hidden_size", "8"]
+    with pytest.raises(ValueError, match=message):
+        finetune.main([*files, *sizes, "--output_dir", str(tmp_path / "run"), "--dry_run", *setting])

@@ -86,7 +86,7 @@ def test_the_loss_is_clip_s_without_equal_captions_as_negatives():
 
 
 def test_a_step_is_not_cut_into_parts():
-    task, config = make_task()
+    task, _ = make_task()
     message = (
         "image_text_contrastive compares every row with all others of its optimizer step, which would be cut into"
     )
@@ -97,7 +97,7 @@ def test_a_step_is_not_cut_into_parts():
     assert len(batch["labels"]) == task.num_items(batch) == 16
     args = finetune.finetuning.FineTuningArguments(gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match=f"{message} 3 parts"):
-        finetune.finetuning.build_trainer(task.auto_class.from_config(config), task, args, folder=SHAPES)
+        finetune.finetuning.settle(args, task)
     assert LoopArguments().micro_batch_size == 0
 
 
