@@ -212,7 +212,8 @@ class QuestionAnswering(TextTask):
             ends = {(at, at + len(text)) for at, text in answers if at != NO_CHARACTER}
             spans = [span for start, end in sorted(ends) if (span := span_of(start, end, firsts, lasts))]
             found["spans"][row] += [[len(found["input_ids"][row]), *span] for span in dict.fromkeys(spans)]
-            values = {"input_ids": ids, "kinds": kinds_of(ids, owners), "firsts": firsts, "lasts": lasts}
+            kinds = kinds_of(ids, owners, num_kinds=self.num_kinds)
+            values = {"input_ids": ids, "kinds": kinds, "firsts": firsts, "lasts": lasts}
             for name, value in values.items():
                 found[name][row].append(value)
         return {**found, "length": [sum(map(len, windows)) for windows in found["input_ids"]]}
@@ -349,10 +350,19 @@ def span_of(start: int, end: int, firsts: Sequence[int], lasts: Sequence[int]) -
     return None if first is None or last is None else (first, last)
 
 
-def kinds_of(ids: Sequence[int], owners: Sequence[int | None]) -> list[int]:
-    """0 for the question and what is between, 1 for the text, 2 for tokens of the text that occur in the question."""
-    asked = {token for token, owner in zip(ids, owners, strict=True) if owner == 0}
-    return [(1 + (token in asked)) if owner == 1 else 0 for token, owner in zip(ids, owners, strict=True)]
+def kinds_of(ids: Sequence[int], owners: Sequence[int | None], *, num_kinds: int) -> list[int]:
+    """What each token is: 0 of the question, or between; 1 of the text; 1 + n of n that the question has in a row.
+
+    The longest run counts; 1 + n is `num_kinds` - 1 at most.
+    """
+    question = [token for token, owner in zip(ids, owners, strict=True) if owner == 0]
+    kinds = [int(owner == 1) for owner in owners]
+    for size in range(1, num_kinds - 1):
+        asked = {tuple(question[at : at + size]) for at in range(len(question) - size + 1)}
+        for at in range(len(ids) - size + 1):
+            if all(kinds[at : at + size]) and tuple(ids[at : at + size]) in asked:
+                kinds[at : at + size] = [1 + size] * size
+    return [min(kind, max(num_kinds - 1, 0)) for kind in kinds]
 
 
 def log_probabilities(outputs, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -404,7 +414,7 @@ class PadWindows:
         batch["attention_mask"] = padded([[1] * len(window) for window in windows], 0)
         if self.num_kinds:
             kinds = [window for row in rows for window in row["kinds"]]
-            batch["token_type_ids"] = padded(kinds, 0).clamp(max=self.num_kinds - 1)
+            batch["token_type_ids"] = padded(kinds, 0)
         for name in ("firsts", "lasts"):
             batch[name] = padded([window for row in rows for window in row[name]], NO_CHARACTER)
         batch["question_of"] = torch.tensor([place for place, row in enumerate(rows) for _ in row["input_ids"]])

@@ -105,8 +105,17 @@ def test_a_tokenizer_that_cuts_on_the_left_reads_the_same_windows(tmp_path):
     assert left.rows["train"][0] == right.rows["train"][0]
 
 
+def test_what_the_question_has_is_marked_by_how_much_of_it_in_a_row():
+    ids, owners = [5, 6, 8, 0, 6, 7, 5, 6, 5, 6, 8, 0], [0] * 3 + [None] + [1] * 7 + [None]
+    marks = {
+        0: [0, 0, 0, 0, 0, 0, 0], 1: [0, 0, 0, 0, 0, 0, 0], 2: [1, 1, 1, 1, 1, 1, 1], 3: [2, 1, 2, 2, 2, 2, 2],
+        4: [2, 1, 3, 3, 3, 3, 3], 5: [2, 1, 3, 3, 4, 4, 4], 9: [2, 1, 3, 3, 4, 4, 4],
+    }  # fmt: skip
+    for num_kinds, expected in marks.items():
+        assert kinds_of(ids, owners, num_kinds=num_kinds) == [0] * 4 + expected + [0]
+
+
 def test_what_occurs_in_the_question_is_marked_where_the_model_knows_three_kinds(tmp_path):
-    assert kinds_of([5, 6, 0, 7, 6, 0], [0, 0, None, 1, 1, None]) == [0, 0, 0, 1, 2, 0]
     task = make_task(tmp_path)
     for fields, largest in (({"type_vocab_size": 3}, 2), ({"type_vocab_size": 2}, 1)):
         task = make_task(tmp_path)
@@ -387,7 +396,7 @@ def test_the_smoke_run_learns_and_every_recipe_reads_it(tmp_path, monkeypatch, c
     encoded = tokenizer("Where is the lamp of Ada?", text, return_tensors="pt")
     ids = encoded["input_ids"][0].tolist()
     owners = torch.tensor([owner == 1 for owner in encoded.sequence_ids(0)])
-    found = model(**encoded, token_type_ids=torch.tensor([kinds_of(ids, encoded.sequence_ids(0))]))
+    found = model(**encoded, token_type_ids=torch.tensor([kinds_of(ids, encoded.sequence_ids(0), num_kinds=3)]))
     start, end = (
         logits[0].where(owners, -torch.inf).argmax().item() for logits in (found.start_logits, found.end_logits)
     )
