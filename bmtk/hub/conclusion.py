@@ -24,14 +24,15 @@ def conclude(
 ) -> None:
     """Write run.json, recipe.yaml, README.md and report.html, show the summary, and publish where `run` says so.
 
-    `run` has `task`, `push_to_hub` and `private`; `task` has `about`, `facts()` and `next_command(folder)`, and in
-    `settled` what the data decided of `config`.
+    `run` has `task`, `push_to_hub` and `private`; `task` has `about`, `main_metric`, `facts()` and
+    `next_command(folder)`, and in `settled` what the data decided of `config`.
     """
     config = {**config, **task.settled}
     chosen = scrub({key: value for key, value in config.items() if value is not None})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
     environment = environment_facts(accelerator)
-    described = {"task": run.task, "about": task.about, "data": task.facts(), "config": config}
+    about = {**task.about, "main_metric": task.main_metric}
+    described = {"task": run.task, "about": about, "data": task.facts(), "config": config}
     write_facts(folder, **described, environment=environment, **facts)
     write_card(folder)
     write_report(folder)

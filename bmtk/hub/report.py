@@ -20,6 +20,7 @@ from bmtk.hub import card, facts, wording
 MAX_DRAWN = 1200  # points of one line; a longer one is drawn by the extremes of each stretch
 MAX_DOTS = 60  # points that are drawn and named one by one
 TILES = ("accuracy", "macro_f1", "f1", "loss", "perplexity", "bits_per_byte")  # in order of interest, three are shown
+SPLITS = ("test", "validation", "train")  # the same of rows
 NOT_A_CHART = {"loss", "perplexity", "bits_per_byte"}  # drawn first; functions of the loss
 
 
@@ -63,22 +64,29 @@ def verdict(run: dict, last_step: float | None) -> str:
     time = f" in {wording.format_seconds(seconds)}" if wording.is_number(seconds) else ""
     hardware = run["environment"].get("hardware")
     place = f" on {hardware}" if hardware else ""
-    results = ", ".join(f"{label[:1].lower()}{label[1:]} {shown}" for label, shown in ranked_metrics(run)[:2])
+    results = ", ".join(f"{label[:1].lower()}{label[1:]} {shown}" for _, label, shown in ranked_metrics(run)[:2])
     sentence = card.describe(run).rstrip(".") + f"{steps}{time}{place}"
     return f"{sentence}: {results}." if results else f"{sentence}."
 
 
-def ranked_metrics(run: dict) -> list[tuple[str, str]]:
-    """Return (label, shown value) of the metrics of quality, the most telling first."""
-    rows = [row for row in card.metric_rows(run) if wording.is_quality(row[0])]
-    names = {key: wording.split_metric(key)[1] for key, _, _ in rows}
-    rows.sort(key=lambda row: TILES.index(names[row[0]]) if names[row[0]] in TILES else len(TILES))
-    return [row[1:] for row in rows]
+def ranked_metrics(run: dict) -> list[tuple[str, str, str]]:
+    """Return (key, label, shown value) of the metrics of quality: the most telling first, and the test rows'."""
+    rows = [row for row in card.metric_rows(run) if wording.is_quality(row[0]) and not wording.is_baseline(row[0])]
+    interest = [run.get("about", {}).get("main_metric"), *TILES]
+
+    def rank(row: tuple[str, str, str]) -> tuple[int, int]:
+        return tuple(
+            known.index(part) if part in known else len(known)
+            for part, known in zip(reversed(wording.split_metric(row[0])), (interest, SPLITS), strict=True)
+        )
+
+    return sorted(rows, key=rank)
 
 
 def tiles(run: dict) -> list[tuple[str, str]]:
-    """Return (large figure, its name): at most three metrics, the time and the speed."""
-    found = [(shown, label) for label, shown in ranked_metrics(run)[:3]]
+    """Return (large figure, its name): at most three metrics of the same rows, the time and the speed."""
+    ranked = [(wording.split_metric(key)[0], shown, label) for key, label, shown in ranked_metrics(run)]
+    found = [(shown, label) for split, shown, label in ranked if split == ranked[0][0]][:3]
     if wording.is_number(run.get("train_seconds")):
         found.append((wording.format_seconds(run["train_seconds"]), "Training time"))
     if speed := wording.speed_of(run["throughput"]):

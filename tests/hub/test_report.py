@@ -206,6 +206,17 @@ def test_the_most_telling_metrics_come_first():
     ]
 
 
+def test_the_metric_of_the_task_leads_and_that_of_the_test_rows():
+    metrics = {"loss": 0.4, "accuracy": 0.9, "precision": 0.3, "f1": 0.25, "tokens": 70}
+    both = {f"{split}/{name}": value for split in ("validation", "test") for name, value in metrics.items()}
+    run = {"about": {"main_metric": "f1", "noun": "tagger"}, "metrics": both, "throughput": {}}
+    assert report.tiles(run) == [("0.25", "Test F1"), ("0.9", "Test accuracy"), ("0.4", "Test loss")]
+    assert report.tiles({**run, "metrics": {"validation/loss": 0.4}}) == [("0.4", "Validation loss")]
+    assert report.tiles({**run, "metrics": {}}) == []
+    run |= {"environment": {}, "model": {}, "data": {}, "config": {}}
+    assert report.verdict(run, None).endswith(": test F1 0.25, validation F1 0.25.")
+
+
 def test_tokens_stand_where_the_steps_reached_them(tmp_path):
     rows = [{"step": step, "loss": 4.0, "tokens": tokens} for step, tokens in ((1, 100), (2, 1000), (4, 2000))]
     page_of(tmp_path, RUN, rows)
