@@ -1,7 +1,7 @@
 """Image classification: one label for a whole image.  Accuracy, macro-F1 and top-5 accuracy over all predictions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -10,9 +10,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
-from bmtk.data.augmentation import Augmentation
-
-from .images import ImageArguments, ImageTask, PixelRows
+from .images import AugmentedImageArguments, ImageTask, PixelRows
 from .pictures import image_grid
 from .row_classification import RowClassification, RowClassificationArguments
 from .task import Prediction, setting
@@ -21,18 +19,11 @@ WORST = 24  # images of the report's picture
 
 
 @dataclass
-class ImageClassificationArguments(ImageArguments, RowClassificationArguments):
-    """Which images and labels, and what is done to images in training; evaluation sees them as they are."""
+class ImageClassificationArguments(AugmentedImageArguments, RowClassificationArguments):
+    """Which images and labels, and what is done to images in training, with their labels."""
 
     _argument_group_name = "data of image_classification"
 
-    random_crop: int = setting(
-        0, "training images move by up to so many pixels along each side, mirrored at the edges"
-    )
-    horizontal_flip: bool = setting(False, "mirror every second training image")
-    rand_augment: int = setting(0, "transformations of each training image, drawn from 14 (RandAugment)")
-    rand_augment_magnitude: float = setting(0.3, "their strength, from 0 to 1")
-    colour_jitter: float = setting(0.0, "brightness, contrast and saturation change by up to this share")
     random_erasing: float = setting(0.0, "probability that a rectangle of a training image becomes noise")
     mixup: float = setting(0.0, "mix two training images and their labels in shares from Beta(mixup, mixup)")
     cutmix: float = setting(0.0, "paste a rectangle of another training image, in shares from Beta(cutmix, cutmix)")
@@ -41,11 +32,6 @@ class ImageClassificationArguments(ImageArguments, RowClassificationArguments):
         super().__post_init__()
         if self.loss == "focal" and self.augmentation.mixes:
             raise ValueError(f"loss={self.loss} is not defined for mixed labels; leave mixup and cutmix out")
-
-    @property
-    def augmentation(self) -> Augmentation:
-        """Raises: ValueError for a value that is out of range."""
-        return Augmentation(**{field.name: getattr(self, field.name) for field in fields(Augmentation)})
 
 
 class ImageClassification(ImageTask, RowClassification):
@@ -84,8 +70,7 @@ class ImageClassification(ImageTask, RowClassification):
         if "label" in rows.column_names:
             labels = self.targets(rows["label"][:], where)
             rows = rows.remove_columns("label").add_column("labels", labels)
-        augmentation = self.args.augmentation if where == "train" else None
-        return self.pixel_rows(rows, where, augmentation=None if augmentation == Augmentation() else augmentation)
+        return self.pixel_rows(rows, where)
 
     def collator(self):
         def collate(rows: list[dict]) -> dict[str, torch.Tensor]:

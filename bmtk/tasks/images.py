@@ -5,7 +5,7 @@ B images, C channels, H x W pixels.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,25 @@ class ImageArguments:
         super().__post_init__()
         if self.on_corrupt not in ON_CORRUPT:
             raise ValueError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}")
+
+
+@dataclass
+class AugmentedImageArguments(ImageArguments):
+    """Also what is done to each image in training; evaluation sees them as they are."""
+
+    random_crop: int = setting(
+        0, "training images move by up to so many pixels along each side, mirrored at the edges"
+    )
+    horizontal_flip: bool = setting(False, "mirror every second training image")
+    rand_augment: int = setting(0, "transformations of each training image, drawn from 14 (RandAugment)")
+    rand_augment_magnitude: float = setting(0.3, "their strength, from 0 to 1")
+    colour_jitter: float = setting(0.0, "brightness, contrast and saturation change by up to this share")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.augmentation = Augmentation(
+            **{f.name: getattr(self, f.name) for f in fields(Augmentation) if f.name in vars(self)}
+        )
 
 
 class ImageTask(Task):
@@ -109,9 +128,11 @@ class ImageTask(Task):
         fits = isinstance(side, int) and {"height", "width"} <= dict(sizes).keys()
         return processor_class(size={"height": side, "width": side}) if fits else processor_class()
 
-    def pixel_rows(self, rows: Dataset, where: str, *, augmentation: Augmentation | None = None) -> "PixelRows":
-        """Rows with `pixels`; those of a split are decoded at once if they fit into memory."""
+    def pixel_rows(self, rows: Dataset, where: str) -> "PixelRows":
+        """Rows with `pixels`, decoded at once if a split fits into memory; those of training augmented."""
         limit = 0 if where == "input" else self.args.cache_megabytes * 10**6
+        is_augmented = where == "train" and self.args.augmentation != Augmentation()
+        augmentation = self.args.augmentation if is_augmented else None
         found = PixelRows(ImageRows(rows, where), self.resized, limit=limit, augmentation=augmentation, seed=self.seed)
         if where == "train":
             self.notes += [survey(rows, found.shape), found.whereabouts]

@@ -17,7 +17,7 @@ from transformers import AutoModelForMaskedImageModeling
 from bmtk.data.epochs import EpochRows
 from bmtk.data.masking import draws, hidden_cells
 
-from .images import ImageArguments, ImageTask, PixelRows
+from .images import AugmentedImageArguments, ImageTask, PixelRows
 from .pictures import as_png
 from .task import DataArguments, Prediction, mean_loss, setting
 
@@ -27,8 +27,8 @@ STAGES = ("image", "seen", "painted")
 
 
 @dataclass
-class MaskedImageModelingArguments(ImageArguments, DataArguments):
-    """Which images, and how much of them is hidden."""
+class MaskedImageModelingArguments(AugmentedImageArguments, DataArguments):
+    """Which images, what is done to them in training, and how much of them is hidden."""
 
     _argument_group_name = "data of masked_image_modeling"
 
@@ -190,8 +190,13 @@ class MaskedImages(EpochRows, torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.images.set_epoch(epoch)  # they are augmented, by other random numbers
+
     def __getitem__(self, row: int) -> dict:
-        hidden = hidden_cells(self.num_cells, self.ratio, draws(self.seed, self.epoch, row))
+        (draw,) = draws(self.seed, self.epoch, row).spawn(1)
+        hidden = hidden_cells(self.num_cells, self.ratio, draw)
         marks = {"is_shown": row in self.shown} if self.shown else {}
         return {**self.images[row], "hidden": hidden, **marks}
 

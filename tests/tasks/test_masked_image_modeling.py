@@ -51,6 +51,20 @@ def test_a_mask_hides_the_share_that_was_asked_for_and_depends_on_seed_epoch_and
     assert torch.equal(*measured)
 
 
+def test_training_images_move_and_flip_anew_in_every_epoch_and_hidden_cells_do_not_follow():
+    task, _ = make_task(random_crop=4, horizontal_flip=True)
+    plain, _ = make_task()
+    rows, fixed = (t.batch_rows(t.rows["train"], is_training=True) for t in (task, plain))
+    first, second = (rows.batch([3, 5], [epoch] * 2) for epoch in (0, 1))
+    assert not torch.equal(first["pixel_values"], second["pixel_values"])
+    assert torch.equal(first["pixel_values"], rows.batch([3, 5], [0, 0])["pixel_values"])
+    for epoch, batch in enumerate((first, second)):
+        assert torch.equal(batch["bool_masked_pos"], fixed.batch([3, 5], [epoch] * 2)["bool_masked_pos"])
+    assert torch.equal(fixed.batch([3], [0])["pixel_values"], fixed.batch([3], [1])["pixel_values"])
+    measured = [next(t.batches_in_order(t.rows["test"], batch_size=3)) for t in (task, plain)]
+    assert torch.equal(*(batch["pixel_values"] for batch in measured))
+
+
 @pytest.mark.parametrize(("model_type", "fields"), [("bm_transformer", TRANSFORMER), ("bm_cnn", CNN)])
 def test_metrics_are_errors_of_hidden_pixels_whatever_the_batches(model_type, fields):
     task, config = make_task(model_type, fields, mask_cell_size=8)
