@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from .updates import on_device
+from .updates import can_skip_logits, on_device
 
 # Dense 16-bit matrix FLOP/s with 32-bit accumulation, from the makers' data sheets.  The first name that the device's
 # name contains is taken, so a longer name stands before a shorter one.
@@ -45,18 +45,18 @@ PEAK_16_BIT = {
 }
 
 
-def flops_per_token(model: PreTrainedModel, context_length: int) -> float:
+def flops_per_token(model: PreTrainedModel, context_length: int, *, scored: float = 1.0) -> float:
     """Floating-point operations that one token costs in training: 6 N + 12 layers x heads x head size x context.
 
     N counts the parameters that take part in matrix products: lookup tables do not, an output head does, also where
-    the two share one table.  The second term is attention, counted without a causal discount; a trunk without
-    attention heads has none.  Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    the two share one table, for the share of tokens that are `scored`.  The second term is attention, counted without
+    a causal discount; a trunk without attention heads has none.  Source: Chowdhery et al. 2022, arXiv:2204.02311,
+    appendix B.
     """
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and p not in tables)
-    head = model.get_output_embeddings()
-    if head is not None and head.weight in tables:
-        matrices += head.weight.numel()
+    head = [] if (found := model.get_output_embeddings()) is None else [found.weight]
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and p not in {*tables, *head})
+    matrices += sum(scored * weight.numel() for weight in head)
     return 6.0 * matrices + 12.0 * _attention_width(model.config) * context_length
 
 
@@ -157,7 +157,11 @@ def build_meter(model: PreTrainedModel, unit: str, row: dict, accelerator: Accel
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     peak = peak_flops(accelerator.device, dtype)
-    of_unit = flops_per_token(model, row["input_ids"].shape[1]) if unit == "tokens" else flops_per_row(model, row)
+    if unit == "tokens":
+        scored = (row["labels"] != -100).float().mean().item() if can_skip_logits(model) else 1.0
+        of_unit = flops_per_token(model, row["input_ids"].shape[1], scored=scored)
+    else:
+        of_unit = flops_per_row(model, row)
     return Meter(of_unit, peak * accelerator.num_processes, unit=unit)
 
 

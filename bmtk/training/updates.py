@@ -105,7 +105,7 @@ class LossSum:
         parameters = inspect.signature(type(unwrapped).forward).parameters
         # With a cache, packed rows are attended across documents without a warning.
         self.options = {"use_cache": False} if "use_cache" in parameters or _caches(unwrapped) else {}
-        self.can_skip_logits = "skip_logits" in parameters
+        self.can_skip_logits = can_skip_logits(unwrapped)
 
     def __call__(self, batch: dict[str, torch.Tensor], own_items: int, count: torch.Tensor) -> torch.Tensor:
         batch = on_device(batch, self.device)
@@ -132,6 +132,11 @@ def _no_loss(outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """0, with a gradient of 0 for every parameter, as other processes wait for this one's."""
     found = (value for name, value in outputs.items() if name != "loss" and isinstance(value, torch.Tensor))
     return 0.0 * sum(value.sum() for value in found if value.requires_grad)
+
+
+def can_skip_logits(model: PreTrainedModel) -> bool:
+    """Whether `model` can make its loss without scoring the tokens that nothing is to be said of."""
+    return "skip_logits" in inspect.signature(type(model).forward).parameters
 
 
 def _caches(model: PreTrainedModel) -> bool:

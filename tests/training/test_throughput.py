@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_run import tiny_model
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import AutoModelForMaskedLM, ResNetConfig, ResNetForImageClassification
 
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.training import throughput
-from bmtk.training.throughput import Meter, flops_per_row, flops_per_token, peak_flops
+from bmtk.training.throughput import Meter, build_meter, flops_per_row, flops_per_token, peak_flops
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -14,6 +16,19 @@ def test_flops_per_token_count_matrices_head_and_attention(tied):
     matrices = 2 * (4 * 16 * 16 + 3 * 16 * 32) + 23 * 16  # two layers and the head, but no lookup table
     attention = 12 * 2 * 16 * 8  # 12 x layers x width x context
     assert flops_per_token(tiny_model(tied=tied), 8) == 6 * matrices + attention
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_masked_tokens_alone_the_head_costs_something(tied):
+    sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "tie_word_embeddings": tied}
+    model = AutoModelForMaskedLM.from_config(BmTransformerConfig(is_causal=False, **sizes))
+    ids, labels = torch.zeros(1, 8, dtype=torch.long), torch.full((1, 8), -100)
+    labels[0, :2] = 5
+    rows = [{"input_ids": ids, "labels": found} for found in (labels, ids)]
+    meters = [build_meter(model, "tokens", row, Accelerator(cpu=True)) for row in rows]
+    quarter, all_of_them = (meter.flops_per_unit for meter in meters)
+    assert all_of_them == flops_per_token(model, 8)
+    assert all_of_them - quarter == 6 * 0.75 * 30 * 16
 
 
 def test_a_model_without_attention_has_no_attention_term():
