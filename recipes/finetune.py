@@ -125,6 +125,7 @@ def plan(config, task, model, args) -> str:
     batches = task.train_batches(**sizes)
     steps = finetuning.total_steps(args, num_rows)
     step_rows = share * args.world_size
+    losses = {**task.losses, "criterion": finetuning.criterion_of(task, args)}
     return summary.run_plan(
         config,
         model,
@@ -132,7 +133,7 @@ def plan(config, task, model, args) -> str:
         epochs=steps * step_rows / num_rows,
         per_step=round(step_rows * task.units_per_row("train")),
         unit=task.unit,
-        seconds_per_step=seconds_per_step(model, batches, Accelerator(), **task.losses),
+        seconds_per_step=seconds_per_step(model, batches, Accelerator(), **losses),
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -323,9 +323,7 @@ class TaskTrainer(Trainer):
             self.add_callback(AverageWeights(self))
         if args.early_stopping_patience:
             self.add_callback(StopEarly(args.early_stopping_patience))
-        smoothing = {"label_smoothing": args.label_smoothing_factor} if args.label_smoothing_factor else {}
-        criterion = partial(task.criterion, **smoothing) if task.criterion else None
-        self.loss = LossSum(model, model, args.device, criterion=criterion, inputs_of=task.inputs_of)
+        self.loss = LossSum(model, model, args.device, criterion=criterion_of(task, args), inputs_of=task.inputs_of)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         counts = [int(self.task.num_items(batch)) for batch in batch_samples]
@@ -446,6 +444,12 @@ def choose_best_by(args: TrainingArguments, metric: str, *, among: Collection[st
         )
     if args.metric_for_best_model and args.greater_is_better is None:
         args.greater_is_better = not lower_is_better(args.metric_for_best_model)
+
+
+def criterion_of(task, args: TrainingArguments) -> Callable[..., torch.Tensor] | None:
+    """The task's criterion, smoothed as `args` say."""
+    smoothing = {"label_smoothing": args.label_smoothing_factor} if args.label_smoothing_factor else {}
+    return partial(task.criterion, **smoothing) if task.criterion else None
 
 
 def settle(args: TrainingArguments, task) -> None:

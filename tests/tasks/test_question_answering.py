@@ -374,6 +374,14 @@ def test_an_adapter_reads_the_kinds_of_tokens(tmp_path):
     assert torch.allclose(before, after)
 
 
+def test_a_plan_refuses_the_smoothing_that_the_loss_would_refuse(tmp_path):
+    argv = ["--task", "question_answering", "--train_file", *write(tmp_path / "train.jsonl", TRAIN)]
+    argv += ["--validation_file", *write(tmp_path / "validation.jsonl", OTHERS), "--tokenizer", "uncased_word"]
+    argv += ["--max_question_length", "5", "--stride", "2", "--model_type", "bm_rnn", "--hidden_size", "8"]
+    with pytest.raises(ValueError, match="label_smoothing_factor has no meaning where several answers may be right"):
+        finetune.main([*argv, "--output_dir", str(tmp_path / "run"), "--dry_run", "--label_smoothing_factor", "0.1"])
+
+
 def test_the_smoke_run_learns_and_every_recipe_reads_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "run"
