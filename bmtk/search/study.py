@@ -30,7 +30,9 @@ HOPELESS = 3  # so many trials failed, and none succeeded: it is not the values
 NUM_SHOWN = 5  # trials in the last table
 NUM_FOR_IMPORTANCES = 8  # of fewer trials nothing is said about what matters
 # Trials that differ in these are measured on other rows, or are somewhere else.
-INCOMPARABLE = arguments.SOURCE_KEYS | {"seed", "validation_fraction", "leakage", "output_dir", "overwrite_output_dir"}
+INCOMPARABLE = arguments.SOURCE_KEYS.union(
+    "seed validation_fraction group_column leakage output_dir overwrite_output_dir".split()
+)
 OF_THIS_RUN = {"config", "preset", "overwrite_output_dir", "resume_from_checkpoint"}  # no trial is told of them
 FREE_KEYS = arguments.FREE_RUN_KEYS | loop_arguments.FREE_KEYS | finetuning.FREE_KEYS  # may differ when it goes on
 OF_A_RESULT = {"push_to_hub", "private"}

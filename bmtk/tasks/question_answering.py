@@ -144,6 +144,11 @@ class QuestionAnswering(TextTask):
             raise ValueError(f"none of the {len(rows):,} train rows has an answer that is in its text at answer_start")
         return rows.select(kept)
 
+    @property
+    def group_option(self) -> str:
+        """The text, unless told otherwise: who has learned from one question about it has read it for the others."""
+        return "group_column" if self.args.group_column else "context_column"
+
     def training_texts(self) -> list[str]:
         rows = self.rows["train"]
         return [*dict.fromkeys(rows["context"]), *rows["question"]]

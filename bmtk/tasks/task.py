@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bmtk.data.batches import CollatedRows, GlobalBatches, Rows, sequential_batches
 from bmtk.data.duplicates import fingerprints
-from bmtk.data.tables import SPLITS, read_splits
+from bmtk.data.tables import SPLITS, check_column, read_splits
 
 from .inference import shown
 
@@ -41,6 +41,9 @@ class DataArguments:
     validation_file: list[str] | None = setting(None, "validation rows, likewise")
     test_file: list[str] | None = setting(None, "test rows, likewise")
     validation_fraction: float = setting(0.1, "share of training rows held out where no validation rows are given")
+    group_column: str | None = setting(
+        None, "rows with the same value here, such as a speaker, are held out together; of questions: their text"
+    )
     leakage: str = setting(
         "stop", "training rows whose input is among the validation or test rows, too: stop, drop (them) or allow"
     )
@@ -266,6 +269,11 @@ class Task:
     # ------------------------------------------------------------------------------------------------ in words
 
     @property
+    def group_option(self) -> str:
+        """The setting that names the column whose values are held out with all of their rows."""
+        return "group_column"
+
+    @property
     def settled(self) -> dict[str, object]:
         """Settings that the data decided."""
         return {}
@@ -307,19 +315,28 @@ class Task:
         tables = read_splits(args.dataset, files=files, splits=splits)
         self.holds_out = "train" in tables and "validation" in splits and "validation" not in tables
         if self.holds_out:
-            count = len(tables["train"])
-            held_out = round(count * args.validation_fraction)
-            if not 0 < held_out < count:
-                raise ValueError(
-                    f"{count} training rows are too few to hold out {args.validation_fraction:.0%} of them"
-                )
-            parts = tables["train"].train_test_split(held_out, seed=self.seed)
-            tables |= {"train": parts["train"], "validation": parts["test"]}
-            self.notes.append(
-                f"there are no validation rows: {held_out:,} of the {count:,} training rows are held out "
-                f"(validation_fraction={args.validation_fraction}, seed {self.seed})"
-            )
+            tables |= self._held_out(tables["train"])
         return {split: tables[split] for split in SPLITS if split in tables}  # samples are of the last
+
+    def _held_out(self, table: Dataset) -> dict[str, Dataset]:
+        """The rows of `table` to train on and to validate by, none of a group among both."""
+        share, column = self.args.validation_fraction, getattr(self.args, self.group_option)
+        if column:
+            check_column(table, column, option=self.group_option, where="train")
+        groups, kind = rows_of_groups(table, column), f"values of {column!r}" if column else "training rows"
+        count = round(len(groups) * share)
+        if not 0 < count < len(groups):
+            raise ValueError(f"{len(groups)} {kind} are too few to hold out {share:.0%} of them")
+        parts = Dataset.from_dict({"group": range(len(groups))}).train_test_split(count, seed=self.seed)
+        names = {"train": "train", "validation": "test"}
+        found = {split: [groups[group] for group in parts[part]["group"]] for split, part in names.items()}
+        tables = {split: table.select(np.concatenate(rows)) for split, rows in found.items()}
+        together = f", the rows of {count:,} {kind}" if column else ""
+        self.notes.append(
+            f"there are no validation rows: {len(tables['validation']):,} of the {len(table):,} training rows are "
+            f"held out{together} (validation_fraction={share}, seed {self.seed})"
+        )
+        return tables
 
     def _keep_apart(self) -> None:
         """See to it that no input is trained on that is measured on."""
@@ -349,6 +366,16 @@ class Task:
             self.notes.append(f"{found}: the results on these are not honest")
         else:
             raise ValueError(f"{found}; leakage=drop leaves them out of training, leakage=allow trains on them")
+
+
+def rows_of_groups(table: Dataset, column: str | None) -> list[np.ndarray]:
+    """The rows of each value of `column`, in the order of their first rows; without one, every row by itself."""
+    if column is None:
+        return [*np.arange(len(table))[:, None]]
+    found = {}
+    for row, mark in enumerate(fingerprints(table, [column])):
+        found.setdefault(mark, []).append(row)
+    return [np.array(rows) for rows in found.values()]
 
 
 def build_config(model_type: str, from_data: Mapping[str, object], chosen: Mapping[str, object]):

@@ -75,6 +75,8 @@ class TimeSeriesForecastingArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.group_column:
+            raise ValueError(f"group_column={self.group_column!r}: of series the end is held out; leave it out")
         if not 0 <= self.jitter < math.inf:
             raise ValueError(f"jitter={self.jitter} is out of range; give a number of at least 0 (0.1)")
         if not 0 <= self.window_slice < 1:

@@ -105,6 +105,17 @@ def test_a_tokenizer_that_cuts_on_the_left_reads_the_same_windows(tmp_path):
     assert left.rows["train"][0] == right.rows["train"][0]
 
 
+def test_questions_about_a_text_are_held_out_together(tmp_path):
+    rows = [{**row(), "context": f"{row()['context']} {number // 3}"} for number in range(12)]
+    write(tmp_path / "train.jsonl", rows)
+    args = {"train_file": [str(tmp_path / "train.jsonl")], "tokenizer": "uncased_word", "validation_fraction": 0.25}
+    task = QuestionAnswering(QuestionAnsweringArguments(**args, leakage="allow"))
+    trained, held_out = (set(task.rows[split]["context"]) for split in ("train", "validation"))
+    assert (len(trained), len(held_out), trained & held_out) == (3, 1, set())
+    with pytest.raises(ValueError, match="context_column='c' is not in the train data"):
+        QuestionAnswering(QuestionAnsweringArguments(**args, context_column="c"))
+
+
 def test_what_the_question_has_is_marked_by_how_much_of_it_in_a_row():
     ids, owners = [5, 6, 8, 0, 6, 7, 5, 6, 5, 6, 8, 0], [0] * 3 + [None] + [1] * 7 + [None]
     marks = {

@@ -124,6 +124,30 @@ def test_without_validation_rows_some_training_rows_are_held_out_and_said(tmp_pa
         make_task(tmp_path, train=TRAIN[:1], validation=None)
 
 
+def test_rows_of_a_group_are_held_out_together(tmp_path):
+    """As scikit-learn's GroupShuffleSplit has it: the share is one of groups."""
+    lines = [f"text {i},{'xy'[i % 2]},speaker {i % 7}" for i in range(40)]
+    path = tmp_path / "grouped.csv"
+    path.write_text("\n".join(["text,label,speaker", *lines]))
+    args = {"train_file": [str(path)], "vocab_size": 300, "validation_fraction": 0.3}
+    task = SequenceClassification(SequenceClassificationArguments(**args, group_column="speaker"))
+    of = {text: who for text, _, who in (line.split(",") for line in lines)}
+    trained, held_out = ({of[text] for text in task.rows[split]["text"]} for split in ("train", "validation"))
+    assert (len(trained), len(held_out), trained & held_out) == (5, 2, set())
+    assert len(task.rows["train"]) + len(task.rows["validation"]) == 40
+    count = len(task.rows["validation"])
+    assert task.notes[0] == (
+        f"there are no validation rows: {count} of the 40 training rows are held out, the rows of 2 values of "
+        "'speaker' (validation_fraction=0.3, seed 42)"
+    )
+    with pytest.raises(ValueError, match=r"group_column='who' is not in the train data; its columns are text, label"):
+        SequenceClassification(SequenceClassificationArguments(**args, group_column="who"))
+    with pytest.raises(ValueError, match="2 values of 'label' are too few to hold out 20% of them"):
+        SequenceClassification(
+            SequenceClassificationArguments(**{**args, "validation_fraction": 0.2}, group_column="label")
+        )
+
+
 def test_label_names_name_integers(tmp_path):
     task = make_task(tmp_path, [("a", 1), ("b", 0)], [("c", 1)], label_names=["no", "yes"])
     assert list(task.rows["train"]["label"]) == ["yes", "no"]

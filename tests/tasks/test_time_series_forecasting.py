@@ -373,6 +373,7 @@ def test_augmented_windows_depend_on_epoch_and_row_alone(tmp_path):
         ({"time_column": "when"}, "time_column='when' is not in the train data; its columns are date, a, b"),
         ({"id_column": "meter"}, "id_column='meter' is not in the train data; its columns are date, a, b"),
         ({"season": 0}, "season=0 must be at least 1 step"),
+        ({"group_column": "a"}, "group_column='a': of series the end is held out; leave it out"),
         ({"jitter": -1.0}, "jitter=-1.0 is out of range; give a number of at least 0"),
         ({"window_slice": 1.0}, "window_slice=1.0 is out of range; give a share of at least 0 and below 1"),
         ({"time_column": "none", "time_features": ["hour"]}, "time_features are read from time stamps"),
