@@ -28,6 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 # Where a run's data are, and what they are called: the command line replaces all of them or none.
 SOURCE_KEYS = frozenset(("dataset", "train_file", "validation_file", "test_file"))
 NAMES_OF_SOURCES = frozenset(("data_name", "data_licence"))
+ABOUT_ROWS = re.compile(r"label_names|\w+_column")  # what only the rows of a file's own source are sure to have
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]"
 # Keys that may differ when a run goes on: they say where it is described and published, not what is learned.
@@ -113,7 +114,11 @@ class RunConfig:
             path = configs / task / f"{cli.get('preset', default_name)}.yaml"
         values = read_yaml(path)
         if SOURCE_KEYS & cli.keys():  # the user's own data: neither mixed with the file's nor under its name
-            values = {key: value for key, value in values.items() if key not in SOURCE_KEYS | NAMES_OF_SOURCES}
+            is_default = not {"config", "preset"} & cli.keys()
+            dropped = (
+                SOURCE_KEYS | NAMES_OF_SOURCES | {key for key in values if is_default and ABOUT_ROWS.fullmatch(key)}
+            )
+            values = {key: value for key, value in values.items() if key not in dropped}
         return cls(values, argv, path)
 
     def get(self, key: str, default: object = None) -> object:

@@ -64,6 +64,19 @@ def test_a_value_of_the_wrong_type_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: argument --num_steps/--num-steps: invalid int value: 'many'\n"
 
 
+def test_own_data_have_neither_the_sources_nor_the_labels_of_a_file_that_nobody_asked_for(tmp_path):
+    (tmp_path / "task").mkdir()
+    path = tmp_path / "task" / "first.yaml"
+    path.write_text("{dataset: theirs, data_name: Theirs, label_names: [bad, good], text_column: said, num_steps: 1}")
+
+    def read(*argv):
+        return RunConfig.read(["--dataset", "mine", *argv], configs=tmp_path, default="task/first").file_values
+
+    assert read() == {"num_steps": 1}
+    asked_for = {"label_names": ["bad", "good"], "text_column": "said", "num_steps": 1}
+    assert read("--config", str(path)) == read("--preset", "first") == asked_for
+
+
 def test_an_unknown_key_is_told_with_the_file_that_holds_it():
     config = RunConfig({"learing_rate": 1}, ["--num_step", "3"], Path("my.yaml"))
     with pytest.raises(
