@@ -5,7 +5,7 @@ import math
 import re
 
 SPEEDS = frozenset("epoch runtime samples_per_second steps_per_second model_preparation_time".split())
-BASELINES = ("naive_", "seasonal_naive_")  # how metrics begin that are of a forecast without a model
+BASELINES = ("naive_", "seasonal_naive_", "mean_colour_")  # how metrics begin that are of a guess without a model
 # Parts of a metric's name that are not spelled as they are written there.
 SPELLED = {
     **{part: part.upper() for part in "ap bleu cer f1 mae mape mase mse rmse smape wer".split()},

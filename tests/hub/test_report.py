@@ -191,6 +191,7 @@ def test_the_unit_of_the_loss_is_the_tasks(tmp_path, about, unit):
 def test_what_a_model_is_compared_with_has_no_curve(tmp_path):
     rows = [{"step": 1, "loss": 1.0}]
     rows += [{"step": 1, "eval_mse": 0.4, "eval_naive_mse": 1.3, "eval_seasonal_naive_mae": 0.6}]
+    rows += [{"step": 1, "eval_mean_colour_mae": 0.2}]
     page = Page(page_of(tmp_path, {"task": "time_series_forecasting", "metrics": {}}, rows))
     assert page.charts == ["Loss", "Validation MSE"]
 
