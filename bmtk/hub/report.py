@@ -20,7 +20,7 @@ from bmtk.hub import card, facts, wording
 MAX_DRAWN = 1200  # points of one line; a longer one is drawn by the extremes of each stretch
 MAX_DOTS = 60  # points that are drawn and named one by one
 TILES = ("accuracy", "macro_f1", "f1", "loss", "perplexity", "bits_per_byte")  # in order of interest, three are shown
-SPLITS = ("test", "validation", "train")  # the same of rows
+SPLITS = ("test", "validation", "train")  # likewise of rows
 NOT_A_CHART = {"loss", "perplexity", "bits_per_byte"}  # drawn first; functions of the loss
 
 
@@ -70,7 +70,7 @@ def verdict(run: dict, last_step: float | None) -> str:
 
 
 def ranked_metrics(run: dict) -> list[tuple[str, str, str]]:
-    """Return (key, label, shown value) of the metrics of quality: the most telling first, and the test rows'."""
+    """Return (key, label, shown value) of what says how good a model is: by interest, and of one metric by SPLITS."""
     rows = [row for row in card.metric_rows(run) if wording.is_quality(row[0]) and not wording.is_baseline(row[0])]
     interest = [run.get("about", {}).get("main_metric"), *TILES]
 

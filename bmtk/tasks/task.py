@@ -117,6 +117,11 @@ class Task:
 
     # ------------------------------------------------------------------------------------------------ rows
 
+    @property
+    def group_option(self) -> str:
+        """The setting that names the column whose values are held out with all of their rows."""
+        return "group_column"
+
     def usable(self, table: Dataset, where: str) -> Dataset:
         """Those rows of `table` that can be read at all; called before `read_rows` and `encode_inputs`."""
         return table
@@ -267,11 +272,6 @@ class Task:
         return ""
 
     # ------------------------------------------------------------------------------------------------ in words
-
-    @property
-    def group_option(self) -> str:
-        """The setting that names the column whose values are held out with all of their rows."""
-        return "group_column"
 
     @property
     def settled(self) -> dict[str, object]:

@@ -139,6 +139,7 @@ def test_from_pretraining_to_a_classifier(tmp_path, monkeypatch):
     pretrain.main(["--task", "masked_image_modeling", "--preset", "smoke", "--output_dir", str(folder), *short])
     facts = json.loads((folder / "run.json").read_text())
     metrics = facts["metrics"]
+    assert facts["about"]["main_metric"] == "loss"  # what the report leads with
     assert metrics["validation/mae"] < 0.3
     assert facts["figures"][0]["title"].startswith("Hidden cells")
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
