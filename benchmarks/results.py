@@ -13,8 +13,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from bmtk.hub.facts import read_run
-from bmtk.hub.wording import (
+from bmtk.hub.formatting import (
     escape_markdown,
     format_compact,
     format_number,
@@ -23,6 +22,7 @@ from bmtk.hub.wording import (
     is_quality,
     split_metric,
 )
+from bmtk.hub.run_record import read_run
 from bmtk.tasks import TASKS
 
 SAME = frozenset(("seed", "output_dir", "overwrite_output_dir", "corpus_dir"))  # may differ within a row

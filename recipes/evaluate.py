@@ -22,10 +22,10 @@ from accelerate import Accelerator
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
-from bmtk.hub import facts, summary
+from bmtk.hub import run_record, summary
 from bmtk.tasks import task_named
 from bmtk.training import finetuning
-from bmtk.training.predicting import predict_all
+from bmtk.training.evaluation import predict_all
 
 OF_TRAINING = (
     "tokenizer",
@@ -66,7 +66,7 @@ def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
     if not values.get("model") and not {"-h", "--help"} & set(argv):
         raise ValueError("model is not set: name the folder or Hub id of the model to evaluate")
     folder = Path(str(values.get("model")))
-    run = facts.read_run(folder) if (folder / "run.json").is_file() else {}
+    run = run_record.read_run(folder) if (folder / "run.json").is_file() else {}
     task_class = task_named(values.get("task", run.get("task", "sequence_classification")))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
     known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
@@ -112,7 +112,9 @@ def write_metrics(evaluation: EvaluationArguments, task, metrics: dict[str, floa
     content = {"model": evaluation.model, "task": evaluation.task, "data": task.facts(), "metrics": metrics}
     content["inference"] = {"rows_per_second": speed}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"at": facts.now(), **content}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"at": run_record.now(), **content}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return path
 
 

@@ -20,17 +20,17 @@ from transformers import set_seed
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
-from bmtk.hub import facts, summary
-from bmtk.hub.conclusion import conclude
+from bmtk.hub import run_record, summary
+from bmtk.hub.finalize import finalize_run
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
 from bmtk.training import finetuning
 from bmtk.training.adapters import AdapterArguments, adapt
 from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
-from bmtk.training.interruption import noted_signals
 from bmtk.training.lr_range_test import suggest_rate
-from bmtk.training.rehearsal import seconds_per_step
+from bmtk.training.profiling import seconds_per_step
 from bmtk.training.run_folder import CHECKPOINTS, held
+from bmtk.training.signals import deferred_signals
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     if search.search:
         return search_settings(search, settings, task_class, recipe=__file__, log=print)
     is_main = args.process_index == 0
-    started_at = facts.now()
+    started_at = run_record.now()
     with args.main_process_first():
         task = task_class(data_args, seed=args.seed, **run.reading)
     set_seed(args.seed)
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     folder = Path(args.output_dir)
     free_keys = finetuning.FREE_KEYS | arguments.FREE_RUN_KEYS | task_class.free_keys
     check = {"overwrite": args.overwrite_output_dir, "resume": args.may_resume, "free_keys": free_keys}
-    signals = noted_signals(second_stops_at_once=args.world_size == 1)
+    signals = deferred_signals(second_stops_at_once=args.world_size == 1)
     with held(folder, config, is_main=is_main, **check), signals as request:
         history = RecordHistory(folder, unit=task.unit)
         callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
         results = finetuning.evaluate(trainer, task)
         finetuning.save(trainer, folder, merge=adapter.merge_adapter)
         if is_main:
-            conclude(
+            finalize_run(
                 folder,
                 run=run,
                 task=task,
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
                 recipe="finetune",
                 started_at=started_at,
                 train_seconds=history.seconds,
-                model=model_facts(trainer, run, adapter),
+                model=model_record(trainer, run, adapter),
                 throughput=history.throughput,
                 **vars(results),
             )
@@ -112,10 +112,10 @@ def build_model(run, task, adapter, chosen):
     return adapt(model, adapter, task_type=task.peft_task_type)
 
 
-def model_facts(trainer, run, adapter) -> dict[str, object]:
+def model_record(trainer, run, adapter) -> dict[str, object]:
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     saved_as = "adapter" if adapter.adapter and not adapter.merge_adapter else "model"
-    return {**facts.model_facts(model, base_model=run.model, adapter=adapter.adapter), "saved_as": saved_as}
+    return {**run_record.model_record(model, base_model=run.model, adapter=adapter.adapter), "saved_as": saved_as}
 
 
 def plan(config, task, model, args) -> str:

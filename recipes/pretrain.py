@@ -19,17 +19,17 @@ from transformers import set_seed
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
-from bmtk.hub import facts, summary
-from bmtk.hub.conclusion import conclude
+from bmtk.hub import run_record, summary
+from bmtk.hub.finalize import finalize_run
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
 from bmtk.training import checkpoint
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
+from bmtk.training.evaluation import Evaluator, Results
 from bmtk.training.finetuning import starting_model
 from bmtk.training.loop import build_accelerator, prepare, train
 from bmtk.training.lr_range_test import suggest_rate
-from bmtk.training.predicting import Evaluator, Results
-from bmtk.training.rehearsal import seconds_per_step
+from bmtk.training.profiling import seconds_per_step
 from bmtk.training.run_folder import held
 from bmtk.training.schedules import build_schedule
 from bmtk.training.throughput import build_meter
@@ -74,13 +74,13 @@ def main(argv: list[str]) -> None:
     free_keys = FREE_KEYS | arguments.FREE_RUN_KEYS | task_class.free_keys
     check = {"overwrite": args.overwrite_output_dir, "free_keys": free_keys}
     with held(folder, config, is_main=accelerator.is_main_process, **check):
-        started_at = facts.now()
+        started_at = run_record.now()
         task, model = build(folder)
         accelerator.print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)
         state, results, speeds = fit(model, task, args, config, accelerator)
         if accelerator.is_main_process:
             checkpoint.save_model(folder, model, task.processor)
-            conclude(
+            finalize_run(
                 folder,
                 run=run,
                 task=task,
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
                 recipe="pretrain",
                 started_at=started_at,
                 train_seconds=state.seconds,
-                model=facts.model_facts(model, base_model=run.model),
+                model=run_record.model_record(model, base_model=run.model),
                 throughput=speeds,
                 **vars(results),
             )

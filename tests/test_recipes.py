@@ -21,8 +21,8 @@ from transformers import AutoModel, AutoTokenizer, pipeline
 
 from bmtk.arguments import changed_settings, chosen_fields, read_yaml, resolved_config
 from bmtk.tasks import task_named
+from bmtk.training.evaluation import predict_all
 from bmtk.training.finetuning import starting_model
-from bmtk.training.predicting import predict_all
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bmtk.data.epochs import EpochRows
+from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.packing import IGNORED, PackedRows
 
 BLANKS = ("\u0120", "\u2581")  # how byte-level and SentencePiece tokenizers write the blank that a token begins with
@@ -22,7 +22,7 @@ def draws(seed: int, epoch: int, row: int) -> np.random.Generator:
     return np.random.default_rng((seed, int(epoch), int(row)))
 
 
-class MaskedTokens(EpochRows):
+class MaskedTokens(EpochDataset):
     """Packed rows of which some tokens are to be guessed; `batch(...)` is int64 tensors (B, L).
 
     `labels`: the tokens that were hidden, -100 elsewhere.  `input_ids`: a hidden token is the mask token (80 %), any

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
-from .epochs import EpochRows
+from .epoch_dataset import EpochDataset
 
 
 @dataclass
-class TokenDropout(EpochRows):
+class TokenDropout(EpochDataset):
     """`rows` whose `input_ids` (or each of their lists) become `hidden` with probability `share`; `kept` never do.
 
     What is hidden depends on the seed, the epoch and the row only, so a run that is resumed goes on the same way.

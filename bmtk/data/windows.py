@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .epochs import EpochRows
+from .epoch_dataset import EpochDataset
 from .series import Series, calendar_features
 
 
@@ -97,7 +97,7 @@ class Windows(torch.utils.data.Dataset):
 
 
 @dataclass
-class ChangedWindows(EpochRows):
+class ChangedWindows(EpochDataset):
     """`rows` that differ in every epoch: an augmentation.
 
     The past gets noise of deviation `jitter` (in standardised units), and a window shows up to the share `cut` less

@@ -14,8 +14,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from bmtk.hub.facts import read_history, read_run, scrub_text
-from bmtk.hub.wording import (
+from bmtk.hub.formatting import (
     SPEEDS,
     escape_markdown,
     fence,
@@ -33,6 +32,7 @@ from bmtk.hub.wording import (
     speed_of,
     split_metric,
 )
+from bmtk.hub.run_record import read_history, read_run, scrub_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 

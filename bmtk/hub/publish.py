@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from bmtk.hub.bundle import TOKEN, Bundle, PublishError, is_allowed, read_bundle, read_json, refuse_tokens
 from bmtk.hub.card import write_card
-from bmtk.hub.proof import prove, record
+from bmtk.hub.verification import prove, record
 
 logger = logging.getLogger(__name__)
 

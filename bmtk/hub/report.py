@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
-from bmtk.hub import card, facts, wording
+from bmtk.hub import card, formatting, run_record
 
 MAX_DRAWN = 1200  # points of one line; a longer one is drawn by the extremes of each stretch
 MAX_DOTS = 60  # points that are drawn and named one by one
@@ -29,8 +29,8 @@ def write_report(directory: str | Path) -> Path:
 
     Raises: FileNotFoundError or ValueError when `run.json` is missing or is not a JSON object.
     """
-    run = facts.read_run(directory)
-    history = History(directory)
+    run = run_record.read_run(directory)
+    history = Curves(directory)
     loader = FileSystemLoader(card.TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.get_template("report.html").render(
@@ -47,7 +47,7 @@ def write_report(directory: str | Path) -> Path:
         model=model_rows(run),
         procedure=card.procedure_rows(run),
         environment=card.environment_rows(run),
-        config=[(key, wording.show(value)) for key, value in run["config"].items()],
+        config=[(key, formatting.show(value)) for key, value in run["config"].items()],
     )
     path = Path(directory) / "report.html"
     path.write_text(text, encoding="utf-8", newline="\n")
@@ -59,9 +59,9 @@ def write_report(directory: str | Path) -> Path:
 
 def verdict(run: dict, last_step: float | None) -> str:
     """Say in one sentence how long the model was trained, on what machine and how well it does."""
-    steps = f" for {last_step:,.0f} {wording.plural('steps', last_step)}" if last_step is not None else ""
+    steps = f" for {last_step:,.0f} {formatting.plural('steps', last_step)}" if last_step is not None else ""
     seconds = run.get("train_seconds")
-    time = f" in {wording.format_seconds(seconds)}" if wording.is_number(seconds) else ""
+    time = f" in {formatting.format_seconds(seconds)}" if formatting.is_number(seconds) else ""
     hardware = run["environment"].get("hardware")
     place = f" on {hardware}" if hardware else ""
     results = ", ".join(f"{label[:1].lower()}{label[1:]} {shown}" for _, label, shown in ranked_metrics(run)[:2])
@@ -71,13 +71,15 @@ def verdict(run: dict, last_step: float | None) -> str:
 
 def ranked_metrics(run: dict) -> list[tuple[str, str, str]]:
     """Return (key, label, shown value) of what says how good a model is: by interest, and of one metric by SPLITS."""
-    rows = [row for row in card.metric_rows(run) if wording.is_quality(row[0]) and not wording.is_baseline(row[0])]
+    rows = [
+        row for row in card.metric_rows(run) if formatting.is_quality(row[0]) and not formatting.is_baseline(row[0])
+    ]
     interest = [run.get("about", {}).get("main_metric"), *TILES]
 
     def rank(row: tuple[str, str, str]) -> tuple[int, int]:
         return tuple(
             known.index(part) if part in known else len(known)
-            for part, known in zip(reversed(wording.split_metric(row[0])), (interest, SPLITS), strict=True)
+            for part, known in zip(reversed(formatting.split_metric(row[0])), (interest, SPLITS), strict=True)
         )
 
     return sorted(rows, key=rank)
@@ -85,12 +87,12 @@ def ranked_metrics(run: dict) -> list[tuple[str, str, str]]:
 
 def tiles(run: dict) -> list[tuple[str, str]]:
     """Return (large figure, its name): at most three metrics of the same rows, the time and the speed."""
-    ranked = [(wording.split_metric(key)[0], shown, label) for key, label, shown in ranked_metrics(run)]
+    ranked = [(formatting.split_metric(key)[0], shown, label) for key, label, shown in ranked_metrics(run)]
     found = [(shown, label) for split, shown, label in ranked if split == ranked[0][0]][:3]
-    if wording.is_number(run.get("train_seconds")):
-        found.append((wording.format_seconds(run["train_seconds"]), "Training time"))
-    if speed := wording.speed_of(run["throughput"]):
-        found.append((wording.format_compact(speed[1]), speed[0].capitalize()))
+    if formatting.is_number(run.get("train_seconds")):
+        found.append((formatting.format_seconds(run["train_seconds"]), "Training time"))
+    if speed := formatting.speed_of(run["throughput"]):
+        found.append((formatting.format_compact(speed[1]), speed[0].capitalize()))
     return found
 
 
@@ -98,7 +100,7 @@ def model_rows(run: dict) -> list[tuple[str, str]]:
     """Return the model's facts as a table."""
     names = {"num_parameters": "parameters", "base_model": "base model", "model_type": "model type"}
     named = ((names.get(key, key), value) for key, value in run["model"].items() if value is not None)
-    return [(k, wording.format_number(v) if wording.is_number(v) else wording.show(v)) for k, v in named]
+    return [(k, formatting.format_number(v) if formatting.is_number(v) else formatting.show(v)) for k, v in named]
 
 
 def embed_figure(figure: dict) -> dict | None:
@@ -116,13 +118,13 @@ def embed_figure(figure: dict) -> dict | None:
     except (KeyError, TypeError, ValueError):
         return None
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return {"title": facts.scrub_text(str(figure.get("title", "Figure"))), "source": source} if valid else None
+    return {"title": run_record.scrub_text(str(figure.get("title", "Figure"))), "source": source} if valid else None
 
 
 # --------------------------------------------------------------------------------------------------- the numbers
 
 
-class History:
+class Curves:
     """The columns of `history.jsonl`: `history[key]` is (steps, values), in order of steps.
 
     A step that was logged twice (before and after a resume) counts as it was logged last.
@@ -130,10 +132,10 @@ class History:
 
     def __init__(self, directory: str | Path):
         self.columns: dict[str, dict[float, float]] = {}
-        for row in facts.read_history(directory):
+        for row in run_record.read_history(directory):
             for key, value in row.items():
                 value = math.nan if value in ("NaN", "nan") else value
-                if key != "step" and wording.is_number(value):
+                if key != "step" and formatting.is_number(value):
                     self.columns.setdefault(key, {})[row["step"]] = value
         steps = [step for column in self.columns.values() for step in column]
         self.first_step, self.last_step = min(steps, default=None), max(steps, default=None)
@@ -147,7 +149,9 @@ class History:
     def validation_keys(self) -> list[str]:
         """Return the columns that were measured on the validation data, except speeds."""
         return [
-            key for key in self.columns if wording.split_metric(key)[0] == "validation" and wording.is_quality(key)
+            key
+            for key in self.columns
+            if formatting.split_metric(key)[0] == "validation" and formatting.is_quality(key)
         ]
 
 
@@ -225,9 +229,9 @@ def format_ticks(values: Sequence[float], *, log: bool = False) -> list[str]:
     """Return the labels of the ticks of one axis, all with the same number of decimals."""
     largest = max(map(abs, values), default=0)
     if log:
-        return [f"{value:g}" if value < 1e4 else wording.format_compact(value).replace(" ", "") for value in values]
+        return [f"{value:g}" if value < 1e4 else formatting.format_compact(value).replace(" ", "") for value in values]
     if largest >= 1e4:
-        return [wording.format_compact(value).replace(" ", "") for value in values]
+        return [formatting.format_compact(value).replace(" ", "") for value in values]
     exponent = math.floor(math.log10(largest)) if 0 < largest < 1e-2 else 0
     scaled = [value / 10.0**exponent for value in values]
     decimals = next(n for n in range(12) if n == 11 or all(abs(round(v, n) - v) < 1e-6 for v in scaled))
@@ -295,10 +299,10 @@ class Chart:
     note: str
 
 
-def charts(run: dict, history: History) -> list[Chart]:
+def charts(run: dict, history: Curves) -> list[Chart]:
     """Return the charts that the history has values for, the loss first."""
     validation = history.validation_keys()
-    losses = tuple(key for key in validation if wording.split_metric(key)[1] == "loss")
+    losses = tuple(key for key in validation if formatting.split_metric(key)[1] == "loss")
     speeds = [key for key in history.columns if key.endswith("_per_second") and "/" not in key]
     unit = run["about"].get("loss_unit", "nats")
     panels = [
@@ -308,14 +312,16 @@ def charts(run: dict, history: History) -> list[Chart]:
         *(Panel("Throughput", key.replace("_", " "), (key,), from_zero=True) for key in speeds),
         Panel("Model FLOPs utilisation", "%", ("mfu",), from_zero=True, scale=100),
     ]
-    others = (key for key in validation if wording.split_metric(key)[1] not in NOT_A_CHART)
-    panels += [Panel(wording.metric_label(key), validation=(key,)) for key in others if not wording.is_baseline(key)]
+    others = (key for key in validation if formatting.split_metric(key)[1] not in NOT_A_CHART)
+    panels += [
+        Panel(formatting.metric_label(key), validation=(key,)) for key in others if not formatting.is_baseline(key)
+    ]
     logged = history.columns.keys()
     found = [draw(panel, history) for panel in panels if logged & {*panel.train, *panel.validation}]
     return found[:1] + second_half(panels[0], history) + found[1:]
 
 
-def second_half(panel: Panel, history: History) -> list[Chart]:
+def second_half(panel: Panel, history: Curves) -> list[Chart]:
     """Return the chart of the second half, when the first half flattens it below a quarter of the height."""
     steps, values = history[panel.train[0]]
     late, finite = steps >= steps.max(initial=0) / 2, np.isfinite(values)
@@ -324,7 +330,7 @@ def second_half(panel: Panel, history: History) -> list[Chart]:
     return [draw(replace(panel, title="Loss, second half", unit="", wide=False, since=float(steps[late][0])), history)]
 
 
-def draw(panel: Panel, history: History) -> Chart:
+def draw(panel: Panel, history: Curves) -> Chart:
     """Return the chart of a panel, at least one of whose columns was logged."""
     keys = [key for key in (*panel.train, *panel.validation) if key in history.columns]
     found = []  # (css class, name, steps, values)
@@ -355,10 +361,13 @@ def draw_line(css: str, name: str, steps: np.ndarray, values: np.ndarray, x_axis
     alone = finite & starts & ~np.concatenate([finite[1:], [False]])
     named = finite if css == "validation" and finite.sum() <= MAX_DOTS else alone
     dots = [
-        (f"M{x[i]:.2f} {y[i]:.2f}h.01", f"step {steps[kept][i]:,.0f}: {wording.format_number(float(values[kept][i]))}")
+        (
+            f"M{x[i]:.2f} {y[i]:.2f}h.01",
+            f"step {steps[kept][i]:,.0f}: {formatting.format_number(float(values[kept][i]))}",
+        )
         for i in np.flatnonzero(named)
     ]
-    return Line(css, name, wording.format_number(float(values[-1])), path, dots)
+    return Line(css, name, formatting.format_number(float(values[-1])), path, dots)
 
 
 def find_breaks(columns: list[tuple[np.ndarray, np.ndarray]], x_axis: Axis) -> tuple[list[float], str]:
@@ -376,11 +385,11 @@ def find_breaks(columns: list[tuple[np.ndarray, np.ndarray]], x_axis: Axis) -> t
     return places, f"{found} {shown}."
 
 
-def token_ticks(history: History, x_axis: Axis) -> list[tuple[float, str]]:
+def token_ticks(history: Curves, x_axis: Axis) -> list[tuple[float, str]]:
     """Return the ticks of the tokens seen, placed where the steps reached them."""
     steps, tokens = history["tokens"]
     if len(steps) < 2 or not np.all(np.isfinite(tokens)) or np.any(np.diff(tokens) <= 0):
         return []
     values = [value for value in Axis(0.0, float(tokens[-1])).values(6) if value >= tokens[0]]
     places = x_axis.place(np.interp(values, tokens, steps)).tolist()
-    return list(zip(places, [wording.format_compact(value).replace(" ", "") for value in values], strict=True))
+    return list(zip(places, [formatting.format_compact(value).replace(" ", "") for value in values], strict=True))

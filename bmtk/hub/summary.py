@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from bmtk.hub.facts import read_run
-from bmtk.hub.wording import format_number, format_seconds, is_number, metric_label, speed_of
+from bmtk.hub.formatting import format_number, format_seconds, is_number, metric_label, speed_of
+from bmtk.hub.run_record import read_run
 
 
 def run_summary(directory: str | Path, *, next_command: str) -> str:

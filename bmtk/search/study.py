@@ -15,12 +15,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from bmtk import arguments
-from bmtk.hub.wording import format_number, format_seconds
+from bmtk.hub.formatting import format_number, format_seconds
 from bmtk.training import arguments as loop_arguments
 from bmtk.training import finetuning
-from bmtk.training.interruption import noted_signals
-from bmtk.training.predicting import lower_is_better
+from bmtk.training.evaluation import lower_is_better
 from bmtk.training.run_folder import held
+from bmtk.training.signals import deferred_signals
 
 from .space import SearchArguments, default_space, read_space
 from .trial import RecipeTrials, TrialFailed, write_settings
@@ -62,7 +62,7 @@ def search_settings(
         in_trials.setdefault("corpus_dir", str(folder / "corpus"))  # tokens are made once
     config = {**arguments.resolved_config(*settings), **vars(args)}
     check = {"overwrite": training.overwrite_output_dir, "free_keys": FREE_KEYS | task_class.free_keys}
-    with held(folder, config, **check), noted_signals(second_stops_at_once=False) as request:
+    with held(folder, config, **check), deferred_signals(second_stops_at_once=False) as request:
         maximise = getattr(training, "greater_is_better", None)
         maximise = not lower_is_better(metric) if maximise is None else maximise
         study = open_study(folder / JOURNAL, maximise=maximise, first=_inside(space, current))

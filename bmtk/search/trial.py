@@ -12,10 +12,10 @@ from pathlib import Path
 import optuna
 import yaml
 
-from bmtk.hub.facts import read_run
+from bmtk.hub.run_record import read_run
 from bmtk.training.history import History
-from bmtk.training.interruption import Stopped, StopRequest
 from bmtk.training.run_folder import CHECKPOINTS, locked
+from bmtk.training.signals import Stopped, StopRequest
 
 SETTINGS, LOG = "trial.yaml", "log.txt"  # of a trial's folder
 STOPPED = (130, 143)  # exit status of a run that was asked to stop, and has been saved

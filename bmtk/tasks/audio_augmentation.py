@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bmtk.data.media import resampled
-
-from .task import setting
+from bmtk.settings import setting
 
 LONGEST_TIME_MASK = 0.5  # of a recording: p of the paper's policies is 0.2 to 1
 

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from bmtk.data.labels import label_name
 from bmtk.data.tables import check_column
 
-from .pictures import as_png
+from .figures import as_png
 
 LEAST_VISIBLE = 0.3  # share of a box that must still be in a cropped image; the rest teaches no one where it ends
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324")

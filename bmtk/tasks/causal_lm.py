@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, set_seed
 
 from bmtk.data.batches import GlobalBatches
-from bmtk.data.lanes import LaneBatches
 from bmtk.data.packing import PackedRows
+from bmtk.data.tbptt import TBPTTBatches
 from bmtk.data.token_store import TokenStore
 from bmtk.metrics.texts import bits_per_byte, perplexity
+from bmtk.settings import setting
 
 from .corpora import CorpusArguments, CorpusTask
-from .task import Prediction, mean_loss, setting
+from .task import Prediction, mean_loss
 
 
 @dataclass
@@ -90,7 +91,7 @@ class CausalLM(CorpusTask):
         return self.args.carry_state
 
     def train_batches(self, **sizes) -> GlobalBatches:
-        return LaneBatches(self.rows["train"], **sizes) if self.args.carry_state else super().train_batches(**sizes)
+        return TBPTTBatches(self.rows["train"], **sizes) if self.args.carry_state else super().train_batches(**sizes)
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
         return rows.map(lambda batch: self.processor(batch["text"], add_special_tokens=False), batched=True)

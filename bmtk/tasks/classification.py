@@ -7,9 +7,10 @@ import torch
 from datasets import Dataset
 
 from bmtk.data.labels import in_order, some
+from bmtk.settings import setting
 
-from .problems import OneLabel, Problem
-from .task import DataArguments, Task, setting
+from .label_types import LabelType, OneLabel
+from .task import DataArguments, Task
 
 
 @dataclass
@@ -38,7 +39,7 @@ class ClassificationArguments(DataArguments):
 class Classification(Task):
     """Labels are read by name, and a `problem` says what is made of them."""
 
-    problem: Problem | None = None  # decided by `read_rows` or `prepare`
+    problem: LabelType | None = None  # decided by `read_rows` or `prepare`
 
     @classmethod
     def incomparable(cls, args: ClassificationArguments, metric: str) -> dict[str, str]:

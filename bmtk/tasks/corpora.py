@@ -16,8 +16,9 @@ from bmtk.data.sources import Texts, has_split, read_texts
 from bmtk.data.tables import SPLITS, check_column
 from bmtk.data.token_store import TokenStore, build_token_store
 from bmtk.data.tokenizers import KINDS, mask_token, train_tokenizer
+from bmtk.settings import setting
 
-from .task import Task, setting
+from .task import Task
 from .texts import pad_texts
 
 

@@ -16,12 +16,13 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from bmtk.data.packing import PackedRows
 from bmtk.data.sources import Texts
-from bmtk.data.spans import CorruptedSpans, noise_mask, num_spans, with_sentinels
+from bmtk.data.span_corruption import CorruptedSpans, noise_mask, num_spans, with_sentinels
 from bmtk.data.token_store import TokenStore
 from bmtk.metrics.texts import perplexity
+from bmtk.settings import setting
 
 from .corpora import CorpusArguments, CorpusTask
-from .task import Prediction, mean_loss, setting
+from .task import Prediction, mean_loss
 
 MEASURED_SEED = 0  # of the spans of validation and test rows
 SAMPLE_TOKENS = 24  # of a text that the report shows

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from bmtk.data.windows import Windows
 
-from .pictures import as_svg
+from .figures import as_svg
 
 MOST_COLUMNS = 3  # of a picture
 PAST_SHOWN = 2  # forecast lengths of context before a forecast, in a picture

@@ -10,10 +10,12 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
+from bmtk.settings import setting
+
+from .figures import image_grid
 from .images import AugmentedImageArguments, ImageTask, PixelRows
-from .pictures import image_grid
 from .row_classification import RowClassification, RowClassificationArguments
-from .task import Prediction, setting
+from .task import Prediction
 
 WORST = 24  # images of the report's picture
 

@@ -19,15 +19,16 @@ from torch.nn import functional as F
 from transformers import AutoModel, VisionTextDualEncoderConfig, VisionTextDualEncoderProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from bmtk.data.epochs import EpochRows
-from bmtk.data.image_changes import Changes, changed, drawn_changes
+from bmtk.data.epoch_dataset import EpochDataset
+from bmtk.data.image_transforms import BatchTransform, apply_batch_transform, draw_batch_transform
 from bmtk.data.masking import draws
 from bmtk.data.tables import check_column
 from bmtk.metrics.retrieval import retrieval_scores
+from bmtk.settings import setting
 
+from .figures import as_png
 from .images import ImageArguments, ImageRows, ImageTask
-from .pictures import as_png
-from .task import DataArguments, Prediction, Task, build_config, known_fields, setting
+from .task import DataArguments, Prediction, Task, build_config, known_fields
 from .texts import TextArguments, TextTask
 
 TOP = (1, 5)  # a hit is among so many best
@@ -176,8 +177,8 @@ class ImageTextContrastive(TextTask, ImageTask):
         def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
             pixels = torch.stack([row["pixels"] for row in rows])
             if "changes" in rows[0]:
-                pixels = changed(
-                    pixels, Changes(*map(torch.stack, zip(*(row["changes"] for row in rows), strict=True)))
+                pixels = apply_batch_transform(
+                    pixels, BatchTransform(*map(torch.stack, zip(*(row["changes"] for row in rows), strict=True)))
                 )
             texts = self.tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
             labels = torch.tensor([row["caption"] for row in rows])
@@ -271,7 +272,7 @@ class ImageTextContrastive(TextTask, ImageTask):
         return "'an_image.png', candidate_labels=['a cat', 'a dog'], hypothesis_template='{}'"
 
 
-class Pairs(EpochRows, torch.utils.data.Dataset):
+class Pairs(EpochDataset, torch.utils.data.Dataset):
     """Images and captions.  For training, a caption and changes of the image are drawn: functions of seed, epoch, row.
 
     A row: `pixels` (C, H, W), `input_ids`, `caption` (a number that equal captions share), `changes`.
@@ -294,7 +295,7 @@ class Pairs(EpochRows, torch.utils.data.Dataset):
             draw = draws(self.task.seed, self.epoch, row)
             text = texts[draw.integers(len(texts))]
             if self.strength:
-                changes["changes"] = drawn_changes(self.strength, draw)
+                changes["changes"] = draw_batch_transform(self.strength, draw)
         return {"pixels": self._pixels(row), "input_ids": text, "caption": int(self.names[row]), **changes}
 
     def _pixels(self, row: int) -> torch.Tensor:

@@ -14,12 +14,13 @@ from datasets import Dataset
 from transformers import AutoImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from bmtk.data.augmentation import Augmentation
-from bmtk.data.epochs import EpochRows
+from bmtk.data.epoch_dataset import EpochDataset
+from bmtk.data.image_transforms import Augmentation
 from bmtk.data.media import ON_CORRUPT, decode_image, image_header, in_colour
 from bmtk.data.tables import check_column
+from bmtk.settings import setting
 
-from .task import Task, setting
+from .task import Task
 
 SURVEYED = 1000  # rows whose sizes and kinds are noted, and whose pixels are averaged where not all are in memory
 AT_ONCE = 256  # rows that are decoded together
@@ -187,7 +188,7 @@ class ImageRows(torch.utils.data.Dataset):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-class PixelRows(EpochRows, torch.utils.data.Dataset):
+class PixelRows(EpochDataset, torch.utils.data.Dataset):
     """Rows with "pixels" (C, H, W), uint8, and every other column of `rows`.
 
     They are kept in memory if all of them take no more than `limit` bytes.  Augmented is a row only from the first

@@ -14,12 +14,13 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import AutoModelForMaskedImageModeling
 
-from bmtk.data.epochs import EpochRows
+from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.masking import draws, hidden_cells
+from bmtk.settings import setting
 
+from .figures import as_png
 from .images import AugmentedImageArguments, ImageTask, PixelRows
-from .pictures import as_png
-from .task import DataArguments, Prediction, mean_loss, setting
+from .task import DataArguments, Prediction, mean_loss
 
 MEASURED_SEED = 0  # of the masks of validation and test rows
 SHOWN = 6  # images of a split that the report shows
@@ -177,7 +178,7 @@ class MaskedImageModeling(ImageTask):
         return torch.tensor(processor.image_std)[:, None, None], torch.tensor(processor.image_mean)[:, None, None]
 
 
-class MaskedImages(EpochRows, torch.utils.data.Dataset):
+class MaskedImages(EpochDataset, torch.utils.data.Dataset):
     """Images with a mask each, (num_cells,) with 1 at hidden cells: a function of seed, `set_epoch` and the row.
 
     Of measured rows, `is_shown` marks those in `shown`.

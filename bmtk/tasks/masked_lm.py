@@ -17,9 +17,10 @@ from bmtk.data.masking import MaskedTokens
 from bmtk.data.packing import PackedRows
 from bmtk.data.token_store import TokenStore
 from bmtk.metrics.texts import perplexity
+from bmtk.settings import setting
 
 from .corpora import CorpusArguments, CorpusTask
-from .task import Prediction, mean_loss, setting
+from .task import Prediction, mean_loss
 
 MEASURED_SEED = 0  # of the masks of validation and test rows
 TOP = 5  # guesses that are told of each mask

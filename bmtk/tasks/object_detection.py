@@ -15,15 +15,16 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForObjectDetection
 
-from bmtk.data.epochs import EpochRows
+from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.labels import agreed_labels, in_order, some
 from bmtk.data.media import image_size
 from bmtk.metrics.boxes import average_precisions, summary
+from bmtk.settings import setting
 
 from .boxes import BoxAugmentation, cut, picture_of_boxes, read_objects, with_boxes
 from .classification import labels_of
 from .images import ImageArguments, ImageRows, ImageTask
-from .task import DataArguments, Prediction, mean_loss, setting, spread_and_worst
+from .task import DataArguments, Prediction, mean_loss, spread_and_worst
 
 FLIPS = ("none", "horizontal", "both")
 LEAST_SCORE = 0.05  # of a box that is measured; what lies below changes an average precision little and costs time
@@ -60,7 +61,7 @@ class ObjectDetectionArguments(ImageArguments, DataArguments):
             raise ValueError(f"score_threshold={self.score_threshold} must be from {LEAST_SCORE} to 1")
 
 
-class DetectionRows(EpochRows, ImageRows):
+class DetectionRows(EpochDataset, ImageRows):
     """Rows {"image", "annotations"}, annotations as in COCO.
 
     As soon as a training loop has named an epoch, images are augmented, as a function of seed, epoch and row alone.

@@ -19,9 +19,10 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from bmtk.data.tables import check_column
 from bmtk.metrics.answers import agreement, is_chinese
+from bmtk.settings import setting
 
-from .pictures import as_svg
-from .task import DataArguments, Prediction, mean_loss, setting, spread_and_worst
+from .figures import as_svg
+from .task import DataArguments, Prediction, mean_loss, spread_and_worst
 from .texts import TextArguments, TextTask, padded
 
 SCORED_BY = ("words", "characters")

@@ -9,13 +9,14 @@ from datasets import Dataset
 from transformers import AutoFeatureExtractor
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
-from bmtk.data.epochs import EpochRows
+from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.media import ON_CORRUPT, audio_seconds, decode_audio
 from bmtk.data.tables import check_column
+from bmtk.settings import setting
 
 from .audio_augmentation import AudioAugmentationArguments, changed_samples, masked_frames
-from .pictures import spectrograms
-from .task import Prediction, Task, setting
+from .figures import spectrograms
+from .task import Prediction, Task
 
 CACHED_BYTES = 1 << 30  # features kept of a split, at most
 SHOWN = 6  # recordings in a figure
@@ -140,7 +141,7 @@ class RecordingTask(Task):
         return f"accelerate launch recipes/predict.py --model {directory} --input a_recording.wav"
 
 
-class RecordingRows(EpochRows, torch.utils.data.Dataset):
+class RecordingRows(EpochDataset, torch.utils.data.Dataset):
     """Rows whose recording is decoded when it is asked for, and its features kept while they fit; errors name the row.
 
     What `changes` asks for is a function of (seed, epoch, row).

@@ -7,10 +7,11 @@ import torch
 from datasets import ClassLabel, Dataset
 
 from bmtk.data.tables import check_column
+from bmtk.settings import setting
 
 from .classification import Classification, ClassificationArguments, labels_of
-from .problems import PROBLEMS, Numbers, OneLabel, SeveralLabels
-from .task import Prediction, mean_loss, setting, spread_and_worst
+from .label_types import LABEL_TYPES, Numbers, OneLabel, SeveralLabels
+from .task import Prediction, mean_loss, spread_and_worst
 
 NOTED = {SeveralLabels: "several labels a row", Numbers: "numbers with fractions"}
 
@@ -21,15 +22,15 @@ class RowClassificationArguments(ClassificationArguments):
 
     problem_type: str | None = setting(
         None,
-        f"{', '.join(PROBLEMS)}; default: several labels where cells are lists, numbers where some have a fraction",
+        f"{', '.join(LABEL_TYPES)}; default: several labels where cells are lists, numbers where some have a fraction",
     )
     label_separator: str | None = setting(None, "what stands between the labels of a row, where they are one text")
     threshold: float = setting(0.5, "probability from which on one of several labels is given")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.problem_type not in (None, *PROBLEMS):
-            raise ValueError(f"problem_type={self.problem_type!r} is unknown; choose one of {', '.join(PROBLEMS)}")
+        if self.problem_type not in (None, *LABEL_TYPES):
+            raise ValueError(f"problem_type={self.problem_type!r} is unknown; choose one of {', '.join(LABEL_TYPES)}")
         if self.label_separator == "":
             raise ValueError("label_separator='' separates nothing; name what stands between two labels, such as '|'")
         if not 0 < self.threshold < 1:
@@ -48,7 +49,7 @@ class RowClassification(Classification):
     @classmethod
     def metric_of(cls, args: RowClassificationArguments, **reading: object) -> str:
         if args.problem_type:
-            return PROBLEMS[args.problem_type].main_metric
+            return LABEL_TYPES[args.problem_type].main_metric
         return cls(args, **{**reading, "splits": ("train",)}).main_metric
 
     # ------------------------------------------------------------------------------------------------ labels
@@ -63,8 +64,8 @@ class RowClassification(Classification):
             return None
         values = [in_words(value, kind) for value in values]
         if self.problem is None:
-            seen = problem_seen_in(values, self.args.label_separator)
-            self._decide(PROBLEMS.get(self.args.problem_type, seen))
+            seen = label_type_seen_in(values, self.args.label_separator)
+            self._decide(LABEL_TYPES.get(self.args.problem_type, seen))
             if self.args.problem_type is None and seen in NOTED:
                 self.notes.append(f"label_column={name!r} holds {NOTED[seen]}: problem_type={seen.name}")
         place = f"label_column={name!r} of {where} row"
@@ -82,15 +83,15 @@ class RowClassification(Classification):
 
     def prepare(self) -> None:
         if self.problem is None and self.args.problem_type:  # no row has been read
-            self._decide(PROBLEMS[self.args.problem_type])
+            self._decide(LABEL_TYPES[self.args.problem_type])
         super().prepare()
 
     def configure(self, config, *, labels: Sequence[str] = ()) -> None:
         """Raises: ValueError also if a finished model is for another kind of problem than the rows."""
         is_known = labels_of(config, self.about["auto_class"]) and not labels  # `labels` are an adapter's
-        of_model = problem_of(config) if is_known else None
+        of_model = label_type_of(config) if is_known else None
         if not self.rows:
-            self._decide(PROBLEMS.get(self.args.problem_type, of_model or OneLabel))
+            self._decide(LABEL_TYPES.get(self.args.problem_type, of_model or OneLabel))
         elif "train" not in self.rows and of_model not in (None, type(self.problem)):
             raise ValueError(
                 f"the model is for {of_model.name}, and label_column={self.args.label_column!r} is read for "
@@ -150,7 +151,7 @@ def in_words(value: object, kind: object) -> object:
     return kind.names[value] if value is not None and value >= 0 else None
 
 
-def problem_seen_in(values: Sequence, separator: str | None) -> type:
+def label_type_seen_in(values: Sequence, separator: str | None) -> type:
     """What a column is about: lists, or texts with a separator, hold several labels; fractions are numbers."""
     if separator is not None or any(isinstance(value, list) for value in values):
         return SeveralLabels
@@ -161,6 +162,6 @@ def problem_seen_in(values: Sequence, separator: str | None) -> type:
     return OneLabel if all(number.is_integer() or number != number for number in numbers) else Numbers
 
 
-def problem_of(config) -> type:
+def label_type_of(config) -> type:
     """What a trained classifier is about; without a problem_type, one output is a number, as transformers has it."""
-    return PROBLEMS.get(config.problem_type, Numbers if config.num_labels == 1 else OneLabel)
+    return LABEL_TYPES.get(config.problem_type, Numbers if config.num_labels == 1 else OneLabel)

@@ -7,9 +7,9 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from bmtk.data.tables import check_column
+from bmtk.settings import setting
 
 from .row_classification import RowClassification, RowClassificationArguments
-from .task import setting
 from .texts import TextArguments, TextTask
 
 

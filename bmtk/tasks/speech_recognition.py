@@ -19,10 +19,11 @@ from bmtk.data.labels import some
 from bmtk.data.media import ON_CORRUPT
 from bmtk.data.tables import check_column
 from bmtk.metrics.texts import error_rates
+from bmtk.settings import setting
 
 from .ctc import best_path, positions_needed, prefix_beam_search, row_losses
 from .recordings import RecordingArguments, RecordingRows, RecordingTask
-from .task import DataArguments, Prediction, mean_loss, setting, spread_and_worst
+from .task import DataArguments, Prediction, mean_loss, spread_and_worst
 
 BLANK, UNKNOWN, SPACE = "<pad>", "<unk>", "|"
 CASES: dict[str, Callable[[str], str]] = {"lower": str.lower, "upper": str.upper, "keep": str}

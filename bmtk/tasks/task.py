@@ -8,7 +8,7 @@ boxes), never the logits.  So metrics are over whole splits, whatever the batch 
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,18 +18,14 @@ from datasets import Dataset
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bmtk.data.batches import CollatedRows, GlobalBatches, Rows, sequential_batches
-from bmtk.data.duplicates import fingerprints
+from bmtk.data.fingerprints import fingerprints
 from bmtk.data.tables import SPLITS, check_column, read_splits
+from bmtk.settings import setting
 
 from .inference import shown
 
 LEAKAGE = ("stop", "drop", "allow")
 Prediction = dict[str, Any]
-
-
-def setting(default, text: str):
-    """A field of a dataclass of arguments with its help text."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass

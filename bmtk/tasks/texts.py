@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bmtk.data.token_dropout import TokenDropout
 from bmtk.data.tokenizers import KINDS, train_tokenizer
+from bmtk.settings import setting
 
-from .task import Task, setting
+from .task import Task
 
 LONGEST = 512  # tokens read of a text where neither tokenizer nor model states a limit
 

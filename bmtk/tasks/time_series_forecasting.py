@@ -32,9 +32,10 @@ from bmtk.data.series import (
 from bmtk.data.tables import SPLITS, check_column, one_table, read_splits, read_table
 from bmtk.data.windows import ChangedWindows, Windows, windows_of
 from bmtk.metrics.forecasts import column_errors, quantile_scores, scores
+from bmtk.settings import setting
 
 from . import forecasts
-from .task import DataArguments, Prediction, Task, mean_loss, setting
+from .task import DataArguments, Prediction, Task, mean_loss
 
 GAPS = ("stop", "fill", "mask")
 USUAL_SPLIT = (0.7, 0.1, 0.2)

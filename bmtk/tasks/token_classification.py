@@ -19,11 +19,12 @@ from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBas
 from bmtk.data.labels import label_name
 from bmtk.data.tables import check_column
 from bmtk.metrics.entities import Entity, agreement, entities, is_scheme, single_words
+from bmtk.settings import setting
 
 from .classification import Classification, ClassificationArguments
-from .pictures import confusion_matrix
-from .problems import scores_table
-from .task import Prediction, mean_loss, setting, spread_and_worst
+from .figures import confusion_matrix
+from .label_types import scores_table
+from .task import Prediction, mean_loss, spread_and_worst
 from .texts import TextArguments, TextTask, pad_texts, padded
 
 UNSEEN = -1  # in place of a position: the word has no token; in place of a tag: none was found

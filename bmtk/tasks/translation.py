@@ -18,9 +18,10 @@ from transformers import AutoModelForSeq2SeqLM
 
 from bmtk.data.tables import check_column
 from bmtk.metrics.texts import perplexity, sentence_chrf, translation_scores
+from bmtk.settings import setting
 
-from .pictures import sentence_scores
-from .task import DataArguments, Prediction, mean_loss, setting, spread_and_worst
+from .figures import sentence_scores
+from .task import DataArguments, Prediction, mean_loss, spread_and_worst
 from .texts import TextArguments, TextTask
 
 TOKENIZERS = ("13a", "zh", "char", "intl", "none")  # of sacrebleu; how it cuts texts into words before it counts them

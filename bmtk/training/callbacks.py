@@ -7,13 +7,13 @@ import torch
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from .history import History
-from .interruption import Stopped, StopRequest
+from .signals import Stopped, StopRequest
 
 PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test/"}
 NOT_RECORDED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
-class TellEpoch(TrainerCallback):
+class SetEpoch(TrainerCallback):
     """Tells the rows which epoch it is.
 
     accelerate's loaders do so only where no sampler wants to know it: neither in a resumed epoch nor on several
@@ -83,7 +83,7 @@ def recorded_metrics(logs: dict[str, float]) -> dict[str, float]:
     }
 
 
-class Progress(ProgressCallback):
+class ProgressBar(ProgressCallback):
     """Trainer's progress bar with the last loss beside it, and a line for each evaluation."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -30,10 +30,10 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from .averaging import AVERAGES
-from .carried import CarriedState
 from .manifest import PARTIAL, damages, delete_partial, files, flush, write_json, written_whole
 from .optimizers import NamedOptimizer
-from .randomness import random_state
+from .rng_state import rng_state
+from .tbptt import TBPTTState
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class TrainState:
     skipped: list[int] = field(default_factory=list)  # steps whose update was not finite, and not applied
     window_loss: float = 0.0  # summed loss since the last line of history.jsonl
     window_items: int = 0  # predicted items since then
-    randomness: dict[str, torch.Tensor] | None = None  # generators of this process, until the loop takes them over
-    carried: CarriedState | None = None  # recurrent state of this process's rows, where steps go on from it
+    rng_state: dict[str, torch.Tensor] | None = None  # generators of this process, until the loop takes them over
+    recurrent: TBPTTState | None = None  # recurrent state of this process's rows, where steps go on from it
 
 
 def save_checkpoint(
@@ -78,8 +78,8 @@ def save_checkpoint(
     Raises: OSError if it cannot be written; older checkpoints are then untouched, and nothing of this one is left.
     """
     final = Path(directory) / "checkpoints" / f"step-{state.step:08d}"
-    randomness = _randomness_of_all(accelerator)
-    carried = accelerator.gather(state.carried.rows).cpu() if state.carried else None
+    randomness = _rng_states_of_all(accelerator)
+    carried = accelerator.gather(state.recurrent.rows).cpu() if state.recurrent else None
     if accelerator.is_main_process and damages(final):
         with written_whole(final, num_bytes=_num_bytes(model, optimizer)) as folder:
             _write_model(folder, model, processor)
@@ -141,10 +141,10 @@ def load_checkpoint(
         )
     if (run_state / CARRIED).exists():
         rows = load_file(run_state / CARRIED)["rows"].to(accelerator.device)
-        state.carried = CarriedState(rows.tensor_split(accelerator.num_processes)[accelerator.process_index])
+        state.recurrent = TBPTTState(rows.tensor_split(accelerator.num_processes)[accelerator.process_index])
     if accelerator.process_index < stored["num_processes"]:
         rows = load_file(run_state / "randomness.safetensors")
-        state.randomness = {name: row[accelerator.process_index].clone() for name, row in rows.items()}
+        state.rng_state = {name: row[accelerator.process_index].clone() for name, row in rows.items()}
     return state
 
 
@@ -196,7 +196,7 @@ def _write_state(
     folder: Path, state: TrainState, optimizer: NamedOptimizer, accelerator: Accelerator, randomness: dict
 ):
     folder.mkdir()
-    progress = {name: value for name, value in vars(state).items() if name not in ("randomness", "carried")}
+    progress = {name: value for name, value in vars(state).items() if name not in ("rng_state", "recurrent")}
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     stored = {"progress": progress, "num_processes": accelerator.num_processes, "scaler": scaler}
     write_json(folder / "state.json", stored)
@@ -240,9 +240,9 @@ def _no_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _randomness_of_all(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+def _rng_states_of_all(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """Generators of all processes, stacked: (processes, ...)."""
-    own = {name: value[None].to(accelerator.device) for name, value in random_state().items()}
+    own = {name: value[None].to(accelerator.device) for name, value in rng_state().items()}
     return {name: accelerator.gather(value).cpu() for name, value in own.items()}
 
 

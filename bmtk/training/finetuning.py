@@ -22,14 +22,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from .adapters import ADAPTER_CONFIG, load_adapter
 from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check
 from .averaging import AVERAGES, WeightAverage
-from .callbacks import AverageWeights, Progress, StopEarly, TellEpoch
+from .batch_sampler import EvenBatchSampler
+from .callbacks import AverageWeights, ProgressBar, SetEpoch, StopEarly
+from .evaluation import Results, lower_is_better, measure, predict_all
 from .gradients import gradient_rules
 from .layers import decay_rates, depths
 from .optimizers import build_optimizer
-from .predicting import Results, lower_is_better, measure, predict_all
 from .quantization import quantization, quantize_subclasses
 from .run_folder import CHECKPOINTS
-from .shares import EvenShares
 from .updates import LossSum
 
 logger = logging.getLogger(__name__)
@@ -313,7 +313,7 @@ class TaskTrainer(Trainer):
             callbacks=list(callbacks),
         )
         if hasattr(self.train_dataset, "set_epoch"):
-            self.add_callback(TellEpoch(self.train_dataset))
+            self.add_callback(SetEpoch(self.train_dataset))
         self.task = task
         steps = steps_per_epoch(args, len(self.train_dataset))
         total = total_steps(args, len(self.train_dataset))
@@ -389,7 +389,10 @@ class TaskTrainer(Trainer):
         shard = loader.batch_sampler
         if isinstance(shard, BatchSamplerShard) and type(batches := shard.batch_sampler) is BatchSampler:
             settings = batches.sampler, batches.batch_size, batches.drop_last
-            shard.batch_sampler, shard.even_batches = EvenShares(*settings, num_shares=shard.num_processes), False
+            shard.batch_sampler, shard.even_batches = (
+                EvenBatchSampler(*settings, num_processes=shard.num_processes),
+                False,
+            )
         return loader
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
@@ -483,7 +486,7 @@ def build_trainer(model, task, args: TrainingArguments, *, folder: Path, callbac
     check_whole_weights(args, is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress)
+        trainer.add_callback(ProgressBar)
     return trainer
 
 

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from .arguments import LoopArguments
 from .averaging import WeightAverage
-from .carried import carried_state
 from .checkpoint import TrainState
 from .gradients import gradient_rules
-from .interruption import Stopped, StopRequest, noted_signals
 from .optimizers import NamedOptimizer, build_optimizer, multiplies_bfloat16_fast
-from .progress import Progress
+from .run_log import RunLog
+from .signals import Stopped, StopRequest, deferred_signals
+from .tbptt import tbptt_state
 from .throughput import Meter
 from .updates import Update, Updater
 
@@ -109,16 +109,16 @@ def train(  # noqa: PLR0913 - a straight list of collaborators; an object around
         total=total,
     )
     norm = args.max_grad_norm
-    state.carried = carried_state(batches, state.carried)
-    settings = {"max_grad_norm": norm, "gradient_rules": rules, "carried": state.carried}
+    state.recurrent = tbptt_state(batches, state.recurrent)
+    settings = {"max_grad_norm": norm, "gradient_rules": rules, "recurrent": state.recurrent}
     updater = Updater(model, optimizer, accelerator, **settings, **losses)
     average = optimizer.average
     if average and evaluate:
         evaluate = average.applied()(evaluate)
-    run = Progress(accelerator, args, state, total=total, meter=meter or Meter(), main_metric=main_metric)
+    run = RunLog(accelerator, args, state, total=total, meter=meter or Meter(), main_metric=main_metric)
     run.begin()
     model.train()
-    with noted_signals(second_stops_at_once=accelerator.num_processes == 1) as request, run.bar() as bar:
+    with deferred_signals(second_stops_at_once=accelerator.num_processes == 1) as request, run.bar() as bar:
         if state.step:
             run.evaluate_if_due(evaluate, log)  # the run may have been stopped before it came to this
         for step in run.steps():

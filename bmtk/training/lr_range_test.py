@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from .arguments import LoopArguments
-from .carried import carried_state
 from .loop import prepare
 from .optimizers import NamedOptimizer
+from .tbptt import tbptt_state
 from .updates import Updater
 
 LOWEST, HIGHEST = 1e-3, 1e3  # times the configured learning rate
@@ -73,7 +73,7 @@ def range_test(model, batches, optimizer: NamedOptimizer, accelerator: Accelerat
     All groups of the optimizer grow together, in the proportions of the configuration; the rates are the first's.
     Raises: ValueError if no step gave a finite loss.
     """
-    updater = Updater(model, optimizer, accelerator, max_grad_norm=0.0, carried=carried_state(batches), **losses)
+    updater = Updater(model, optimizer, accelerator, max_grad_norm=0.0, recurrent=tbptt_state(batches), **losses)
     factors = np.geomspace(LOWEST, HIGHEST, NUM_STEPS)
     rates, smoothed, average = [], [], 0.0
     model.train()

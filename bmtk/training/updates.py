@@ -16,8 +16,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from .carried import CarriedState, check_carries
 from .optimizers import NamedOptimizer
+from .tbptt import TBPTTState, check_carries
 
 
 @dataclass(slots=True)
@@ -91,16 +91,16 @@ class LossSum:
         *,
         criterion: Callable[..., torch.Tensor] | None = None,
         inputs_of: Callable[[dict], dict] | None = None,
-        carried: CarriedState | None = None,
+        recurrent: TBPTTState | None = None,
     ):
         """`criterion(outputs, batch)` is a sum that takes the place of the loss that the model makes of `labels`.
 
         `inputs_of(batch)` is what the model reads then; None: all but the labels.
-        `carried` is the state that rows go on from; None: they start without one.
+        `recurrent` is the state that rows go on from; None: they start without one.
         """
         self.model, self.unwrapped = model, unwrapped
         self.criterion, self.inputs_of = criterion, inputs_of or without_labels
-        self.device, self.carried = device, carried
+        self.device, self.recurrent = device, recurrent
         self.takes_count: bool | None = None  # not known before the first batch
         parameters = inspect.signature(type(unwrapped).forward).parameters
         # With a cache, packed rows are attended across documents without a warning.
@@ -117,10 +117,10 @@ class LossSum:
         counted = {"num_items_in_batch": count} if self.takes_count else {}
         if own_items and self.can_skip_logits:
             counted["skip_logits"] = True
-        carried = self.carried.inputs(len(batch["input_ids"])) if self.carried else {}
-        outputs = self.model(**batch, **self.options, **carried, **counted)
-        if self.carried:
-            self.carried.add(outputs.final_state)
+        initial = self.recurrent.inputs(len(batch["input_ids"])) if self.recurrent else {}
+        outputs = self.model(**batch, **self.options, **initial, **counted)
+        if self.recurrent:
+            self.recurrent.add(outputs.final_state)
         if self.takes_count:
             return outputs.loss
         if own_items or hasattr(self.unwrapped, "count_items"):
@@ -156,21 +156,21 @@ class Updater:
         max_grad_norm: float,
         num_units: Callable[[dict], int] | None = None,
         gradient_rules: Callable[[int], None] | None = None,
-        carried: CarriedState | None = None,
+        recurrent: TBPTTState | None = None,
         **loss: Callable,
     ):
         """`num_units(batch)` is what throughput is counted in (None: the items); `loss` what LossSum may be told.
 
-        `gradient_rules(step)` may change the gradients of optimizer step `step` before they are clipped; `carried` is
-        the state that the rows of a step go on from.
+        `gradient_rules(step)` may change the gradients of optimizer step `step` before they are clipped;
+        `recurrent` is the state that the rows of a step go on from.
         """
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.num_items, self.num_units, self.max_grad_norm = num_items, num_units or num_items, max_grad_norm
         unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self.gradient_rules, self.carried = gradient_rules, carried
-        if carried:
+        self.gradient_rules, self.recurrent = gradient_rules, recurrent
+        if recurrent:
             check_carries(unwrapped)
-        self.loss = LossSum(model, unwrapped, accelerator.device, carried=carried, **loss)
+        self.loss = LossSum(model, unwrapped, accelerator.device, recurrent=recurrent, **loss)
         self.skips_on_device = accelerator.device.type == "cuda" and optimizer.can_skip_on_device
 
     def step(
@@ -191,8 +191,8 @@ class Updater:
         if self.optimizer.average:
             self.optimizer.average.update(unless=bad)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.carried:
-            self.carried.turn()
+        if self.recurrent:
+            self.recurrent.turn()
         return Update(sum(losses), *totals, grad_norm, rejected)
 
     def _over_processes(self, numbers: list[int]) -> torch.Tensor:

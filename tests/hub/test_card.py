@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from bmtk.hub import facts, wording
+from bmtk.hub import formatting, run_record
 from bmtk.hub.card import describe, write_card
 
 RUN = {
@@ -147,10 +147,10 @@ def test_escaped_text_reads_as_it_was_written():
     html = (
         MarkdownIt("commonmark", {"html": True})
         .enable("table")
-        .render(f"| {wording.escape_markdown(text)} |\n|---|\n")
+        .render(f"| {formatting.escape_markdown(text)} |\n|---|\n")
     )
     assert Outline(html).text.strip() == text
-    assert not set("<>") & set(wording.escape_markdown(text))
+    assert not set("<>") & set(formatting.escape_markdown(text))
 
 
 def test_secrets_and_names_of_users_never_reach_the_card(tmp_path, monkeypatch):
@@ -172,7 +172,10 @@ def test_secrets_and_names_of_users_never_reach_the_card(tmp_path, monkeypatch):
 
 def test_ordinary_words_are_not_taken_for_secrets():
     text = "the secret -- hf_hub_download max_token=1 tokens = 5, /homework/root-beer, num_tokens"
-    assert facts.scrub({"eos_token": "<|endoftext|>", "text": text}) == {"eos_token": "<|endoftext|>", "text": text}
+    assert run_record.scrub({"eos_token": "<|endoftext|>", "text": text}) == {
+        "eos_token": "<|endoftext|>",
+        "text": text,
+    }
 
 
 def test_the_card_loads_with_bmtk_and_with_remote_code(tmp_path):
@@ -250,17 +253,17 @@ def test_a_folder_without_facts_is_named(tmp_path, content, message):
     [(3.41214, "3.412"), (1234567, "1,234,567"), (5e-05, "5e-5"), (float("inf"), "∞"), (0.5, "0.5"), (0, "0")],
 )
 def test_numbers_are_shown_as_a_reader_wants_them(value, expected):
-    assert wording.format_number(value) == expected
+    assert formatting.format_number(value) == expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [(151.2, "2 min 31 s"), (31.04, "31 s"), (15_000, "4 h 10 min")])
 def test_durations_have_two_units(value, expected):
-    assert wording.format_seconds(value) == expected
+    assert formatting.format_seconds(value) == expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [(3_214_592, "3.21 M"), (999, "999"), (999_900, "1 M"), (2e9, "2 B")])
 def test_counts_have_three_digits(value, expected):
-    assert wording.format_compact(value) == expected
+    assert formatting.format_compact(value) == expected
 
 
 def test_the_example_loads_the_processor_that_the_task_has(tmp_path):
@@ -290,7 +293,7 @@ def test_the_example_loads_the_processor_that_the_task_has(tmp_path):
     ],
 )
 def test_metrics_are_spelled_as_the_field_spells_them(key, label):
-    assert wording.metric_label(key) == label
+    assert formatting.metric_label(key) == label
 
 
 @pytest.mark.parametrize(("noun", "article"), [("image classifier", "An"), ("tagger", "A")])

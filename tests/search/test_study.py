@@ -18,7 +18,7 @@ from bmtk.search.study import explore, open_study, search_settings, summary
 from bmtk.search.trial import RecipeTrials, TrialFailed
 from bmtk.tasks.causal_lm import CausalLM, CausalLMArguments
 from bmtk.tasks.sequence_classification import SequenceClassification
-from bmtk.training.interruption import Stopped, StopRequest
+from bmtk.training.signals import Stopped, StopRequest
 from recipes import finetune, pretrain
 
 ROOT = Path(__file__).parents[2]

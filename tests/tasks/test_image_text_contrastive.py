@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor, pipeline
 
 import bmtk  # noqa: F401
-from bmtk.data.image_changes import Changes, changed, drawn_changes
+from bmtk.data.image_transforms import BatchTransform, apply_batch_transform, draw_batch_transform
 from bmtk.models import BmImageProcessor
 from bmtk.tasks.image_text_contrastive import ImageTextContrastive, ImageTextContrastiveArguments, ranks
 from bmtk.training.arguments import LoopArguments
@@ -164,16 +164,18 @@ def test_changes_turn_shift_and_colour_an_image():
     image = torch.zeros(1, 3, 8, 8)
     image[:, :, 2, 5] = 1.0
     quarter = torch.tensor([[[0.0, -1.0, 0.0], [1.0, 0.0, 0.0]]])
-    turned = changed(image, Changes(quarter, torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[0.0, 0.0, 0.25]])))
+    turned = apply_batch_transform(
+        image, BatchTransform(quarter, torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[0.0, 0.0, 0.25]]))
+    )
     expected = torch.rot90(image[0, 0])
     assert torch.allclose(turned[0, 0], expected, atol=1e-5)
     assert torch.allclose(turned[0, 1], 2 * expected, atol=1e-5)
     assert torch.allclose(turned[0, 2], expected / 2 + 0.25, atol=1e-5)
-    moved = changed(
-        image, Changes(torch.tensor([[[1.0, 0.0, 0.25], [0.0, 1.0, 0.0]]]), torch.ones(1, 3), torch.zeros(1, 3))
+    moved = apply_batch_transform(
+        image, BatchTransform(torch.tensor([[[1.0, 0.0, 0.25], [0.0, 1.0, 0.0]]]), torch.ones(1, 3), torch.zeros(1, 3))
     )
     assert torch.allclose(moved[0, 0], image[0, 0].roll(-1, 1), atol=1e-5), "a quarter of half of 8 pixels"
-    none = drawn_changes(0.0, np.random.default_rng(0))
+    none = draw_batch_transform(0.0, np.random.default_rng(0))
     assert torch.equal(none.matrix, torch.eye(2, 3))
     assert none.gain.tolist() == [1.0] * 3
 

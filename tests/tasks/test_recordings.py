@@ -21,7 +21,7 @@ from bmtk.tasks.audio_augmentation import (
 )
 from bmtk.tasks.audio_classification import AudioClassification, AudioClassificationArguments
 from bmtk.tasks.recordings import RecordingRows
-from bmtk.training.callbacks import TellEpoch
+from bmtk.training.callbacks import SetEpoch
 
 RATE = 8000
 
@@ -223,7 +223,7 @@ def test_speed_changes_length_and_pitch_together_and_a_shift_moves():
 def test_the_rows_are_told_the_epoch_also_where_a_run_goes_on(tmp_path):
     rows = rows_of(tmp_path, gain=1.0)
     for epoch, expected in ((0, 0), (2.0, 2), (1.75, 1), (2.9999999999, 3), (None, 0)):
-        TellEpoch(rows).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+        SetEpoch(rows).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
         assert rows.epoch == expected
 
 

@@ -20,7 +20,7 @@ from bmtk.data.tokenizers import train_tokenizer
 from bmtk.metrics.labels import scores_by_label
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
-from bmtk.tasks.problems import class_weights
+from bmtk.tasks.label_types import class_weights
 from bmtk.tasks.sequence_classification import SequenceClassification, SequenceClassificationArguments
 
 TRAIN = [("good soup", "good"), ("bad soup", "bad"), ("good day", "good"), ("bad day", "bad")]

@@ -23,7 +23,7 @@ from transformers import (
 from bmtk.data.tokenizers import train_tokenizer
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
-from bmtk.tasks.pictures import sentence_scores
+from bmtk.tasks.figures import sentence_scores
 from bmtk.tasks.translation import PadPairs, Translation, TranslationArguments
 from bmtk.training import finetuning
 from recipes import evaluate, finetune, predict

@@ -35,8 +35,8 @@ from two_processes import CARRIED, FROZEN
 
 import bmtk
 from bmtk.training.arguments import LoopArguments
+from bmtk.training.evaluation import predict_all
 from bmtk.training.loop import prepare
-from bmtk.training.predicting import predict_all
 from bmtk.training.updates import LossSum, Updater, accepts_item_count, divides_by_count
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")

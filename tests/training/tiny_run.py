@@ -27,8 +27,8 @@ from bmtk.training.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from bmtk.training.evaluation import predict_all
 from bmtk.training.loop import build_accelerator, prepare, train
-from bmtk.training.predicting import predict_all
 from bmtk.training.run_folder import locked
 from bmtk.training.schedules import build_schedule
 

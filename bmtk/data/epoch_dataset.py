@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 
 
-class EpochRows:
+class EpochDataset:
     """Rows that depend on the epoch, of which `set_epoch` tells them: training does, at the beginning of each."""
 
     first_epoch: ClassVar[int] = 0  # until they are told

@@ -19,7 +19,7 @@ def seed_process(seed: int, rank: int, step: int):
     torch.manual_seed(int(words[2]))
 
 
-def random_state() -> dict[str, torch.Tensor]:
+def rng_state() -> dict[str, torch.Tensor]:
     """Return the states of python's, numpy's, torch's and the current CUDA device's generators."""
     _, python_words, python_gauss = random.getstate()
     _, numpy_words, position, has_gauss, gauss = np.random.get_state()
@@ -35,7 +35,7 @@ def random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def set_random_state(state: dict[str, torch.Tensor]):
+def set_rng_state(state: dict[str, torch.Tensor]):
     """Put the generators into a state of `random_state`; a CUDA state is ignored where there is no CUDA device."""
     has_gauss, gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
@@ -48,10 +48,10 @@ def set_random_state(state: dict[str, torch.Tensor]):
 
 
 @contextmanager
-def kept_randomness() -> Iterator[None]:
+def preserved_rng_state() -> Iterator[None]:
     """Let the body draw what it likes; afterwards the generators are as they were."""
-    state = random_state()
+    state = rng_state()
     try:
         yield
     finally:
-        set_random_state(state)
+        set_rng_state(state)

@@ -18,7 +18,7 @@ from bmtk.data.labels import agreed_labels, label_name, some
 from bmtk.metrics.labels import one_label_scores, scores_by_label, several_labels_scores, top_accuracy
 from bmtk.metrics.numbers import regression_scores
 
-from .pictures import confusion_matrix, hits_and_misses, truth_and_prediction
+from .figures import confusion_matrix, hits_and_misses, truth_and_prediction
 from .task import Prediction
 
 TOP = 5  # labels that count as a hit of top5_accuracy
@@ -26,7 +26,7 @@ SHOWN = 10  # labels of a note
 NOTHING = "nothing"
 
 
-class Problem:
+class LabelType:
     """What the three have in common."""
 
     name: ClassVar[str]
@@ -55,7 +55,7 @@ class Problem:
         return f"{said}\nis {truth}"
 
 
-class OneLabel(Problem):
+class OneLabel(LabelType):
     """Exactly one of K labels."""
 
     name = "single_label_classification"
@@ -236,13 +236,13 @@ class SeveralLabels(OneLabel):
         truth = [name for name, has in zip(self.labels, prediction["truth"], strict=True) if has]
         return tuple(", ".join(names) or NOTHING for names in (self.describe(prediction)["prediction"], truth))
 
-    mistake = Problem.mistake
+    mistake = LabelType.mistake
 
     def figures(self, predictions: Sequence[Prediction]) -> list[dict[str, str]]:
         return [hits_and_misses(*self._truth_and_labels(predictions), self.labels)]
 
 
-class Numbers(Problem):
+class Numbers(LabelType):
     """One number."""
 
     name = "regression"
@@ -326,7 +326,7 @@ class Numbers(Problem):
         return ""
 
 
-PROBLEMS = {problem.name: problem for problem in (OneLabel, SeveralLabels, Numbers)}
+LABEL_TYPES = {problem.name: problem for problem in (OneLabel, SeveralLabels, Numbers)}
 
 
 def shares(found: Counter[str], whole: int) -> str:

@@ -3,8 +3,8 @@ import pytest
 import torch
 from test_packing import TOKENIZER, random_store
 
-from bmtk.data.lanes import LaneBatches
 from bmtk.data.packing import PackedRows
+from bmtk.data.tbptt import TBPTTBatches
 from bmtk.data.token_store import build_token_store
 
 
@@ -12,7 +12,7 @@ from bmtk.data.token_store import build_token_store
 @pytest.mark.parametrize("seed", range(3))
 def test_every_lane_is_a_stretch_of_the_text_and_every_row_comes_once(tmp_path, seed, num_lanes, length):
     rows = PackedRows(random_store(tmp_path / "store", seed), length)
-    batches = LaneBatches(rows, batch_size=num_lanes, seed=1)
+    batches = TBPTTBatches(rows, batch_size=num_lanes, seed=1)
     steps = int(batches.steps_per_epoch)
     assert steps == batches.steps_per_epoch
     read = [batches[step][0] for step in range(steps)]
@@ -31,7 +31,7 @@ def test_every_lane_is_a_stretch_of_the_text_and_every_row_comes_once(tmp_path, 
 def test_positions_are_zero_where_a_lane_or_a_document_begins_and_nowhere_else(tmp_path, seed):
     store, length, num_lanes = random_store(tmp_path / "store", seed), 4, 3
     rows = PackedRows(store, length)
-    batches = LaneBatches(rows, batch_size=num_lanes, seed=1)
+    batches = TBPTTBatches(rows, batch_size=num_lanes, seed=1)
     starts = np.cumsum([0] + [len(part) for part in np.array_split(np.arange(len(rows)), num_lanes)])
     for step in range(int(batches.steps_per_epoch)):
         batch = batches[step][0]
@@ -54,19 +54,19 @@ def test_positions_are_zero_where_a_lane_or_a_document_begins_and_nowhere_else(t
 
 def test_of_one_long_text_only_the_first_step_of_an_epoch_has_positions(tmp_path):
     store = build_token_store(["abcdefg" * 6], TOKENIZER, tmp_path / "store")
-    batches = LaneBatches(PackedRows(store, 4), batch_size=2, seed=1)
+    batches = TBPTTBatches(PackedRows(store, 4), batch_size=2, seed=1)
     steps = int(batches.steps_per_epoch)
     assert steps == 6
     assert ["position_ids" in batches[step][0] for step in range(2 * steps)] == 2 * [True, *[False] * 4, True]
     assert batches[0][0]["position_ids"].tolist() == [[0, 1, 2, 3]] * 2
-    alone = LaneBatches(PackedRows(store, 4), batch_size=2, seed=1, rank=1, world_size=2)
+    alone = TBPTTBatches(PackedRows(store, 4), batch_size=2, seed=1, rank=1, world_size=2)
     assert alone[0][0]["position_ids"].tolist() == [[0, 1, 2, 3]]
 
 
 def test_processes_and_micro_batches_share_the_lanes(tmp_path):
     rows = PackedRows(random_store(tmp_path / "store", 5), 3)
-    whole = LaneBatches(rows, batch_size=4, seed=1)
-    parts = [LaneBatches(rows, batch_size=4, micro_batch_size=1, seed=1, rank=rank, world_size=2) for rank in (0, 1)]
+    whole = TBPTTBatches(rows, batch_size=4, seed=1)
+    parts = [TBPTTBatches(rows, batch_size=4, micro_batch_size=1, seed=1, rank=rank, world_size=2) for rank in (0, 1)]
     for step in range(2 * int(whole.steps_per_epoch)):
         cut = [micro["input_ids"] for part in parts for micro in part[step]]
         assert torch.equal(torch.cat(cut), whole[step][0]["input_ids"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bmtk.data.packing import PackedRows
-from bmtk.data.spans import CorruptedSpans, noise_mask, num_spans, with_sentinels
+from bmtk.data.span_corruption import CorruptedSpans, noise_mask, num_spans, with_sentinels
 
 SENTINELS = range(100, 120)
 END = 0

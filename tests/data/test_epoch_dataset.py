@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from torch.utils.data import DataLoader
 
-from bmtk.data.epochs import EpochRows
+from bmtk.data.epoch_dataset import EpochDataset
 
 
 @dataclass
-class Numbers(EpochRows):
+class Numbers(EpochDataset):
     count: int
 
     def __len__(self):

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from bmtk.data.epochs import EpochRows
+from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.packing import IGNORED, PackedRows
 
 
-class CorruptedSpans(EpochRows):
+class CorruptedSpans(EpochDataset):
     """Packed rows for an encoder-decoder; `batch(...)` is int64 tensors, padded to the longest row.
 
     `input_ids` and `attention_mask`: the row with a sentinel in place of each span.  `labels`: each sentinel followed

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bmtk.data.order import permuted_index
+from bmtk.data.shuffle import permuted_index
 
 
 def whole_order(num_rows, seed=0, epoch=0):

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from .arguments import LoopArguments
 from .checkpoint import TrainState
+from .evaluation import lower_is_better
 from .history import History
-from .predicting import lower_is_better
-from .randomness import kept_randomness, seed_process, set_random_state
+from .rng_state import preserved_rng_state, seed_process, set_rng_state
 from .throughput import Meter
 from .updates import Update
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 MAX_SKIPS_IN_A_ROW = 20  # after so many rejected steps the weights or the data are broken, and skipping cannot help
 
 
-class Progress:
+class RunLog:
     """Account of one run.  Updates are read from the device only when something is due, so the host can run ahead."""
 
     def __init__(
@@ -47,11 +47,11 @@ class Progress:
         """Forget what came after the resumed step, set the generators, and start the clock."""
         if self.accelerator.is_main_process:
             self.history.cut(after=self.state.step)
-        if self.state.randomness is None:
+        if self.state.rng_state is None:
             seed_process(self.args.seed, self.accelerator.process_index, self.state.step)
         else:
-            set_random_state(self.state.randomness)
-            self.state.randomness = None
+            set_rng_state(self.state.rng_state)
+            self.state.rng_state = None
         self.meter.start(self.state.seconds)
 
     def bar(self) -> tqdm:
@@ -139,7 +139,7 @@ class Progress:
         """Evaluate where the run comes to an evaluation; random numbers drawn meanwhile do not disturb training."""
         if evaluate is None or not self.is_due(self.args.eval_steps) or self.state.evaluated_step == self.state.step:
             return
-        with self.meter.paused(), kept_randomness():
+        with self.meter.paused(), preserved_rng_state():
             self.state.metrics = dict(evaluate())
         self.state.evaluated_step = self.state.step
         self._write({"step": self.state.step, **self.state.metrics}, report)

@@ -7,25 +7,25 @@ from safetensors.torch import load_file
 from tiny_run import StoppingStream, Stream, arguments, num_items, read_history, run, tiny_model, tiny_recurrent
 
 from bmtk.training.arguments import LoopArguments
-from bmtk.training.carried import CarriedState
 from bmtk.training.loop import prepare
-from bmtk.training.rehearsal import seconds_per_step
+from bmtk.training.profiling import seconds_per_step
+from bmtk.training.tbptt import TBPTTState
 from bmtk.training.updates import LossSum, Updater
 
 CELLS = ["lstm", "gru", "elman", "mingru"]
 
 
-def updater(model, carried, **settings) -> Updater:
+def updater(model, recurrent, **settings) -> Updater:
     accelerator = Accelerator(cpu=True)
     model, optimizer = prepare(model, LoopArguments(**settings), accelerator)
-    return Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=0.0, carried=carried)
+    return Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=0.0, recurrent=recurrent)
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 3])
 @pytest.mark.parametrize("cell_type", CELLS)
 def test_steps_that_carry_the_state_see_what_the_unbroken_text_shows(cell_type, micro_batch_size):
     steps, batches = 4, Stream(micro_batch_size)
-    step_by_step = updater(tiny_recurrent(cell_type=cell_type), CarriedState(), learning_rate=0.0)
+    step_by_step = updater(tiny_recurrent(cell_type=cell_type), TBPTTState(), learning_rate=0.0)
     losses = [float(step_by_step.step(batches[step]).loss) for step in range(steps)]
     whole = [Stream(0)[step][0] for step in range(steps)]
     text, labels = (torch.cat([batch[name] for batch in whole], dim=1) for name in ("input_ids", "labels"))
@@ -36,7 +36,7 @@ def test_steps_that_carry_the_state_see_what_the_unbroken_text_shows(cell_type, 
 
 @pytest.mark.parametrize("cell_type", CELLS)
 def test_a_lane_that_begins_anew_forgets(cell_type):
-    carried, batch = CarriedState(), Stream(0)[0][0]
+    carried, batch = TBPTTState(), Stream(0)[0][0]
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
     steps = updater(tiny_recurrent(cell_type=cell_type), carried, learning_rate=0.0)
     first, second = (float(steps.step([batch]).loss) for _ in range(2))
@@ -46,7 +46,7 @@ def test_a_lane_that_begins_anew_forgets(cell_type):
 
 
 def test_no_gradient_flows_into_the_step_before():
-    carried = CarriedState()
+    carried = TBPTTState()
     steps = updater(tiny_recurrent(), carried, learning_rate=0.01)
     for step in range(3):
         steps.step(Stream(0)[step])  # would fail at the second step: its graph was freed
@@ -54,7 +54,7 @@ def test_no_gradient_flows_into_the_step_before():
 
 
 def test_a_state_that_is_not_finite_begins_anew():
-    carried = CarriedState()
+    carried = TBPTTState()
     carried.add(torch.tensor([[1.0, float("nan")], [float("inf"), 2.0]]))
     carried.turn()
     assert carried.rows.tolist() == [[1.0, 0.0], [0.0, 2.0]]
@@ -85,7 +85,7 @@ def test_a_plan_refuses_what_the_run_would():
 
 def test_a_model_without_a_state_is_refused():
     with pytest.raises(ValueError, match="carries the state of a causal bm_rnn from row to row, and LlamaForCausalLM"):
-        updater(tiny_model(), CarriedState())
+        updater(tiny_model(), TBPTTState())
 
 
 @pytest.mark.parametrize("step", [1, 3])

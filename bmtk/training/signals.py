@@ -26,7 +26,7 @@ class StopRequest:
 
 
 @contextmanager
-def noted_signals(*, second_stops_at_once: bool) -> Iterator[StopRequest]:
+def deferred_signals(*, second_stops_at_once: bool) -> Iterator[StopRequest]:
     """Note SIGINT and SIGTERM instead of dying of them, as long as the body runs.
 
     second_stops_at_once: a second signal has its usual effect.  Not for several processes: their launcher passes a

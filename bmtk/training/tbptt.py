@@ -3,7 +3,7 @@
 import torch
 
 
-class CarriedState:
+class TBPTTState:
     """The state after each row of this process's last optimizer step: `rows` (rows, W), None before the first one.
 
     A step asks for it micro-batch by micro-batch, in the order of their rows, and at its end calls `turn()`.  No
@@ -31,9 +31,9 @@ class CarriedState:
         self.rows, self.after = torch.cat(self.after).nan_to_num(0.0, 0.0, 0.0), []
 
 
-def carried_state(batches, before: CarriedState | None = None) -> CarriedState | None:
+def tbptt_state(batches, before: TBPTTState | None = None) -> TBPTTState | None:
     """What steps over `batches` carry: the state `before` them, a new one, or None if their rows do not go on."""
-    return (before or CarriedState()) if batches.carries_state else None
+    return (before or TBPTTState()) if batches.carries_state else None
 
 
 def check_carries(model: torch.nn.Module) -> None:

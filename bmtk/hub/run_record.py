@@ -29,7 +29,7 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e
 REDACTED = "[redacted]"
 
 
-def environment_facts(accelerator) -> dict[str, object]:
+def environment_record(accelerator) -> dict[str, object]:
     """Versions, hardware and launch shape of this process."""
     libraries = {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate")}
     return {
@@ -51,7 +51,7 @@ def hardware() -> str:
     return f"{cores} CPU cores" + (f", {threads} of them used" if threads < cores else "")
 
 
-def model_facts(model, *, base_model: str | None = None, adapter: str | None = None) -> dict[str, object]:
+def model_record(model, *, base_model: str | None = None, adapter: str | None = None) -> dict[str, object]:
     """Class, type and size of a model."""
     return {
         "class": type(model).__name__,
@@ -70,7 +70,7 @@ def launch_command() -> str:
     return shlex.join(["accelerate", "launch", str(script), *sys.argv[1:]])
 
 
-def write_facts(directory: str | Path, **facts: object) -> Path:
+def write_run_record(directory: str | Path, **facts: object) -> Path:
     """Write `run.json`, beside its final place first."""
     path = Path(directory) / "run.json"
     figures = facts.pop("figures", [])  # markup and pictures of our own making

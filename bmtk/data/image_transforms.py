@@ -8,15 +8,25 @@ Zhong et al. 2017, arXiv:1708.04896; mixup, Zhang et al. 2018, arXiv:1710.09412;
 arXiv:1905.04899.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
+import torch
 from PIL import ImageEnhance, ImageOps
+from torch.nn import functional as F
 
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # of red, green and blue (ITU-R BT.601)
 ERASED_AREAS, ERASED_ASPECTS = (0.02, 1 / 3), (0.3, 3.3)  # Zhong et al., section 4.2; aspects: table 6
+DEGREES, SHIFT, SIZE, COLOUR = (
+    15.0,
+    0.1,
+    0.2,
+    0.3,
+)  # at strength 1; shifts in parts of the image
 TRIES = 10  # rectangles drawn until one fits into the image
 GREY = 128  # what comes in from beyond an edge
 
@@ -163,3 +173,36 @@ TRANSFORMATIONS = (
     lambda picture, strength: _affine(picture, 1, 0, 0.45 * strength * picture.width, 0, 1, 0),
     lambda picture, strength: _affine(picture, 1, 0, 0, 0, 1, 0.45 * strength * picture.height),
 )
+
+
+# ------------------------------------------------------------------------------------------- of a whole batch at once
+
+
+class BatchTransform(NamedTuple):
+    """What is done to an image: `matrix` (2, 3) leads from places in the new image to places in the old one (from -1
+    to 1); then a channel c becomes gain[c] * c + shift[c]; stacked, with a first axis B."""
+
+    matrix: torch.Tensor
+    gain: torch.Tensor
+    shift: torch.Tensor
+
+
+def draw_batch_transform(strength: float, draw: np.random.Generator) -> BatchTransform:
+    """Changes of one image, evenly distributed up to the largest."""
+    angle = math.radians(DEGREES) * strength * draw.uniform(-1, 1)
+    size = math.exp(SIZE * strength * draw.uniform(-1, 1))
+    move = 2 * SHIFT * strength * draw.uniform(-1, 1, 2)
+    cos, sin = math.cos(angle) * size, math.sin(angle) * size
+    matrix = torch.tensor([[cos, -sin, move[0]], [sin, cos, move[1]]], dtype=torch.float32)
+    gain, shift = COLOUR * strength * draw.uniform(-1, 1, (2, 3))
+    return BatchTransform(
+        matrix, torch.tensor(1 + gain, dtype=torch.float32), torch.tensor(shift, dtype=torch.float32)
+    )
+
+
+def apply_batch_transform(pixels: torch.Tensor, transform: BatchTransform) -> torch.Tensor:
+    """Images (B, C, H, W) after their changes; what comes in from outside is the nearest pixel of the border."""
+    grid = F.affine_grid(transform.matrix, list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    channels = pixels.shape[1]
+    return moved * transform.gain[:, :channels, None, None] + transform.shift[:, :channels, None, None]

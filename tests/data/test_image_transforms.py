@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bmtk.data.augmentation import TRANSFORMATIONS, Augmentation, erased, jittered, moved, pasted, rand_augmented
+from bmtk.data.image_transforms import TRANSFORMATIONS, Augmentation, erased, jittered, moved, pasted, rand_augmented
 
 
 def image_of(channels=3, height=8, width=10, seed=0):
@@ -98,7 +98,7 @@ def test_mixup_is_a_mean_by_shares_and_both_kinds_take_turns():
 @pytest.mark.parametrize("number", range(len(TRANSFORMATIONS)))
 def test_every_transformation_takes_grey_and_colour(number, channels, monkeypatch):
     image = image_of(channels, 40, 40) // 4 + 50  # few greys: something to stretch and to spread
-    monkeypatch.setattr("bmtk.data.augmentation.TRANSFORMATIONS", (TRANSFORMATIONS[number],))
+    monkeypatch.setattr("bmtk.data.image_transforms.TRANSFORMATIONS", (TRANSFORMATIONS[number],))
     for seed in (0, 1):
         changed = rand_augmented(image, draws(seed), 1, 1.0)
         assert (changed.shape, changed.dtype) == (image.shape, np.uint8)

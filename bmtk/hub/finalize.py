@@ -6,13 +6,13 @@ from pathlib import Path
 import yaml
 
 from bmtk.hub.card import write_card
-from bmtk.hub.facts import environment_facts, scrub, write_facts
 from bmtk.hub.publish import publish
 from bmtk.hub.report import write_report
+from bmtk.hub.run_record import environment_record, scrub, write_run_record
 from bmtk.hub.summary import run_summary
 
 
-def conclude(
+def finalize_run(
     folder: Path,
     *,
     run,
@@ -30,10 +30,10 @@ def conclude(
     config = {**config, **task.settled}
     chosen = scrub({key: value for key, value in config.items() if value is not None})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    environment = environment_facts(accelerator)
+    environment = environment_record(accelerator)
     about = {**task.about, "main_metric": task.main_metric}
     described = {"task": run.task, "about": about, "data": task.facts(), "config": config}
-    write_facts(folder, **described, environment=environment, **facts)
+    write_run_record(folder, **described, environment=environment, **facts)
     write_card(folder)
     write_report(folder)
     log(run_summary(folder, next_command=task.next_command(folder)))

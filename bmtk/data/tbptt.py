@@ -13,11 +13,11 @@ from bmtk.data.batches import GlobalBatches
 from bmtk.data.packing import IGNORED, PackedRows
 
 
-class Lanes:
+class TBPTTRows:
     """`rows` in `num_lanes` lanes: row n of these is the one that lane n % num_lanes reads in step n // num_lanes.
 
-    Lanes are contiguous and as long as each other but for one row.  Lanes that are through before the last step get an
-    empty row there: padding, of which nothing is predicted.  So every row is read once an epoch.
+    Lanes are contiguous and of equal length but for one row.  A lane that ends before the last step gets an empty row
+    there: padding, of which nothing is predicted.  So every row is read once an epoch.
     `position_ids` are 0 where a lane or a document begins and count on from there, but not from row to row; a batch
     without such a beginning has none.
     """
@@ -41,10 +41,10 @@ class Lanes:
         return batch
 
 
-class LaneBatches(GlobalBatches):
+class TBPTTBatches(GlobalBatches):
     """Batches of one row of every lane, in the order of the text: each row goes on where its lane's last one ended."""
 
     carries_state = True
 
     def __init__(self, rows: PackedRows, *, batch_size: int, **sizes: int):
-        super().__init__(Lanes(rows, batch_size), batch_size=batch_size, shuffle=False, **sizes)
+        super().__init__(TBPTTRows(rows, batch_size), batch_size=batch_size, shuffle=False, **sizes)

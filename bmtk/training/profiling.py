@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-from .carried import check_carries
+from .tbptt import check_carries
 from .updates import LossSum
 
 

@@ -1,0 +1,33 @@
+"""The batches of several processes that train together."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from torch.utils.data import BatchSampler, Sampler
+
+
+class EvenBatchSampler(BatchSampler):
+    """Batches in groups, one for each of `num_processes` processes, whose rows together are those of one larger batch.
+
+    What is left at the end of an epoch is shared out evenly; accelerate's own way fills it up with rows that were
+    trained on before.  Where fewer rows than processes are left, each has all of them: their mean is the same, but
+    beside other batches of one accumulated step they weigh more.
+
+    >>> list(EvenBatchSampler(range(7), 2, False, num_processes=2))
+    [[0, 1], [2, 3], [4], [5, 6]]
+    """
+
+    def __init__(self, sampler: Sampler | range, batch_size: int, drop_last: bool, *, num_processes: int):
+        super().__init__(sampler, batch_size, drop_last)
+        self.num_processes = num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in BatchSampler(self.sampler, self.batch_size * self.num_processes, self.drop_last):
+            ends = [len(rows) * share // self.num_processes for share in range(self.num_processes + 1)]
+            for first, last in pairwise(ends):
+                yield rows[first:last] if len(rows) >= self.num_processes else rows
+
+    def __len__(self) -> int:
+        return self.num_processes * len(
+            BatchSampler(self.sampler, self.batch_size * self.num_processes, self.drop_last)
+        )
