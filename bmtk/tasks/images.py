@@ -7,20 +7,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.image_transforms import Augmentation
 from bmtk.data.media import ON_CORRUPT, decode_image, image_header, in_colour
 from bmtk.data.tables import check_column
+from bmtk.errors import UserError
 from bmtk.settings import setting
 
-from .task import Task
+from .objective import Objective
+from .task_data import SourceArguments, TaskData
 
 SURVEYED = 1000  # rows whose sizes and kinds are noted, and whose pixels are averaged where not all are in memory
 AT_ONCE = 256  # rows that are decoded together
@@ -37,10 +40,13 @@ class ImageArguments:
         1024, "a split's images are decoded once if they fit into so much memory, else every time"
     )
 
-    def __post_init__(self):
+    # Memory changes no result.
+    free_keys: ClassVar[frozenset[str]] = SourceArguments.free_keys | {"cache_megabytes"}
+
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.on_corrupt not in ON_CORRUPT:
-            raise ValueError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}")
+            raise UserError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}")
 
 
 @dataclass
@@ -55,23 +61,20 @@ class AugmentedImageArguments(ImageArguments):
     rand_augment_magnitude: float = setting(0.3, "their strength, from 0 to 1")
     colour_jitter: float = setting(0.0, "brightness, contrast and saturation change by up to this share")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.augmentation = Augmentation(
             **{f.name: getattr(self, f.name) for f in fields(Augmentation) if f.name in vars(self)}
         )
 
 
-class ImageTask(Task):
-    """A task whose rows become `pixel_values`.  Its rows, as `read_rows` gives them, hold images undecoded."""
+class ImageData(TaskData):
+    """Rows of undecoded images."""
 
-    unit = "images"
     inputs = ("image",)
-    free_keys = frozenset((*Task.free_keys, "cache_megabytes"))
-    processor = None  # made for the model's configuration by `configure`
 
-    def usable(self, table: Dataset, where: str) -> Dataset:
-        """The rows whose image can be read, if those that cannot shall be skipped."""
+    def readable_rows(self, table: Dataset, where: str) -> Dataset:
+        """The rows whose image can be read, if unreadable ones are to be skipped."""
         if self.args.on_corrupt != "skip":
             return table
         bad = {}
@@ -83,7 +86,7 @@ class ImageTask(Task):
         if not bad:
             return table
         if len(bad) == len(table):
-            raise ValueError(f"no image of the {where} data can be read: {bad[0]}")
+            raise UserError(f"no image of the {where} data can be read: {bad[0]}")
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         self.notes.append(f"{len(bad):,} of {len(table):,} rows left out: {'; '.join(list(bad.values())[:3])}{more}")
         return table.select([row for row in range(len(table)) if row not in bad])
@@ -95,46 +98,37 @@ class ImageTask(Task):
         values = table[name][:]
         for row, value in enumerate(values, 1):
             if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
-                raise ValueError(
-                    f"image_column={name!r} of {where} row {row} holds a {type(value).__name__}, no image"
-                )
+                raise UserError(f"image_column={name!r} of {where} row {row} holds a {type(value).__name__}, no image")
         return values
-
-    def configure(self, config, **options) -> None:
-        """Make the processor: the model's own, or for a new model one of the size and channels of `config`."""
-        self.processor, self._scale = self.image_processor(config), None
-        super().configure(config, **options)
-
-    def image_processor(self, config):
-        """The model's own, or a new one; palettes and greys become red, green and blue unless it says otherwise."""
-        processor = self._processor(config)
-        if getattr(processor, "do_convert_rgb", False) is None:
-            processor.do_convert_rgb = True
-        return processor
 
     @property
     def has_processor(self) -> bool:
-        """Whether the model brings one."""
+        """Whether the model brings an image processor."""
         return self.model is not None and (not Path(self.model).is_dir() or _has_processor(Path(self.model)))
 
-    def _processor(self, config):
-        if self.has_processor:
-            return AutoImageProcessor.from_pretrained(self.model, backend="pil", **self.loading)
-        if type(config) not in IMAGE_PROCESSOR_MAPPING:
-            raise ValueError(f"no image processor belongs to a {config.model_type}; is it a model of images?")
-        processor_class = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]
-        if hasattr(processor_class, "for_config"):
-            return processor_class.for_config(config)
-        side, sizes = getattr(config, "image_size", None), processor_class.size or {}
-        fits = isinstance(side, int) and {"height", "width"} <= dict(sizes).keys()
-        return processor_class(size={"height": side, "width": side}) if fits else processor_class()
+
+class ImageObjective(Objective):
+    """Rows become `pixel_values`."""
+
+    data: ImageData
+
+    def __init__(self, data: ImageData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
+        super().__init__(data, config, labels=labels)
+        self.image_processor = image_processor_for(config, data)
+        self._scale: np.ndarray | None = None  # (C, 256): what each value of a pixel becomes, made on first use
+
+    @property
+    def processor(self) -> Any:
+        return self.image_processor
 
     def pixel_rows(self, rows: Dataset, where: str) -> "PixelRows":
         """Rows with `pixels`, decoded at once if a split fits into memory; those of training augmented."""
         limit = 0 if where == "input" else self.args.cache_megabytes * 10**6
         is_augmented = where == "train" and self.args.augmentation != Augmentation()
         augmentation = self.args.augmentation if is_augmented else None
-        found = PixelRows(ImageRows(rows, where), self.resized, limit=limit, augmentation=augmentation, seed=self.seed)
+        found = PixelRows(
+            ImageRows(rows, where), self.resized, limit=limit, augmentation=augmentation, seed=self.data.seed
+        )
         if where == "train":
             self.notes += [survey(rows, found.shape), found.whereabouts]
         return found
@@ -142,17 +136,17 @@ class ImageTask(Task):
     def resized(self, images: list) -> np.ndarray:
         """(B, C, H, W), uint8: what the processor makes of decoded images before it rescales and normalises them.
 
-        It is given colours, as pipelines do: most processors leave a greyscale image one channel.
+        Images are converted to colour first, as pipelines do: most processors leave a greyscale image one channel.
         """
         images = [in_colour(image) for image in images]
-        return self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        return self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
 
     def scaled(self, pixels: np.ndarray) -> torch.Tensor:
         """(B, C, H, W), float32: the rest of the processor's work, looked up value by value."""
         if self._scale is None:
             ramp = np.tile(np.arange(256, dtype=np.uint8), (pixels.shape[1], 1))[..., None]  # (C, 256, 1): an image
             steps = dict.fromkeys(("do_resize", "do_center_crop", "do_pad", "do_convert_rgb"), False)
-            image = self.processor(ramp, **steps, input_data_format="channels_first", return_tensors="np")
+            image = self.image_processor(ramp, **steps, input_data_format="channels_first", return_tensors="np")
             self._scale = image["pixel_values"][0, ..., 0].astype(np.float32)
         channels = [table[pixels[:, channel]] for channel, table in enumerate(self._scale)]
         return torch.from_numpy(np.stack(channels, axis=1))
@@ -160,11 +154,36 @@ class ImageTask(Task):
     def normalise_by(self, rows: "PixelRows") -> None:
         """Let the processor of a new model normalise by mean and standard deviation of the pixels in `rows`."""
         mean, deviation = rows.statistics()
-        self.processor.image_mean, self.processor.image_std, self._scale = mean, deviation, None
+        self.image_processor.image_mean, self.image_processor.image_std, self._scale = mean, deviation, None
         self.notes.append(f"pixels are normalised by those of the training images: mean {mean}, deviation {deviation}")
 
     def example_input(self) -> str:
         return "'an_image.png'"
+
+
+def image_processor_for(config: PreTrainedConfig, data: ImageData) -> Any:
+    """The model's own, or a new one for the size and channels of `config`.
+
+    Palettes and greys become red, green and blue unless it is set otherwise.
+    """
+    processor = _image_processor(config, data)
+    if getattr(processor, "do_convert_rgb", False) is None:
+        processor.do_convert_rgb = True
+    return processor
+
+
+def _image_processor(config: PreTrainedConfig, data: ImageData) -> Any:
+    if data.has_processor:
+        # By name, because with torchvision installed transformers would choose that one, whose resizing differs.
+        return AutoImageProcessor.from_pretrained(data.model, backend="pil", **data.loading)
+    if type(config) not in IMAGE_PROCESSOR_MAPPING:
+        raise UserError(f"no image processor belongs to a {config.model_type}; is it a model of images?")
+    processor_class = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]
+    if hasattr(processor_class, "for_config"):
+        return processor_class.for_config(config)
+    side, sizes = getattr(config, "image_size", None), processor_class.size or {}
+    fits = isinstance(side, int) and {"height", "width"} <= dict(sizes).keys()
+    return processor_class(size={"height": side, "width": side}) if fits else processor_class()
 
 
 class ImageRows(torch.utils.data.Dataset):

@@ -7,6 +7,9 @@ from pathlib import Path
 from datasets import Dataset
 
 from bmtk.data.tables import read_all
+from bmtk.errors import UserError
+
+from .task import Task
 
 SUFFIXES = (".csv", ".jsonl")
 LONGEST_CELL = 1000  # characters of an input that are repeated beside its prediction
@@ -28,7 +31,7 @@ class PredictionFile:
     def __init__(self, path: str):
         self.path, self.count, self.writer = Path(path), 0, None
         if self.path.suffix not in SUFFIXES:
-            raise ValueError(f"output={path!r} must end in one of {', '.join(SUFFIXES)}")
+            raise UserError(f"output={path!r} must end in one of {', '.join(SUFFIXES)}")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"the folder of output={path!r} does not exist; make it first")
         self.beside = self.path.with_name(self.path.name + ".part")
@@ -61,12 +64,12 @@ class PictureFolder:
     Raises: ValueError if the task draws nothing, or files of another run could be mistaken for this one's.
     """
 
-    def __init__(self, path: str, task_class: type):
+    def __init__(self, path: str, task: Task):
         self.path = Path(path)
-        if task_class.drawn is None:
-            raise ValueError(f"pictures={path!r}: there is nothing to draw for {task_class.name}; leave pictures out")
+        if not task.scorer.draws_images:
+            raise UserError(f"pictures={path!r}: there is nothing to draw for {task.name}; leave pictures out")
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(f"pictures={path!r} is not an empty folder; name another, or empty it")
+            raise UserError(f"pictures={path!r} is not an empty folder; name another, or empty it")
         self.path.mkdir(parents=True, exist_ok=True)
 
     def save(self, image, number: int, row: dict[str, object]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from bmtk.data.labels import agreed_labels, label_name, some
+from bmtk.errors import UserError
 from bmtk.metrics.labels import one_label_scores, scores_by_label, several_labels_scores, top_accuracy
 from bmtk.metrics.numbers import regression_scores
 
@@ -40,7 +41,7 @@ class LabelType:
         self.args, self.labels, self.weights = args, [], None
         self.loss = args.loss or self.losses[0]
         if self.loss not in self.losses:
-            raise ValueError(f"loss={self.loss!r} is not for {self.name}; choose one of {', '.join(self.losses)}")
+            raise UserError(f"loss={self.loss!r} is not for {self.name}; choose one of {', '.join(self.losses)}")
 
     def said_and_truth(self, prediction: Prediction) -> tuple[str, str]:
         raise NotImplementedError
@@ -169,13 +170,13 @@ class SeveralLabels(OneLabel):
         if isinstance(cell, str) and separator is not None:
             cell = [part.strip() for part in cell.split(separator)] if cell.strip() else []
         if not isinstance(cell, list):
-            raise ValueError(
+            raise UserError(
                 f"{where} holds {cell!r}; {self.name} needs a list of labels ([] for none), or label_separator: what "
                 "stands between the labels of a text"
             )
         found = [label_name(part, names, where) for part in cell]
         if len(set(found)) < len(found):
-            raise ValueError(
+            raise UserError(
                 f"{where} holds {cell!r}, with the same label twice; list the labels that the row has, each once"
             )
         return found
@@ -262,7 +263,7 @@ class Numbers(LabelType):
         self.measure = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}[self.loss]
         ignored = [name for name in ("label_names", "class_weights") if getattr(args, name)]
         if ignored:
-            raise ValueError(f"{' and '.join(ignored)} have no meaning for {self.name}; leave them out")
+            raise UserError(f"{' and '.join(ignored)} have no meaning for {self.name}; leave them out")
 
     def value(self, cell: object, names: Sequence[str] | None, where: str) -> float:
         try:
@@ -270,7 +271,7 @@ class Numbers(LabelType):
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise ValueError(f"{where} holds {cell!r}; {self.name} needs a finite number: mend the row or take it out")
+            raise UserError(f"{where} holds {cell!r}; {self.name} needs a finite number: mend the row or take it out")
         return number
 
     @staticmethod
@@ -289,7 +290,7 @@ class Numbers(LabelType):
         """Raises: ValueError if there is nothing to learn."""
         low, high, mean, spread = min(values), max(values), np.mean(values), np.std(values)
         if low == high:
-            raise ValueError(f"label_column={self.args.label_column!r} holds {low:g} in all training rows")
+            raise UserError(f"label_column={self.args.label_column!r} holds {low:g} in all training rows")
         return f"training targets: {low:.4g} to {high:.4g}, mean {mean:.4g}, standard deviation {spread:.4g}"
 
     def targets(self, values: Sequence[float], ids: Mapping[str, int]) -> list[float]:
@@ -297,7 +298,7 @@ class Numbers(LabelType):
 
     def criterion(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
         if label_smoothing:
-            raise ValueError("label_smoothing_factor has no meaning for regression; leave it out")
+            raise UserError("label_smoothing_factor has no meaning for regression; leave it out")
         return self.measure(logits.squeeze(-1), labels, reduction="sum")
 
     def reported(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -362,7 +363,7 @@ def class_weights(given: Sequence[str] | None, labels: Sequence[str], counts: Se
     except ValueError:
         weights = []
     if len(weights) != len(labels) or min(weights) < 0:
-        raise ValueError(
+        raise UserError(
             f"class_weights={' '.join(given)} must be 'balanced', or a number of at least 0 for each of the "
             f"{len(labels)} labels {some(labels)}"
         )

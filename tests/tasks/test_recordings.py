@@ -12,7 +12,7 @@ import bmtk  # noqa: F401  (registers the families)
 from bmtk.data.media import audio_seconds, decode_audio
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.feature_extraction_bm import BmFeatureExtractor
-from bmtk.tasks.audio_augmentation import (
+from bmtk.data.audio_transforms import (
     AudioAugmentationArguments,
     changed_samples,
     masked_frames,
