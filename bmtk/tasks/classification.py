@@ -47,9 +47,23 @@ class ClassificationArguments(DataArguments):
 class Labels:
     """The labels of a data set: what kind they are, and their names."""
 
-    def __init__(self, args: Any, kind: LabelType):
-        self.args, self.kind = args, kind
+    def __init__(self, args: Any, kind: LabelType | None = None):
+        """`kind` is None where the rows or the model decide it, with `decide`."""
+        self.args, self._kind = args, kind
         self.names: list[str] = list(args.label_names or [])
+
+    @property
+    def kind(self) -> LabelType:
+        """One label, as long as nothing else is decided."""
+        return self._kind or OneLabel(self.args)
+
+    @property
+    def is_decided(self) -> bool:
+        return self._kind is not None
+
+    def decide(self, kind: type[LabelType]) -> None:
+        """Raises: UserError for settings that have no meaning for this kind of labels."""
+        self._kind = kind(self.args)
 
     def find_names(self, rows: Mapping[str, Dataset]) -> None:
         """The names in column "label" of the training rows; of all rows, if none are for training."""
@@ -57,7 +71,7 @@ class Labels:
             return
         sources = [rows["train"]] if "train" in rows else rows.values()
         self.names = in_order({name for split in sources for name in self.kind.names_in(split["label"])})
-        if len(self.names) < self.kind.fewest and "train" in rows:
+        if "train" in rows and len(self.names) < self.kind.min_labels:
             found = repr(self.names[0]) if self.names else "no label"
             raise UserError(f"label_column={self.args.label_column!r} holds {found} in all training rows")
 

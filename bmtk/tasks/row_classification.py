@@ -50,11 +50,10 @@ class RowLabels(Labels):
     """The label column of a table; its first split decides what kind of labels they are, if the settings do not."""
 
     def __init__(self, args: RowClassificationArguments):
-        super().__init__(args, LABEL_TYPES.get(args.problem_type or "", OneLabel)(args))
-        self.is_decided = False
+        super().__init__(args, LABEL_TYPES[args.problem_type](args) if args.problem_type else None)
 
     def read(self, table: Dataset, where: str, notes: list[str]) -> list[Any] | None:
-        """What each row's label says (a name, names or a number); None if all of them are secret."""
+        """Each row's label (a name, names or a number); None if all of them are secret."""
         name = self.args.label_column
         check_column(table, name, option="label_column", where=where)
         feature, values = table.features[name], list(table[name])
@@ -64,15 +63,13 @@ class RowLabels(Labels):
         values = [in_words(value, feature) for value in values]
         if not self.is_decided:
             self._decide_by(values, notes)
+        kind, names = self.kind, self.args.label_names
         place = f"label_column={name!r} of {where} row"
-        return [self.kind.value(value, self.args.label_names, f"{place} {row}") for row, value in enumerate(values, 1)]
+        return [kind.value(value, names, f"{place} {row}") for row, value in enumerate(values, 1)]
 
     def _decide_by(self, values: list[Any], notes: list[str]) -> None:
-        self.is_decided = True
-        if self.args.problem_type:
-            return
         seen = label_type_seen_in(values, self.args.label_separator)
-        self.kind = seen(self.args)
+        self.decide(seen)
         if seen in NOTED:
             notes.append(f"label_column={self.args.label_column!r} holds {NOTED[seen]}: problem_type={seen.name}")
 
@@ -84,7 +81,7 @@ class RowLabels(Labels):
         trained = labels_of(config, str(data.task.about["auto_class"]))
         of_model = label_type_of(config) if trained and not labels else None
         if not data.rows:
-            self.kind = LABEL_TYPES.get(self.args.problem_type, of_model or OneLabel)(self.args)
+            self.decide(LABEL_TYPES.get(self.args.problem_type, of_model or OneLabel))
         elif "train" not in data.rows and of_model not in (None, type(self.kind)):
             raise UserError(
                 f"the model is for {of_model.name}, and label_column={self.args.label_column!r} is read for "
@@ -112,7 +109,7 @@ class RowScorer(Scorer):
         logits = model(**self.objective.inputs_of(batch))["logits"].float()
         predictions = self.kind.predictions(logits)
         if "labels" in batch:
-            losses, truths = self.kind.reported(logits, batch["labels"]).tolist(), batch["labels"].tolist()
+            losses, truths = self.kind.reported_losses(logits, batch["labels"]).tolist(), batch["labels"].tolist()
             items = self.kind.num_items(batch["labels"][:1])
             for prediction, loss, truth in zip(predictions, losses, truths, strict=True):
                 prediction |= {"loss": loss, "items": items, "truth": truth}
@@ -136,8 +133,8 @@ class RowScorer(Scorer):
 
     def verdict(self, prediction: Prediction) -> str:
         """What was predicted, and the true label where that is another."""
-        predicted, truth = self.kind.said_and_truth(prediction)
-        return f" -> {predicted}" if predicted == truth else f" -> {predicted} (labelled {truth})"
+        predicted, true = self.kind.predicted_and_true(prediction)
+        return f" -> {predicted}" if predicted == true else f" -> {predicted} (labelled {true})"
 
     def figures(self, predictions: Sequence[Prediction], rows: Any) -> list[dict[str, str]]:
         return self.kind.figures(predictions)
