@@ -4,7 +4,10 @@ from bmtk.errors import UserError
 
 from . import (
     audio_classification,
+    causal_lm,
+    denoising,
     image_classification,
+    masked_lm,
     sequence_classification,
 )
 from .task import Task
@@ -13,7 +16,10 @@ TASKS: dict[str, Task] = {
     module.TASK.name: module.TASK
     for module in (
         audio_classification,
+        causal_lm,
+        denoising,
         image_classification,
+        masked_lm,
         sequence_classification,
     )
 }
