@@ -7,6 +7,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from bmtk.data.tables import read_all
+from bmtk.files import replacing
 
 SUFFIXES = (".csv", ".jsonl")
 LONGEST_CELL = 1000  # characters of an input that are repeated beside its prediction
@@ -31,10 +32,10 @@ class PredictionFile:
             raise ValueError(f"output={path!r} must end in one of {', '.join(SUFFIXES)}")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"the folder of output={path!r} does not exist; make it first")
-        self.beside = self.path.with_name(self.path.name + ".part")
+        self.place = replacing(self.path)
 
     def __enter__(self) -> "PredictionFile":
-        self.file = self.beside.open("w", encoding="utf-8", newline="")
+        self.file = self.place.__enter__().open("w", encoding="utf-8", newline="")
         return self
 
     def write(self, row: dict[str, object]) -> None:
@@ -49,10 +50,7 @@ class PredictionFile:
 
     def __exit__(self, kind, error, trace) -> None:
         self.file.close()
-        if kind is None:
-            self.beside.replace(self.path)
-        else:
-            self.beside.unlink()
+        self.place.__exit__(kind, error, trace)
 
 
 class PictureFolder:
