@@ -20,6 +20,7 @@ from bmtk.data.tables import check_column
 from bmtk.data.token_store import TokenStore, build_token_store
 from bmtk.data.tokenizers import KINDS, mask_token, train_tokenizer
 from bmtk.errors import UserError
+from bmtk.files import write_json
 from bmtk.settings import setting
 
 from .objective import Objective
@@ -216,8 +217,7 @@ class CorpusData(TaskData):
     def _remember_apart(self) -> None:
         if self.is_plan:
             return
-        self.corpus.mkdir(parents=True, exist_ok=True)
-        (self.corpus / "apart.json").write_text(json.dumps(self._split_marks()), encoding="utf-8")
+        write_json(self.corpus / "apart.json", self._split_marks())
 
     # ------------------------------------------------------------------------------------------------ tokenizer
 
@@ -241,7 +241,7 @@ class CorpusData(TaskData):
         tokenizer.model_max_length = self.args.longest_row
         if not self.is_plan:
             tokenizer.save_pretrained(folder)
-            stamp.write_text(json.dumps(identity), encoding="utf-8")
+            write_json(stamp, identity)
         return tokenizer
 
     def _with_mask(self, tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
