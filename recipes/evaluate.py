@@ -8,7 +8,6 @@ What the model's own recipe.yaml says of its data holds here too, unless the com
 """
 
 import dataclasses
-import json
 import logging
 import sys
 import time
@@ -22,6 +21,7 @@ from accelerate import Accelerator
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
+from bmtk.files import write_json
 from bmtk.hub import run_record, summary
 from bmtk.tasks import task_named
 from bmtk.training import finetuning
@@ -111,10 +111,7 @@ def write_metrics(evaluation: EvaluationArguments, task, metrics: dict[str, floa
     path = Path(evaluation.output or (folder if folder.is_dir() else Path.cwd()) / "metrics.json")
     content = {"model": evaluation.model, "task": evaluation.task, "data": task.facts(), "metrics": metrics}
     content["inference"] = {"rows_per_second": speed}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({"at": run_record.now(), **content}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_json(path, {"at": run_record.now(), **content})
     return path
 
 

@@ -31,6 +31,7 @@ class Texts:
     name: str
     fingerprint: str
     parts: tuple[Callable[[], Iterator[str]], ...]
+    num_bytes: int | None = None  # of the files; None if they are not counted
 
     def __iter__(self) -> Iterator[str]:
         is_empty = True
@@ -41,6 +42,21 @@ class Texts:
                     yield text
         if is_empty:
             raise ValueError(f"the corpus {self.name} is empty: it holds no document with a visible character")
+
+    def without(self, is_left_out: Callable[[str], bool], *, mark: str) -> "Texts":
+        """Without the documents that `is_left_out`; `mark` changes whenever other documents are."""
+        fingerprint = hashlib.sha256(f"{self.fingerprint} without {mark}".encode()).hexdigest()
+        return Texts(self.name, fingerprint, (lambda: (text for text in self if not is_left_out(text)),))
+
+    def head(self, num_characters: int) -> list[str]:
+        """The first documents, the last of them cut, with `num_characters` together; all if they have fewer."""
+        found, left = [], num_characters
+        for text in self:
+            found.append(text[:left])
+            left -= len(text)
+            if left <= 0:
+                break
+        return found
 
 
 def read_texts(
@@ -75,7 +91,9 @@ def read_texts(
             marks.append(mark)
     description = json.dumps([marks, text_column, sample_by])
     name = f"{', '.join(map(str, sources))} (split {split!r})"
-    return Texts(name, hashlib.sha256(description.encode()).hexdigest(), tuple(parts))
+    sizes = [mark[1] if isinstance(mark, list) else None for mark in marks]
+    num_bytes = None if None in sizes else sum(sizes)
+    return Texts(name, hashlib.sha256(description.encode()).hexdigest(), tuple(parts), num_bytes)
 
 
 def has_split(source: str, split: str) -> bool:

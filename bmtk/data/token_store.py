@@ -5,10 +5,8 @@ A store is a folder of three files. `tokens.bin` holds the ids of all documents 
 While it is being written it stands beside its final place, in `<directory>.partial`.
 """
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -22,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bmtk.data.sources import Texts, text_fingerprint
 from bmtk.data.tokenizers import has_newline_cuts, pieces, tokenizer_fingerprint
+from bmtk.files import flush, move_folder, sha256, write_json
 
 FORMAT = 1
 OFFSET = np.dtype("<i8")
@@ -60,7 +59,7 @@ class TokenStore:
     def verify(self) -> None:
         """Read everything and compare it with the manifest. Raises: ValueError naming the file that differs."""
         for name, facts in _read_manifest(self.directory)["files"].items():
-            if _sha256(self.directory / name) != facts["sha256"]:
+            if sha256(self.directory / name) != facts["sha256"]:
                 raise ValueError(f"{self.directory / name} is damaged: its sha256 is not the manifest's; {REMEDY}")
 
 
@@ -92,7 +91,8 @@ def build_token_store(
         except ValueError:  # bad texts will change, and their fingerprint with them: nothing to take up again
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _move_into_place(partial, directory)
+        move_folder(partial, directory)
+        (directory / "progress.json").unlink()
     return TokenStore(directory)
 
 
@@ -221,21 +221,22 @@ class _Writer:
         self.offsets.write((ends - lengths).astype(OFFSET).tobytes())
         self.tokens.write(np.array([i for ids in documents for i in ids], self.dtype).tobytes())
         for file in (self.tokens, self.offsets):
-            _flush(file)
+            file.flush()
+            flush(Path(file.name))
         self.counts["num_documents"] += len(documents)
         self.counts["num_tokens"] = int(ends[-1])
         self.counts["num_bytes"] += num_bytes
-        _write_json(self.folder / "progress.json", self.counts)
+        write_json(self.folder / "progress.json", self.counts)
 
     def finish(self, *, pad_token_id: int) -> None:
         self.offsets.write(np.array([self.num_tokens], OFFSET).tobytes())
         files = {}
         for file in (self.tokens, self.offsets):
-            _flush(file)
+            file.flush()
             path = Path(file.name)
-            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
         facts = {"dtype": self.dtype.str, "pad_token_id": pad_token_id, "files": files}
-        _write_json(self.folder / "manifest.json", {**self.counts, **facts})
+        write_json(self.folder / "manifest.json", {**self.counts, **facts})
 
     def close(self) -> None:
         self.tokens.close()
@@ -244,34 +245,3 @@ class _Writer:
 
 def _read_progress(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    beside = path.with_suffix(".new")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        _flush(file)
-    beside.replace(path)
-
-
-def _flush(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _move_into_place(partial: Path, directory: Path) -> None:
-    old = directory.with_name(f"{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    (directory / "progress.json").unlink()
-    shutil.rmtree(old, ignore_errors=True)

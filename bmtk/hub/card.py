@@ -14,6 +14,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
+from bmtk.files import write_text
 from bmtk.hub.formatting import (
     SPEEDS,
     escape_markdown,
@@ -84,7 +85,7 @@ def write_card(directory: str | Path, *, repo_id: str | None = None) -> Path:
         limits=about["limits"],
     )
     path = Path(directory) / "README.md"
-    path.write_text(re.sub(r"\n{3,}", "\n\n", text), encoding="utf-8", newline="\n")
+    write_text(path, re.sub(r"\n{3,}", "\n\n", text))
     return path
 
 

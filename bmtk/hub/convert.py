@@ -3,9 +3,7 @@
 What is not in SOURCES is refused by name, and a converted model is compared with its source before it is saved.
 """
 
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,8 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import cached_file
+
+from bmtk.files import replacing_folder
 
 from .convert_sources import SOURCES, Source
 
@@ -61,7 +61,9 @@ def convert(model: str, directory: str | Path, *, auto_class: str | None = None)
             f"{model} was converted, but its outputs differ by {difference:.1e} of their size: it has a setting that "
             "convert does not know; nothing was saved"
         )
-    _save([ours, *processors], directory)
+    with replacing_folder(directory) as beside:
+        for part in (ours, *processors):
+            part.save_pretrained(beside)
     return Conversion(
         directory, type(theirs).__name__, type(ours).__name__, auto_class, ours.num_parameters(), difference,
         tuple(type(processor).__name__ for processor in processors),
@@ -227,17 +229,6 @@ def _image_size(processors: list) -> int | None:
             size = processor.crop_size if processor.do_center_crop else processor.size
             return size.get("height") or size.get("shortest_edge")
     return None
-
-
-def _save(parts: list, directory: Path) -> None:
-    """Everything or nothing: written beside `directory`, then renamed."""
-    partial = directory.absolute().with_name(f".{directory.absolute().name}.{os.getpid()}.partial")
-    try:
-        for part in parts:
-            part.save_pretrained(partial)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _shortened(problems: list[str]) -> str:

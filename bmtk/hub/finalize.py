@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from bmtk.files import write_text
 from bmtk.hub.card import write_card
 from bmtk.hub.publish import publish
 from bmtk.hub.report import write_report
@@ -29,7 +30,7 @@ def finalize_run(
     """
     config = {**config, **task.settled}
     chosen = scrub({key: value for key, value in config.items() if value is not None})
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(folder / "recipe.yaml", yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
     environment = environment_record(accelerator)
     about = {**task.about, "main_metric": task.main_metric}
     described = {"task": run.task, "about": about, "data": task.facts(), "config": config}

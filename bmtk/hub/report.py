@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
+from bmtk.files import write_text
 from bmtk.hub import card, formatting, run_record
 
 MAX_DRAWN = 1200  # points of one line; a longer one is drawn by the extremes of each stretch
@@ -50,7 +51,7 @@ def write_report(directory: str | Path) -> Path:
         config=[(key, formatting.show(value)) for key, value in run["config"].items()],
     )
     path = Path(directory) / "report.html"
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_text(path, text)
     return path
 
 

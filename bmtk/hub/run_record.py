@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from bmtk.files import write_json
+
 SECRET = re.compile(
     r"(?<![A-Za-z0-9])(?:(?:hf_(?:oauth_|jwt_)?|api_org_|gh[opsur]_)[A-Za-z0-9]{10,}|(?:sk-|github_pat_)[\w-]{16,})",
     re.ASCII,
@@ -71,14 +73,12 @@ def launch_command() -> str:
 
 
 def write_run_record(directory: str | Path, **facts: object) -> Path:
-    """Write `run.json`, beside its final place first."""
+    """Write `run.json`."""
     path = Path(directory) / "run.json"
     figures = facts.pop("figures", [])  # markup and pictures of our own making
     command = {"bmtk_version": version("big-model-toolkit"), "command": scrub_command(launch_command())}
     content = {**command, **scrub(json.loads(json.dumps(facts, default=str))), "figures": figures}
-    beside = path.with_suffix(".json.new")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_json(path, content)
     return path
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import optuna
 import yaml
 
+from bmtk.files import write_text
 from bmtk.hub.run_record import read_run
 from bmtk.training.history import History
 from bmtk.training.run_folder import CHECKPOINTS, locked
@@ -108,9 +109,7 @@ class RecipeTrials:
 
 def write_settings(path: Path, settings: Mapping[str, object]) -> None:
     """Write a config file, whole or not at all."""
-    beside = path.with_suffix(".partial")
-    beside.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
 
 def _reason(log: Path, status: int) -> str:

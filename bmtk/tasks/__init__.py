@@ -4,7 +4,10 @@ from bmtk.errors import UserError
 
 from . import (
     audio_classification,
+    causal_lm,
+    denoising,
     image_classification,
+    masked_lm,
     sequence_classification,
     token_classification,
 )
@@ -14,7 +17,10 @@ TASKS: dict[str, Task] = {
     module.TASK.name: module.TASK
     for module in (
         audio_classification,
+        causal_lm,
+        denoising,
         image_classification,
+        masked_lm,
         sequence_classification,
         token_classification,
     )

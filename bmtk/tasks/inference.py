@@ -2,12 +2,15 @@
 
 import csv
 import json
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, TextIO
 
 from datasets import Dataset
 
 from bmtk.data.tables import read_all
 from bmtk.errors import UserError
+from bmtk.files import replacing
 
 from .task import Task
 
@@ -25,22 +28,26 @@ class PredictionFile:
 
     Opened as a context: what an error leaves unfinished is removed, and a former file stays as it was.
 
-    Raises: ValueError for another kind of file, FileNotFoundError if its folder is not there.
+    Raises: UserError for another kind of file, FileNotFoundError if its folder does not exist.
     """
 
     def __init__(self, path: str):
-        self.path, self.count, self.writer = Path(path), 0, None
+        self.path, self.count = Path(path), 0
         if self.path.suffix not in SUFFIXES:
             raise UserError(f"output={path!r} must end in one of {', '.join(SUFFIXES)}")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"the folder of output={path!r} does not exist; make it first")
-        self.beside = self.path.with_name(self.path.name + ".part")
+        self.opened = ExitStack()
+        self.file: TextIO | None = None
+        self.writer: csv.DictWriter[str] | None = None
 
     def __enter__(self) -> "PredictionFile":
-        self.file = self.beside.open("w", encoding="utf-8", newline="")
+        beside = self.opened.enter_context(replacing(self.path))
+        self.file = self.opened.enter_context(beside.open("w", encoding="utf-8", newline=""))
         return self
 
     def write(self, row: dict[str, object]) -> None:
+        assert self.file is not None, "only inside of the context"
         if self.path.suffix == ".jsonl":
             self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         else:
@@ -50,12 +57,8 @@ class PredictionFile:
             self.writer.writerow({key: _cell(value) for key, value in row.items()})
         self.count += 1
 
-    def __exit__(self, kind, error, trace) -> None:
-        self.file.close()
-        if kind is None:
-            self.beside.replace(self.path)
-        else:
-            self.beside.unlink()
+    def __exit__(self, *failure: Any) -> None:
+        self.opened.__exit__(*failure)
 
 
 class PictureFolder:
@@ -72,7 +75,7 @@ class PictureFolder:
             raise UserError(f"pictures={path!r} is not an empty folder; name another, or empty it")
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def save(self, image, number: int, row: dict[str, object]) -> str:
+    def save(self, image: Any, number: int, row: dict[str, object]) -> str:
         """The path of the written file, a PNG."""
         names = (value["path"] for value in row.values() if isinstance(value, dict) and value.get("path"))
         name = "_".join([f"{number:05}", *(Path(path).stem for path in names)])

@@ -84,6 +84,11 @@ class Objective:
         """The validation rows that are measured while training; all are in the end."""
         return self.rows.get("validation")
 
+    @property
+    def sampled_share(self) -> float:
+        """The part of the training data that `rows` has: below 1 only for the plan of a large corpus."""
+        return 1.0
+
     # ------------------------------------------------------------------------------------------------ batches
 
     def batch_rows(self, rows: Any, *, is_training: bool = False) -> Rows:

@@ -96,15 +96,15 @@ class TaskData:
         splits: Sequence[str] = SPLITS,
         seed: int = 42,
         folder: Path | None = None,
+        is_plan: bool = False,
         **loading: Any,
     ):
         """`model` is the folder or Hub id whose processor is read if `args` name no other; of `splits`, those that
         exist are read (none: data for `encode_inputs` only).  `folder` is where a task may keep what it prepares;
-        `loading` is for `from_pretrained`.
+        with `is_plan` nothing is kept, and a large corpus may be read in part; `loading` is for `from_pretrained`.
         """
-        self.task, self.args, self.model, self.seed, self.folder, self.loading = (
-            task, args, model, seed, folder, loading,
-        )  # fmt: skip
+        self.task, self.args, self.model = task, args, model
+        self.seed, self.folder, self.is_plan, self.loading = seed, folder, is_plan, loading
         self.notes: list[str] = []  # what was found in the data, and what was decided without being asked for
         self.holds_out = False  # whether the validation rows were training rows
         self.rows: dict[str, Any] = self._read(splits)

@@ -3,8 +3,9 @@
 import json
 import logging
 import math
-import os
 from pathlib import Path
+
+from bmtk.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,7 @@ class History:
         if not self.path.exists():
             return
         kept = [record for record in self.read() if record["step"] <= after]
-        beside = self.path.with_suffix(".jsonl.partial")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(beside, self.path)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _is_unknown(value) -> bool:

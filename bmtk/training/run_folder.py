@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bmtk.files import delete_partial, write_json
+
 from .arguments import FREE_KEYS
-from .manifest import delete_partial, write_json
 
 RUN_CONFIG = "run_config.json"  # resolved configuration of the run that the folder holds
 LOCK = ".lock"
@@ -67,9 +68,7 @@ def check_output_dir(
             )
         else:
             _refuse_another_run(directory, config, free_keys)
-        beside = directory / f"{RUN_CONFIG}.partial"
-        write_json(beside, config)
-        os.replace(beside, directory / RUN_CONFIG)
+        write_json(directory / RUN_CONFIG, config, indent=1, ensure_ascii=True)
 
 
 @contextmanager
