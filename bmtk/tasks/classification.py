@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig
 
 from bmtk.data.labels import in_order, some
 from bmtk.errors import UserError
@@ -75,7 +74,7 @@ class Labels:
             found = repr(self.names[0]) if self.names else "no label"
             raise UserError(f"label_column={self.args.label_column!r} holds {found} in all training rows")
 
-    def bind(self, config: PreTrainedConfig, rows: Mapping[str, Dataset], known: Sequence[str]) -> "LabelSet":
+    def bind(self, config: Any, rows: Mapping[str, Dataset], known: Sequence[str]) -> "LabelSet":
         """Write the labels into `config`.
 
         A classifier that knows the labels of the data (`known`), by name or by number, keeps its own order of them.
@@ -122,7 +121,7 @@ class LabelSet:
         return self.kind.criterion(outputs["logits"].float(), batch["labels"], label_smoothing=label_smoothing)
 
 
-def labels_of(config: PreTrainedConfig, auto_class: str) -> list[str]:
+def labels_of(config: Any, auto_class: str) -> list[str]:
     """The labels that a trained classifier knows, in its order; none for other models, or if it has only numbers."""
     head = auto_class.removeprefix("AutoModel")  # how the class of a model that has this head ends
     if not any(name.endswith(head) for name in config.architectures or ()):

@@ -111,7 +111,7 @@ class ImageClassificationScorer(RowScorer):
     """Also the images that were most confidently wrong."""
 
     def shown(self, rows: PixelRows, row: int) -> str:
-        return rows.rows.rows[row]["image"]["path"] or f"row {row + 1}"
+        return str(rows.rows.rows[row]["image"]["path"] or f"row {row + 1}")
 
     def figures(self, predictions: Sequence[Prediction], rows: PixelRows) -> list[dict[str, str]]:
         """The confusion matrix, and the images whose label was given the least probability."""
@@ -121,7 +121,7 @@ class ImageClassificationScorer(RowScorer):
             return super().figures(predictions, rows)
         captions = [self.kind.mistake(predictions[row]) for row in worst]
         title = f"The {len(worst)} most wrong of {len(wrong):,} mistakes among {len(predictions):,} images"
-        return [*super().figures(predictions, rows), image_grid(rows.pixels(worst), captions, title)]
+        return [*super().figures(predictions, rows), image_grid(list(rows.pixels(worst)), captions, title)]
 
 
 def mixed_labels(labels: torch.Tensor, others: torch.Tensor, shares: torch.Tensor, count: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ B images, C channels, H x W pixels.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -186,7 +186,7 @@ def _image_processor(config: PreTrainedConfig, data: ImageData) -> Any:
     return processor_class(size={"height": side, "width": side}) if fits else processor_class()
 
 
-class ImageRows(torch.utils.data.Dataset):
+class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows whose image is decoded when it is asked for; errors name the row."""
 
     def __init__(self, rows: Dataset, where: str):
@@ -195,10 +195,10 @@ class ImageRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> dict:
+    def __getitem__(self, row: int) -> dict[str, Any]:
         return self.__getitems__([row])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         columns = self.rows[list(indices)]
         columns["image"] = [
             decode_image(value, f"the image of {self.where} row {index + 1}")
@@ -207,7 +207,7 @@ class ImageRows(torch.utils.data.Dataset):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-class PixelRows(EpochDataset, torch.utils.data.Dataset):
+class PixelRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
     """Rows with "pixels" (C, H, W), uint8, and every other column of `rows`.
 
     They are kept in memory if all of them take no more than `limit` bytes.  Augmented is a row only from the first
@@ -217,7 +217,16 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset):
 
     first_epoch = -1
 
-    def __init__(self, rows: ImageRows, resized, *, limit: int = 0, augmentation=None, seed: int = 0):
+    def __init__(
+        self,
+        rows: ImageRows,
+        resized: Callable[[list[Any]], np.ndarray],
+        *,
+        limit: int = 0,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ):
+        """`resized` makes pixels (B, C, H, W), uint8, of decoded images."""
         self.rows, self.resized = rows, resized
         self.augmentation, self.seed = augmentation, seed
         self.columns = {name: rows.rows[name][:] for name in rows.rows.column_names if name != "image"}
@@ -228,8 +237,8 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset):
     def _all(self) -> np.ndarray:
         kept = np.empty((len(self), *self.shape), dtype=np.uint8)
         for start in range(0, len(self), AT_ONCE):
-            places = range(start, min(start + AT_ONCE, len(self)))
-            kept[places.start : places.stop] = self._decoded(places)
+            indices = range(start, min(start + AT_ONCE, len(self)))
+            kept[indices.start : indices.stop] = self._decoded(indices)
         return kept
 
     def _decoded(self, indices: Sequence[int]) -> np.ndarray:
@@ -242,39 +251,38 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset):
         """(B, C, H, W), as they are without augmentation."""
         return self._decoded(indices) if self.kept is None else self.kept[list(indices)]
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         if self.augmentation is None or self.epoch < 0:
             return [self._row(index, pixels) for index, pixels in zip(indices, self.pixels(indices), strict=True)]
-        return [self._augmented(index) for index in indices]
+        return [self._augmented(index, self.augmentation) for index in indices]
 
-    def _row(self, index: int, pixels: np.ndarray) -> dict:
+    def _row(self, index: int, pixels: np.ndarray) -> dict[str, Any]:
         return {"pixels": pixels, **{name: values[index] for name, values in self.columns.items()}}
 
-    def _augmented(self, index: int) -> dict:
-        pixels, draw = self._changed(index)
-        if not self.augmentation.mixes:
+    def _augmented(self, index: int, augmentation: Augmentation) -> dict[str, Any]:
+        pixels, draw = self._changed(index, augmentation)
+        if not augmentation.mixes:
             return self._row(index, pixels)
         partner = int(draw.integers(len(self)))
-        other, _ = self._changed(partner)
-        pixels, share = self.augmentation.mixed(pixels, other, draw)
+        other, _ = self._changed(partner, augmentation)
+        pixels, share = augmentation.mixed(pixels, other, draw)
         return {**self._row(index, pixels), "other": self._row(partner, other), "share": share}
 
-    def _changed(self, index: int) -> tuple[np.ndarray, np.random.Generator]:
+    def _changed(self, index: int, augmentation: Augmentation) -> tuple[np.ndarray, np.random.Generator]:
         draw = np.random.default_rng((self.seed, self.epoch, index))
-        return self.augmentation(self.pixels([index])[0], draw), draw
+        return augmentation(self.pixels([index])[0], draw), draw
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, where 1 is white; of a part of the rows if not all are kept."""
         pixels = self.kept
         if pixels is None:
             pixels = self.pixels(np.linspace(0, len(self) - 1, min(len(self), SURVEYED)).astype(int).tolist())
-        counts = sum(
-            np.stack([np.bincount(part[:, channel].ravel(), minlength=256) for channel in range(pixels.shape[1])])
-            for part in np.array_split(pixels, -(-len(pixels) // AT_ONCE))
-        )  # (C, 256)
+        counts = np.zeros((pixels.shape[1], 256), dtype=int)
+        for part in np.array_split(pixels, -(-len(pixels) // AT_ONCE)):
+            counts += np.stack([np.bincount(channel.ravel(), minlength=256) for channel in part.swapaxes(0, 1)])
         values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
         mean = shares @ values
         deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
@@ -283,7 +291,7 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset):
 
     @property
     def whereabouts(self) -> str:
-        """Where the pixels are, in a sentence."""
+        """Where the pixels are kept, in a sentence."""
         size = f"{self.num_bytes / 1e6:,.1f} MB"
         if self.kept is not None:
             return f"the {len(self):,} {self.rows.where} images are decoded once and kept in memory ({size})"
@@ -295,21 +303,23 @@ def survey(rows: Dataset, shape: Sequence[int]) -> str:
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), SURVEYED)).astype(int)]["image"]
     sizes, modes, are_clear = zip(*map(image_header, chosen), strict=True)
     kinds = Counter(KINDS.get(mode, mode) for mode in modes).most_common()
-    said = [", ".join(f"{count / len(chosen):.1%} {kind}" if len(kinds) > 1 else kind for kind, count in kinds)]
+    parts = [", ".join(f"{count / len(chosen):.1%} {kind}" if len(kinds) > 1 else kind for kind, count in kinds)]
     if any(are_clear):
-        said.append(f"{sum(are_clear) / len(chosen):.1%} partly transparent, put on white (which pipelines do not do)")
+        parts.append(
+            f"{sum(are_clear) / len(chosen):.1%} partly transparent, put on white (which pipelines do not do)"
+        )
     (width, height), (_, model_height, model_width) = np.median(sizes, axis=0).astype(int), shape
     if len(set(sizes)) > 1:
-        said.append(f"{min(sizes)[0]} to {max(sizes)[0]} pixels wide, mostly about {width} x {height}")
+        parts.append(f"{min(sizes)[0]} to {max(sizes)[0]} pixels wide, mostly about {width} x {height}")
     else:
-        said.append(f"{width} x {height} pixels")
+        parts.append(f"{width} x {height} pixels")
     larger = sum(w > model_width or h > model_height for w, h in sizes) / len(chosen)
     smaller = sum(w < model_width and h < model_height for w, h in sizes) / len(chosen)
     if larger or smaller:
         shares = f"{larger:.1%} are made smaller and {smaller:.1%} larger"
-        said.append(f"the model reads {model_width} x {model_height}: {shares}")
+        parts.append(f"the model reads {model_width} x {model_height}: {shares}")
     looked_at = "" if len(chosen) == len(rows) else f" ({len(chosen):,} of {len(rows):,} looked at)"
-    return f"training images{looked_at}: {'; '.join(said)}"
+    return f"training images{looked_at}: {'; '.join(parts)}"
 
 
 def _has_processor(folder: Path) -> bool:

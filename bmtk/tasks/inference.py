@@ -83,9 +83,9 @@ class PictureFolder:
         return str(self.path / f"{name}.png")
 
 
-def shown(row: dict[str, object]) -> dict[str, object]:
+def shown(row: dict[str, Any]) -> dict[str, object]:
     """What of an input row is repeated: texts (their beginnings), words, numbers, paths; not pixels or samples."""
-    shown = {}
+    shown: dict[str, object] = {}
     for name, value in row.items():
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             value = value["path"]

@@ -25,6 +25,7 @@ from .task import Prediction
 TOP = 5  # labels that count as a hit of top5_accuracy
 SHOWN = 10  # labels of a note
 NOTHING = "nothing"
+ERRORS: dict[str, Any] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}  # losses of numbers
 
 
 class LabelType:
@@ -314,7 +315,7 @@ class Numbers(LabelType):
 
     name = "regression"
     main_metric = "mse"
-    losses = ("mse", "mae", "huber")
+    losses = tuple(ERRORS)
     min_labels = 0
     about: ClassVar[dict[str, str | None]] = {
         "noun": "regression model",
@@ -325,7 +326,6 @@ class Numbers(LabelType):
 
     def __init__(self, args: Any):
         super().__init__(args)
-        self.measure: Any = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}[self.loss]
         ignored = [name for name in ("label_names", "class_weights") if getattr(args, name)]
         if ignored:
             raise UserError(f"{' and '.join(ignored)} have no meaning for {self.name}; leave them out")
@@ -365,7 +365,8 @@ class Numbers(LabelType):
     def criterion(self, logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
         if label_smoothing:
             raise UserError("label_smoothing_factor has no meaning for regression; leave it out")
-        return self.measure(logits.squeeze(-1), labels, reduction="sum")
+        loss: torch.Tensor = ERRORS[self.loss](logits.squeeze(-1), labels, reduction="sum")
+        return loss
 
     def reported_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return (logits.squeeze(-1) - labels) ** 2

@@ -80,7 +80,7 @@ class RecordingData(TaskData):
             raise UserError(f"audio_column={name!r} of the {where} data holds no recording that can be read")
         return Dataset.from_dict({"audio": [values[row] for row in kept], "seconds": seconds}), kept
 
-    def _seconds(self, value: dict, where: str) -> float:
+    def _seconds(self, value: dict[str, Any], where: str) -> float:
         seconds = audio_seconds(value, where)
         if self.args.on_corrupt == "skip":
             decode_audio(value, where, sampling_rate=self.args.sampling_rate)
@@ -128,7 +128,7 @@ def extractor_for(config: PreTrainedConfig, data: RecordingData) -> Any:
     """The model's own feature extractor, or a new one with the mel bands of `config`."""
     args = data.args
     if data.model is not None and (not Path(data.model).is_dir() or _has_extractor(Path(data.model))):
-        return AutoFeatureExtractor.from_pretrained(data.model, **data.loading)
+        return AutoFeatureExtractor.from_pretrained(data.model, **data.loading)  # type: ignore[no-untyped-call]
     if type(config) not in FEATURE_EXTRACTOR_MAPPING:
         raise UserError(f"no feature extractor belongs to a {config.model_type}; is it a model of recordings?")
     options = {"sampling_rate": args.sampling_rate}
@@ -138,7 +138,8 @@ def extractor_for(config: PreTrainedConfig, data: RecordingData) -> Any:
             "frame_length": round(args.sampling_rate * args.frame_ms / 1000),
             "hop_length": round(args.sampling_rate * args.hop_ms / 1000),
         }
-    return FEATURE_EXTRACTOR_MAPPING[type(config)](**options)
+    extractor_class: Any = FEATURE_EXTRACTOR_MAPPING[type(config)]
+    return extractor_class(**options)
 
 
 def worst_spectrograms(rows: "RecordingRows", worst: Sequence[int], verdicts: Sequence[str]) -> list[dict[str, str]]:
@@ -150,7 +151,7 @@ def worst_spectrograms(rows: "RecordingRows", worst: Sequence[int], verdicts: Se
     return [spectrograms([rows.recording(row) for row in chosen], names, rows.extractor.sampling_rate)]
 
 
-class RecordingRows(EpochDataset, torch.utils.data.Dataset):
+class RecordingRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
     """Rows whose recording is decoded when it is asked for, and its features kept while they fit; errors name the row.
 
     What `changes` asks for is a function of (seed, epoch, row).
@@ -161,7 +162,7 @@ class RecordingRows(EpochDataset, torch.utils.data.Dataset):
         rows: Dataset,
         where: str,
         *,
-        extractor,
+        extractor: Any,
         changes: AudioAugmentationArguments | None = None,
         seed: int = 0,
     ):
@@ -169,12 +170,13 @@ class RecordingRows(EpochDataset, torch.utils.data.Dataset):
         self.others = rows.remove_columns(["audio", "seconds"])
         self.seconds = sum(rows["seconds"])
         self.changes, self.seed = changes, seed
-        self.kept, self.kept_bytes = {}, 0
+        self.kept: dict[int, np.ndarray] = {}  # features of rows
+        self.kept_bytes = 0
 
     def __len__(self) -> int:
         return len(self.recordings)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         others = self.others[index] if self.others.column_names else {}
         return {**others, self.extractor.model_input_names[0]: self.features(index)}
 
@@ -203,11 +205,11 @@ class RecordingRows(EpochDataset, torch.utils.data.Dataset):
 
     @property
     def _rate(self) -> int:
-        return self.extractor.sampling_rate
+        return int(self.extractor.sampling_rate)
 
     def _extracted(self, samples: np.ndarray) -> np.ndarray:
         found = self.extractor(samples, sampling_rate=self._rate, return_tensors="np")
-        return found[self.extractor.model_input_names[0]][0]
+        return np.asarray(found[self.extractor.model_input_names[0]][0])
 
 
 def _has_extractor(folder: Path) -> bool:

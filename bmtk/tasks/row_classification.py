@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset
-from transformers import PreTrainedConfig
 
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
@@ -73,7 +72,7 @@ class RowLabels(Labels):
         if seen in NOTED:
             notes.append(f"label_column={self.args.label_column!r} holds {NOTED[seen]}: problem_type={seen.name}")
 
-    def bind_to(self, config: PreTrainedConfig, data: TaskData, *, labels: Sequence[str]) -> LabelSet:
+    def bind_to(self, config: Any, data: TaskData, *, labels: Sequence[str]) -> LabelSet:
         """Write the labels into `config`; `labels` are those of an adapter, whose configuration does not have them.
 
         Raises: UserError if a finished model is for another kind of label than the rows, or does not know theirs.
@@ -163,6 +162,6 @@ def label_type_seen_in(values: Sequence[Any], separator: str | None) -> type[Lab
     return OneLabel if all(number.is_integer() or number != number for number in numbers) else Numbers
 
 
-def label_type_of(config: PreTrainedConfig) -> type[LabelType]:
+def label_type_of(config: Any) -> type[LabelType]:
     """What a trained classifier is about; without a problem_type, one output is a number, as transformers has it."""
     return LABEL_TYPES.get(config.problem_type, Numbers if config.num_labels == 1 else OneLabel)

@@ -52,7 +52,7 @@ class SequenceClassificationData(TextData):
         return self.keep_rows_with_text(rows, texts, option="text_column", where=where)
 
     def training_texts(self) -> list[str]:
-        return self.rows["train"]["text"]
+        return list(self.rows["train"]["text"])
 
     @property
     def label_type(self) -> LabelType:
@@ -96,7 +96,8 @@ class SequenceClassificationScorer(RowScorer):
     """Samples show the text."""
 
     def shown(self, rows: Dataset, row: int) -> str:
-        return self.objective.processor.decode(rows[row]["input_ids"], skip_special_tokens=True).strip()
+        text = self.objective.processor.decode(rows[row]["input_ids"], skip_special_tokens=True)
+        return str(text).strip()
 
 
 TASK = Task(

@@ -158,11 +158,12 @@ class TextObjective(Objective):
 
 
 def pad_texts(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping], **options: object
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], **options: Any
 ) -> dict[str, torch.Tensor]:
     """Rows of "input_ids" and the like, padded to the longest of them; one position at least, which models need."""
     longest = max(1, *(len(row["input_ids"]) for row in rows))
-    return dict(tokenizer.pad(rows, padding="max_length", max_length=longest, return_tensors="pt", **options))
+    found = tokenizer.pad(list(rows), padding="max_length", max_length=longest, return_tensors="pt", **options)  # type: ignore[arg-type]
+    return dict(found)
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, *, width: int = 0) -> torch.Tensor:

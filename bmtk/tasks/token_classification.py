@@ -201,13 +201,13 @@ class TokenClassificationScorer(Scorer):
         is_token, sizes = batch["attention_mask"].bool(), batch["sizes"].tolist()
         logits = logits[is_token]  # (tokens of all sentences, K)
         predictions: list[Prediction] = []
-        for of_tokens, row in zip(logits.argmax(-1).split(sizes), batch["positions"].tolist(), strict=True):
+        for of_tokens, row in zip(torch.split(logits.argmax(-1), sizes), batch["positions"].tolist(), strict=True):
             tags, positions = of_tokens.tolist(), [position for position in row if position != PADDING]
             predictions.append({"tags": [self.outside if at == MISSING else tags[at] for at in positions]})
         if "labels" in batch:
             labels = batch["labels"][is_token]
-            losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX).split(sizes)
-            for row, has_tag in enumerate((labels != IGNORE_INDEX).split(sizes)):
+            losses = torch.split(F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX), sizes)
+            for row, has_tag in enumerate(torch.split(labels != IGNORE_INDEX, sizes)):
                 truth = batch["truth"][row, : len(predictions[row]["tags"])].tolist()
                 predictions[row] |= {"loss": losses[row].sum().item(), "items": int(has_tag.sum()), "truth": truth}
         return predictions
