@@ -35,9 +35,9 @@ class ImageArguments:
     """Where the images are, and what is made of them."""
 
     image_column: str = setting("image", "column of the image")
-    on_corrupt: str = setting("stop", "images that cannot be read: stop, or skip (leave their rows out, and say so)")
+    on_corrupt: str = setting("stop", "images that cannot be read: stop, or skip (leave their rows out, with a note)")
     cache_megabytes: int = setting(
-        1024, "a split's images are decoded once if they fit into so much memory, else every time"
+        1024, "megabytes of memory: a split's images are decoded once if they fit into it, else every time"
     )
 
     # Memory changes no result.
@@ -54,7 +54,7 @@ class AugmentedImageArguments(ImageArguments):
     """Also what is done to each image in training; evaluation sees them as they are."""
 
     random_crop: int = setting(
-        0, "training images move by up to so many pixels along each side, mirrored at the edges"
+        0, "training images move by up to this many pixels along each side, mirrored at the edges"
     )
     horizontal_flip: bool = setting(False, "mirror every second training image")
     rand_augment: int = setting(0, "transformations of each training image, drawn from 14 (RandAugment)")
