@@ -133,13 +133,15 @@ class ImageObjective(Objective):
             self.notes += [survey(rows, found.shape), found.whereabouts]
         return found
 
-    def resized(self, images: list) -> np.ndarray:
+    def resized(self, images: list[Any]) -> np.ndarray:
         """(B, C, H, W), uint8: what the processor makes of decoded images before it rescales and normalises them.
 
         Images are converted to colour first, as pipelines do: most processors leave a greyscale image one channel.
         """
         images = [in_colour(image) for image in images]
-        return self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        found = self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="np")
+        pixels: np.ndarray = found["pixel_values"]
+        return pixels
 
     def scaled(self, pixels: np.ndarray) -> torch.Tensor:
         """(B, C, H, W), float32: the rest of the processor's work, looked up value by value."""
