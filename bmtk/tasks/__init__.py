@@ -5,7 +5,10 @@ from bmtk.errors import UserError
 from . import (
     audio_classification,
     image_classification,
+    question_answering,
     sequence_classification,
+    speech_recognition,
+    translation,
 )
 from .task import Task
 
@@ -14,7 +17,10 @@ TASKS: dict[str, Task] = {
     for module in (
         audio_classification,
         image_classification,
+        question_answering,
         sequence_classification,
+        speech_recognition,
+        translation,
     )
 }
 
