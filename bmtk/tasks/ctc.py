@@ -66,7 +66,8 @@ def prefix_beam_search(log_probabilities: np.ndarray, blank: int, width: int) ->
                     before = either
                 longer = grown.setdefault((*prefix, token), [-np.inf, -np.inf])
                 longer[1] = np.logaddexp(longer[1], before + value)
-        likeliest = sorted(grown, key=lambda prefix: np.logaddexp(*grown[prefix]), reverse=True)
+        totals = {prefix: np.logaddexp(ends[0], ends[1]) for prefix, ends in grown.items()}
+        likeliest = sorted(totals, key=totals.__getitem__, reverse=True)
         beams = {prefix: (grown[prefix][0], grown[prefix][1]) for prefix in likeliest[:width]}
     best = next(iter(beams))
     return list(best), float(np.logaddexp(*beams[best]))

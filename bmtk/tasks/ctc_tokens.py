@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Wav2Vec2CTCTokenizer
 
@@ -15,7 +16,7 @@ class CtcTokens:
     """A CTC tokenizer: `ids` of its characters, or of its words, each of which ends in the space after it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer  # transformers types one id as int | list[int], one text as str | list[str]
         special = set(tokenizer.all_special_tokens)
         self.ids: dict[str, int] = {
             token: index for token, index in tokenizer.get_vocab().items() if token not in special
@@ -65,4 +66,4 @@ def ctc_tokenizer(tokens: Sequence[str]) -> Wav2Vec2CTCTokenizer:
         path = Path(folder) / "vocab.json"
         path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         special = {"pad_token": BLANK, "unk_token": UNKNOWN, "word_delimiter_token": SPACE}
-        return Wav2Vec2CTCTokenizer(str(path), bos_token=None, eos_token=None, **special)
+        return Wav2Vec2CTCTokenizer(str(path), bos_token=None, eos_token=None, **special)  # type: ignore[no-untyped-call]

@@ -136,7 +136,7 @@ class SpeechRecognitionObjective(RecordingObjective):
     @property
     def processor(self) -> Wav2Vec2Processor:
         """Saved with the model: feature extractor and tokenizer."""
-        return Wav2Vec2Processor(self.extractor, self.tokens.tokenizer)
+        return Wav2Vec2Processor(self.extractor, self.tokens.tokenizer)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------------------------------------ rows
 
@@ -215,7 +215,8 @@ class SpeechRecognitionObjective(RecordingObjective):
 
     def num_items(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Tokens."""
-        return (batch["labels"] != IGNORE_INDEX).sum()
+        labels: torch.Tensor = batch["labels"]
+        return (labels != IGNORE_INDEX).sum()
 
     @property
     def criterion(self) -> Criterion:

@@ -187,6 +187,7 @@ class TranslationObjective(TextObjective):
         if config.decoder_start_token_id is None:
             config.decoder_start_token_id = config.pad_token_id
         self.start_id: int = config.decoder_start_token_id
+        self.signatures: dict[str, str] = {}  # metric -> how sacrebleu computed it in the last `score`
 
     def encode_splits(self) -> None:
         super().encode_splits()
@@ -239,7 +240,8 @@ class TranslationObjective(TextObjective):
 
     def num_items(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Predicted tokens of a batch."""
-        return (batch["labels"] != IGNORE_INDEX).sum()
+        labels: torch.Tensor = batch["labels"]
+        return (labels != IGNORE_INDEX).sum()
 
     def num_units(self, batch: Mapping[str, Any]) -> int:
         return int(batch["attention_mask"].sum() + self.num_items(batch))
@@ -267,7 +269,7 @@ class TranslationObjective(TextObjective):
 
     def prepare_to_save(self, model: PreTrainedModel) -> None:
         """Let `generate()` search as the evaluation does."""
-        model.generation_config.update(**self.search_options(self.args.num_beams))
+        model.generation_config.update(**self.search_options(self.args.num_beams))  # type: ignore[no-untyped-call]
 
     def search_options(self, num_beams: int) -> dict[str, Any]:
         """Arguments of `generate()`.  Length penalty: a power of the length, not the formula of Wu et al. 2016."""
@@ -276,7 +278,7 @@ class TranslationObjective(TextObjective):
 
     def data_record(self) -> dict[str, object]:
         languages = {name: getattr(self.args, name) for name in ("source_language", "target_language")}
-        return {**super().data_record(), **languages, "signatures": self.scorer.signatures}
+        return {**super().data_record(), **languages, "signatures": self.signatures}
 
     def next_command(self, directory: Path) -> str:
         """transformers 5 has no pipeline that translates; `generate()` searches as `prepare_to_save` sets it."""
@@ -307,10 +309,6 @@ class TranslationScorer(Scorer):
 
     metrics = ("loss", "perplexity", "bleu", "chrf")
 
-    def __init__(self, objective: TranslationObjective):
-        super().__init__(objective)
-        self.signatures: dict[str, str] = {}  # of the last `score`: metric -> how sacrebleu computed it
-
     def predict(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> list[Prediction]:
         return self._translate(model, batch, self.objective.args.num_beams)
 
@@ -334,7 +332,7 @@ class TranslationScorer(Scorer):
     def score(self, predictions: Sequence[Prediction], rows: Dataset) -> dict[str, float]:
         loss, args = mean_loss(predictions), self.objective.args
         cut = args.bleu_tokenizer or CUT_BY.get((args.target_language or "")[:2], "13a")
-        scores, self.signatures = translation_scores(
+        scores, self.objective.signatures = translation_scores(
             [p["text"] for p in predictions], rows["target"], tokenizer=cut, lower_case=args.lower_case
         )
         return {"loss": loss, "perplexity": perplexity(loss), **scores}
@@ -361,7 +359,7 @@ class TranslationScorer(Scorer):
         lengths = np.array(list(map(len, rows["input_ids"])))
         lines = [f"  {'source tokens':<14}  {'rows':>7}    loss   BLEU   chrF"]
         for low, high in LENGTHS:
-            some = np.flatnonzero((low < lengths) & (lengths <= high))
+            some = np.flatnonzero((low < lengths) & (lengths <= high)).tolist()
             if len(some):
                 score = self.score([predictions[row] for row in some], rows.select(some))
                 span = f"{low + 1} to {high}" if high < LENGTHS[-1][1] else f"over {low}"
