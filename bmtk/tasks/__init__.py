@@ -7,7 +7,10 @@ from . import (
     causal_lm,
     denoising,
     image_classification,
+    image_text_contrastive,
+    masked_image_modeling,
     masked_lm,
+    object_detection,
     sequence_classification,
 )
 from .task import Task
@@ -19,7 +22,10 @@ TASKS: dict[str, Task] = {
         causal_lm,
         denoising,
         image_classification,
+        image_text_contrastive,
+        masked_image_modeling,
         masked_lm,
+        object_detection,
         sequence_classification,
     )
 }
