@@ -6,6 +6,7 @@ from . import (
     audio_classification,
     image_classification,
     sequence_classification,
+    time_series_forecasting,
 )
 from .task import Task
 
@@ -15,6 +16,7 @@ TASKS: dict[str, Task] = {
         audio_classification,
         image_classification,
         sequence_classification,
+        time_series_forecasting,
     )
 }
 
