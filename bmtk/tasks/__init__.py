@@ -7,9 +7,16 @@ from . import (
     causal_lm,
     denoising,
     image_classification,
+    image_text_contrastive,
+    masked_image_modeling,
     masked_lm,
+    object_detection,
+    question_answering,
     sequence_classification,
+    speech_recognition,
+    time_series_forecasting,
     token_classification,
+    translation,
 )
 from .task import Task
 
@@ -20,9 +27,16 @@ TASKS: dict[str, Task] = {
         causal_lm,
         denoising,
         image_classification,
+        image_text_contrastive,
+        masked_image_modeling,
         masked_lm,
+        object_detection,
+        question_answering,
         sequence_classification,
+        speech_recognition,
+        time_series_forecasting,
         token_classification,
+        translation,
     )
 }
 

@@ -74,37 +74,15 @@ class ImageData(TaskData):
     inputs = ("image",)
 
     def readable_rows(self, table: Dataset, where: str) -> Dataset:
-        """The rows whose image can be read, if unreadable ones are to be skipped."""
-        if self.args.on_corrupt != "skip":
-            return table
-        bad = {}
-        for row, value in enumerate(self.read_images(table, where)):
-            try:
-                decode_image(value, f"{where} row {row + 1}")
-            except ValueError as error:
-                bad[row] = str(error)
-        if not bad:
-            return table
-        if len(bad) == len(table):
-            raise UserError(f"no image of the {where} data can be read: {bad[0]}")
-        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-        self.notes.append(f"{len(bad):,} of {len(table):,} rows left out: {'; '.join(list(bad.values())[:3])}{more}")
-        return table.select([row for row in range(len(table)) if row not in bad])
+        return rows_with_images(table, where, self.args, self.notes)
 
     def read_images(self, table: Dataset, where: str) -> list[dict]:
-        """Undecoded images.  Raises: ValueError if the column is not there, or holds something else."""
-        name = self.args.image_column
-        check_column(table, name, option="image_column", where=where)
-        values = table[name][:]
-        for row, value in enumerate(values, 1):
-            if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
-                raise UserError(f"image_column={name!r} of {where} row {row} holds a {type(value).__name__}, no image")
-        return values
+        return undecoded_images(table, where, self.args.image_column)
 
     @property
     def has_processor(self) -> bool:
         """Whether the model brings an image processor."""
-        return self.model is not None and (not Path(self.model).is_dir() or _has_processor(Path(self.model)))
+        return has_image_processor(self.model)
 
 
 class ImageObjective(Objective):
@@ -114,7 +92,7 @@ class ImageObjective(Objective):
 
     def __init__(self, data: ImageData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
         super().__init__(data, config, labels=labels)
-        self.image_processor = image_processor_for(config, data)
+        self.image_processor = image_processor_for(config, data.model, **data.loading)
         self._scale: np.ndarray | None = None  # (C, 256): what each value of a pixel becomes, made on first use
 
     @property
@@ -163,21 +141,55 @@ class ImageObjective(Objective):
         return "'an_image.png'"
 
 
-def image_processor_for(config: PreTrainedConfig, data: ImageData) -> Any:
-    """The model's own, or a new one for the size and channels of `config`.
+def rows_with_images(table: Dataset, where: str, args: ImageArguments, notes: list[str]) -> Dataset:
+    """The rows whose image can be read, if unreadable ones are to be skipped; a note counts those."""
+    if args.on_corrupt != "skip":
+        return table
+    bad = {}
+    for row, value in enumerate(undecoded_images(table, where, args.image_column)):
+        try:
+            decode_image(value, f"{where} row {row + 1}")
+        except ValueError as error:
+            bad[row] = str(error)
+    if not bad:
+        return table
+    if len(bad) == len(table):
+        raise UserError(f"no image of the {where} data can be read: {bad[0]}")
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    notes.append(f"{len(bad):,} of {len(table):,} rows left out: {'; '.join(list(bad.values())[:3])}{more}")
+    return table.select([row for row in range(len(table)) if row not in bad])
+
+
+def undecoded_images(table: Dataset, where: str, column: str) -> list[dict]:
+    """The images of a table.  Raises: UserError if the column does not exist, or holds something else."""
+    check_column(table, column, option="image_column", where=where)
+    values = table[column][:]
+    for row, value in enumerate(values, 1):
+        if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
+            raise UserError(f"image_column={column!r} of {where} row {row} holds a {type(value).__name__}, no image")
+    return values
+
+
+def has_image_processor(model: str | None) -> bool:
+    """Whether a model, a folder or Hub id, brings an image processor."""
+    return model is not None and (not Path(model).is_dir() or _has_processor(Path(model)))
+
+
+def image_processor_for(config: PreTrainedConfig, model: str | None, **loading: Any) -> Any:
+    """That of `model`, or a new one for the size and channels of `config`.
 
     Palettes and greys become red, green and blue unless it is set otherwise.
     """
-    processor = _image_processor(config, data)
+    processor = _image_processor(config, model, **loading)
     if getattr(processor, "do_convert_rgb", False) is None:
         processor.do_convert_rgb = True
     return processor
 
 
-def _image_processor(config: PreTrainedConfig, data: ImageData) -> Any:
-    if data.has_processor:
+def _image_processor(config: PreTrainedConfig, model: str | None, **loading: Any) -> Any:
+    if has_image_processor(model):
         # By name, because with torchvision installed transformers would choose that one, whose resizing differs.
-        return AutoImageProcessor.from_pretrained(data.model, backend="pil", **data.loading)
+        return AutoImageProcessor.from_pretrained(model, backend="pil", **loading)
     if type(config) not in IMAGE_PROCESSOR_MAPPING:
         raise UserError(f"no image processor belongs to a {config.model_type}; is it a model of images?")
     processor_class = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]

@@ -98,15 +98,20 @@ class TextObjective(Objective):
 
     def __init__(self, data: TextData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
         super().__init__(data, config, labels=labels)
-        self.tokenizer = data.tokenizer
-        if config.pad_token_id is None:  # several models find a text's last token by it
-            config.pad_token_id = self.tokenizer.pad_token_id
-        if len(self.tokenizer) > config.vocab_size:
+        self.tokenizer, of_texts = data.tokenizer, self.text_config
+        if of_texts.pad_token_id is None:  # several models find a text's last token by it
+            of_texts.pad_token_id = self.tokenizer.pad_token_id
+        if len(self.tokenizer) > of_texts.vocab_size:
             raise UserError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the model knows vocab_size={config.vocab_size}; "
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model knows vocab_size={of_texts.vocab_size}; "
                 "leave tokenizer out to use the model's own"
             )
         self.longest = self.longest_of("max_length")
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The configuration of what reads the tokens; a part of `config` if texts are not all that a model reads."""
+        return self.config
 
     @property
     def processor(self) -> PreTrainedTokenizerBase:
@@ -114,7 +119,7 @@ class TextObjective(Objective):
 
     def longest_of(self, option: str) -> int:
         """Tokens per text: as many as `option` allows, else the tokenizer and the model."""
-        stated = [self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
+        stated = [self.tokenizer.model_max_length, getattr(self.text_config, "max_position_embeddings", None)]
         # A tokenizer without a limit has model_max_length 10**30.
         limit = min((tokens for tokens in stated if tokens and tokens < 10**9), default=None)
         wanted: int | None = getattr(self.args, option)
