@@ -76,7 +76,7 @@ class ImageData(TaskData):
     def readable_rows(self, table: Dataset, where: str) -> Dataset:
         return rows_with_images(table, where, self.args, self.notes)
 
-    def read_images(self, table: Dataset, where: str) -> list[dict]:
+    def read_images(self, table: Dataset, where: str) -> list[dict[str, Any]]:
         return undecoded_images(table, where, self.args.image_column)
 
     @property
@@ -160,10 +160,10 @@ def rows_with_images(table: Dataset, where: str, args: ImageArguments, notes: li
     return table.select([row for row in range(len(table)) if row not in bad])
 
 
-def undecoded_images(table: Dataset, where: str, column: str) -> list[dict]:
+def undecoded_images(table: Dataset, where: str, column: str) -> list[dict[str, Any]]:
     """The images of a table.  Raises: UserError if the column does not exist, or holds something else."""
     check_column(table, column, option="image_column", where=where)
-    values = table[column][:]
+    values: list[dict[str, Any]] = table[column][:]
     for row, value in enumerate(values, 1):
         if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
             raise UserError(f"image_column={column!r} of {where} row {row} holds a {type(value).__name__}, no image")
@@ -189,10 +189,11 @@ def image_processor_for(config: PreTrainedConfig, model: str | None, **loading: 
 def _image_processor(config: PreTrainedConfig, model: str | None, **loading: Any) -> Any:
     if has_image_processor(model):
         # By name, because with torchvision installed transformers would choose that one, whose resizing differs.
-        return AutoImageProcessor.from_pretrained(model, backend="pil", **loading)
+        return AutoImageProcessor.from_pretrained(model, backend="pil", **loading)  # type: ignore[no-untyped-call]
     if type(config) not in IMAGE_PROCESSOR_MAPPING:
         raise UserError(f"no image processor belongs to a {config.model_type}; is it a model of images?")
-    processor_class = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]
+    backends: Any = IMAGE_PROCESSOR_MAPPING[type(config)]  # annotated as a tuple, but it is a dict
+    processor_class = backends["pil"]
     if hasattr(processor_class, "for_config"):
         return processor_class.for_config(config)
     side, sizes = getattr(config, "image_size", None), processor_class.size or {}
