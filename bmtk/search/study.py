@@ -17,10 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 from bmtk import arguments
 from bmtk.hub.formatting import format_number, format_seconds
 from bmtk.training import arguments as loop_arguments
-from bmtk.training import finetuning
+from bmtk.training import finetuning_arguments
 from bmtk.training.evaluation import lower_is_better
 from bmtk.training.run_folder import held
 from bmtk.training.signals import deferred_signals
+from bmtk.training.starting_weights import may_change
 
 from .space import SearchArguments, default_space, read_space
 from .trial import RecipeTrials, TrialFailed, write_settings
@@ -34,7 +35,8 @@ INCOMPARABLE = arguments.SOURCE_KEYS.union(
     "seed validation_fraction group_column leakage output_dir overwrite_output_dir".split()
 )
 OF_THIS_RUN = {"config", "preset", "overwrite_output_dir", "resume_from_checkpoint"}  # no trial is told of them
-FREE_KEYS = arguments.FREE_RUN_KEYS | loop_arguments.FREE_KEYS | finetuning.FREE_KEYS  # may differ when it goes on
+# May differ when it goes on.
+FREE_KEYS = arguments.FREE_RUN_KEYS | loop_arguments.FREE_KEYS | finetuning_arguments.FREE_KEYS
 OF_A_RESULT = {"push_to_hub", "private"}
 
 
@@ -184,7 +186,7 @@ def _refused(run, architecture) -> dict[str, str]:
     names = INCOMPARABLE | {f.name for f in dataclasses.fields(run)}
     refused = dict.fromkeys(names, "decides what is run or measured, not how well it learns")
     if run.model:
-        fields = [f.name for f in dataclasses.fields(architecture) if not finetuning.may_change(f.name)]
+        fields = [f.name for f in dataclasses.fields(architecture) if not may_change(f.name)]
         refused |= dict.fromkeys(fields, f"is an architecture field, and {run.model} keeps its own")
     return refused
 
