@@ -75,7 +75,7 @@ def read_arguments(argv: list[str]) -> tuple[PredictionArguments, object]:
             if not values.get(key):
                 raise ValueError(f"{key} is not set: name {what}")
     folder = Path(str(values.get("model")))
-    run = run_record.read_run(folder) if (folder / "run.json").is_file() else {}
+    run = vars(run_record.RunRecord.read(folder)) if (folder / "run.json").is_file() else {}
     task_class = task_named(values.get("task", run.get("task", "sequence_classification")))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
     known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)

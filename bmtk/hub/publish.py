@@ -19,9 +19,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from bmtk.hub.bundle import TOKEN, Bundle, PublishError, is_allowed, read_bundle, read_json, refuse_tokens
-from bmtk.hub.card import write_card
-from bmtk.hub.verification import prove, record
+from .bundle import TOKEN, Bundle, PublishError, is_allowed, read_bundle, read_json, refuse_tokens
+from .card import write_card
+from .verification import prove, record
 
 logger = logging.getLogger(__name__)
 
