@@ -38,7 +38,7 @@ class MainMetric(Protocol):
     def main_metric(self) -> str: ...
 
 
-class Objective(Protocol):
+class DescribedObjective(Protocol):
     """What is read of the objective of a run."""
 
     @property
@@ -59,7 +59,7 @@ class Objective(Protocol):
         """A command that uses the model in `folder`."""
 
 
-class Results(Protocol):
+class FinalResults(Protocol):
     """What is read of the evaluation at the end of a run."""
 
     @property
@@ -86,11 +86,11 @@ class FinishedRun:
     train_seconds: float
     model: ModelRecord
     throughput: Mapping[str, float]
-    results: Results
+    results: FinalResults
 
 
 def finalize_run(
-    folder: Path, *, run: RunSettings, objective: Objective, finished: FinishedRun, log: Callable[[str], None]
+    folder: Path, *, run: RunSettings, objective: DescribedObjective, finished: FinishedRun, log: Callable[[str], None]
 ) -> None:
     """Write run.json, recipe.yaml, README.md and report.html, show the summary, and publish where `run` asks for it.
 

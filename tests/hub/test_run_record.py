@@ -107,8 +107,8 @@ class Results:
 
 
 class Objective:
-    about = {"noun": "tagger", "auto_class": "AutoModelForTokenClassification"}  # noqa: RUF012
-    decided_settings = {"context_length": 7, "unset": None}  # noqa: RUF012
+    about = {"noun": "tagger", "auto_class": "AutoModelForTokenClassification"}
+    decided_settings = {"context_length": 7, "unset": None}
 
     class scorer:
         main_metric = "f1"
