@@ -67,11 +67,12 @@ def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
     if not values.get("model") and not {"-h", "--help"} & set(argv):
         raise UserError("model is not set: name the folder or Hub id of the model to evaluate")
     folder = Path(str(values.get("model")))
-    run = run_record.read_run(folder) if (folder / "run.json").is_file() else {}
-    task = task_named(values.get("task", run.get("task", "sequence_classification")))
+    is_ours = (folder / run_record.RUN_RECORD).is_file()
+    trained_for = run_record.RunRecord.read(folder).task if is_ours else "sequence_classification"
+    task = task_named(values.get("task", trained_for))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
     known = {f.name for f in dataclasses.fields(task.arguments)} - set(OF_TRAINING)
-    trained_on = Path(str(recipe.get("dataset"))).is_file() and not task.cuts_one_table
+    trained_on = Path(str(recipe.get("dataset"))).is_file() and not task.data.cuts_one_table
     if any(values.get(key) for key in SOURCES) or trained_on:
         known -= set(SOURCES)  # other rows; and a single file was trained on, unless the task cuts it
     values.file_values = {**{key: value for key, value in recipe.items() if key in known}, **values.file_values}

@@ -22,7 +22,8 @@ import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.errors import UserError
 from bmtk.hub import run_record, summary
-from bmtk.hub.finalize import finalize_run
+from bmtk.hub.finalize import FinishedRun, finalize_run
+from bmtk.hub.run_record import ModelRecord
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
 from bmtk.training import finetuning_arguments
@@ -35,7 +36,7 @@ from bmtk.training.resume import checkpoint_to_resume
 from bmtk.training.run_folder import CHECKPOINTS, held
 from bmtk.training.signals import deferred_signals
 from bmtk.training.starting_weights import starting_config, starting_weights
-from bmtk.training.trainer import build_trainer, evaluate, save
+from bmtk.training.trainer import TaskTrainer, build_trainer, evaluate, save
 from bmtk.training.updates import Losses
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -90,23 +91,17 @@ def main(argv: list[str]) -> None:
         results = evaluate(trainer)
         save(trainer, folder, merge=adapter.merge_adapter)
         if is_main:
-            finalize_run(
-                folder,
-                run=run,
-                task=objective,
-                config=settings,
-                accelerator=trainer.accelerator,
-                log=print,
+            finished = FinishedRun(
                 recipe="finetune",
+                config=settings,
+                environment=run_record.environment_record(trainer.accelerator),
                 started_at=started_at,
                 train_seconds=history.seconds,
                 model=model_record(trainer, run, adapter),
                 throughput=history.throughput,
-                metrics=results.metrics,
-                samples=results.samples,
-                figures=results.figures,
-                inference=results.inference,
+                results=results,
             )
+            finalize_run(folder, run=run, objective=objective, finished=finished, log=print)
         trainer.accelerator.wait_for_everyone()
 
 
@@ -122,10 +117,11 @@ def start(run, data, adapter, chosen) -> tuple:
     return objective, adapt(model, adapter, task_type=objective.peft_task_type)
 
 
-def model_record(trainer, run, adapter) -> dict[str, object]:
+def model_record(trainer: TaskTrainer, run: arguments.RunArguments, adapter: AdapterArguments) -> ModelRecord:
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     saved_as = "adapter" if adapter.adapter and not adapter.merge_adapter else "model"
-    return {**run_record.model_record(model, base_model=run.model, adapter=adapter.adapter), "saved_as": saved_as}
+    origin = {"base_model": run.model, "adapter": adapter.adapter, "saved_as": saved_as}
+    return run_record.model_record(model, **origin)
 
 
 def plan(settings, objective, model, args) -> str:

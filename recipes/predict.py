@@ -76,8 +76,9 @@ def read_arguments(argv: list[str]) -> tuple[PredictionArguments, object]:
             if not values.get(key):
                 raise UserError(f"{key} is not set: name {what}")
     folder = Path(str(values.get("model")))
-    run = run_record.read_run(folder) if (folder / "run.json").is_file() else {}
-    task = task_named(values.get("task", run.get("task", "sequence_classification")))
+    is_ours = (folder / run_record.RUN_RECORD).is_file()
+    trained_for = run_record.RunRecord.read(folder).task if is_ours else "sequence_classification"
+    task = task_named(values.get("task", trained_for))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
     known = {f.name for f in dataclasses.fields(task.arguments)} - set(OF_TRAINING)
     values.file_values = {key: value for key, value in recipe.items() if key in known}
@@ -109,9 +110,12 @@ def main(argv: list[str]) -> None:
         for batch in batches:
             predictions = scorer.predict(model, on_device(batch, accelerator.device))
             for index, prediction in enumerate(predictions, bar.n):
-                drawn = pictures and pictures.save(scorer.annotated_image(prediction, index, rows), index + 1, table[index])
+                drawn = {}
+                if pictures:
+                    image = scorer.annotated_image(prediction, index, rows)
+                    drawn = {"picture": pictures.save(image, index + 1, table[index])}
                 for line in scorer.lines(prediction, index, rows, table):
-                    output.write({**line, "picture": drawn} if drawn else line)
+                    output.write({**line, **drawn})
             bar.update(len(predictions))
     print("".join(f"note: {line}\n" for line in objective.notes), end="")
     print(f"{output.count:,} predictions written to {output.path}")

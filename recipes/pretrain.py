@@ -20,7 +20,7 @@ from transformers import set_seed
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import run_record, summary
-from bmtk.hub.finalize import finalize_run
+from bmtk.hub.finalize import FinishedRun, finalize_run
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
@@ -76,23 +76,17 @@ def main(argv: list[str]) -> None:
         state, results, speeds = fit(model, objective, args, settings, accelerator)
         if accelerator.is_main_process:
             save_model(folder, model, objective.processor)
-            finalize_run(
-                folder,
-                run=run,
-                task=objective,
-                config=settings,
-                accelerator=accelerator,
-                log=print,
+            finished = FinishedRun(
                 recipe="pretrain",
+                config=settings,
+                environment=run_record.environment_record(accelerator),
                 started_at=started_at,
                 train_seconds=state.seconds,
                 model=run_record.model_record(model, base_model=run.model),
                 throughput=speeds,
-                metrics=results.metrics,
-                samples=results.samples,
-                figures=results.figures,
-                inference=results.inference,
+                results=results,
             )
+            finalize_run(folder, run=run, objective=objective, finished=finished, log=print)
         accelerator.wait_for_everyone()
 
 

@@ -41,7 +41,7 @@ OF_A_RESULT = {"push_to_hub", "private"}
 
 
 def search_settings(
-    args: SearchArguments, settings: Sequence, task_class, *, recipe: str, log: Callable[[str], object]
+    args: SearchArguments, settings: Sequence, task, *, recipe: str, log: Callable[[str], object]
 ) -> None:
     """Run `recipe` with many values of its `settings`, the bound dataclasses run, data, training, ..., architecture.
 
@@ -55,15 +55,16 @@ def search_settings(
     current = {f.name: vars(part)[f.name] for part in settings for f in dataclasses.fields(part) if f.init}
     args.search_space = args.search_space or default_space(current)
     refused = _refused(run, architecture)
-    refused |= task_class.incomparable(data, _metric(training) or task_class.main_metric)  # before rows are read
+    chosen = _metric(training)
+    refused |= data.settings_that_change(chosen or task.main_metric or "")  # before rows are read
     space = read_space(args.search_space, arguments.field_types(*settings), refused)
-    folder, metric = Path(training.output_dir), _metric(training) or task_class.metric_of(data, **run.reading)
+    folder, metric = Path(training.output_dir), chosen or task.main_metric_of(data, **run.reading)
     changed = {k: v for k, v in arguments.changed_settings(*settings).items() if k not in OF_THIS_RUN}
     in_trials = {k: v for k, v in changed.items() if k not in OF_A_RESULT}
     if "corpus_dir" in current:
         in_trials.setdefault("corpus_dir", str(folder / "corpus"))  # tokens are made once
     config = {**arguments.resolved_config(*settings), **vars(args)}
-    check = {"overwrite": training.overwrite_output_dir, "free_keys": FREE_KEYS | task_class.free_keys}
+    check = {"overwrite": training.overwrite_output_dir, "free_keys": FREE_KEYS | data.free_keys}
     with held(folder, config, **check), deferred_signals(second_stops_at_once=False) as request:
         maximise = getattr(training, "greater_is_better", None)
         maximise = not lower_is_better(metric) if maximise is None else maximise
