@@ -34,7 +34,7 @@ Publish the folder that a recipe or save_pretrained wrote.
 Sent: weights (safetensors), config, tokenizer or processor, the model's own code, model card, report, run facts.
 Never sent: optimizer state, checkpoints, corpora, training_args.bin, or any file that holds an access token.
 
-What was pushed is then loaded in a clean process without bmtk; "published" is said only if its outputs are the same.
+What was pushed is then loaded in a clean process without bmtk; "published" is printed only if its outputs are the same.
 The token comes from `hf auth login` or HF_TOKEN.
 """
 CONVERT = """\
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bmtk {installed_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    publishes = "publish a folder on the Hub and prove that it loads"
+    publishes = "publish a folder on the Hub and verify that it loads"
     push = commands.add_parser("push", help=publishes, description=PUSH, **plain)
     push.add_argument("directory", metavar="DIR", help="folder with config.json or adapter_config.json, and weights")
     push.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; made if it does not exist")

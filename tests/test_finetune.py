@@ -30,7 +30,8 @@ from bmtk.data.tokenizers import train_tokenizer
 from bmtk.tasks.sequence_classification import SequenceClassification
 from bmtk.training import callbacks
 from bmtk.training.adapters import AdapterArguments, add_adapter
-from bmtk.training.finetuning import check_whole_weights, choose_best_by
+from bmtk.training.finetuning_arguments import choose_best_by
+from bmtk.training.trainer import check_whole_weights
 from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parent.parent

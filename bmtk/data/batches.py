@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bmtk.data.shuffle import permuted_index
+from .shuffle import permuted_index
 
 
 class Rows(Protocol):

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bmtk.data.epoch_dataset import EpochDataset
-from bmtk.data.packing import IGNORED, PackedRows
+from .epoch_dataset import EpochDataset
+from .packing import IGNORE_INDEX, PackedRows
 
 BLANKS = ("\u0120", "\u2581")  # how byte-level and SentencePiece tokenizers write the blank that a token begins with
 MASKED, RANDOM = 0.8, 0.1  # shares of the hidden tokens that become the mask token, and any other; the rest stays
@@ -57,7 +57,7 @@ class MaskedTokens(EpochDataset):
     def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
         batch = self.rows[indices]
         ids = batch["input_ids"].numpy().copy()
-        labels = np.full_like(ids, IGNORED)
+        labels = np.full_like(ids, IGNORE_INDEX)
         for i, (row, epoch) in enumerate(zip(indices, epochs, strict=True)):
             draw = draws(self.seed, epoch, row)
             hidden = self._hidden(ids[i], draw)

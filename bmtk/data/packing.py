@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from bmtk.data.token_store import TokenStore
+from .token_store import TokenStore
 
-IGNORED = -100  # the label that losses skip
+IGNORE_INDEX = -100  # label of a position without a loss; the default of torch.nn.functional.cross_entropy
 
 
 class PackedRows:
@@ -52,8 +52,8 @@ class PackedRows:
         Of such rows, `position_ids` are 0 only where a document begins.
         """
         tokens, is_start = self._read(indices)
-        labels = np.where(is_start[:, 1:], IGNORED, tokens[:, 1:])  # (B, L)
-        labels[labels < 0] = IGNORED  # padding
+        labels = np.where(is_start[:, 1:], IGNORE_INDEX, tokens[:, 1:])  # (B, L)
+        labels[labels < 0] = IGNORE_INDEX  # padding
         input_ids = np.where(tokens < 0, self.store.pad_token_id, tokens)[:, :-1]
         labels = torch.from_numpy(labels)
         batch = {"input_ids": torch.from_numpy(input_ids), "labels": labels, "shift_labels": labels}

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from bmtk.data.epoch_dataset import EpochDataset
-from bmtk.data.packing import IGNORED, PackedRows
+from .epoch_dataset import EpochDataset
+from .packing import IGNORE_INDEX, PackedRows
 
 
 class CorruptedSpans(EpochDataset):
@@ -67,7 +67,7 @@ class CorruptedSpans(EpochDataset):
         return {
             "input_ids": pad_sequence(sources, batch_first=True, padding_value=self.store.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(source) for source in sources], batch_first=True),
-            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX),
         }
 
 

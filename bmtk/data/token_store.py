@@ -18,9 +18,10 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from bmtk.data.sources import Texts, text_fingerprint
-from bmtk.data.tokenizers import has_newline_cuts, pieces, tokenizer_fingerprint
 from bmtk.files import flush, move_folder, sha256, write_json
+
+from .sources import Texts, text_fingerprint
+from .tokenizers import has_newline_cuts, pieces, tokenizer_fingerprint
 
 FORMAT = 1
 OFFSET = np.dtype("<i8")

@@ -1,4 +1,4 @@
-"""Publish a saved model: check the folder, push what may be pushed, prove that it loads; only then say "published".
+"""Publish a saved model: check the folder, push what may be pushed, verify that it loads; only then log "published".
 
 A token comes from the environment or the login (`hf auth login`) and goes nowhere but to the Hub.
 """
@@ -19,9 +19,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from bmtk.hub.bundle import TOKEN, Bundle, PublishError, is_allowed, read_bundle, read_json, refuse_tokens
-from bmtk.hub.card import write_card
-from bmtk.hub.verification import prove, record
+from .bundle import TOKEN, Bundle, PublishError, is_allowed, read_bundle, read_json, refuse_tokens
+from .card import write_card
+from .verification import record_outputs, verify
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,13 @@ def publish(
         if get_token() is None:
             raise PublishError(f"nobody is logged in to the Hub; {LOGIN}")
         base = adapter_base(bundle) if bundle.is_adapter else None
-        can_prove = base is not None or not bundle.is_adapter
-        if can_prove:
+        can_verify = base is not None or not bundle.is_adapter
+        if can_verify:
             record_here(bundle, room, base)
         pushed = patiently(lambda: push(bundle, repo_id, private, revision, commit_message), log)
         log(f"pushed to {url}, commit {pushed.sha}")
-        if can_prove:
-            prove_there(room, pushed, needs_token=pushed.private or bundle.is_adapter, log=log)
+        if can_verify:
+            verify_there(room, pushed, needs_token=pushed.private or bundle.is_adapter, log=log)
         log(conclusion(bundle, url, base))
         return url
 
@@ -139,7 +139,7 @@ def adapter_base(bundle: Bundle) -> str | None:
 
 def record_here(bundle: Bundle, room: Path, base: str | None) -> None:
     try:
-        record(bundle.directory, room, base)
+        record_outputs(bundle.directory, room, base)
     except Exception as error:  # the model's own code runs here and may raise anything
         reason = redact(f"{type(error).__name__}: {error}")
         raise PublishError(f"{bundle.directory} does not load here, so nothing was sent: {reason}") from error
@@ -188,26 +188,26 @@ def refuse_other_content(api: HfApi, there: ModelInfo, bundle: Bundle) -> None:
         )
 
 
-def prove_there(room: Path, pushed: ModelInfo, needs_token: bool, log: Log) -> None:
+def verify_there(room: Path, pushed: ModelInfo, needs_token: bool, log: Log) -> None:
     """Raise PublishError unless a clean process gets from the Hub what this one got from the folder."""
     log("loading it back in a clean process without bmtk ...")
-    findings = prove(room, pushed.id, pushed.sha, get_token() if needs_token else None)
+    findings = verify(room, pushed.id, pushed.sha, get_token() if needs_token else None)
     if findings:
         lines = "\n".join(f"  - {redact(line)}" for line in findings)
         raise PublishError(
-            f"the files are at {constants.ENDPOINT}/{pushed.id}, commit {pushed.sha}, but not proven: loaded back "
+            f"the files are at {constants.ENDPOINT}/{pushed.id}, commit {pushed.sha}, but not verified: loaded back "
             f"without bmtk they do not give what the folder gives.\n{lines}\n"
             "Do not rely on that repository until this is mended"
         )
 
 
 def conclusion(bundle: Bundle, url: str, base: str | None) -> str:
-    """The last line of the log: published, with what it rests on, or what could not be proven."""
+    """The last line of the log: published, with what it rests on, or what could not be verified."""
     if not bundle.is_adapter:
         return f"published: {url} (loads without bmtk, with the same outputs)"
     named = read_json(bundle.directory / "adapter_config.json")["base_model_name_or_path"]
     if base is None:
-        return f"pushed, not proven: the adapter at {url} needs its base model {named}, which cannot be reached here"
+        return f"pushed, not verified: the adapter at {url} needs its base model {named}, which cannot be reached here"
     advice = f"; its base {named} is a folder of this machine: publish that too, or nobody else can load the adapter"
     return f"published: {url} (loads without bmtk, with the same outputs){advice if Path(base).is_dir() else ''}"
 
@@ -253,8 +253,8 @@ def explain(error: HfHubHTTPError, repo_id: str) -> str:
         404: f"{repo_id} is not there, or the token may not see it; check the name, the branch and the token's rights",
     }
     trouble = "the Hub is in trouble; run the same command again later" if status >= 500 else "the Hub refused"
-    said = error.server_message or str(error).strip().splitlines()[0]
-    return f"{remedies.get(status, trouble)} (the Hub answered {status}: {said})"
+    answer = error.server_message or str(error).strip().splitlines()[0]
+    return f"{remedies.get(status, trouble)} (the Hub answered {status}: {answer})"
 
 
 def redact(text: str) -> str:

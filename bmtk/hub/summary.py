@@ -2,21 +2,21 @@
 
 from pathlib import Path
 
-from bmtk.hub.formatting import format_number, format_seconds, is_number, metric_label, speed_of
-from bmtk.hub.run_record import read_run
+from .formatting import format_number, format_seconds, is_number, metric_label, speed_of
+from .run_record import RunRecord
 
 
 def run_summary(directory: str | Path, *, next_command: str) -> str:
     """The end of a run in words, from its `run.json`."""
-    run, directory = read_run(directory), Path(directory)
-    samples = [f"--- sample ---\n{sample['prompt']}{sample['text']}\n" for sample in run["samples"]]
+    run, directory = RunRecord.read(directory), Path(directory)
+    samples = [f"--- sample ---\n{sample['prompt']}{sample['text']}\n" for sample in run.samples]
     rows = [
-        *((metric_label(name), value) for name, value in run["metrics"].items()),
-        ("parameters", run["model"].get("num_parameters")),
-        ("training time", format_seconds(run.get("train_seconds") or 0.0)),
-        *filter(None, [speed_of(run["throughput"])]),
-        ("MFU", f"{mfu:.1%}" if (mfu := run["throughput"].get("mfu")) is not None else None),
-        ("test rows per second", run.get("inference", {}).get("rows_per_second")),
+        *((metric_label(name), value) for name, value in run.metrics.items()),
+        ("parameters", run.model.num_parameters),
+        ("training time", format_seconds(run.train_seconds or 0.0)),
+        *filter(None, [speed_of(run.throughput)]),
+        ("MFU", f"{run.mfu:.1%}" if run.mfu is not None else None),
+        ("test rows per second", run.inference.get("rows_per_second")),
         ("checkpoint", directory),
         ("report", directory / "report.html"),
     ]

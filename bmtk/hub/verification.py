@@ -1,8 +1,8 @@
-"""The proof of a publication: what was pushed gives the same outputs in a clean process that cannot import bmtk.
+"""Verification of a publication: a clean process that cannot import bmtk gets the same outputs from the Hub.
 
-The publishing process calls `record` (what the folder on disk gives) and `prove`. `prove` starts this very file in a
-new interpreter with an empty home; there `main` loads the repository at the exact commit and compares. So this file
-imports nothing of bmtk.
+The publishing process calls `record_outputs` (what the folder on disk gives) and `verify`. `verify` starts this very
+file in a new interpreter with an empty home; there `main` loads the repository at the exact commit and compares. So
+this file imports nothing of bmtk.
 """
 
 import json
@@ -26,7 +26,7 @@ TASK_CLASSES = {
 KEPT_SETTINGS = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DOWNLOAD_TIMEOUT")
 
 
-def record(directory: Path, room: Path, base: str | None = None) -> None:
+def record_outputs(directory: Path, room: Path, base: str | None = None) -> None:
     """Load the folder here, run it on seeded inputs, and leave inputs, outputs and facts in `room`.
 
     base: for an adapter, its base model, as a path or Hub id; None for a whole model.
@@ -153,11 +153,13 @@ def seeded_inputs(model) -> dict:
         return {"pixel_values": torch.randn(1, config.num_channels, height, width, generator=draw)}
     if model.main_input_name == "input_values":
         return {"input_values": torch.randn(1, 16000, generator=draw)}
-    raise ValueError(f"no seeded input is known for main_input_name={model.main_input_name!r}, so nothing is proven")
+    raise ValueError(
+        f"no seeded input is known for main_input_name={model.main_input_name!r}, so nothing can be verified"
+    )
 
 
-def prove(room: Path, repo_id: str, commit: str, token: str | None) -> list[str]:
-    """Load the repository at `commit` in a clean process and return what differs; an empty list is the proof.
+def verify(room: Path, repo_id: str, commit: str, token: str | None) -> list[str]:
+    """Load the repository at `commit` in a clean process and return what differs: nothing, if it is verified.
 
     token: given to the process's environment only; None loads it as anybody would.
     """
@@ -190,7 +192,7 @@ class WithoutBmtk(MetaPathFinder):
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname.split(".")[0] in ("bmtk", "bmtk_cli"):
-            raise ModuleNotFoundError(f"No module named {fullname!r} (this process proves that it is not needed)")
+            raise ModuleNotFoundError(f"No module named {fullname!r} (this process verifies that it is not needed)")
 
 
 def compare(expected_facts: dict, facts: dict, expected: dict, outputs: dict) -> list[str]:
@@ -214,9 +216,9 @@ def main(repo_id: str, commit: str) -> None:
     sys.meta_path.insert(0, WithoutBmtk())
     from safetensors.torch import load_file
 
-    told = json.loads(Path("plan.json").read_text(encoding="utf-8"))
-    facts, outputs = observe(repo_id, told["plan"], load_file("inputs.safetensors"), commit)
-    findings = compare(told["facts"], facts, load_file("outputs.safetensors"), outputs)
+    expected = json.loads(Path("plan.json").read_text(encoding="utf-8"))
+    facts, outputs = observe(repo_id, expected["plan"], load_file("inputs.safetensors"), commit)
+    findings = compare(expected["facts"], facts, load_file("outputs.safetensors"), outputs)
     Path("findings.json").write_text(json.dumps(findings), encoding="utf-8")
 
 

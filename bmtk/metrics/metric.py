@@ -13,6 +13,7 @@ import evaluate
 import numpy as np
 from datasets import List, Value
 
+# By full names, also inside of this folder: evaluate copies this file alone, and loads it as a module of its own.
 from bmtk.metrics.answers import agreement as answer_agreement
 from bmtk.metrics.boxes import average_precisions, summary
 from bmtk.metrics.entities import agreement as entity_agreement

@@ -17,10 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 from bmtk import arguments
 from bmtk.hub.formatting import format_number, format_seconds
 from bmtk.training import arguments as loop_arguments
-from bmtk.training import finetuning
+from bmtk.training import finetuning_arguments
 from bmtk.training.evaluation import lower_is_better
 from bmtk.training.run_folder import held
 from bmtk.training.signals import deferred_signals
+from bmtk.training.starting_weights import may_change
 
 from .space import SearchArguments, default_space, read_space
 from .trial import RecipeTrials, TrialFailed, write_settings
@@ -34,12 +35,13 @@ INCOMPARABLE = arguments.SOURCE_KEYS.union(
     "seed validation_fraction group_column leakage output_dir overwrite_output_dir".split()
 )
 OF_THIS_RUN = {"config", "preset", "overwrite_output_dir", "resume_from_checkpoint"}  # no trial is told of them
-FREE_KEYS = arguments.FREE_RUN_KEYS | loop_arguments.FREE_KEYS | finetuning.FREE_KEYS  # may differ when it goes on
+# May differ when it goes on.
+FREE_KEYS = arguments.FREE_RUN_KEYS | loop_arguments.FREE_KEYS | finetuning_arguments.FREE_KEYS
 OF_A_RESULT = {"push_to_hub", "private"}
 
 
 def search_settings(
-    args: SearchArguments, settings: Sequence, task_class, *, recipe: str, log: Callable[[str], object]
+    args: SearchArguments, settings: Sequence, task, *, recipe: str, log: Callable[[str], object]
 ) -> None:
     """Run `recipe` with many values of its `settings`, the bound dataclasses run, data, training, ..., architecture.
 
@@ -53,15 +55,16 @@ def search_settings(
     current = {f.name: vars(part)[f.name] for part in settings for f in dataclasses.fields(part) if f.init}
     args.search_space = args.search_space or default_space(current)
     refused = _refused(run, architecture)
-    refused |= task_class.incomparable(data, _metric(training) or task_class.main_metric)  # before rows are read
+    chosen = _metric(training)
+    refused |= data.settings_that_change(chosen or task.main_metric or "")  # before rows are read
     space = read_space(args.search_space, arguments.field_types(*settings), refused)
-    folder, metric = Path(training.output_dir), _metric(training) or task_class.metric_of(data, **run.reading)
+    folder, metric = Path(training.output_dir), chosen or task.main_metric_of(data, **run.reading)
     changed = {k: v for k, v in arguments.changed_settings(*settings).items() if k not in OF_THIS_RUN}
     in_trials = {k: v for k, v in changed.items() if k not in OF_A_RESULT}
     if "corpus_dir" in current:
         in_trials.setdefault("corpus_dir", str(folder / "corpus"))  # tokens are made once
     config = {**arguments.resolved_config(*settings), **vars(args)}
-    check = {"overwrite": training.overwrite_output_dir, "free_keys": FREE_KEYS | task_class.free_keys}
+    check = {"overwrite": training.overwrite_output_dir, "free_keys": FREE_KEYS | data.free_keys}
     with held(folder, config, **check), deferred_signals(second_stops_at_once=False) as request:
         maximise = getattr(training, "greater_is_better", None)
         maximise = not lower_is_better(metric) if maximise is None else maximise
@@ -184,7 +187,7 @@ def _refused(run, architecture) -> dict[str, str]:
     names = INCOMPARABLE | {f.name for f in dataclasses.fields(run)}
     refused = dict.fromkeys(names, "decides what is run or measured, not how well it learns")
     if run.model:
-        fields = [f.name for f in dataclasses.fields(architecture) if not finetuning.may_change(f.name)]
+        fields = [f.name for f in dataclasses.fields(architecture) if not may_change(f.name)]
         refused |= dict.fromkeys(fields, f"is an architecture field, and {run.model} keeps its own")
     return refused
 

@@ -13,7 +13,7 @@ import optuna
 import yaml
 
 from bmtk.files import write_text
-from bmtk.hub.run_record import read_run
+from bmtk.hub.run_record import RunRecord
 from bmtk.training.history import History
 from bmtk.training.run_folder import CHECKPOINTS, locked
 from bmtk.training.signals import Stopped, StopRequest
@@ -92,7 +92,7 @@ class RecipeTrials:
         return 0 < len(values) < last and trial.should_prune()
 
     def _value(self, folder: Path) -> float:
-        metrics = read_run(folder)["metrics"]
+        metrics = RunRecord.read(folder).metrics
         if self.metric not in metrics:
             raise TrialFailed(f"{self.metric} was not measured, only {', '.join(metrics) or 'nothing'}")
         if not math.isfinite(metrics[self.metric]):

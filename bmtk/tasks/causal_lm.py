@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from bmtk.data.batches import GlobalBatches
-from bmtk.data.packing import IGNORED as IGNORE_INDEX
-from bmtk.data.packing import PackedRows
+from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.tbptt import TBPTTBatches
 from bmtk.data.token_store import TokenStore
 from bmtk.errors import UserError

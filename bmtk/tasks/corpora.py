@@ -13,8 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from bmtk.data.batches import Rows
 from bmtk.data.decontamination import TOLERATED_SHARE, SharedLines
 from bmtk.data.masking import BLANKS
-from bmtk.data.packing import IGNORED as IGNORE_INDEX
-from bmtk.data.packing import PackedRows
+from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.sources import Texts, has_split, read_texts
 from bmtk.data.tables import check_column
 from bmtk.data.token_store import TokenStore, build_token_store

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from bmtk.data.packing import IGNORED as IGNORE_INDEX
+from bmtk.data.packing import IGNORE_INDEX
 
 Prefix = tuple[int, ...]  # labels that a text begins with
 

@@ -14,8 +14,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from bmtk.data.packing import IGNORED as IGNORE_INDEX
-from bmtk.data.packing import PackedRows
+from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.span_corruption import CorruptedSpans, noise_mask, num_spans, with_sentinels
 from bmtk.data.token_store import TokenStore
 from bmtk.errors import UserError

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
 from bmtk.data.masking import MaskedTokens
-from bmtk.data.packing import IGNORED as IGNORE_INDEX
-from bmtk.data.packing import PackedRows
+from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.token_store import TokenStore
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bmtk.data.packing import IGNORED as IGNORE_INDEX
+from bmtk.data.packing import IGNORE_INDEX
 
 from .texts import pad_texts, padded
 

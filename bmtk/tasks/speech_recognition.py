@@ -16,7 +16,7 @@ from transformers import AutoModelForCTC, AutoTokenizer, PreTrainedConfig, PreTr
 
 from bmtk.data.labels import some
 from bmtk.data.media import ON_CORRUPT
-from bmtk.data.packing import IGNORED as IGNORE_INDEX
+from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.metrics.texts import error_rates

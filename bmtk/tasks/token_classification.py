@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification, PreTrainedConfig
 
 from bmtk.data.labels import label_name
-from bmtk.data.packing import IGNORED as IGNORE_INDEX
+from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.metrics.entities import Entity, agreement, entities, is_scheme, single_words

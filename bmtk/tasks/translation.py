@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from bmtk.data.packing import IGNORED as IGNORE_INDEX
+from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity, sentence_chrf, translation_scores

@@ -1,0 +1,168 @@
+"""The settings of fine-tuning: Trainer's own, with this project's defaults and the fields of its own loop."""
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from bmtk.errors import UserError
+
+from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check
+from .evaluation import lower_is_better
+from .protocols import Objective
+
+# Keys that may change when a fine-tuning run is resumed: they change how it is watched or stored, not what is learned.
+FREE_KEYS = frozenset(
+    "output_dir overwrite_output_dir resume_from_checkpoint logging_steps save_total_limit report_to disable_tqdm "
+    "run_name per_device_eval_batch_size dataloader_num_workers dataloader_pin_memory merge_adapter".split()
+)
+
+
+def _fixed(default: object) -> Any:
+    """A field of TrainingArguments that no command line may set."""
+    return field(default=default, init=False)
+
+
+@dataclass
+class FineTuningArguments(SharedArguments, TrainingArguments):
+    """transformers.TrainingArguments without what the recipes do themselves, and without what hides a broken run."""
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+    output_dir: str = field(default="outputs/finetune", metadata={"help": "folder of the run and of the final model"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "delete the run that output_dir holds, and start anew"}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"})
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "when to write a checkpoint: no, steps, epoch or best"}
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "rows per device in evaluations"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between two lines of history.jsonl"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "true, or left out: go on from the newest checkpoint in output_dir, if there is one; false: start "
+            "anew, for which output_dir must hold no run; or the folder of a checkpoint"
+        },
+    )
+
+    optimizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "adamw, sgd or muon, the optimizers of recipes/pretrain.py; default: the one that optim names"
+        },
+    )
+    channels_last: bool = field(
+        default=False, metadata={"help": "lay out two-dimensional convolutions channels last: often faster"}
+    )
+
+    logging_nan_inf_filter: bool = _fixed(False)  # True logs a NaN loss as 0.0
+    # A token would be pickled into training_args.bin; publishing is done by bmtk.hub, from the login or HF_TOKEN.
+    hub_token: str | None = _fixed(None)
+    push_to_hub: bool = _fixed(False)
+    hub_model_id: str | None = _fixed(None)
+    hub_strategy: str = _fixed("every_save")
+    hub_private_repo: bool | None = _fixed(None)
+    hub_always_push: bool = _fixed(False)
+    hub_revision: str | None = _fixed(None)
+    save_only_model: bool = _fixed(False)  # True resumes with a new optimizer and schedule, without a warning
+    include_num_input_tokens_seen: str = _fixed("no")
+    remove_unused_columns: bool = _fixed(False)
+    batch_eval_metrics: bool = _fixed(False)
+    eval_do_concat_batches: bool = _fixed(True)
+    label_names: list[str] = field(default_factory=lambda: ["labels"], init=False)  # columns, as Trainer calls them
+    do_train: bool = _fixed(False)  # these three are read by Hugging Face's example scripts only
+    do_eval: bool = _fixed(False)
+    do_predict: bool = _fixed(False)
+
+    def __post_init__(self) -> None:
+        check([*self._wrong_choices(), *self.wrong_settings()])
+        self.load_best_model_at_end |= self.early_stopping_patience > 0
+        given = self.metric_for_best_model, self.greater_is_better
+        super().__post_init__()
+        self.metric_for_best_model, self.greater_is_better = given  # Trainer's default is the loss
+
+    @property
+    def may_resume(self) -> bool:
+        """Whether a run that `output_dir` holds is resumed."""
+        return (self.resume_from_checkpoint or "true").lower() != "false"
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step on this process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        """Optimizer steps of an epoch, counted as Trainer counts them."""
+        batches = math.ceil(num_rows / (self.per_device_train_batch_size * self.world_size))
+        return max(1, math.ceil(batches / self.gradient_accumulation_steps))
+
+    def total_steps(self, num_rows: int) -> int:
+        """Optimizer steps of the run."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return math.ceil(self.num_train_epochs * self.steps_per_epoch(num_rows))
+
+    def _wrong_choices(self) -> Iterator[str]:
+        if self.optimizer not in (None, *OPTIMIZERS):
+            yield f"optimizer={self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}, or use optim"
+        elif self.optimizer and (self.optim != TrainingArguments.optim or self.optim_args):
+            yield f"optimizer={self.optimizer} and optim={self.optim} both name an optimizer; leave one of them out"
+        if self.early_stopping_patience and self.eval_strategy == "no":
+            yield f"early_stopping_patience={self.early_stopping_patience} needs evaluations; set eval_strategy"
+
+
+def choose_best_by(args: TrainingArguments, metric: str, *, among: Collection[str]) -> None:
+    """Set the metric used to select the best model, and to find a plateau: `metric`, if the user names no other.
+
+    Raises: UserError if the user's is not `among` the metrics of an evaluation.
+    """
+    needs = args.load_best_model_at_end, args.save_strategy == "best", args.lr_scheduler_type == "reduce_lr_on_plateau"
+    args.metric_for_best_model = args.metric_for_best_model or (metric if any(needs) else None)
+    if args.metric_for_best_model and args.metric_for_best_model.removeprefix("eval_") not in among:
+        raise UserError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is not measured; choose one of {', '.join(among)}, "
+            f"or leave it out for {metric}"
+        )
+    if args.metric_for_best_model and args.greater_is_better is None:
+        args.greater_is_better = not lower_is_better(args.metric_for_best_model)
+
+
+def resolve_defaults(args: FineTuningArguments, objective: Objective) -> None:
+    """Fill in the defaults that depend on the objective, and check that the settings fit it.
+
+    Raises: UserError for a setting that has no effect or no place there, and as `choose_best_by`.
+    """
+    choose_best_by(args, objective.scorer.main_metric, among=objective.scorer.metrics)
+    if args.label_smoothing_factor and not objective.criterion:
+        raise UserError(
+            f"label_smoothing_factor={args.label_smoothing_factor} has no effect on {objective.name}, whose loss is "
+            "the model's own; leave it out"
+        )
+    objective.check_micro_batches(args.gradient_accumulation_steps * args.world_size)
+    if objective.keeps_order:
+        raise UserError("Trainer shuffles the rows; carry_state=True is for recipes/pretrain.py")
+
+
+def loop_arguments(args: FineTuningArguments) -> LoopArguments:
+    """The arguments with which the project's own loop trains as this Trainer does.
+
+    Raises: UserError for an optimizer that the loop does not have.
+    """
+    if not args.optimizer and not args.optim.startswith("adamw"):
+        raise UserError(
+            f"find_lr has no {args.optim.value}, and another optimizer needs another rate; leave optim out and "
+            f"set optimizer to one of {', '.join(OPTIMIZERS)}"
+        )
+    precision = "bf16" if args.bf16 else "fp32"
+    names = "output_dir seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon".split()
+    same = {name: getattr(args, name) for name in (*names, *(f.name for f in fields(SharedArguments)))}
+    sizes = {
+        "batch_size": args.rows_per_step * args.world_size,
+        "micro_batch_size": args.per_device_train_batch_size,
+    }
+    return LoopArguments(optimizer=args.optimizer or "adamw", precision=precision, **same, **sizes)
