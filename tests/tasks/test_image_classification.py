@@ -29,7 +29,9 @@ from transformers import (
 from bmtk.data.media import in_colour
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.tasks.image_classification import TASK, ImageClassificationArguments, mixed_labels
-from bmtk.training import callbacks, finetuning
+from bmtk.training import callbacks
+from bmtk.training.finetuning_arguments import FineTuningArguments
+from bmtk.training.trainer import build_trainer, lay_out_channels_last
 from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parents[2]
@@ -449,8 +451,8 @@ def test_channels_last_changes_nothing_but_the_layout(tmp_path):
     )
     results = []
     for is_last in (False, True):
-        args = finetuning.FineTuningArguments(str(tmp_path / "run"), channels_last=is_last, use_cpu=True)
-        finetuning.build_trainer(model, objective, args, folder=tmp_path / "run")
+        args = FineTuningArguments(str(tmp_path / "run"), channels_last=is_last, use_cpu=True)
+        build_trainer(model, objective, args, folder=tmp_path / "run")
         assert weight.is_contiguous(memory_format=torch.channels_last) == is_last
         model.zero_grad()
         loss = model(pixel_values=images, labels=torch.arange(8) % 2).loss
@@ -460,7 +462,7 @@ def test_channels_last_changes_nothing_but_the_layout(tmp_path):
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
     strided = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 1, stride=2))
     with pytest.raises(ValueError, match=r"channels_last is not safe on a CPU for a strided 1x1 convolution \(1\)"):
-        finetuning.lay_out_channels_last(strided, torch.device("cpu"))
+        lay_out_channels_last(strided, torch.device("cpu"))
 
 
 def test_the_shapes_are_what_their_script_makes(tmp_path):

@@ -21,7 +21,7 @@ from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.feature_extraction_bm import BmFeatureExtractor
 from bmtk.tasks.audio_classification import TASK, AudioClassificationArguments, AudioClassificationObjective
 from bmtk.tasks.recordings import RecordingRows
-from bmtk.training.callbacks import SetEpoch
+from bmtk.training.trainer_patches import SetEpoch
 
 RATE = 8000
 
