@@ -26,7 +26,9 @@ class ClassificationArguments(DataArguments):
         "training loss; of labels: cross_entropy (the default; binary if a row has several labels), or focal (rows "
         "that are right count less); of numbers: mse (the default), mae, or huber (squared up to an error of 1)",
     )
-    focal_gamma: float = setting(2.0, "how much less, of loss focal: (1 - probability of the label) to this power")
+    focal_gamma: float = setting(
+        2.0, "of loss focal: a row's loss counts (1 - probability of its label) to this power"
+    )
     class_weights: list[str] | None = setting(
         None,
         "factor of each label in the training loss, in order; balanced: by how rare a label is",
@@ -91,7 +93,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class LabelSet:
-    """The labels that a model gives: `names` in its order; `ids` of the names that may stand in a column."""
+    """The labels that a model gives: `names` in its order; `ids` of the names that a column may hold."""
 
     kind: LabelType
     names: list[str]

@@ -19,7 +19,7 @@ from .label_types import LabelType
 from .row_classification import RowClassificationArguments, RowLabels, RowScorer
 from .task import Criterion, Prediction, Task
 
-WORST = 24  # images of the report's picture
+WORST = 24  # images of the figure
 
 
 @dataclass

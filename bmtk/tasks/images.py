@@ -35,9 +35,9 @@ class ImageArguments:
     """Where the images are, and what is made of them."""
 
     image_column: str = setting("image", "column of the image")
-    on_corrupt: str = setting("stop", "images that cannot be read: stop, or skip (leave their rows out, and say so)")
+    on_corrupt: str = setting("stop", "images that cannot be read: stop, or skip (leave their rows out, with a note)")
     cache_megabytes: int = setting(
-        1024, "a split's images are decoded once if they fit into so much memory, else every time"
+        1024, "megabytes of memory: a split's images are decoded once if they fit into it, else every time"
     )
 
     # Memory changes no result.
@@ -54,7 +54,7 @@ class AugmentedImageArguments(ImageArguments):
     """Also what is done to each image in training; evaluation sees them as they are."""
 
     random_crop: int = setting(
-        0, "training images move by up to so many pixels along each side, mirrored at the edges"
+        0, "training images move by up to this many pixels along each side, mirrored at the edges"
     )
     horizontal_flip: bool = setting(False, "mirror every second training image")
     rand_augment: int = setting(0, "transformations of each training image, drawn from 14 (RandAugment)")
@@ -76,7 +76,7 @@ class ImageData(TaskData):
     def readable_rows(self, table: Dataset, where: str) -> Dataset:
         return rows_with_images(table, where, self.args, self.notes)
 
-    def read_images(self, table: Dataset, where: str) -> list[dict]:
+    def read_images(self, table: Dataset, where: str) -> list[dict[str, Any]]:
         return undecoded_images(table, where, self.args.image_column)
 
     @property
@@ -111,13 +111,15 @@ class ImageObjective(Objective):
             self.notes += [survey(rows, found.shape), found.whereabouts]
         return found
 
-    def resized(self, images: list) -> np.ndarray:
+    def resized(self, images: list[Any]) -> np.ndarray:
         """(B, C, H, W), uint8: what the processor makes of decoded images before it rescales and normalises them.
 
         Images are converted to colour first, as pipelines do: most processors leave a greyscale image one channel.
         """
         images = [in_colour(image) for image in images]
-        return self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        found = self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="np")
+        pixels: np.ndarray = found["pixel_values"]
+        return pixels
 
     def scaled(self, pixels: np.ndarray) -> torch.Tensor:
         """(B, C, H, W), float32: the rest of the processor's work, looked up value by value."""
@@ -158,10 +160,10 @@ def rows_with_images(table: Dataset, where: str, args: ImageArguments, notes: li
     return table.select([row for row in range(len(table)) if row not in bad])
 
 
-def undecoded_images(table: Dataset, where: str, column: str) -> list[dict]:
+def undecoded_images(table: Dataset, where: str, column: str) -> list[dict[str, Any]]:
     """The images of a table.  Raises: UserError if the column does not exist, or holds something else."""
     check_column(table, column, option="image_column", where=where)
-    values = table[column][:]
+    values: list[dict[str, Any]] = table[column][:]
     for row, value in enumerate(values, 1):
         if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
             raise UserError(f"image_column={column!r} of {where} row {row} holds a {type(value).__name__}, no image")
@@ -187,10 +189,11 @@ def image_processor_for(config: PreTrainedConfig, model: str | None, **loading: 
 def _image_processor(config: PreTrainedConfig, model: str | None, **loading: Any) -> Any:
     if has_image_processor(model):
         # By name, because with torchvision installed transformers would choose that one, whose resizing differs.
-        return AutoImageProcessor.from_pretrained(model, backend="pil", **loading)
+        return AutoImageProcessor.from_pretrained(model, backend="pil", **loading)  # type: ignore[no-untyped-call]
     if type(config) not in IMAGE_PROCESSOR_MAPPING:
         raise UserError(f"no image processor belongs to a {config.model_type}; is it a model of images?")
-    processor_class = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]
+    backends: Any = IMAGE_PROCESSOR_MAPPING[type(config)]  # annotated as a tuple, but it is a dict
+    processor_class = backends["pil"]
     if hasattr(processor_class, "for_config"):
         return processor_class.for_config(config)
     side, sizes = getattr(config, "image_size", None), processor_class.size or {}

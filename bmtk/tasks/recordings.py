@@ -28,10 +28,12 @@ SHOWN = 6  # recordings in a figure
 
 @dataclass
 class RecordingArguments(AudioAugmentationArguments):
-    """Where the recordings are, how they are heard, and what is done to them in training."""
+    """Where the recordings are, how a new model reads them, and what is done to them in training."""
 
     audio_column: str = setting("audio", "column of the recording")
-    sampling_rate: int = setting(16000, "samples per second that a new model hears; others are resampled")
+    sampling_rate: int = setting(
+        16000, "samples per second that a new model reads; recordings at other rates are resampled"
+    )
     frame_ms: float = setting(25.0, "milliseconds of sound that a frame of a new model holds")
     hop_ms: float = setting(10.0, "milliseconds from frame to frame of a new model")
     on_corrupt: str = setting(
@@ -55,7 +57,7 @@ class RecordingData(TaskData):
     def read_recordings(self, table: Dataset, where: str, *, labelled: bool) -> tuple[Dataset, list[int]]:
         """Columns "audio" and "seconds" of the rows that can be read, and which those are.
 
-        Raises: ValueError if the column is not there or holds something else, or for an unreadable recording if
+        Raises: UserError if the column does not exist or holds something else, or for an unreadable recording if
         `on_corrupt` is stop.  A row without labels is never left out: each row to be predicted needs an answer.
         """
         name = self.args.audio_column
@@ -105,7 +107,7 @@ class RecordingObjective(Objective):
         return self.extractor
 
     def recording_rows(self, rows: Dataset, where: str) -> "RecordingRows":
-        """Rows for the collator; training rows are changed from epoch to epoch if `args` say so."""
+        """Rows for the collator; training rows are changed from epoch to epoch as `args` are set."""
         changes = self.args if where == "train" else None
         return RecordingRows(rows, where, extractor=self.extractor, changes=changes, seed=self.data.seed)
 
@@ -154,7 +156,7 @@ def worst_spectrograms(rows: "RecordingRows", worst: Sequence[int], verdicts: Se
 class RecordingRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
     """Rows whose recording is decoded when it is asked for, and its features kept while they fit; errors name the row.
 
-    What `changes` asks for is a function of (seed, epoch, row).
+    What `changes` makes of a row is a function of (seed, epoch, row).
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class RowClassificationArguments(ClassificationArguments):
         f"{', '.join(LABEL_TYPES)}; default: several labels where cells are lists, numbers where some have a fraction",
     )
     label_separator: str | None = setting(None, "what stands between the labels of a row, where they are one text")
-    threshold: float = setting(0.5, "probability from which on one of several labels is given")
+    threshold: float = setting(0.5, "of several labels, those with at least this probability are predicted")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +152,7 @@ def in_words(value: Any, feature: Any) -> Any:
 
 
 def label_type_seen_in(values: Sequence[Any], separator: str | None) -> type[LabelType]:
-    """What a column is about: lists, or texts with a separator, hold several labels; fractions are numbers."""
+    """What a column holds: lists, or texts with a separator, are several labels; fractions are numbers."""
     if separator is not None or any(isinstance(value, list) for value in values):
         return SeveralLabels
     try:
@@ -163,5 +163,5 @@ def label_type_seen_in(values: Sequence[Any], separator: str | None) -> type[Lab
 
 
 def label_type_of(config: Any) -> type[LabelType]:
-    """What a trained classifier is about; without a problem_type, one output is a number, as transformers has it."""
+    """What a trained classifier predicts; without a problem_type, one output is a number, as in transformers."""
     return LABEL_TYPES.get(config.problem_type, Numbers if config.num_labels == 1 else OneLabel)

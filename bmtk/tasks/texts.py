@@ -167,8 +167,8 @@ def pad_texts(
 ) -> dict[str, torch.Tensor]:
     """Rows of "input_ids" and the like, padded to the longest of them; one position at least, which models need."""
     longest = max(1, *(len(row["input_ids"]) for row in rows))
-    found = tokenizer.pad(list(rows), padding="max_length", max_length=longest, return_tensors="pt", **options)  # type: ignore[arg-type]
-    return dict(found)
+    pad: Any = tokenizer.pad  # whose annotation knows only some of what it takes
+    return dict(pad(rows, padding="max_length", max_length=longest, return_tensors="pt", **options))
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, *, width: int = 0) -> torch.Tensor:

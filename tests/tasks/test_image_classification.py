@@ -428,7 +428,7 @@ def test_a_frozen_backbone_rests_and_its_head_learns(trained, tmp_path, capsys):
         run(tmp_path / "other", "--model", trained, "--freeze_backbone", "--adapter", "lora")
 
 
-def test_a_checkpoint_of_another_task_is_said_loudly(trained, tmp_path, capsys):
+def test_a_checkpoint_of_another_task_is_reported_loudly(trained, tmp_path, capsys):
     config = AutoConfig.from_pretrained(trained)
     AutoModelForMaskedImageModeling.from_config(config).save_pretrained(tmp_path / "masked")
     shutil.copy(trained / "preprocessor_config.json", tmp_path / "masked")

@@ -269,6 +269,17 @@ def test_a_finished_model_decides_what_the_labels_of_its_rows_are(tmp_path):
     assert without_rows.scorer.describe({"number": 1.23456789}) == {"prediction": 1.23457}
 
 
+def test_a_loss_of_numbers_is_no_fault_before_rows_or_model_decide_what_the_labels_are(tmp_path):
+    bound(tmp_path, [1.5, 2.5, 3.0]).processor.save_pretrained(tmp_path / "tokenizer")
+    args = SequenceClassificationArguments(loss="huber", tokenizer=str(tmp_path / "tokenizer"))
+    architectures = ["BertForSequenceClassification"]
+    numbers = BertConfig(architectures=architectures, id2label={0: "stars"}, vocab_size=300)
+    assert TASK.read(args, splits=()).bind(numbers).labels.kind.loss == "huber"
+    labels = BertConfig(architectures=architectures, id2label={0: "bad", 1: "good"}, vocab_size=300)
+    with pytest.raises(ValueError, match="loss='huber' is not for single_label_classification"):
+        TASK.read(args, splits=()).bind(labels)
+
+
 KINDS = {"food": ("soup", "bread"), "travel": ("train", "ferry"), "music": ("song", "drum")}
 
 
