@@ -428,7 +428,7 @@ def test_the_smoke_run_learns_is_evaluated_and_translates(in_the_repository, tmp
     }
     capsys.readouterr()
     command = re.search(r'^next: python -c "(.*)"$', out, re.MULTILINE)[1]
-    exec(command)  # transformers 5 has no pipeline for translation: this is what the run says to type
+    exec(command)  # transformers 5 has no pipeline for translation: this is what the run prints instead
     assert re.fullmatch(r"\['[a-z ]+\.'\]\n", capsys.readouterr().out)
 
 
