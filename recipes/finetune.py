@@ -114,7 +114,7 @@ def start(run, data, adapter, chosen) -> tuple:
     model = starting_weights(objective, config, run, quantize=adapter.quantize)
     if not run.model:
         objective.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
-    return objective, adapt(model, adapter, task_type=objective.peft_task_type)
+    return objective, adapt(model, adapter, task_type=data.task.peft_task_type)
 
 
 def model_record(trainer: TaskTrainer, run: arguments.RunArguments, adapter: AdapterArguments) -> ModelRecord:
@@ -126,7 +126,7 @@ def model_record(trainer: TaskTrainer, run: arguments.RunArguments, adapter: Ada
 
 def plan(settings, objective, model, args) -> str:
     """The run without training it, timed by a rehearsal of its first step."""
-    num_rows = len(objective.rows["train"])
+    num_rows = round(len(objective.rows["train"]) / objective.sampled_share)
     sizes = {"batch_size": args.rows_per_step, "micro_batch_size": args.per_device_train_batch_size}
     batches = objective.train_batches(**sizes, seed=args.seed)
     steps, step_rows = args.total_steps(num_rows), args.rows_per_step * args.world_size

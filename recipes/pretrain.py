@@ -11,7 +11,6 @@ Stop it whenever you like: the same command goes on where it stopped.
 
 import logging
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -59,20 +58,19 @@ def main(argv: list[str]) -> None:
         return search_settings(search, groups, task, recipe=__file__, log=print)
     settings, chosen = arguments.resolved_config(*groups), arguments.chosen_fields(architecture)
     accelerator = build_accelerator(args)
-    if run.dry_run or run.find_lr:
-        with tempfile.TemporaryDirectory() as folder:
-            objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=Path(folder))
-            rehearse = suggest_rate if run.find_lr else partial(plan, settings)
-            accelerator.print(rehearse(objective, model, args, accelerator))
-        return
-
     folder = Path(args.output_dir)
+    if run.is_plan:
+        objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)
+        accelerator.print(notes_of(objective), end="", flush=True)
+        rehearse = suggest_rate if run.find_lr else partial(plan, settings)
+        return accelerator.print(rehearse(objective, model, args, accelerator))
+
     free_keys = FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys
     check = {"overwrite": args.overwrite_output_dir, "free_keys": free_keys}
     with held(folder, settings, is_main=accelerator.is_main_process, **check):
         started_at = run_record.now()
         objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)
-        accelerator.print("".join(f"note: {line}\n" for line in objective.notes), end="", flush=True)
+        accelerator.print(notes_of(objective), end="", flush=True)
         state, results, speeds = fit(model, objective, args, settings, accelerator)
         if accelerator.is_main_process:
             save_model(folder, model, objective.processor)
@@ -98,6 +96,10 @@ def start(run, data_args, chosen, accelerator, *, seed: int, folder: Path) -> tu
     config = starting_config(run, data, chosen)
     objective = data.bind(config)
     return objective, starting_weights(objective, config, run)
+
+
+def notes_of(objective) -> str:
+    return "".join(f"note: {line}\n" for line in objective.notes)
 
 
 def fit(model, objective, args, settings, accelerator) -> tuple[TrainState, Results, dict[str, float]]:
@@ -127,12 +129,13 @@ def fit(model, objective, args, settings, accelerator) -> tuple[TrainState, Resu
 def plan(settings, objective, model, args, accelerator) -> str:
     """The run without training it, timed by a rehearsal of its first step."""
     batches = objective.train_batches(**args.batching)
-    steps = args.total_steps(batches.steps_per_epoch)
+    steps_per_epoch = batches.steps_per_epoch / objective.sampled_share
+    steps = args.total_steps(steps_per_epoch)
     return summary.run_plan(
         settings,
         model,
         steps=steps,
-        epochs=steps / batches.steps_per_epoch,
+        epochs=steps / steps_per_epoch,
         per_step=round(args.batch_size * objective.units_per_row("train")),
         unit=objective.unit,
         seconds_per_step=seconds_per_step(model, batches, accelerator, Losses.of(objective)),

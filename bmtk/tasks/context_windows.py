@@ -22,7 +22,7 @@ COLUMNS = ("input_ids", "token_types", "char_starts", "char_ends", "spans")  # e
 class ContextWindows:
     """Cuts rows of "question" and "context" into windows of at most `longest` tokens.
 
-    `num_types` is how many `token_type_ids` the model knows.
+    `num_types` is how many `token_type_ids` the model has.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -180,8 +180,8 @@ def token_types(ids: Sequence[int], sequence_ids: Sequence[int | None], *, num_t
     question = [token for token, sequence in zip(ids, sequence_ids, strict=True) if sequence == 0]
     types = [int(sequence == 1) for sequence in sequence_ids]
     for size in range(1, num_types - 1):
-        asked = {tuple(question[at : at + size]) for at in range(len(question) - size + 1)}
+        runs = {tuple(question[at : at + size]) for at in range(len(question) - size + 1)}
         for at in range(len(ids) - size + 1):
-            if all(types[at : at + size]) and tuple(ids[at : at + size]) in asked:
+            if all(types[at : at + size]) and tuple(ids[at : at + size]) in runs:
                 types[at : at + size] = [1 + size] * size
     return [min(kind, max(num_types - 1, 0)) for kind in types]

@@ -78,8 +78,8 @@ class QuestionAnsweringData(TextData):
         super().__init__(task, args, **reading)
         if not self.tokenizer.is_fast:
             raise UserError(
-                f"{type(self.tokenizer).__name__} cannot say where in a text a token is; question_answering needs a "
-                "fast tokenizer"
+                f"{type(self.tokenizer).__name__} does not give the characters that a token stands for; "
+                "question_answering needs a fast tokenizer"
             )
         separate_pairs(self.tokenizer)
         contexts = [text for rows in self.rows.values() for text in rows["context"][:100]]

@@ -99,7 +99,7 @@ class SpeechRecognitionData(RecordingData):
         return rows.select(chosen)
 
     def normalised(self, text: str) -> str:
-        """One space between words, none at the ends; letters and punctuation as the settings say."""
+        """One space between words, none at the ends; letters and punctuation as the settings ask for."""
         text = unicodedata.normalize("NFC", text).replace(SPACE, " ")
         if not self.args.keep_punctuation:
             text = "".join(" " if _is_punctuation(character) else character for character in text)
@@ -129,7 +129,7 @@ class SpeechRecognitionObjective(RecordingObjective):
         config.pad_token_id = self.tokens.blank
         if data.makes_tokens or len(self.tokens) > config.vocab_size:
             config.vocab_size = len(self.tokens)
-        with torch.device("meta"):  # only a model knows how many positions it makes of a recording
+        with torch.device("meta"):  # only a model has the formula of its positions; weights are not needed
             model = self.auto_class.from_config(config)
         self.num_positions: Callable[[torch.Tensor], torch.Tensor] = model._get_feat_extract_output_lengths
 
@@ -165,7 +165,7 @@ class SpeechRecognitionObjective(RecordingObjective):
             )
 
     def _too_short(self, labels: list[list[int]], seconds: Sequence[float], where: str) -> list[int]:
-        """Rows whose labels need more positions than the recording has.  Raises: UserError if `args` say to stop."""
+        """Rows whose labels need more positions than the recording has.  Raises: UserError if these are to stop."""
         rate, found, example = self.extractor.sampling_rate, [], ""
         needs = [positions_needed(ids) for ids in labels]
         shortest = {needed: self._samples_for(needed) for needed in set(needs)}

@@ -200,7 +200,8 @@ class TimeSeriesForecastingObjective(Objective):
         )
 
     def training_rows(self) -> Windows | ChangedWindows | None:
-        rows, args = super().training_rows(), self.args
+        rows: Windows | None = super().training_rows()
+        args = self.args
         if rows is None or not (args.jitter or args.window_slice):
             return rows
         return ChangedWindows(rows, jitter=args.jitter, cut=args.window_slice, seed=self.data.seed)
@@ -257,7 +258,7 @@ class TimeSeriesForecastingScorer(Scorer):
 
     # ------------------------------------------------------------------------------------------------ predictions
 
-    def predict(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> list[Prediction]:
+    def predict(self, model: Any, batch: Mapping[str, torch.Tensor]) -> list[Prediction]:
         """`forecast` (H, C) and, if the model has them, `quantiles` (H, C, Q); standardised, in float32."""
         outputs = model(**{name: value for name, value in batch.items() if name not in FUTURE})
         found = {"forecast": outputs["prediction"].float().cpu().numpy()}

@@ -16,7 +16,7 @@ from bmtk.arguments import read_yaml
 from bmtk.search.space import read_space
 from bmtk.search.study import explore, open_study, search_settings, summary
 from bmtk.search.trial import RecipeTrials, TrialFailed
-from bmtk.tasks.causal_lm import CausalLM, CausalLMArguments
+from bmtk.tasks.causal_lm import CausalLMArguments
 from bmtk.tasks.sequence_classification import SequenceClassification
 from bmtk.training.signals import Stopped, StopRequest
 from recipes import finetune, pretrain
@@ -268,7 +268,7 @@ def test_what_changes_the_measure_is_refused_and_nothing_else(task, argv, refuse
 
 
 def test_the_reason_is_told_and_what_would_help():
-    told = CausalLM.incomparable(CausalLMArguments(), "perplexity")
+    told = CausalLMArguments().settings_that_change("perplexity")
     assert told["vocab_size"] == "decides what a token is, and perplexity is a mean over tokens"
     assert told["context_length"].endswith("to go by where it is measured; set eval_context_length, and it may be")
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, pipeline
 
 import bmtk  # noqa: F401
 from bmtk.tasks.masked_image_modeling import TASK, MaskedImageModelingArguments
-from bmtk.training.finetuning import load_for_task, read_config
+from bmtk.training.starting_weights import load_for_task, read_config
 from recipes import evaluate, finetune, predict, pretrain
 
 SHAPES = finetune.CONFIGS.parent / "data" / "captioned_shapes"

@@ -24,7 +24,9 @@ from bmtk.tasks import causal_lm
 from bmtk.tasks.box_figures import COLOURS, image_with_boxes
 from bmtk.tasks.inference import PictureFolder
 from bmtk.tasks.object_detection import TASK, ObjectDetectionArguments
-from bmtk.training.finetuning import FineTuningArguments, build_trainer, load_for_task
+from bmtk.training.finetuning_arguments import FineTuningArguments
+from bmtk.training.starting_weights import load_for_task
+from bmtk.training.trainer import build_trainer
 from bmtk.training.updates import LossSum
 from recipes import evaluate, finetune, predict
 

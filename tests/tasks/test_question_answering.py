@@ -225,9 +225,9 @@ def test_the_best_answer_is_that_of_all_windows_by_brute_force(tmp_path):
             for window in (batch["question_of"] == question).nonzero().flatten().tolist():
                 for start, end in itertools.product(range(5, 12), range(5, 12)):
                     if start <= end < start + 3 and batch["char_starts"][window, [start, end]].min() >= 0:
-                        place = (batch["char_starts"][window, start].item(), batch["char_ends"][window, end].item())
+                        span = (batch["char_starts"][window, start].item(), batch["char_ends"][window, end].item())
                         score = (starts[window, start] + ends[window, end]).exp().item()
-                        best[place] = max(score, best.get(place, 0))
+                        best[span] = max(score, best.get(span, 0))
             expected = sorted(best, key=best.get, reverse=True)[:3]
             assert [(answer["start"], answer["end"]) for answer in prediction["answers"]] == expected
             assert prediction["answers"][0]["score"] == pytest.approx(best[expected[0]], rel=1e-4)
@@ -339,7 +339,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_finds_what_the_question_asks_for_in_one_and_the_same_text(tmp_path, family):
-    """Without token types: question and text are told apart by the mark between them."""
+    """Without token types: only the mark between them separates question and text."""
     asked = {"Where is Bo ?": ("old Oslo", 36), "Where is Ada ?": ("Rome", 13), "Who is in Rome ?": ("Ada", 0)}
     data = read_data(tmp_path, [row(question, answers=[answer]) for question, answer in asked.items()])
     config = type(FAMILIES[family])(**{**FAMILIES[family].to_diff_dict(), **data.config_fields})

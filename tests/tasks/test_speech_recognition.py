@@ -16,7 +16,8 @@ import bmtk  # noqa: F401  (registers the families)
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.tasks.ctc import best_path, positions_needed, prefix_beam_search, row_losses
 from bmtk.tasks.speech_recognition import TASK, SpeechRecognitionArguments, SpeechRecognitionData
-from bmtk.training.finetuning import FineTuningArguments, build_trainer
+from bmtk.training.finetuning_arguments import FineTuningArguments
+from bmtk.training.trainer import build_trainer
 from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,8 @@ from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.tasks.figures import sentence_scores
 from bmtk.tasks.translation import TASK, PadPairs, TranslationArguments
-from bmtk.training import finetuning
+from bmtk.training.finetuning_arguments import FineTuningArguments
+from bmtk.training.trainer import build_trainer
 from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parents[2]
@@ -211,13 +212,13 @@ def test_label_smoothing_mixes_in_the_mean_over_all_tokens(tmp_path):
 
 def trained(objective, folder, *, batch_size, accumulation):
     """Weights after one step of plain gradient descent over all training rows."""
-    args = finetuning.FineTuningArguments(
+    args = FineTuningArguments(
         str(folder), eval_strategy="no", save_strategy="no", optim="sgd", learning_rate=1.0, max_steps=1, use_cpu=True,
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_grad_norm=0.0,
         disable_tqdm=True, report_to="none", label_smoothing_factor=0.1, lr_scheduler_type="constant",
     )  # fmt: skip
     model = built(objective)
-    finetuning.build_trainer(model, objective, args, folder=folder).train()
+    build_trainer(model, objective, args, folder=folder).train()
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
@@ -283,10 +284,10 @@ def test_previews_are_greedy_over_the_first_rows_with_a_note(tmp_path):
 
 def test_an_evaluation_batches_the_longest_rows_first_and_gives_predictions_in_the_rows_order(tmp_path):
     objective = bound(read_data(tmp_path))
-    args = finetuning.FineTuningArguments(
+    args = FineTuningArguments(
         str(tmp_path), per_device_eval_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True
     )
-    trainer = finetuning.build_trainer(built(objective), objective, args, folder=tmp_path)
+    trainer = build_trainer(built(objective), objective, args, folder=tmp_path)
     rows = objective.rows["validation"]
     widths = [batch["input_ids"].shape[1] for batch in trainer.get_eval_dataloader(rows)]
     assert widths == sorted(map(len, rows["input_ids"]), reverse=True)[::2]
@@ -427,7 +428,7 @@ def test_the_smoke_run_learns_is_evaluated_and_translates(in_the_repository, tmp
     }
     capsys.readouterr()
     command = re.search(r'^next: python -c "(.*)"$', out, re.MULTILINE)[1]
-    exec(command)  # transformers 5 has no pipeline for translation: this is what the run says to type
+    exec(command)  # transformers 5 has no pipeline for translation: this is what the run prints instead
     assert re.fullmatch(r"\['[a-z ]+\.'\]\n", capsys.readouterr().out)
 
 
