@@ -4,6 +4,7 @@ A test that fails here brings good news: upstream has mended the fault, and the 
 """
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -154,3 +155,12 @@ def test_early_stopping_counts_from_zero_in_a_resumed_run(kind, tmp_path):
         assert resumed.state.global_step == ended
     else:
         assert resumed.state.global_step > ended, no_longer_needed("transformers", "StopEarly")
+
+
+def test_no_older_library_is_allowed_than_the_one_whose_faults_are_known():
+    """`make test` installs what constraints.txt pins, and the patches are tested with nothing older."""
+    root = Path(__file__).parents[2]
+    pins = re.findall(r"^(transformers|accelerate)==(\d+\.\d+)", (root / "constraints.txt").read_text(), re.MULTILINE)
+    floors = re.findall(r'"(transformers|accelerate)>=(\d+\.\d+)', (root / "pyproject.toml").read_text())
+    assert len(floors) == 3
+    assert sorted(floors) == sorted(pins)
