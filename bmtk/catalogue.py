@@ -5,6 +5,7 @@ the head that the published number was counted with.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -56,7 +57,7 @@ PUBLISHED = {
 }
 
 
-def catalogue() -> dict[str, dict]:
+def catalogue() -> dict[str, dict[str, Any]]:
     """Family -> {"heads": Auto class -> class, "presets": name -> its parameters, and what they are compared with}."""
     return {
         family.model_type: {
@@ -67,7 +68,7 @@ def catalogue() -> dict[str, dict]:
     }
 
 
-def _preset(family: type, name: str) -> dict:
+def _preset(family: Any, name: str) -> dict[str, Any]:
     published = PUBLISHED[name]
     with torch.device("meta"):
         model = getattr(transformers, published.auto_class).from_config(family.from_preset(name))
@@ -79,7 +80,7 @@ def _preset(family: type, name: str) -> dict:
     }
 
 
-def table(found: dict[str, dict]) -> str:
+def table(found: dict[str, dict[str, Any]]) -> str:
     """What `catalogue` returns, as two tables for a terminal."""
     auto_classes = list(dict.fromkeys(name for family in found.values() for name in family["heads"]))
     heads = [["Auto class", *found]]
@@ -93,7 +94,7 @@ def table(found: dict[str, dict]) -> str:
     return f"{_aligned(heads)}\n\n{_aligned(presets, right=2)}"
 
 
-def _compared(preset: dict) -> str:
+def _compared(preset: dict[str, Any]) -> str:
     """The published number as it relates to ours, and where it comes from."""
     known = preset["published"]
     if known is None:

@@ -1,24 +1,14 @@
 """The batches of any optimizer step, for any number of processes, looked up rather than replayed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
+from .rows import Indices, Rows
 from .shuffle import permuted_index
-
-
-class Rows(Protocol):
-    """What batches are made of: a number of rows, and a dict of tensors for any list of them.
-
-    `epochs` holds the pass over the data in which each row is asked for: what is drawn at random for a row (a mask, a
-    crop) is a function of the row and its epoch, so that no restart changes it.
-    """
-
-    def __len__(self) -> int: ...
-    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]: ...
 
 
 class CollatedRows:
@@ -28,15 +18,17 @@ class CollatedRows:
     told the epoch, and draws.
     """
 
-    def __init__(self, examples, collate: Callable[[list], dict], *, is_training: bool = False):
+    def __init__(
+        self, examples: Any, collate: Callable[[list[Any]], dict[str, torch.Tensor]], *, is_training: bool = False
+    ):
         self.examples, self.collate = examples, collate
         self.draws = is_training and hasattr(examples, "set_epoch")
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
-        rows = []
+    def batch(self, indices: Indices, epochs: Indices) -> dict[str, torch.Tensor]:
+        rows: list[Any] = []
         for epoch, places in groupby(zip(epochs, indices, strict=True), key=lambda place: int(place[0])):
             if self.draws:
                 self.examples.set_epoch(epoch)
@@ -44,7 +36,7 @@ class CollatedRows:
             rows += self._fetch(numbers)
         return self.collate(rows)
 
-    def _fetch(self, indices: list[int]) -> list:
+    def _fetch(self, indices: list[int]) -> list[Any]:
         """At once, where the data set can."""
         if hasattr(self.examples, "__getitems__"):
             return self.examples.__getitems__(indices)

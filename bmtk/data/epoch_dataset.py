@@ -1,8 +1,10 @@
 """Rows that are drawn anew in every epoch."""
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
+
+AnyEpochDataset = TypeVar("AnyEpochDataset", bound="EpochDataset")
 
 
 class EpochDataset:
@@ -10,7 +12,9 @@ class EpochDataset:
 
     first_epoch: ClassVar[int] = 0  # until they are told
 
-    def __new__(cls, *args: object, **kwargs: object):
+    _epoch: torch.Tensor
+
+    def __new__(cls: type[AnyEpochDataset], *args: object, **kwargs: object) -> AnyEpochDataset:
         rows = super().__new__(cls)
         # In shared memory, because workers that outlive an epoch hold a copy of everything else.
         rows._epoch = torch.tensor(cls.first_epoch).share_memory_()

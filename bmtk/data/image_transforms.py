@@ -11,7 +11,7 @@ arXiv:1905.04899.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -44,7 +44,7 @@ class Augmentation:
     mixup: float = 0.0  # both parameters of the Beta distribution of an image's share in a mixture of two
     cutmix: float = 0.0  # likewise of an image's share, where a rectangle of it is replaced by that of another
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("random_crop", "rand_augment", "mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 (0: not at all)")
@@ -152,7 +152,7 @@ def _affine(picture: PIL.Image.Image, *matrix: float) -> PIL.Image.Image:
     return picture.transform(picture.size, PIL.Image.Transform.AFFINE, matrix, nearest, fillcolor=fill)
 
 
-def _enhance(kind: type) -> Callable:
+def _enhance(kind: Callable[[PIL.Image.Image], Any]) -> Callable[[PIL.Image.Image, float], PIL.Image.Image]:
     return lambda picture, strength: kind(picture).enhance(1 + 0.9 * strength)
 
 

@@ -4,14 +4,13 @@ B rows, L positions.  Source: Devlin et al. 2018, arXiv:1810.04805, sec. 3.1 and
 release of their code (2019).
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .epoch_dataset import EpochDataset
 from .packing import IGNORE_INDEX, PackedRows
+from .rows import Indices
 
 BLANKS = ("\u0120", "\u2581")  # how byte-level and SentencePiece tokenizers write the blank that a token begins with
 MASKED, RANDOM = 0.8, 0.1  # shares of the hidden tokens that become the mask token, and any other; the rest stays
@@ -50,11 +49,11 @@ class MaskedTokens(EpochDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, indices: Indices) -> dict[str, torch.Tensor]:
         """What a DataLoader asks for: a batch already, which a collator leaves as it is."""
         return self.batch(indices, [self.epoch] * len(indices))
 
-    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: Indices, epochs: Indices) -> dict[str, torch.Tensor]:
         batch = self.rows[indices]
         ids = batch["input_ids"].numpy().copy()
         labels = np.full_like(ids, IGNORE_INDEX)
@@ -98,13 +97,13 @@ def word_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarra
 
     A word is a run of letters and digits; of WordPiece tokenizers, a token and those with ## that follow it.
     """
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_tokens)
     if any(token.startswith("##") for token in tokens):
         return np.array([t.startswith("##") for t in tokens]), np.array([t not in special for t in tokens])
     begins, ends = [], []
     for token_id, token in enumerate(tokens):
-        text = "" if token in special else tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        text = "" if token in special else str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
         begins.append(text[:1].isalnum() and not token.startswith(BLANKS))
         ends.append(text[-1:].isalnum())
     return np.array(begins), np.array(ends)

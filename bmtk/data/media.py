@@ -9,8 +9,9 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -24,7 +25,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".ti
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)
 ON_CORRUPT = ("stop", "skip")  # what may be done about a file that cannot be read
+Found = TypeVar("Found")
 METADATA = ("metadata.jsonl", "metadata.csv")
+Media = Mapping[str, Any]  # {"bytes", "path"}: one of them, or a path that is kept for error messages
 FILE_NAME = "file_name"  # the column of metadata that names a file
 
 
@@ -54,15 +57,16 @@ def media_rows(folder: Path, files: Sequence[Path]) -> datasets.Dataset:
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names if name != kind}
     else:
-        paths = files
+        paths = list(files)
         is_sorted_by_class = all(path.parent != folder for path in files)
         columns = {"label": [path.parent.name for path in files]} if is_sorted_by_class else {}
     values = [{"bytes": None, "path": str(path)} for path in paths]
     return datasets.Dataset.from_dict({kind: values, **columns})
 
 
-def _metadata(table: Path) -> list[dict[str, object]]:
+def _metadata(table: Path) -> list[dict[str, Any]]:
     """The rows of one file of metadata, with `file_name` as a path."""
+    rows: list[dict[str, Any]]
     with table.open(encoding="utf-8-sig", newline="") as file:
         if table.suffix == ".csv":
             rows = list(csv.DictReader(file))
@@ -93,14 +97,14 @@ def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
     return rows
 
 
-def decode_image(value: dict[str, object], where: str) -> PIL.Image.Image:
+def decode_image(value: Media, where: str) -> PIL.Image.Image:
     """The image of a row, the right way up.  Raises: ValueError that says `where` and what is wrong with it."""
     with _opened(value, where) as image:
         image.load()
         return PIL.ImageOps.exif_transpose(image)  # cameras note how they were held; pipelines go by it, too
 
 
-def image_size(value: dict[str, object], where: str) -> tuple[int, int]:
+def image_size(value: Media, where: str) -> tuple[int, int]:
     """Width and height of the image of a row the right way up; nothing is decoded.  Raises: as `decode_image`."""
     with _opened(value, where) as image:
         is_on_its_side = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
@@ -108,7 +112,7 @@ def image_size(value: dict[str, object], where: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(value: dict[str, object], where: str) -> Iterator[PIL.Image.Image]:
+def _opened(value: Media, where: str) -> Iterator[PIL.Image.Image]:
     try:
         with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
             yield image
@@ -123,13 +127,13 @@ def in_colour(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def image_header(value: dict[str, object]) -> tuple[tuple[int, int], str, bool]:
+def image_header(value: Media) -> tuple[tuple[int, int], str, bool]:
     """Width and height, Pillow's mode, and whether it may be transparent, of an image that can be read."""
     with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
         return image.size, image.mode, image.has_transparency_data
 
 
-def decode_audio(value: dict[str, object], where: str, *, sampling_rate: int) -> np.ndarray:
+def decode_audio(value: Media, where: str, *, sampling_rate: int) -> np.ndarray:
     """The samples of a recording, one channel at `sampling_rate` Hz, float32 in [-1, 1].
 
     Raises: ValueError that says `where` and what is wrong with it.
@@ -141,7 +145,7 @@ def decode_audio(value: dict[str, object], where: str, *, sampling_rate: int) ->
     return samples if rate == sampling_rate else resampled(samples, rate, sampling_rate)
 
 
-def audio_seconds(value: dict[str, object], where: str) -> float:
+def audio_seconds(value: Media, where: str) -> float:
     """How long a recording says it is; its samples are not read.  Raises: as `decode_audio`, what its head shows."""
     info = _read_audio(value, where, soundfile.info)
     if not info.frames:
@@ -149,7 +153,7 @@ def audio_seconds(value: dict[str, object], where: str) -> float:
     return info.frames / info.samplerate
 
 
-def _read_audio(value: dict[str, object], where: str, read):
+def _read_audio(value: Media, where: str, read: Callable[[Any], Found]) -> Found:
     try:
         return read(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
     except (OSError, RuntimeError, TypeError) as error:
@@ -161,6 +165,6 @@ def resampled(samples: np.ndarray, rate: float, wanted: float) -> np.ndarray:
     return soxr.resample(samples, rate, wanted).astype(np.float32)
 
 
-def _named(value: object) -> str:
-    path = value.get("path") if isinstance(value, dict) else None
+def _named(value: Media) -> str:
+    path = value.get("path") if isinstance(value, dict) else None  # a row may hold anything
     return f"{path}: " if path else ""

@@ -1,6 +1,6 @@
 """Numbers over time: series read from tables, and what follows from their time stamps.  C columns."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,7 +77,7 @@ def read_series(
     return series, notes + [f"{where}: {note}" for one in series for note in irregularities(one)]
 
 
-def _numbers(cells) -> np.ndarray:
+def _numbers(cells: Iterable[object]) -> np.ndarray:
     numbers = pd.to_numeric(pd.Series(list(cells), dtype=object), errors="coerce").to_numpy(np.float64)
     return np.where(np.isfinite(numbers), numbers, np.nan)
 
@@ -96,8 +96,8 @@ def _gaps(table: Dataset, columns: Sequence[str], values: np.ndarray) -> str:
     return f"{len(places):,} of {values.size:,} values are no numbers ({', '.join(found)}{more})"
 
 
-def _times(cells, column: str) -> pd.DatetimeIndex:
-    cells = pd.Series(list(cells), dtype=object)
+def _times(values: Iterable[object], column: str) -> pd.DatetimeIndex:
+    cells = pd.Series(list(values), dtype=object)
     stamps = pd.to_datetime(cells, errors="coerce", utc=True)
     wrong = np.flatnonzero(stamps.isna())
     if len(wrong):
@@ -108,8 +108,8 @@ def _times(cells, column: str) -> pd.DatetimeIndex:
     return pd.DatetimeIndex(stamps).tz_localize(None)
 
 
-def _by_name(names, times: pd.DatetimeIndex | None, values: np.ndarray) -> list[Series]:
-    names = np.array([""] * len(values) if names is None else [str(name) for name in names])
+def _by_name(ids: Iterable[object] | None, times: pd.DatetimeIndex | None, values: np.ndarray) -> list[Series]:
+    names = np.array([""] * len(values) if ids is None else [str(name) for name in ids])
     series = []
     for name in dict.fromkeys(names.tolist()):
         rows = np.flatnonzero(names == name)
@@ -186,8 +186,8 @@ def calendar_features(times: pd.DatetimeIndex, names: Sequence[str]) -> np.ndarr
 
 def bounds(num_steps: int, shares: Sequence[float]) -> list[tuple[int, int]]:
     """First and last step (exclusive) of the consecutive parts that `shares` of a series, or so many rows, make."""
-    ends = np.cumsum(shares) if max(shares) > 1 else np.cumsum(shares) * num_steps
-    ends = [int(round(end, 6)) for end in ends]
+    exact = np.cumsum(shares) if max(shares) > 1 else np.cumsum(shares) * num_steps
+    ends = [int(round(end, 6)) for end in exact.tolist()]  # rounded first: 0.7 + 0.1 + 0.2 is a little less than 1
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 

@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import datasets
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -63,7 +67,8 @@ def read_texts(
     sources = [source] if isinstance(source, str | Path) else list(source)
     if not sources:
         raise ValueError("source is an empty list; name at least one file, folder or Hub data set")
-    parts, marks = [], []
+    parts: list[Callable[[], Iterator[str]]] = []
+    marks: list[object] = []  # what changes when the documents do
     for item in map(str, sources):
         if Path(item).expanduser().exists() or _looks_like_a_path(item):
             files = _files(Path(item).expanduser(), split)
@@ -130,7 +135,7 @@ def _is_named_after(path: Path, names: Sequence[str]) -> bool:
     return stem in names or (len(path.parts) > 1 and path.parts[0] in names)
 
 
-def _file_mark(path: Path) -> list:
+def _file_mark(path: Path) -> list[str | int]:
     facts = path.stat()
     return [path.name, facts.st_size, facts.st_mtime_ns]
 
@@ -218,7 +223,7 @@ def _hub_part(item: str, split: str, text_column: str) -> tuple[Callable[[], Ite
     return partial(_read_rows, rows.select_columns([text_column]), text_column, item), f"{item} {rows._fingerprint}"
 
 
-def _read_rows(rows, text_column: str, where: str) -> Iterator[str]:
+def _read_rows(rows: "datasets.Dataset", text_column: str, where: str) -> Iterator[str]:
     for batch in rows.iter(batch_size=ROWS_PER_READ):
         for value in batch[text_column]:
             yield _checked_text(value, text_column, where)

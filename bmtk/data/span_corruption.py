@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .epoch_dataset import EpochDataset
 from .packing import IGNORE_INDEX, PackedRows
+from .rows import Indices
 
 
 class CorruptedSpans(EpochDataset):
@@ -50,11 +51,11 @@ class CorruptedSpans(EpochDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, indices: Indices) -> dict[str, torch.Tensor]:
         """What a DataLoader asks for: a batch already, which a collator leaves as it is."""
         return self.batch(indices, [self.epoch] * len(indices))
 
-    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: Indices, epochs: Indices) -> dict[str, torch.Tensor]:
         sources, targets = [], []
         for row, epoch in zip(indices, epochs, strict=True):
             start = int(row) * self.rows.context_length

@@ -6,6 +6,7 @@ For data sets of examples (a text and its label); corpora of documents are read 
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -31,8 +32,8 @@ def read_splits(
     if dataset is not None and any(not files.get(split) for split in splits):
         found = _local_splits(dataset, splits) if _is_local(dataset) else _hub_splits(dataset)
     for split in splits:
-        if files.get(split):
-            found[split] = read_table([Path(name).expanduser() for name in files[split]])
+        if names := files.get(split):
+            found[split] = read_table([Path(name).expanduser() for name in names])
     if not any(split in found for split in splits):
         raise ValueError(f"there are no {' or '.join(splits)} rows; name a file with {splits[0]}_file")
     return {split: found[split] for split in splits if split in found}
@@ -161,7 +162,7 @@ def _hub_splits(dataset: str) -> dict[str, datasets.Dataset]:
     return {names[name]: undecoded(rows) for name, rows in loaded.items() if name in names}
 
 
-def _load(*args: str, where: str, **options) -> datasets.DatasetDict:
+def _load(*args: str, where: str, **options: Any) -> datasets.DatasetDict:
     shows_progress = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
@@ -50,7 +51,7 @@ class TokenStore:
         self.tokens = np.memmap(self.directory / "tokens.bin", manifest["dtype"], mode="r")
         self.offsets = np.memmap(self.directory / "offsets.bin", OFFSET, mode="r")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
         return TokenStore, (self.directory,)  # a process that receives the store maps the files anew
 
     def document(self, index: int) -> np.ndarray:
@@ -97,7 +98,7 @@ def build_token_store(
     return TokenStore(directory)
 
 
-def _read_manifest(directory: Path) -> dict:
+def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory} holds no token store: there is no {path.name}; build it first")
@@ -114,7 +115,7 @@ def _read_manifest(directory: Path) -> dict:
     return manifest
 
 
-def _open_if_same(directory: Path, identity: dict) -> TokenStore | None:
+def _open_if_same(directory: Path, identity: dict[str, Any]) -> TokenStore | None:
     """The store in `directory` if it is whole and has this identity; None if one may be written there."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return None
@@ -131,7 +132,9 @@ def _open_if_same(directory: Path, identity: dict) -> TokenStore | None:
     return None
 
 
-def _write_store(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folder: Path, identity: dict) -> None:
+def _write_store(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folder: Path, identity: dict[str, Any]
+) -> None:
     bos, eos = _document_ends(tokenizer)
     encode = _document_encoder(tokenizer)
     dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
@@ -190,7 +193,7 @@ class _Writer:
     What `progress.json` counts is safely on disk; bytes after that are cut off when writing goes on.
     """
 
-    def __init__(self, folder: Path, identity: dict, dtype: np.dtype):
+    def __init__(self, folder: Path, identity: dict[str, Any], dtype: np.dtype):
         self.folder, self.dtype = folder, dtype
         self.counts = {**identity, "num_documents": 0, "num_tokens": 0, "num_bytes": 0}
         found = _read_progress(folder / "progress.json")
@@ -211,7 +214,7 @@ class _Writer:
     def num_tokens(self) -> int:
         return self.counts["num_tokens"]
 
-    def _open(self, name: str, size: int):
+    def _open(self, name: str, size: int) -> BinaryIO:
         file = (self.folder / name).open("ab")
         file.truncate(size)
         return file
@@ -244,5 +247,5 @@ class _Writer:
         self.offsets.close()
 
 
-def _read_progress(path: Path) -> dict:
+def _read_progress(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -147,7 +147,7 @@ def _train_byte_bpe(texts: Iterable[str], vocab_size: int, special: list[AddedTo
 
 
 def _train_char(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
-    characters = set()
+    characters: set[str] = set()
     for text in _at_least_one(texts):
         characters.update(text)
     special = _with_unknown(special)
@@ -191,7 +191,7 @@ def _with_most_frequent_words(
     # The trainer counts a special token that the text spells as a word once more, and leaves a hole in the ids.
     ids = tokenizer.get_vocab()
     names = list(map(str, special))
-    words = sorted(ids.keys() - set(names), key=ids.get)
+    words = sorted(ids.keys() - set(names), key=ids.__getitem__)
     tokenizer.model = models.WordLevel({token: i for i, token in enumerate(names + words)}, unk_token=UNKNOWN)
     return tokenizer
 

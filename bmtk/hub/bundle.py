@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -73,7 +74,7 @@ def read_bundle(directory: str | Path) -> Bundle:
     return Bundle(directory, {name: directory / name for name in sorted(files)}, tuple(left_out))
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} where there is no file.  Raises: PublishError where the file is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -6,6 +6,7 @@ What is not in SOURCES is refused by name, and a converted model is compared wit
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -93,7 +94,7 @@ def converted(theirs: PreTrainedModel, auto_class: str) -> PreTrainedModel:
     return ours
 
 
-def _build(theirs: PreTrainedModel, auto_class: str, source: Source, more: dict) -> PreTrainedModel:
+def _build(theirs: PreTrainedModel, auto_class: str, source: Source, more: dict[str, Any]) -> PreTrainedModel:
     """Our model of their shape.  Raises: ValueError where our configuration refuses a value of theirs."""
     fields = {**_shared_fields(theirs.config), **source.fields(theirs.config), **more}
     try:
@@ -105,7 +106,8 @@ def _build(theirs: PreTrainedModel, auto_class: str, source: Source, more: dict)
 
 def translate(state: dict[str, torch.Tensor], source: Source) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Their weights under our names, and the names that no pattern knows."""
-    weights, unmapped = {}, []
+    weights: dict[str, torch.Tensor] = {}
+    unmapped = []
     for full_name, tensor in state.items():
         name = full_name.removeprefix(source.prefix)
         found = ((re.fullmatch(pattern, name), ours) for pattern, ours in source.weights.items())
@@ -158,7 +160,8 @@ def _source(model: str) -> Source:
 
 def _auto_class(config: PreTrainedConfig, source: Source, wanted: str | None) -> str:
     """The Auto class that is `wanted`, or that of the checkpoint, by its class's name."""
-    family = transformers.MODEL_MAPPING[type(config)].__name__.removesuffix("Model")
+    trunk: Any = transformers.MODEL_MAPPING[type(config)]
+    family = trunk.__name__.removesuffix("Model")
     known = {family + suffix: auto_class for suffix, auto_class in source.heads.items()}
     if wanted is not None:
         if wanted not in known.values():
@@ -205,16 +208,16 @@ def _load(model: str, auto_class: str) -> PreTrainedModel:
     return theirs.eval()
 
 
-def _shared_fields(config: PreTrainedConfig) -> dict:
+def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """What every configuration calls by the same name."""
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "id2label", "label2id")
     fields = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
     return fields | ({"problem_type": config.problem_type} if config.problem_type else {})
 
 
-def _processors(model: str) -> list:
+def _processors(model: str) -> list[Any]:
     """Tokenizer and image processor, as far as they are there: what they do stays the same, so they stay theirs."""
-    loaders = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}
+    loaders: dict[str, Any] = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}
     return [
         loader.from_pretrained(model)
         for file_name, loader in loaders.items()
@@ -222,11 +225,12 @@ def _processors(model: str) -> list:
     ]
 
 
-def _image_size(processors: list) -> int | None:
+def _image_size(processors: list[Any]) -> int | None:
     """Pixels per side of what an image processor among them makes."""
     for processor in processors:
         if isinstance(processor, BaseImageProcessor):
-            size = processor.crop_size if processor.do_center_crop else processor.size
+            settings: Any = processor  # the base class declares none of what follows
+            size = settings.crop_size if settings.do_center_crop else settings.size
             return size.get("height") or size.get("shortest_edge")
     return None
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
@@ -155,11 +156,12 @@ def push(bundle: Bundle, repo_id: str, private: bool, revision: str | None, mess
     if private and not before.private:
         raise PublishError(f"{repo_id} exists and is public; make it private in its settings, or leave out `private`")
     refuse_other_content(api, before, bundle)
-    there = {sibling.rfilename for sibling in before.siblings}
+    there = {sibling.rfilename for sibling in before.siblings or ()}
     stale = sorted(name for name in there - set(bundle.files) - NEUTRAL if is_allowed(name))
-    operations = [CommitOperationAdd(name, path) for name, path in bundle.files.items()]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    operations += [CommitOperationAdd(name, path) for name, path in bundle.files.items()]
     operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
-    options = {"commit_message": message, "revision": revision, "parent_commit": before.sha}
+    options: dict[str, Any] = {"commit_message": message, "revision": revision, "parent_commit": before.sha}
     try:
         before.sha = api.create_commit(repo_id, operations, **options).oid
     except json.JSONDecodeError:  # validate-yaml reads its answer before looking at the status
@@ -171,7 +173,7 @@ def push(bundle: Bundle, repo_id: str, private: bool, revision: str | None, mess
 
 def refuse_other_content(api: HfApi, there: ModelInfo, bundle: Bundle) -> None:
     """Raise PublishError unless the repository is new, or holds a model or adapter of the same type."""
-    names = {sibling.rfilename for sibling in there.siblings} - NEUTRAL
+    names = {sibling.rfilename for sibling in there.siblings or ()} - NEUTRAL
     holder, key = ("adapter_config.json", "peft_type") if bundle.is_adapter else ("config.json", "model_type")
     what = "no model"
     if holder in names:
@@ -191,6 +193,7 @@ def refuse_other_content(api: HfApi, there: ModelInfo, bundle: Bundle) -> None:
 def verify_there(room: Path, pushed: ModelInfo, needs_token: bool, log: Log) -> None:
     """Raise PublishError unless a clean process gets from the Hub what this one got from the folder."""
     log("loading it back in a clean process without bmtk ...")
+    assert pushed.sha  # create_commit has set it
     findings = verify(room, pushed.id, pushed.sha, get_token() if needs_token else None)
     if findings:
         lines = "\n".join(f"  - {redact(line)}" for line in findings)

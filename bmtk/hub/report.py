@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
@@ -89,7 +90,7 @@ def ranked_metrics(run: RunRecord) -> list[tuple[str, str, str]]:
     rows = [row for row in metric_rows(run) if is_quality(row[0]) and not is_baseline(row[0])]
     interest = [run.description.main_metric, *TILES]
 
-    def rank(row: tuple[str, str, str]) -> tuple[int, int]:
+    def rank(row: tuple[str, str, str]) -> tuple[int, ...]:
         return tuple(
             known.index(part) if part in known else len(known)
             for part, known in zip(reversed(split_metric(row[0])), (interest, SPLITS), strict=True)
@@ -116,7 +117,7 @@ def model_rows(run: RunRecord) -> list[tuple[str, str]]:
     return [(k, format_number(v) if is_number(v) else show(v)) for k, v in named]
 
 
-def embed_figure(figure: dict) -> dict | None:
+def embed_figure(figure: dict[str, Any]) -> dict[str, Any] | None:
     """Return title and data URI of a figure; None when it is not what it claims to be.
 
     An SVG shown as an image runs no script, loads nothing and shares no ids or styles with the page, whoever drew it.
@@ -349,6 +350,8 @@ def draw(panel: Panel, history: Curves) -> Chart:
             found.append(("raw", "each log line", steps[shown], values[shown]))
             name, values = "train, smoothed", smooth(values)
         found.append((css, name, steps[shown], values[shown]))
+    assert history.first_step is not None  # as something was logged
+    assert history.last_step is not None
     x_axis = step_axis(max(history.first_step, panel.since), history.last_step)
     y_axis = value_axis(np.concatenate([line[3] for line in found]), from_zero=panel.from_zero)
     lines = [draw_line(*line, x_axis, y_axis) for line in found]

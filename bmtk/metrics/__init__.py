@@ -1,7 +1,12 @@
 """Metrics: functions of predictions and truth, without a model or a task; and all of them as modules of evaluate."""
 
+from typing import TYPE_CHECKING, Any
 
-def load(name: str, **options: object):
+if TYPE_CHECKING:
+    from .metric import BmtkMetric
+
+
+def load(name: str, **options: Any) -> "BmtkMetric":
     """The metric of this name: `compute(predictions=..., references=...)`, after any number of `add_batch`.
 
     `options` are those of evaluate's modules (process_id, num_process, experiment_id).

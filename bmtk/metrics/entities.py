@@ -46,7 +46,9 @@ def agreement(truths: Sequence[Sequence[Entity]], found: Sequence[Sequence[Entit
 
     `truths` and `found` hold the entities of each sentence; rows are how many there are in truth.
     """
-    in_truth, in_found, in_both = Counter(), Counter(), Counter()
+    in_truth: Counter[str] = Counter()
+    in_found: Counter[str] = Counter()
+    in_both: Counter[str] = Counter()
     for one, other in zip(truths, found, strict=True):
         for counts, spans in ((in_truth, one), (in_found, other), (in_both, set(one) & set(other))):
             for *_, kind in spans:

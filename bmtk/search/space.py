@@ -4,6 +4,7 @@ import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -30,7 +31,7 @@ class SearchArguments:
         metadata={"help": f"{GRAMMAR}; default: learning rates, weight decay and the dropouts that are set"},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.search not in (None, *SEARCHES):
             raise ValueError(f"search={self.search!r} is unknown; choose {' or '.join(SEARCHES)}, or leave it out")
         if self.trials < 1:
@@ -39,7 +40,7 @@ class SearchArguments:
             raise ValueError("search_space is read by a search only; set search to optuna, or leave it out")
 
 
-def default_space(current: Mapping[str, object]) -> list[str]:
+def default_space(current: Mapping[str, Any]) -> list[str]:
     """Learning rates around the `current` ones, weight decay, and each dropout that is set."""
     rates = ["learning_rate", *(["muon_learning_rate"] if current.get("optimizer") == "muon" else [])]
     dropouts = [name for name, value in current.items() if "dropout" in name and isinstance(value, float) and value]
@@ -82,15 +83,15 @@ def read_space(
 def _distribution(name: str, text: str, kind: type) -> BaseDistribution:
     if typing.get_origin(kind) is list:
         raise ValueError(f"{name} is a list, and a search changes single values; leave it out")
-    low, dots, rest = text.partition("..")
+    first, dots, rest = text.partition("..")
     if not dots:
         return CategoricalDistribution(_choices(name, text, kind))
     if kind not in (int, float):
         raise ValueError(f"{name} is no number, and {text} a range; list its values: {name}=A,B")
-    high, _, scale = rest.partition(":")
+    last, _, scale = rest.partition(":")
     if scale not in ("", "log"):
-        raise ValueError(f"{name}={text}: {scale!r} is no scale; write {name}={low}..{high}:log or leave it out")
-    low, high = _value(name, low, kind), _value(name, high, kind)
+        raise ValueError(f"{name}={text}: {scale!r} is no scale; write {name}={first}..{last}:log or leave it out")
+    low, high = _value(name, first, kind), _value(name, last, kind)
     if not low < high or not math.isfinite(high - low):
         raise ValueError(f"{name}={text} is no range: {low} is not below {high}")
     if scale and low <= 0:
@@ -98,14 +99,14 @@ def _distribution(name: str, text: str, kind: type) -> BaseDistribution:
     return (IntDistribution if kind is int else FloatDistribution)(low, high, log=bool(scale))
 
 
-def _choices(name: str, text: str, kind: type) -> list:
+def _choices(name: str, text: str, kind: type) -> list[Any]:
     choices = [_value(name, word, kind) for word in text.split(",")]
     if len(set(choices)) < 2:
         raise ValueError(f"{name}={text} leaves no choice; name at least two values, or a range {name}=LOW..HIGH")
     return list(dict.fromkeys(choices))
 
 
-def _value(name: str, word: str, kind: type) -> object:
+def _value(name: str, word: str, kind: type) -> Any:
     word = word.strip()
     try:
         return TRUTH[word.lower()] if kind is bool else kind(word) if kind in (int, float) else word

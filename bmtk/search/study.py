@@ -4,12 +4,14 @@ import dataclasses
 import os
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -38,8 +40,28 @@ FREE_KEYS = arguments.FREE_RUN_KEYS | loop_arguments.FREE_KEYS | finetuning.FREE
 OF_A_RESULT = {"push_to_hub", "private"}
 
 
+class SearchedTask(Protocol):
+    """What is read of a task before its rows are."""
+
+    main_metric: str
+    free_keys: frozenset[str]  # settings of the data that may differ when a run goes on
+
+    @classmethod
+    def incomparable(cls, args: Any, metric: str) -> dict[str, str]:
+        """Settings of the data between whose values `metric` does not compare, with the reason."""
+
+    @classmethod
+    def metric_of(cls, args: Any, **reading: Any) -> str:
+        """The main metric of these data."""
+
+
 def search_settings(
-    args: SearchArguments, settings: Sequence, task_class, *, recipe: str, log: Callable[[str], object]
+    args: SearchArguments,
+    settings: Sequence[Any],
+    task_class: type[SearchedTask],
+    *,
+    recipe: str,
+    log: Callable[[str], object],
 ) -> None:
     """Run `recipe` with many values of its `settings`, the bound dataclasses run, data, training, ..., architecture.
 
@@ -83,7 +105,7 @@ def search_settings(
     log(f"{summary(study, metric)}\n\nnext: {_next_command(recipe, folder / BEST)}")
 
 
-def _metric(training) -> str | None:
+def _metric(training: Any) -> str | None:
     """What `metric_for_best_model` names, as the task's score calls it."""
     name = getattr(training, "metric_for_best_model", None)
     return name and name.removeprefix("eval_")
@@ -141,8 +163,9 @@ def open_study(path: Path, *, maximise: bool, first: Mapping[str, object]) -> op
     if path.exists():
         whole = path.read_bytes()
         os.truncate(path, whole.rfind(b"\n") + 1)
+    held_already: Any = _HeldAlready()  # optuna exports no class to derive it from
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(path), lock_obj=_HeldAlready())),
+        storage=JournalStorage(JournalFileBackend(str(path), lock_obj=held_already)),
         study_name="search",
         direction="maximize" if maximise else "minimize",
         pruner=optuna.pruners.MedianPruner(),
@@ -169,7 +192,7 @@ def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=state, multivariate=True)
 
 
-def _check_launch(run) -> None:
+def _check_launch(run: arguments.RunArguments) -> None:
     if run.dry_run or run.find_lr:
         raise ValueError("search, dry_run and find_lr are three different things to do; give one of them")
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
@@ -179,7 +202,7 @@ def _check_launch(run) -> None:
         )
 
 
-def _refused(run, architecture) -> dict[str, str]:
+def _refused(run: arguments.RunArguments, architecture: Any) -> dict[str, str]:
     """Fields that cannot be searched, with the reason."""
     names = INCOMPARABLE | {f.name for f in dataclasses.fields(run)}
     refused = dict.fromkeys(names, "decides what is run or measured, not how well it learns")
@@ -195,7 +218,8 @@ def _inside(space: Mapping[str, BaseDistribution], current: Mapping[str, object]
     def has(distribution: BaseDistribution, value: object) -> bool:
         if isinstance(distribution, CategoricalDistribution):
             return value in distribution.choices
-        return value is not None and distribution.low <= value <= distribution.high
+        assert isinstance(distribution, FloatDistribution | IntDistribution)  # read_space makes no other
+        return isinstance(value, int | float) and distribution.low <= value <= distribution.high
 
     return {name: current[name] for name, distribution in space.items() if has(distribution, current[name])}
 
@@ -208,7 +232,12 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
 def ranked(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that have a value, the best first."""
     complete = [trial for trial in finished(study) if trial.state == TrialState.COMPLETE]
-    return sorted(complete, key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")
+    return sorted(complete, key=_value, reverse=study.direction.name == "MAXIMIZE")
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None  # of a trial that is complete
+    return trial.value
 
 
 def _is_best(study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -218,9 +247,9 @@ def _is_best(study: optuna.Study, trial: FrozenTrial) -> bool:
 def progress_line(study: optuna.Study, trial: FrozenTrial, metric: str, num_trials: int) -> str:
     """What came of a trial, and how long the others will take."""
     results = {TrialState.PRUNED: "stopped early", TrialState.FAIL: f"failed: {trial.user_attrs.get('reason')}"}
-    result = results.get(trial.state) or f"{metric} {format_number(trial.value)}"
+    result = results.get(trial.state) or f"{metric} {format_number(_value(trial))}"
     best = ranked(study)[:1]
-    told = [f"best {format_number(best[0].value)} (trial {best[0].number})"] if best else []
+    told = [f"best {format_number(_value(best[0]))} (trial {best[0].number})"] if best else []
     seconds = [other.user_attrs["seconds"] for other in finished(study) if "seconds" in other.user_attrs]
     if left := num_trials - len(finished(study)):
         told.append(f"about {format_seconds(left * sum(seconds) / len(seconds))} left")
@@ -230,10 +259,10 @@ def progress_line(study: optuna.Study, trial: FrozenTrial, metric: str, num_tria
 
 def summary(study: optuna.Study, metric: str) -> str:
     """The best trials, what became of the others, and which fields mattered."""
-    best, counts = ranked(study), {}
-    for trial in finished(study):
-        counts[trial.state] = counts.get(trial.state, 0) + 1
-    lines = [f"  {trial.number:>4}  {format_number(trial.value):>10}  {_values(trial)}" for trial in best[:NUM_SHOWN]]
+    best, counts = ranked(study), Counter(trial.state for trial in finished(study))
+    lines = [
+        f"  {trial.number:>4}  {format_number(_value(trial)):>10}  {_values(trial)}" for trial in best[:NUM_SHOWN]
+    ]
     lines = ["", f"  {'trial':>4} {metric:>10}  values", *lines, ""]
     named = {"stopped early": TrialState.PRUNED, "failed": TrialState.FAIL}
     others = [f"{counts[state]} {name}" for name, state in named.items() if state in counts]

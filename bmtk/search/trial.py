@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 import yaml
@@ -54,7 +55,7 @@ class RecipeTrials:
         command = [sys.executable, self.recipe, "--config", str(folder / SETTINGS)]
         alone = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
         with (folder / LOG).open("ab") as log:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
             child = subprocess.Popen(command, env=alone, start_new_session=True, **streams)  # Ctrl-C is told below
             is_pruned = self._watch(child, trial, History(folder))
         if is_pruned:
@@ -65,7 +66,7 @@ class RecipeTrials:
             raise TrialFailed(_reason(folder / LOG, child.returncode))
         return self._value(folder)
 
-    def _watch(self, child: subprocess.Popen, trial: optuna.Trial, history: History) -> bool:
+    def _watch(self, child: subprocess.Popen[bytes], trial: optuna.Trial, history: History) -> bool:
         """Wait for the end of `child`, pass a signal on, and stop it early if it does not look well: then True."""
         is_told = is_pruned = False
         while child.returncode is None:
