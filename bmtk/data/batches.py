@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bmtk.errors import UserError
+
 from .rows import Indices, Rows
 from .shuffle import permuted_index
 
@@ -49,7 +51,7 @@ class GlobalBatches:
     The order is endless: epoch after epoch, each with its own shuffle of all rows. Step s takes its rows
     [s * batch_size, (s + 1) * batch_size), across the end of an epoch if need be, and each rank takes an equal,
     contiguous share of them. So the rows of a step depend on (seed, step) alone, and resuming costs nothing.
-    Raises: ValueError if there are no rows, or sizes and ranks do not fit together.
+    Raises: UserError if there are no rows, or sizes and ranks do not fit together.
     """
 
     carries_state = False  # whether a row goes on where the same row of the step before ended
@@ -67,15 +69,15 @@ class GlobalBatches:
     ):
         """`batch_size` rows a step on all processes together, `micro_batch_size` a forward (0: the whole share)."""
         if len(rows) == 0:
-            raise ValueError("there are no rows to make batches of; the corpus is empty")
+            raise UserError("there are no rows to make batches of; the corpus is empty")
         _check_rank(rank, world_size)
         if batch_size < 1 or batch_size % world_size != 0:
-            raise ValueError(
+            raise UserError(
                 f"batch_size={batch_size} must be a multiple of the number of processes, {world_size}; "
                 f"the nearest one above is {max(1, -(-batch_size // world_size)) * world_size}"
             )
         if micro_batch_size < 0:
-            raise ValueError(f"micro_batch_size={micro_batch_size} must be 0 (the whole share) or more rows")
+            raise UserError(f"micro_batch_size={micro_batch_size} must be 0 (the whole share) or more rows")
         self.rows = rows
         self.batch_size = batch_size
         self.seed = seed
@@ -112,11 +114,11 @@ def sequential_batches(
 
     Ranks hold contiguous shares that differ by one row at most, so the last batch may be smaller, one rank may have
     one batch more than another, and with fewer rows than ranks some have none.
-    Raises: ValueError if batch_size < 1 or the rank is not one of the processes.
+    Raises: UserError if batch_size < 1 or the rank is not one of the processes.
     """
     _check_rank(rank, world_size)
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1 row")
+        raise UserError(f"batch_size={batch_size} must be at least 1 row")
     first, last = len(rows) * rank // world_size, len(rows) * (rank + 1) // world_size
     shares = (range(i, min(i + batch_size, last)) for i in range(first, last, batch_size))
     return (rows.batch(share, [0] * len(share)) for share in shares)

@@ -19,6 +19,8 @@ import torch
 from PIL import ImageEnhance, ImageOps
 from torch.nn import functional as F
 
+from bmtk.errors import UserError
+
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # of red, green and blue (ITU-R BT.601)
 ERASED_AREAS, ERASED_ASPECTS = (0.02, 1 / 3), (0.3, 3.3)  # Zhong et al., section 4.2; aspects: table 6
 DEGREES, SHIFT, SIZE, COLOUR = (
@@ -47,10 +49,10 @@ class Augmentation:
     def __post_init__(self) -> None:
         for name in ("random_crop", "rand_augment", "mixup", "cutmix"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 (0: not at all)")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 (0: not at all)")
         for name in ("rand_augment_magnitude", "colour_jitter", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range; choose 0 <= {name} <= 1")
+                raise UserError(f"{name}={getattr(self, name)} is out of range; choose 0 <= {name} <= 1")
 
     @property
     def mixes(self) -> bool:
@@ -82,11 +84,11 @@ class Augmentation:
 def moved(image: np.ndarray, down: int, right: int) -> np.ndarray:
     """The image, moved by whole pixels; what comes in is mirrored at the edge.
 
-    Raises: ValueError if nothing of the image would be left.
+    Raises: UserError if nothing of the image would be left.
     """
     _, height, width = image.shape
     if abs(down) >= height or abs(right) >= width:
-        raise ValueError(f"random_crop of {max(abs(down), abs(right))} pixels is too much for {height} x {width}")
+        raise UserError(f"random_crop of {max(abs(down), abs(right))} pixels is too much for {height} x {width}")
     return image[:, _mirrored(height, down)[:, None], _mirrored(width, right)]
 
 

@@ -21,6 +21,8 @@ import PIL.ImageOps
 import soundfile
 import soxr
 
+from bmtk.errors import UserError
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)
@@ -43,11 +45,11 @@ def has_media(folder: Path) -> bool:
 def media_rows(folder: Path, files: Sequence[Path]) -> datasets.Dataset:
     """A row for each file: `image` or `audio`, and the columns of metadata, or `label`, the name of its own folder.
 
-    Raises: ValueError for a mixture of kinds, or metadata that name files that are not there.
+    Raises: UserError for a mixture of kinds, or metadata that name files that are not there.
     """
     kinds = {"image" if path.suffix.lower() in IMAGE_SUFFIXES else "audio" for path in files}
     if len(kinds) != 1:
-        raise ValueError(f"{folder} holds {' and '.join(sorted(kinds)) or 'no'} files; give a folder of one kind")
+        raise UserError(f"{folder} holds {' and '.join(sorted(kinds)) or 'no'} files; give a folder of one kind")
     (kind,) = kinds
     tables = [path for name in METADATA for path in sorted(folder.rglob(name))]
     if tables:
@@ -74,12 +76,12 @@ def _metadata(table: Path) -> list[dict[str, Any]]:
             rows = [json.loads(line) for line in file if line.strip()]
     for number, row in enumerate(rows, 1):
         if FILE_NAME not in row:
-            raise ValueError(
+            raise UserError(
                 f"{table}, row {number}: no column {FILE_NAME}, which names the file; there is {list(row)}"
             )
         row[FILE_NAME] = table.parent / row[FILE_NAME]
         if not row[FILE_NAME].is_file():
-            raise ValueError(f"{table}, row {number}: {row[FILE_NAME]} does not exist; mend the name or drop the row")
+            raise UserError(f"{table}, row {number}: {row[FILE_NAME]} does not exist; mend the name or drop the row")
     return rows
 
 
@@ -98,7 +100,7 @@ def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def decode_image(value: Media, where: str) -> PIL.Image.Image:
-    """The image of a row, the right way up.  Raises: ValueError that says `where` and what is wrong with it."""
+    """The image of a row, the right way up.  Raises: UserError that says `where` and what is wrong with it."""
     with _opened(value, where) as image:
         image.load()
         return PIL.ImageOps.exif_transpose(image)  # cameras note how they were held; pipelines go by it, too
@@ -117,7 +119,7 @@ def _opened(value: Media, where: str) -> Iterator[PIL.Image.Image]:
         with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
             yield image
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{where} is not an image that can be read: {_named(value)}{error}") from error
+        raise UserError(f"{where} is not an image that can be read: {_named(value)}{error}") from error
 
 
 def in_colour(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -136,12 +138,12 @@ def image_header(value: Media) -> tuple[tuple[int, int], str, bool]:
 def decode_audio(value: Media, where: str, *, sampling_rate: int) -> np.ndarray:
     """The samples of a recording, one channel at `sampling_rate` Hz, float32 in [-1, 1].
 
-    Raises: ValueError that says `where` and what is wrong with it.
+    Raises: UserError that says `where` and what is wrong with it.
     """
     samples, rate = _read_audio(value, where, lambda source: soundfile.read(source, dtype="float32", always_2d=True))
     samples = samples.mean(axis=1)  # of (N, channels)
     if not len(samples):
-        raise ValueError(f"{where} is a recording without a sample: {_named(value)}leave it out")
+        raise UserError(f"{where} is a recording without a sample: {_named(value)}leave it out")
     return samples if rate == sampling_rate else resampled(samples, rate, sampling_rate)
 
 
@@ -149,7 +151,7 @@ def audio_seconds(value: Media, where: str) -> float:
     """How long a recording says it is; its samples are not read.  Raises: as `decode_audio`, what its head shows."""
     info = _read_audio(value, where, soundfile.info)
     if not info.frames:
-        raise ValueError(f"{where} is a recording without a sample: {_named(value)}leave it out")
+        raise UserError(f"{where} is a recording without a sample: {_named(value)}leave it out")
     return info.frames / info.samplerate
 
 
@@ -157,7 +159,7 @@ def _read_audio(value: Media, where: str, read: Callable[[Any], Found]) -> Found
     try:
         return read(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
     except (OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{where} is not a recording that can be read: {_named(value)}{error}") from error
+        raise UserError(f"{where} is not a recording that can be read: {_named(value)}{error}") from error
 
 
 def resampled(samples: np.ndarray, rate: float, wanted: float) -> np.ndarray:

@@ -7,6 +7,8 @@ target of its last position. No token is dropped and none is padded but at the v
 import numpy as np
 import torch
 
+from bmtk.errors import UserError
+
 from .rows import Indices
 from .token_store import TokenStore
 
@@ -22,12 +24,12 @@ class PackedRows:
     `position_ids`: count from 0 at the start of the row, of every document in it, and of the padding. They are
     what keeps documents apart, and are left out of a batch without such a start inside a row: plain causal attention
     is faster.
-    Raises: ValueError if context_length < 1.
+    Raises: UserError if context_length < 1.
     """
 
     def __init__(self, store: TokenStore, context_length: int):
         if context_length < 1:
-            raise ValueError(f"context_length={context_length} must be at least 1 token per row")
+            raise UserError(f"context_length={context_length} must be at least 1 token per row")
         self.store = store
         self.context_length = context_length
 

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
+from bmtk.errors import UserError
+
 MISSING_WORDS = {"", "nan", "na", "n/a", "null", "none", "-"}
 GAPS_SHOWN = 3
 DAY, NO_TIME = pd.Timedelta(days=1), pd.Timedelta(0)
@@ -60,18 +62,18 @@ def read_series(
 ) -> tuple[list[Series], list[str]]:
     """A series for each name in `id_column` (one, if there is none), in order of time; and what is odd, in words.
 
-    Raises: ValueError for a time stamp that is none, for a column without numbers, and for gaps unless there may be
+    Raises: UserError for a time stamp that is none, for a column without numbers, and for gaps unless there may be
     any.
     """
     values, notes = np.stack([_numbers(table[name]) for name in columns], axis=1), []
     if gaps := _gaps(table, columns, values):
         notes.append(f"{where}: {gaps}")
         if not may_have_gaps:
-            raise ValueError(
+            raise UserError(
                 f"{notes[0]}.  missing_values=fill reads the value before a gap, missing_values=mask tells the model"
             )
         if empty := [name for name, column in zip(columns, values.T, strict=True) if np.isnan(column).all()]:
-            raise ValueError(f"{where}: {', '.join(empty)} holds no number at all; leave it out of target_columns")
+            raise UserError(f"{where}: {', '.join(empty)} holds no number at all; leave it out of target_columns")
     times = _times(table[time_column], f"{where}: {time_column}") if time_column else None
     series = _by_name(table[id_column] if id_column else None, times, values)
     return series, notes + [f"{where}: {note}" for one in series for note in irregularities(one)]
@@ -101,7 +103,7 @@ def _times(values: Iterable[object], column: str) -> pd.DatetimeIndex:
     stamps = pd.to_datetime(cells, errors="coerce", utc=True)
     wrong = np.flatnonzero(stamps.isna())
     if len(wrong):
-        raise ValueError(
+        raise UserError(
             f"{column} of row {wrong[0] + 1} holds {cells[wrong[0]]!r}, no time stamp such as 2024-01-31 18:00:00 "
             f"({len(wrong):,} of {len(stamps):,} rows); time_column=none reads the rows in their order"
         )
@@ -199,12 +201,12 @@ def scaling_of(
     Of the observed values in all (series, first, last).  The error is the scale of MASE (Hyndman & Koehler 2006); 0:
     unknown.
 
-    Raises: ValueError for a column without numbers.
+    Raises: UserError for a column without numbers.
     """
     parts = [series.values[first:last] for series, first, last in ranges]
     values = np.concatenate(parts)
     if empty := [name for name, column in zip(columns, values.T, strict=True) if np.isnan(column).all()]:
-        raise ValueError(f"no training row has a number in {', '.join(empty)}; leave it out of target_columns")
+        raise UserError(f"no training row has a number in {', '.join(empty)}; leave it out of target_columns")
     errors = np.concatenate([np.abs(part[season:] - part[:-season]) for part in parts])
     std = np.nanstd(values, axis=0)
     return {

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from bmtk.errors import UserError
+
 from .epoch_dataset import EpochDataset
 from .packing import IGNORE_INDEX, PackedRows
 from .rows import Indices
@@ -20,7 +22,7 @@ class CorruptedSpans(EpochDataset):
     `input_ids` and `attention_mask`: the row with a sentinel in place of each span.  `labels`: each sentinel followed
     by its span, then the end token; -100 behind it.  Every measured or trained row is corrupted anew in every epoch; a
     DataLoader, whose batches know no epoch, is told it by `set_epoch`.
-    Raises: ValueError for a density that is no share, spans shorter than a token, or too few sentinels for a row.
+    Raises: UserError for a density that is no share, spans shorter than a token, or too few sentinels for a row.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class CorruptedSpans(EpochDataset):
         seed: int,
     ):
         if not 0 < noise_density < 1 or mean_span_length < 1:
-            raise ValueError(
+            raise UserError(
                 f"noise_density={noise_density} must be between 0 and 1, "
                 f"mean_span_length={mean_span_length} at least 1"
             )
@@ -43,7 +45,7 @@ class CorruptedSpans(EpochDataset):
         self.noise_density, self.mean_span_length = noise_density, mean_span_length
         needed = num_spans(rows.context_length, noise_density, mean_span_length)[1]
         if len(sentinels) < needed:
-            raise ValueError(
+            raise UserError(
                 f"a row of {rows.context_length} tokens has {needed} spans, the tokenizer {len(sentinels)} sentinels; "
                 "lower noise_density or context_length, or raise mean_span_length"
             )

@@ -19,6 +19,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from bmtk.errors import UserError
 from bmtk.files import flush, move_folder, sha256, write_json
 
 from .sources import Texts, text_fingerprint
@@ -36,7 +37,7 @@ class TokenStore:
 
     `tokens` (num_tokens,) uint16 or uint32 and `offsets` (num_documents + 1,) int64 are memory maps; `num_bytes` is
     the size of the texts in UTF-8, for bits per byte.
-    Raises: FileNotFoundError if there is no store; ValueError if it is damaged.
+    Raises: FileNotFoundError if there is no store; UserError if it is damaged.
     """
 
     def __init__(self, directory: str | Path):
@@ -59,10 +60,10 @@ class TokenStore:
         return self.tokens[int(self.offsets[index]) : int(self.offsets[index + 1])]
 
     def verify(self) -> None:
-        """Read everything and compare it with the manifest. Raises: ValueError naming the file that differs."""
+        """Read everything and compare it with the manifest. Raises: UserError naming the file that differs."""
         for name, facts in _read_manifest(self.directory)["files"].items():
             if sha256(self.directory / name) != facts["sha256"]:
-                raise ValueError(f"{self.directory / name} is damaged: its sha256 is not the manifest's; {REMEDY}")
+                raise UserError(f"{self.directory / name} is damaged: its sha256 is not the manifest's; {REMEDY}")
 
 
 def build_token_store(
@@ -72,7 +73,7 @@ def build_token_store(
 
     Text that spells a special token is tokenised as ordinary characters. What was interrupted is taken up where it
     stopped; another store in the folder is replaced; processes that call this at once wait for the first.
-    Raises: ValueError if there is no document, or the tokenizer has neither bos nor eos token; FileExistsError if
+    Raises: UserError if there is no document, or the tokenizer has neither bos nor eos token; FileExistsError if
     `directory` holds something else than a store.
     """
     directory = Path(directory)
@@ -106,12 +107,12 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: it is not the manifest of a token store; {REMEDY}") from error
+        raise UserError(f"{path} is damaged: it is not the manifest of a token store; {REMEDY}") from error
     for name, facts in files.items():
         file = directory / name
         found = file.stat().st_size if file.exists() else None
         if found != facts["size"]:
-            raise ValueError(f"{file} is damaged: it has {found} bytes, the manifest says {facts['size']}; {REMEDY}")
+            raise UserError(f"{file} is damaged: it has {found} bytes, the manifest says {facts['size']}; {REMEDY}")
     return manifest
 
 
@@ -144,7 +145,7 @@ def _write_store(
             writer.append([[bos, *ids, eos] for ids in encode(batch)], sum(len(text.encode()) for text in batch))
             logger.info("tokenised %d documents, %d tokens", writer.num_documents, writer.num_tokens)
         if writer.num_documents == 0:
-            raise ValueError("cannot store an empty corpus; give at least one document")
+            raise UserError("cannot store an empty corpus; give at least one document")
         writer.finish(pad_token_id=pad)
 
 
@@ -152,7 +153,7 @@ def _document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Ids of the tokens around a document; a tokenizer with one of the two uses it for both."""
     ends = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
     if not ends:
-        raise ValueError("the tokenizer has neither bos nor eos token; set one of them: documents stand between them")
+        raise UserError("the tokenizer has neither bos nor eos token; set one of them: documents stand between them")
     return ends[0], ends[-1]
 
 

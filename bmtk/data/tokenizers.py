@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from bmtk.errors import UserError
+
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
 MASK = "<mask>"
@@ -54,10 +56,10 @@ def train_tokenizer(
     not know. With `lower_case` it reads every text in lower case, with `adds_end` it ends every text with
     `<|endoftext|>`; `with_mask` adds `<mask>`, as `mask_token` makes it. The result depends on the texts only, not on
     the number of threads.
-    Raises: ValueError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
+    Raises: UserError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is unknown; choose one of {sorted(KINDS)}")
+        raise UserError(f"kind={kind!r} is unknown; choose one of {sorted(KINDS)}")
     mask = [mask_token(words_hold_blanks=kind == "byte_bpe")] if with_mask else []
     special = [_special(END_OF_TEXT), *mask]
     tokenizer = KINDS[kind](map(str.lower, texts) if lower_case else texts, vocab_size, special)
@@ -131,7 +133,7 @@ def _byte_bpe(model: models.BPE) -> Tokenizer:
 
 def _train_byte_bpe(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
     if vocab_size < NUM_BYTES + len(special):
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} is too small for kind='byte_bpe'; it needs at least {NUM_BYTES + len(special)} "
             f"({NUM_BYTES} bytes and {', '.join(map(str, special))})"
         )
@@ -153,7 +155,7 @@ def _train_char(texts: Iterable[str], vocab_size: int, special: list[AddedToken]
     special = _with_unknown(special)
     tokens = [*map(str, special), *sorted(characters)]
     if len(tokens) > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} is too small for kind='char': the text has {len(characters)} different "
             f"characters; set vocab_size to at least {len(tokens)}, or use kind='byte_bpe'"
         )
@@ -182,7 +184,7 @@ def _with_most_frequent_words(
     tokenizer: Tokenizer, texts: Iterable[str], vocab_size: int, special: list[AddedToken]
 ) -> Tokenizer:
     if vocab_size <= len(special):
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} is too small for a kind of words; it needs at least {len(special) + 1} "
             f"({', '.join(map(str, special))} and a word)"
         )
@@ -210,7 +212,7 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
         is_empty = is_empty and not text
         yield text
     if is_empty:
-        raise ValueError("cannot train a tokenizer on an empty corpus; give at least one document with text")
+        raise UserError("cannot train a tokenizer on an empty corpus; give at least one document with text")
 
 
 KINDS = {"byte_bpe": _train_byte_bpe, "char": _train_char, "word": _train_word, "uncased_word": _train_uncased_word}

@@ -11,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from bmtk.errors import UserError
+
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX, "adapter_model.safetensors")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
@@ -29,7 +31,7 @@ ALLOWED = (*WEIGHTS, *TOKENIZER, *PROCESSOR, *BESIDE_TOKENIZER, *CONFIGS, *PAPER
 TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{20,}")  # the shape of an access token of the Hub
 
 
-class PublishError(ValueError):
+class PublishError(UserError):
     """What stops a publication, in words for the person who asked for it."""
 
 

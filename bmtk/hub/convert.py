@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import cached_file
 
+from bmtk.errors import UserError
 from bmtk.files import replacing_folder
 
 from .convert_sources import SOURCES, Source
@@ -42,12 +43,12 @@ class Conversion:
 def convert(model: str, directory: str | Path, *, auto_class: str | None = None) -> Conversion:
     """Save the pretrained `model` (a folder or Hub name) as one of ours, with its tokenizer or image processor.
 
-    `auto_class` (such as "AutoModel") keeps only that part of it.  Raises: ValueError naming what cannot be converted,
+    `auto_class` (such as "AutoModel") keeps only that part of it.  Raises: UserError naming what cannot be converted,
     or a `directory` that holds something; OSError for a model without weights.  Then nothing was saved.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is not an empty folder; remove it, or choose another")
+        raise UserError(f"{directory} exists and is not an empty folder; remove it, or choose another")
     source = _source(model)
     theirs_config = AutoConfig.from_pretrained(model)
     auto_class = _auto_class(theirs_config, source, auto_class)
@@ -58,7 +59,7 @@ def convert(model: str, directory: str | Path, *, auto_class: str | None = None)
         ours.config.image_size = _image_size(processors) or ours.config.image_size
     difference = largest_difference(ours, theirs)
     if not difference <= LARGEST_DIFFERENCE.get(theirs.dtype, 0.0):
-        raise ValueError(
+        raise UserError(
             f"{model} was converted, but its outputs differ by {difference:.1e} of their size: it has a setting that "
             "convert does not know; nothing was saved"
         )
@@ -87,7 +88,7 @@ def converted(theirs: PreTrainedModel, auto_class: str) -> PreTrainedModel:
     problems = [f"{name} has no place" for name in unmapped + sorted(weights.keys() - wanted.keys())]
     problems += [f"{name} is missing" for name in sorted(wanted.keys() - weights.keys())]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{type(theirs).__name__} cannot be converted to {type(ours).__name__}: {_shortened(problems)}"
         )
     ours.load_state_dict({name: weights[name].reshape(tensor.shape) for name, tensor in wanted.items()})
@@ -95,12 +96,12 @@ def converted(theirs: PreTrainedModel, auto_class: str) -> PreTrainedModel:
 
 
 def _build(theirs: PreTrainedModel, auto_class: str, source: Source, more: dict[str, Any]) -> PreTrainedModel:
-    """Our model of their shape.  Raises: ValueError where our configuration refuses a value of theirs."""
+    """Our model of their shape.  Raises: UserError where our configuration refuses a value of theirs."""
     fields = {**_shared_fields(theirs.config), **source.fields(theirs.config), **more}
     try:
         config = AutoConfig.for_model(source.family, **fields)
     except StrictDataclassError as error:
-        raise ValueError(f"this {theirs.config.model_type!r} cannot be converted: {error}") from error
+        raise UserError(f"this {theirs.config.model_type!r} cannot be converted: {error}") from error
     return getattr(transformers, auto_class).from_config(config, dtype=theirs.dtype).eval()
 
 
@@ -150,11 +151,11 @@ def _source(model: str) -> Source:
     try:
         model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
     except (OSError, HFValidationError) as error:
-        raise ValueError(f"{model} is neither a folder here nor a model that the Hub gives: {error}") from error
+        raise UserError(f"{model} is neither a folder here nor a model that the Hub gives: {error}") from error
     if model_type is None:
-        raise ValueError(f"{model} has no config.json that names a model_type; pass what save_pretrained wrote")
+        raise UserError(f"{model} has no config.json that names a model_type; pass what save_pretrained wrote")
     if model_type not in SOURCES:
-        raise ValueError(f"{model} is a {model_type!r}; convert knows {', '.join(sorted(SOURCES))}")
+        raise UserError(f"{model} is a {model_type!r}; convert knows {', '.join(sorted(SOURCES))}")
     return SOURCES[model_type]
 
 
@@ -165,14 +166,14 @@ def _auto_class(config: PreTrainedConfig, source: Source, wanted: str | None) ->
     known = {family + suffix: auto_class for suffix, auto_class in source.heads.items()}
     if wanted is not None:
         if wanted not in known.values():
-            raise ValueError(
+            raise UserError(
                 f"auto_class={wanted!r} cannot be made of a {config.model_type!r}; choose "
                 f"{' or '.join(known.values())}"
             )
         return wanted
     architecture = (config.architectures or ["(no architecture)"])[0]
     if architecture not in known:
-        raise ValueError(
+        raise UserError(
             f"{architecture} cannot be converted, but {', '.join(known)} can; to keep a part of it, say which: "
             f"auto_class={' or '.join(known.values())}"
         )
@@ -180,18 +181,18 @@ def _auto_class(config: PreTrainedConfig, source: Source, wanted: str | None) ->
 
 
 def _check_settings(config: PreTrainedConfig, source: Source) -> None:
-    """Raises: ValueError naming every setting that our model does not have."""
+    """Raises: UserError naming every setting that our model does not have."""
     problems = [
         f"{name}={getattr(config, name)!r} (only {' or '.join(map(repr, values))})"
         for name, values in source.allowed.items()
         if hasattr(config, name) and getattr(config, name) not in values
     ]
     if problems:
-        raise ValueError(f"this {config.model_type!r} cannot be converted: {'; '.join(problems)}")
+        raise UserError(f"this {config.model_type!r} cannot be converted: {'; '.join(problems)}")
 
 
 def _load(model: str, auto_class: str) -> PreTrainedModel:
-    """Their model, of saved weights only.  Raises: ValueError naming those that it lacks, which would be random.
+    """Their model, of saved weights only.  Raises: UserError naming those that it lacks, which would be random.
 
     Some checkpoints come without the pooler that AutoModel would add.
     """
@@ -201,7 +202,7 @@ def _load(model: str, auto_class: str) -> PreTrainedModel:
     if auto_class == "AutoModel" and missing and all(name.startswith("pooler.") for name in missing):
         return from_pretrained(model, dtype="auto", add_pooling_layer=False).eval()
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{model} has no weights for the {type(theirs).__name__} that auto_class={auto_class!r} asks for: "
             f"{_shortened(missing)}; convert what it has (AutoModel keeps the trunk), and fine-tune that"
         )

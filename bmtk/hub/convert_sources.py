@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from bmtk.errors import UserError
+
 from .convert_maps import (
     BERT,
     BERT_SETTINGS,
@@ -50,11 +52,11 @@ def _named(theirs: PreTrainedConfig, names: dict[str, str]) -> dict[str, Any]:
 
 
 def _side(theirs: PreTrainedConfig, name: str) -> int:
-    """A size in pixels that they write as one number or as two.  Raises: ValueError if the two differ."""
+    """A size in pixels that they write as one number or as two.  Raises: UserError if the two differ."""
     size = getattr(theirs, name)
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) > 1:
-        raise ValueError(f"this {theirs.model_type!r} cannot be converted: {name}={size} is not square")
+        raise UserError(f"this {theirs.model_type!r} cannot be converted: {name}={size} is not square")
     return sides.pop()
 
 

@@ -10,7 +10,7 @@ def load(name: str, **options: Any) -> "BmtkMetric":
     """The metric of this name: `compute(predictions=..., references=...)`, after any number of `add_batch`.
 
     `options` are those of evaluate's modules (process_id, num_process, experiment_id).
-    Raises: ValueError that lists the metrics there are.
+    Raises: UserError that lists the metrics there are.
     """
     from .metric import BmtkMetric  # evaluate takes a second to import, and no task needs it
 

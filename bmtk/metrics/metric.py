@@ -14,6 +14,8 @@ import evaluate
 import numpy as np
 from datasets import List, Value
 
+from bmtk.errors import UserError
+
 # By full names, also inside of this folder: evaluate copies this file alone, and loads it as a module of its own.
 from bmtk.metrics.answers import agreement as answer_agreement
 from bmtk.metrics.boxes import average_precisions, summary
@@ -132,7 +134,7 @@ class BmtkMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in KINDS:
-            raise ValueError(f"metric {self.config_name!r} is unknown; choose one of {', '.join(KINDS)}")
+            raise UserError(f"metric {self.config_name!r} is unknown; choose one of {', '.join(KINDS)}")
         kind = KINDS[self.config_name]
         features = datasets.Features({"predictions": kind.predictions, "references": kind.references})
         text = {"description": f"{self.config_name} of bmtk", "citation": "", "inputs_description": str(features)}

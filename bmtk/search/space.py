@@ -9,6 +9,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from bmtk.arguments import unknown_key
+from bmtk.errors import UserError
 
 SEARCHES = ("optuna",)
 GRAMMAR = "NAME=LOW..HIGH, NAME=LOW..HIGH:log or NAME=A,B,C"
@@ -33,11 +34,11 @@ class SearchArguments:
 
     def __post_init__(self) -> None:
         if self.search not in (None, *SEARCHES):
-            raise ValueError(f"search={self.search!r} is unknown; choose {' or '.join(SEARCHES)}, or leave it out")
+            raise UserError(f"search={self.search!r} is unknown; choose {' or '.join(SEARCHES)}, or leave it out")
         if self.trials < 1:
-            raise ValueError(f"trials={self.trials} is out of range; give a number of at least 1")
+            raise UserError(f"trials={self.trials} is out of range; give a number of at least 1")
         if self.search_space and not self.search:
-            raise ValueError("search_space is read by a search only; set search to optuna, or leave it out")
+            raise UserError("search_space is read by a search only; set search to optuna, or leave it out")
 
 
 def default_space(current: Mapping[str, Any]) -> list[str]:
@@ -57,7 +58,7 @@ def read_space(
     """The distribution of each field that `entries` name.
 
     `types` are those of all fields there are; `refused` says of some why they cannot be searched.
-    Raises: ValueError that tells everything that is wrong with the entries.
+    Raises: UserError that tells everything that is wrong with the entries.
     """
     space: dict[str, BaseDistribution] = {}
     problems = []
@@ -65,44 +66,44 @@ def read_space(
         name, _, text = (part.strip() for part in str(entry).partition("="))
         try:
             if not text:
-                raise ValueError(f"{entry!r} is not understood; write {GRAMMAR}")
+                raise UserError(f"{entry!r} is not understood; write {GRAMMAR}")
             if name not in types:
-                raise ValueError(unknown_key(name, types.keys() - refused.keys()))
+                raise UserError(unknown_key(name, types.keys() - refused.keys()))
             if name in refused:
-                raise ValueError(f"{name} cannot be searched: it {refused[name]}")
+                raise UserError(f"{name} cannot be searched: it {refused[name]}")
             if name in space:
-                raise ValueError(f"{name} is named twice")
+                raise UserError(f"{name} is named twice")
             space[name] = _distribution(name, text, types[name])
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("search_space does not fit:\n  " + "\n  ".join(problems))
+        raise UserError("search_space does not fit:\n  " + "\n  ".join(problems))
     return space
 
 
 def _distribution(name: str, text: str, kind: type) -> BaseDistribution:
     if typing.get_origin(kind) is list:
-        raise ValueError(f"{name} is a list, and a search changes single values; leave it out")
+        raise UserError(f"{name} is a list, and a search changes single values; leave it out")
     first, dots, rest = text.partition("..")
     if not dots:
         return CategoricalDistribution(_choices(name, text, kind))
     if kind not in (int, float):
-        raise ValueError(f"{name} is no number, and {text} a range; list its values: {name}=A,B")
+        raise UserError(f"{name} is no number, and {text} a range; list its values: {name}=A,B")
     last, _, scale = rest.partition(":")
     if scale not in ("", "log"):
-        raise ValueError(f"{name}={text}: {scale!r} is no scale; write {name}={first}..{last}:log or leave it out")
+        raise UserError(f"{name}={text}: {scale!r} is no scale; write {name}={first}..{last}:log or leave it out")
     low, high = _value(name, first, kind), _value(name, last, kind)
     if not low < high or not math.isfinite(high - low):
-        raise ValueError(f"{name}={text} is no range: {low} is not below {high}")
+        raise UserError(f"{name}={text} is no range: {low} is not below {high}")
     if scale and low <= 0:
-        raise ValueError(f"{name}={text} has no logarithm at {low}; begin above 0, or leave :log out")
+        raise UserError(f"{name}={text} has no logarithm at {low}; begin above 0, or leave :log out")
     return (IntDistribution if kind is int else FloatDistribution)(low, high, log=bool(scale))
 
 
 def _choices(name: str, text: str, kind: type) -> list[Any]:
     choices = [_value(name, word, kind) for word in text.split(",")]
     if len(set(choices)) < 2:
-        raise ValueError(f"{name}={text} leaves no choice; name at least two values, or a range {name}=LOW..HIGH")
+        raise UserError(f"{name}={text} leaves no choice; name at least two values, or a range {name}=LOW..HIGH")
     return list(dict.fromkeys(choices))
 
 
@@ -111,4 +112,4 @@ def _value(name: str, word: str, kind: type) -> Any:
     try:
         return TRUTH[word.lower()] if kind is bool else kind(word) if kind in (int, float) else word
     except (ValueError, KeyError):
-        raise ValueError(f"{name}: {word!r} is no {kind.__name__}") from None
+        raise UserError(f"{name}: {word!r} is no {kind.__name__}") from None

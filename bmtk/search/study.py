@@ -17,6 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from bmtk import arguments
+from bmtk.errors import UserError
 from bmtk.hub.formatting import format_number, format_seconds
 from bmtk.training import arguments as loop_arguments
 from bmtk.training import finetuning
@@ -67,7 +68,7 @@ def search_settings(
 
     Trials are compared by metric_for_best_model, or the task's main metric, of the validation rows; test rows are not
     read.
-    Raises: ValueError for several processes, a space that does not fit, another search in the folder, and if no trial
+    Raises: UserError for several processes, a space that does not fit, another search in the folder, and if no trial
     succeeds; Stopped (exit code 130 or 143) after SIGINT or SIGTERM, when the trial that was running is saved.
     """
     run, data, training, *_, architecture = settings
@@ -123,7 +124,7 @@ def explore(
     """Run trials until the study has `num_trials`; those that an interruption has left unfinished come first.
 
     Which values a trial gets depends on the seed, its number and what came of those before, and on nothing else.
-    Raises: ValueError if the first HOPELESS trials fail; what `run_trial` raises besides TrialFailed and TrialPruned.
+    Raises: UserError if the first HOPELESS trials fail; what `run_trial` raises besides TrialFailed and TrialPruned.
     """
     while True:
         trials = study.get_trials(deepcopy=False)
@@ -148,7 +149,7 @@ def explore(
         tell(study.tell(trial, value, None if state == TrialState.COMPLETE else state))
         ended = finished(study)
         if len(ended) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in ended):
-            raise ValueError(
+            raise UserError(
                 f"none of {len(ended)} trials succeeded; the last one: {ended[-1].user_attrs['reason']}. Mend that, "
                 "then set overwrite_output_dir to begin anew"
             )
@@ -194,9 +195,9 @@ def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
 
 def _check_launch(run: arguments.RunArguments) -> None:
     if run.dry_run or run.find_lr:
-        raise ValueError("search, dry_run and find_lr are three different things to do; give one of them")
+        raise UserError("search, dry_run and find_lr are three different things to do; give one of them")
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ValueError(
+        raise UserError(
             f"a search starts its trials one by one, and this is one of {processes} processes; launch it with one "
             "(accelerate launch --num_processes 1), and train on several with best.yaml"
         )

@@ -46,7 +46,7 @@ class RecipeTrials:
         """Run a trial, or go on with it.
 
         Raises: TrialFailed; optuna.TrialPruned if it was worse than the median of those before, at the same
-        evaluation; Stopped if it was asked to stop; ValueError if another process is still at it.
+        evaluation; Stopped if it was asked to stop; UserError if another process is still at it.
         """
         folder = self.folder_of(trial.number)
         with locked(folder):  # a search that was killed may have left its trial running
