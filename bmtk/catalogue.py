@@ -1,4 +1,4 @@
-"""What there is: the heads of every family, and the parameters of every preset, as `bmtk models` shows them.
+"""The heads of every family, and the parameters of every preset, as `bmtk models` shows them.
 
 Heads and presets are read from the configuration classes.  A preset's parameters are counted on the meta device, with
 the head that the published number was counted with.
@@ -15,9 +15,9 @@ from bmtk.models import FAMILIES
 
 @dataclass(frozen=True)
 class Published:
-    """How many parameters a preset's model is known to have, with which head, and from where; None: nobody says.
+    """The published number of parameters of a preset, with which head, and its source; None where none is published.
 
-    Where ours has more or fewer, `source` tells why.
+    Where ours has more or fewer, `source` gives the reason.
     """
 
     auto_class: str
@@ -58,7 +58,7 @@ PUBLISHED = {
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
-    """Family -> {"heads": Auto class -> class, "presets": name -> its parameters, and what they are compared with}."""
+    """Family -> {"heads": Auto class -> class, "presets": name -> parameters, published number and source}."""
     return {
         family.model_type: {
             "heads": {auto_class: reference.split(".")[1] for auto_class, reference in family.heads.items()},
@@ -95,7 +95,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _compared(preset: dict[str, Any]) -> str:
-    """The published number as it relates to ours, and where it comes from."""
+    """The published number, the difference of ours to it, and its source."""
     known = preset["published"]
     if known is None:
         return preset["source"]
@@ -104,7 +104,7 @@ def _compared(preset: dict[str, Any]) -> str:
 
 
 def _aligned(rows: list[list[str]], right: int | None = None) -> str:
-    """Columns as wide as their longest cell; the one at index `right` ends where it ends."""
+    """Columns as wide as their longest cell; the one at index `right` is right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

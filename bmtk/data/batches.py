@@ -16,8 +16,8 @@ from .shuffle import permuted_index
 class CollatedRows:
     """The rows of a map-style data set and what makes a batch of them, as `Rows`.
 
-    A data set that draws at random has `set_epoch`, as those that accelerate's loaders know; only in training is it
-    told the epoch, and draws.
+    A data set that draws at random has `set_epoch`, which accelerate's loaders call, too; it is called in training
+    only, so that evaluations draw nothing.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class CollatedRows:
         return self.collate(rows)
 
     def _fetch(self, indices: list[int]) -> list[Any]:
-        """At once, where the data set can."""
+        """The rows themselves, in one call if the data set offers it."""
         if hasattr(self.examples, "__getitems__"):
             return self.examples.__getitems__(indices)
         return [self.examples[index] for index in indices]
@@ -51,10 +51,10 @@ class GlobalBatches:
     The order is endless: epoch after epoch, each with its own shuffle of all rows. Step s takes its rows
     [s * batch_size, (s + 1) * batch_size), across the end of an epoch if need be, and each rank takes an equal,
     contiguous share of them. So the rows of a step depend on (seed, step) alone, and resuming costs nothing.
-    Raises: UserError if there are no rows, or sizes and ranks do not fit together.
+    Raises: UserError if there are no rows, or the sizes do not fit together; ValueError for a rank out of range.
     """
 
-    carries_state = False  # whether a row goes on where the same row of the step before ended
+    carries_state = False  # whether a row continues the same row of the previous step
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class GlobalBatches:
         world_size: int = 1,
         shuffle: bool = True,
     ):
-        """`batch_size` rows a step on all processes together, `micro_batch_size` a forward (0: the whole share)."""
+        """`batch_size` rows per step over all processes, `micro_batch_size` per forward pass (0: the whole share)."""
         if len(rows) == 0:
             raise UserError("there are no rows to make batches of; the corpus is empty")
         _check_rank(rank, world_size)
@@ -88,7 +88,7 @@ class GlobalBatches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimizer steps in which every row is seen once: not a whole number when a batch spans two epochs."""
+        """Optimizer steps per epoch: not a whole number when a batch spans two epochs."""
         return len(self.rows) / self.batch_size
 
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +114,7 @@ def sequential_batches(
 
     Ranks hold contiguous shares that differ by one row at most, so the last batch may be smaller, one rank may have
     one batch more than another, and with fewer rows than ranks some have none.
-    Raises: UserError if batch_size < 1 or the rank is not one of the processes.
+    Raises: UserError if batch_size < 1; ValueError for a rank out of range.
     """
     _check_rank(rank, world_size)
     if batch_size < 1:

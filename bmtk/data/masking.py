@@ -22,12 +22,12 @@ def draws(seed: int, epoch: int, row: int) -> np.random.Generator:
 
 
 class MaskedTokens(EpochDataset):
-    """Packed rows of which some tokens are to be guessed; `batch(...)` is int64 tensors (B, L).
+    """Packed rows with some tokens masked, to be predicted; `batch(...)` is int64 tensors (B, L).
 
     `labels`: the tokens that were hidden, -100 elsewhere.  `input_ids`: a hidden token is the mask token (80 %), any
     ordinary token (10 %) or itself (10 %); special tokens are never hidden.  `position_ids` as in PackedRows.
-    Of n ordinary tokens, as many are hidden as `probability` n, rounded, and at least one; with `whole_words` the last
-    word may exceed that.  A DataLoader, whose batches know no epoch, is told it by `set_epoch`.
+    Of n ordinary tokens, `probability` * n are hidden, rounded, and at least one; with `whole_words` the last word may
+    exceed that.  For a DataLoader, which passes no epochs, `set_epoch` sets it.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class MaskedTokens(EpochDataset):
         return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), **kept}
 
     def _hidden(self, ids: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-        """Places (N,) of a row (L,) whose tokens are to be guessed: words in random order until there are enough."""
+        """Positions (N,) in a row (L,) that are hidden: words in random order until there are enough."""
         places = np.flatnonzero(~self.is_special[ids])
         if not len(places):
             return places
@@ -93,7 +93,7 @@ class MaskedTokens(EpochDataset):
 
 
 def word_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each token (V,) can go on with the word before it, and whether the word may go on after it.
+    """Whether each token (V,) can continue the word before it, and whether that word may continue after it.
 
     A word is a run of letters and digits; of WordPiece tokenizers, a token and those with ## that follow it.
     """

@@ -1,8 +1,8 @@
 """Images and recordings: folders of them as rows, and their decoding, with errors that name the row.
 
-A folder is read as the field's tools read it: `class/file`, or files with a `metadata.csv` or `metadata.jsonl` beside
-them whose column `file_name` names them (other columns are theirs).  Values stay undecoded, {"bytes", "path"}, until
-a row is needed, so that one broken file costs one row and not the whole run.
+A folder is laid out as for ImageFolder and AudioFolder of `datasets`: `class/file`, or files with a `metadata.csv` or
+`metadata.jsonl` beside them whose column `file_name` names them (its other columns are kept).  Values stay undecoded,
+{"bytes", "path"}, until a row is needed, so that one broken file costs one row and not the whole run.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from bmtk.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)
-ON_CORRUPT = ("stop", "skip")  # what may be done about a file that cannot be read
+ON_CORRUPT = ("stop", "skip")  # what to do about a file that cannot be read
 Found = TypeVar("Found")
 METADATA = ("metadata.jsonl", "metadata.csv")
 Media = Mapping[str, Any]  # {"bytes", "path"}: one of them, or a path that is kept for error messages
@@ -81,7 +81,9 @@ def _metadata(table: Path) -> list[dict[str, Any]]:
             )
         row[FILE_NAME] = table.parent / row[FILE_NAME]
         if not row[FILE_NAME].is_file():
-            raise UserError(f"{table}, row {number}: {row[FILE_NAME]} does not exist; mend the name or drop the row")
+            raise UserError(
+                f"{table}, row {number}: {row[FILE_NAME]} does not exist; correct the name or remove the row"
+            )
     return rows
 
 
@@ -103,7 +105,9 @@ def decode_image(value: Media, where: str) -> PIL.Image.Image:
     """The image of a row, the right way up.  Raises: UserError that says `where` and what is wrong with it."""
     with _opened(value, where) as image:
         image.load()
-        return PIL.ImageOps.exif_transpose(image)  # cameras note how they were held; pipelines go by it, too
+        return PIL.ImageOps.exif_transpose(
+            image
+        )  # cameras record how they were held, and transformers' pipelines apply it, too
 
 
 def image_size(value: Media, where: str) -> tuple[int, int]:
@@ -148,7 +152,7 @@ def decode_audio(value: Media, where: str, *, sampling_rate: int) -> np.ndarray:
 
 
 def audio_seconds(value: Media, where: str) -> float:
-    """How long a recording says it is; its samples are not read.  Raises: as `decode_audio`, what its head shows."""
+    """Length of a recording according to its header; samples are not read.  Raises: as `decode_audio`."""
     info = _read_audio(value, where, soundfile.info)
     if not info.frames:
         raise UserError(f"{where} is a recording without a sample: {_named(value)}leave it out")
@@ -163,7 +167,7 @@ def _read_audio(value: Media, where: str, read: Callable[[Any], Found]) -> Found
 
 
 def resampled(samples: np.ndarray, rate: float, wanted: float) -> np.ndarray:
-    """Samples (N,) of `rate` Hz at `wanted` Hz: what is above half of either is filtered out."""
+    """Samples (N,) of `rate` Hz at `wanted` Hz; frequencies above half of either rate are filtered out."""
     return soxr.resample(samples, rate, wanted).astype(np.float32)
 
 

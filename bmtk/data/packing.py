@@ -1,4 +1,4 @@
-"""Rows of one length, cut from the stored documents so that every token is learned from exactly once per epoch.
+"""Rows of one length, cut from the stored documents so that every token is a target exactly once per epoch.
 
 B rows, L context length. Documents are laid end to end and cut every L tokens; a row reads one token more, as the
 target of its last position. No token is dropped and none is padded but at the very end.
@@ -48,7 +48,7 @@ class PackedRows:
         return self.read(indices)
 
     def read(self, indices: Indices, *, goes_on: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """A batch of rows; `goes_on` (B,) says for each whether the reader still knows what stands before it.
+        """A batch of rows; `goes_on` (B,) marks those whose reader still holds the state of what precedes them.
 
         Of such rows, `position_ids` are 0 only where a document begins.
         """
@@ -84,7 +84,7 @@ class PackedRows:
 def _count_from_starts(is_start: np.ndarray, goes_on: np.ndarray | None) -> np.ndarray:
     """Distance to the last True at or before each column: (B, L) bool to int64.
 
-    Without one, to the first column; in a row that goes on, to the one before that.
+    Where there is none, to the first column; in a row that goes on, to the column before the first.
     """
     column = np.arange(is_start.shape[1])
     before = 0 if goes_on is None else -goes_on[:, None].astype(np.int64)

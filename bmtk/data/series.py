@@ -36,7 +36,7 @@ class Series:
         return len(self.values)
 
     def extended(self, steps: int) -> "Series":
-        """With so many steps more, whose values are missing."""
+        """With `steps` more steps, whose values are missing."""
         times = None if self.times is None else self.times.append(times_after(self.times, steps))
         return replace(self, values=np.pad(self.values, ((0, steps), (0, 0)), constant_values=np.nan), times=times)
 
@@ -45,7 +45,7 @@ class Series:
 
 
 def numeric_columns(table: Dataset, others: Collection[str]) -> tuple[list[str], list[str]]:
-    """Columns besides `others` of which at least half of the cells are numbers, and those of which fewer are."""
+    """Columns besides `others` in which at least half of the cells are numbers, and the remaining ones."""
     names = [name for name in table.column_names if name not in others]
     numeric = [name for name in names if np.isfinite(_numbers(table[name])).mean() >= 0.5]
     return numeric, [name for name in names if name not in numeric]
@@ -62,7 +62,7 @@ def read_series(
 ) -> tuple[list[Series], list[str]]:
     """A series for each name in `id_column` (one, if there is none), in order of time; and what is odd, in words.
 
-    Raises: UserError for a time stamp that is none, for a column without numbers, and for gaps unless there may be
+    Raises: UserError for an invalid time stamp, for a column without numbers, and for gaps unless there may be
     any.
     """
     values, notes = np.stack([_numbers(table[name]) for name in columns], axis=1), []
@@ -85,7 +85,7 @@ def _numbers(cells: Iterable[object]) -> np.ndarray:
 
 
 def _gaps(table: Dataset, columns: Sequence[str], values: np.ndarray) -> str:
-    """How many values are missing, and what stands in the first places instead."""
+    """How many values are missing, and what the first such cells hold."""
     places = np.argwhere(np.isnan(values))
     if not len(places):
         return ""
@@ -125,7 +125,7 @@ def _by_name(ids: Iterable[object] | None, times: pd.DatetimeIndex | None, value
 
 
 def regular_step(times: pd.DatetimeIndex) -> pd.DateOffset | None:
-    """What lies between any two time stamps: a length, or so many months (on one day of them, or their last)."""
+    """The step between any two time stamps: a length, or a number of months (on one day of the month, or its last)."""
     lengths = (times[1:] - times[:-1]).unique()
     if len(lengths) == 1 and lengths[0] > NO_TIME:
         return pd.tseries.frequencies.to_offset(lengths[0])
@@ -138,14 +138,14 @@ def regular_step(times: pd.DatetimeIndex) -> pd.DateOffset | None:
 
 
 def usual_step(times: pd.DatetimeIndex) -> pd.DateOffset:
-    """The step between time stamps, or the commonest length between two of them; a day if there is none."""
+    """The step between time stamps, or the most common one; a day if there is none."""
     lengths = pd.Series(times[1:] - times[:-1])
     lengths = lengths[lengths > NO_TIME]
     return regular_step(times) or pd.tseries.frequencies.to_offset(lengths.mode()[0] if len(lengths) else DAY)
 
 
 def irregularities(series: Series) -> list[str]:
-    """What is odd about the time stamps, in words."""
+    """Irregularities of the time stamps, in words."""
     times, name = series.times, f" of {series.name}" if series.name else ""
     if times is None or len(times) < 2 or regular_step(times):
         return []
@@ -168,7 +168,7 @@ def times_after(times: pd.DatetimeIndex, steps: int) -> pd.DatetimeIndex:
 
 
 def usual_season(times: pd.DatetimeIndex | None) -> int:
-    """Steps of a day; of a week, if a step is a day; of a year, if it is a month; else 1."""
+    """Steps per day; per week if a step is a day, per year if it is a month; else 1."""
     if times is None:
         return 1
     length = (times[0] + usual_step(times) * 12 - times[0]) / 12
@@ -187,7 +187,7 @@ def calendar_features(times: pd.DatetimeIndex, names: Sequence[str]) -> np.ndarr
 
 
 def bounds(num_steps: int, shares: Sequence[float]) -> list[tuple[int, int]]:
-    """First and last step (exclusive) of the consecutive parts that `shares` of a series, or so many rows, make."""
+    """First and last step (exclusive) of consecutive parts, given as `shares` of the series or as numbers of rows."""
     exact = np.cumsum(shares) if max(shares) > 1 else np.cumsum(shares) * num_steps
     ends = [int(round(end, 6)) for end in exact.tolist()]  # rounded first: 0.7 + 0.1 + 0.2 is a little less than 1
     return list(zip([0, *ends[:-1]], ends, strict=True))
@@ -217,7 +217,7 @@ def scaling_of(
 
 
 def shared_steps(one: Sequence[tuple[Series, int, int]], others: Sequence[tuple[Series, int, int]]) -> list[str]:
-    """The steps that both have, with equal name, time and values; without time stamps none is known."""
+    """The steps in both, with equal name, time and values; none without time stamps, which identify a step."""
     seen = {step for part in others for step in _steps(*part)}
     return [f"{name} {time}".strip() for part in one for name, time, row in _steps(*part) if (name, time, row) in seen]
 

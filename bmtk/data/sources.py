@@ -30,7 +30,7 @@ class Texts:
     """Documents that can be iterated again and again, in the same order.
 
     `name` is what error messages call them; `fingerprint` changes whenever the documents may have changed (it is made
-    of file names, sizes and modification times, so asking for it costs no reading). Blank documents are left out.
+    of file names, sizes and modification times, so nothing is read for it). Blank documents are left out.
     Raises: UserError while iterating, if there is no document at all, or a file is not what its name says.
     """
 
@@ -58,10 +58,10 @@ def read_texts(
 ) -> Texts:
     """Find the documents of a file, a folder, a Hub data set (`owner/name` or `owner/name:config`), or a list of them.
 
-    `split` chooses among the files of a folder (`train.txt`, `train-00001.parquet`, `train/...`; a folder without any
-    such names is all "train") and the splits of a Hub data set; a file named directly is read whole, whatever `split`
-    says. `text_column` is the key or column of .jsonl, .csv, .parquet and Hub rows. `sample_by` makes one document of
-    each .txt file ("document") or of each of its lines ("line").
+    `split` selects the files of a folder (`train.txt`, `train-00001.parquet`, `train/...`; all files of a folder
+    without such names are "train") or the split of a Hub data set; a file named directly is always read whole.
+    `text_column` is the key or column of .jsonl, .csv, .parquet and Hub rows. `sample_by` makes one document of each
+    .txt file ("document") or of each of its lines ("line").
     Raises: FileNotFoundError for a path that is not there; UserError for everything else that cannot be read.
     """
     if sample_by not in SAMPLE_BY:
@@ -86,7 +86,7 @@ def read_texts(
 
 
 def has_split(source: str, split: str) -> bool:
-    """Whether the folder `source` has files named after `split`; other sources are not looked into."""
+    """Whether the folder `source` has files named after `split`; False for other sources."""
     folder, wanted = Path(source).expanduser(), SPLIT_NAMES.get(split, (split,))
     files = (path for path in folder.rglob("*") if path.suffix in SUFFIXES) if folder.is_dir() else ()
     return any(_is_named_after(path.relative_to(folder), wanted) for path in files)
@@ -245,5 +245,5 @@ def _checked_text(value: object, text_column: str, where: str | Path) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: the text is not Unicode ({error}); repair or drop it") from error
+        raise UserError(f"{where}: the text is not Unicode ({error}); repair or remove it") from error
     return value

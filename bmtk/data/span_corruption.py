@@ -1,4 +1,4 @@
-"""Span corruption: parts of a row are cut out and are to be written, as a function of (seed, epoch, row) alone.
+"""Span corruption: spans of a row are replaced by sentinels and predicted, as a function of (seed, epoch, row) alone.
 
 B rows, L tokens of a packed row.  Source: Raffel et al. 2020, arXiv:1910.10683, sec. 3.1.4 and 3.3.4.
 """
@@ -20,9 +20,9 @@ class CorruptedSpans(EpochDataset):
     """Packed rows for an encoder-decoder; `batch(...)` is int64 tensors, padded to the longest row.
 
     `input_ids` and `attention_mask`: the row with a sentinel in place of each span.  `labels`: each sentinel followed
-    by its span, then the end token; -100 behind it.  Every measured or trained row is corrupted anew in every epoch; a
-    DataLoader, whose batches know no epoch, is told it by `set_epoch`.
-    Raises: UserError for a density that is no share, spans shorter than a token, or too few sentinels for a row.
+    by its span, then the end token, padded with -100.  Every row is corrupted anew in every epoch; for a
+    DataLoader, which passes no epochs, `set_epoch` sets it.
+    Raises: UserError for a density outside (0, 1), spans shorter than a token, or too few sentinels for a row.
     """
 
     def __init__(
@@ -75,15 +75,15 @@ class CorruptedSpans(EpochDataset):
 
 
 def num_spans(length: int, noise_density: float, mean_span_length: float) -> tuple[int, int]:
-    """How many of `length` tokens are cut out, and in how many spans; a token stays before each span."""
+    """How many of `length` tokens are removed, and in how many spans; at least one token is kept before each span."""
     num_noise = min(max(1, round(length * noise_density)), max(0, length - 1))
     return num_noise, min(max(1, round(num_noise / mean_span_length)), num_noise, length - num_noise)
 
 
 def noise_mask(length: int, noise_density: float, mean_span_length: float, draw: np.random.Generator) -> np.ndarray:
-    """Which tokens (length,) are cut out: kept and cut spans take turns, a kept one first, a cut one last."""
+    """Which tokens (length,) are removed: kept and removed spans alternate, a kept one first, a removed one last."""
     num_noise, spans = num_spans(length, noise_density, mean_span_length)
-    if not spans:  # nothing can be cut out of one token
+    if not spans:  # nothing can be removed from one token
         return np.zeros(length, bool)
     lengths = np.stack([_parts(length - num_noise, spans, draw), _parts(num_noise, spans, draw)], axis=1)
     return np.repeat(np.tile([False, True], spans), lengths.reshape(-1))

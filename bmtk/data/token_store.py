@@ -71,10 +71,10 @@ def build_token_store(
 ) -> TokenStore:
     """Tokenise `texts` into `directory`, or open what is there if it came from the same texts and tokenizer.
 
-    Text that spells a special token is tokenised as ordinary characters. What was interrupted is taken up where it
-    stopped; another store in the folder is replaced; processes that call this at once wait for the first.
+    Text that spells a special token is tokenised as ordinary characters. An interrupted build is
+    resumed; another store in the folder is replaced; processes that call this at once wait for the first.
     Raises: UserError if there is no document, or the tokenizer has neither bos nor eos token; FileExistsError if
-    `directory` holds something else than a store.
+    `directory` holds something other than a store.
     """
     directory = Path(directory)
     identity = {
@@ -91,7 +91,7 @@ def build_token_store(
         partial = directory.with_name(f"{directory.name}.partial")
         try:
             _write_store(texts, tokenizer, partial, identity)
-        except ValueError:  # bad texts will change, and their fingerprint with them: nothing to take up again
+        except ValueError:  # corrected texts have another fingerprint, so this part could never be resumed
             shutil.rmtree(partial, ignore_errors=True)
             raise
         move_folder(partial, directory)
@@ -153,12 +153,12 @@ def _document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Ids of the tokens around a document; a tokenizer with one of the two uses it for both."""
     ends = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
     if not ends:
-        raise UserError("the tokenizer has neither bos nor eos token; set one of them: documents stand between them")
+        raise UserError("the tokenizer has neither bos nor eos token; set one of them: it separates documents")
     return ends[0], ends[-1]
 
 
 def _document_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
-    """A function from texts to ids without special tokens, on all cores, that leaves `tokenizer` as it is."""
+    """A function from texts to ids without special tokens, on all cores; `tokenizer` itself is not changed."""
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -189,9 +189,9 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class _Writer:
-    """Appends documents to an unfinished store, and takes up one that was interrupted.
+    """Appends documents to an unfinished store, and resumes one that was interrupted.
 
-    What `progress.json` counts is safely on disk; bytes after that are cut off when writing goes on.
+    What `progress.json` counts is flushed to the disk before it is counted; later bytes are cut off on resume.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], dtype: np.dtype):
@@ -200,7 +200,7 @@ class _Writer:
         found = _read_progress(folder / "progress.json")
         if all(found.get(key) == value for key, value in identity.items()):
             self.counts = found
-            logger.info("going on after %d documents that are already tokenised", self.num_documents)
+            logger.info("resuming after %d documents that are already tokenised", self.num_documents)
         else:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()

@@ -1,11 +1,11 @@
 """Training of tokenizers, and their identity.
 
 `byte_bpe`: byte-level byte-pair encoding, lossless on any text.
-Source: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, GPT-2 (on bytes); the way words are told
-apart follows GPT-4's (numbers in groups of three, a newline ends a word), with combining marks counted as letters,
-and no word longer than about 64 characters.
+Source: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, GPT-2 (on bytes); the split into
+words follows GPT-4's (numbers in groups of three, a newline ends a word), with combining marks counted as letters, and
+no word longer than about 64 characters.
 `char`: one token per Unicode character, lossless on the characters it was trained on.
-`word`: what stands between blanks is a token, and so is the end of a line; for text that was cut into words before.
+`word`: what stands between blanks is a token, and so is the end of a line; for text that is already tokenised.
 `uncased_word`: lower-cased words, punctuation marks and Han characters, a token each; for classifiers of small data.
 """
 
@@ -52,8 +52,8 @@ def train_tokenizer(
     """Train a tokenizer whose one special token `<|endoftext|>` (id 0) is bos, eos and pad.
 
     `kind` is "byte_bpe" (at most `vocab_size` tokens; fewer if the text has no more pairs to merge), "char" (a token
-    per character), "word" or "uncased_word" (the most frequent ones); all but the first have `<unk>` for what they do
-    not know. With `lower_case` it reads every text in lower case, with `adds_end` it ends every text with
+    per character), "word" or "uncased_word" (the most frequent ones); all but the first have `<unk>` for what is not
+    in their vocabulary. With `lower_case` every text is read in lower case, with `adds_end` every text ends with
     `<|endoftext|>`; `with_mask` adds `<mask>`, as `mask_token` makes it. The result depends on the texts only, not on
     the number of threads.
     Raises: UserError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
@@ -85,7 +85,7 @@ def mask_token(*, words_hold_blanks: bool) -> AddedToken:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash everything that decides which ids a text gets: not padding and truncation, which calls of it switch on."""
+    """Hash everything that decides which ids a text gets; not padding and truncation, which each call may change."""
     if tokenizer.is_fast:
         facts = json.loads(tokenizer.backend_tokenizer.to_str())
         del facts["padding"], facts["truncation"]
@@ -96,7 +96,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a long text where no token of a tokenizer with `has_newline_cuts` reaches across.
+    """Cut a long text where no token of a tokenizer with `has_newline_cuts` spans the cut.
 
     That is after a newline with a visible character on both sides: GPT-2 and GPT-4 both end a word there, and neither
     looks back or ahead from there. Pieces have at least `PIECE_CHARACTERS` characters, but for the last.

@@ -43,7 +43,7 @@ class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {name: value[0] for name, value in self.batch([index]).items()}
 
     def __getitems__(self, indices: Indices) -> dict[str, torch.Tensor]:
-        """What torch's loaders ask for: rows that are a batch already."""
+        """What a DataLoader asks for: a batch already, which a collator leaves as it is."""
         return self.batch(indices)
 
     def batch(
@@ -51,8 +51,8 @@ class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     ) -> dict[str, torch.Tensor]:
         """past_* (B, T, C or F), future_* (B, H, C or F), masks only where something is missing.
 
-        `pace` (B,), at most 1, is how far in time each row goes on from step to step, before and after the last one of
-        its context; what lies between two steps is interpolated.
+        `pace` (B,), at most 1, is the time between two steps of each row, counted from the last step of its context;
+        values between two steps are interpolated.
         """
         windows, column = np.asarray(indices), None
         if self.alone:

@@ -1,4 +1,4 @@
-"""From pretrained models of transformers to ours, with the same outputs: `bmtk convert MODEL DIR`.
+"""Convert pretrained models of transformers to ours, with the same outputs: `bmtk convert MODEL DIR`.
 
 What is not in SOURCES is refused by name, and a converted model is compared with its source before it is saved.
 """
@@ -26,7 +26,7 @@ LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done: classes, the Auto class that loads `directory`, what else is in it.
+    """The result: classes, the Auto class that loads `directory`, the processors saved beside the model.
 
     `difference` is the largest of the outputs, over the largest output.
     """
@@ -73,7 +73,7 @@ def convert(model: str, directory: str | Path, *, auto_class: str | None = None)
 
 
 def converted(theirs: PreTrainedModel, auto_class: str) -> PreTrainedModel:
-    """Our model with the weights of `theirs`; every weight of both must find its partner."""
+    """Our model with the weights of `theirs`; every weight of either must have its counterpart."""
     source = SOURCES[theirs.config.model_type]
     weights, unmapped = translate(theirs.state_dict(), source)
     if auto_class == "AutoModel":
@@ -210,7 +210,7 @@ def _load(model: str, auto_class: str) -> PreTrainedModel:
 
 
 def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """What every configuration calls by the same name."""
+    """Fields that have the same name in every configuration."""
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "id2label", "label2id")
     fields = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
     return fields | ({"problem_type": config.problem_type} if config.problem_type else {})

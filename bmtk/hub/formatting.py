@@ -1,4 +1,4 @@
-"""How metrics, numbers, durations and foreign texts are put into words, in Markdown and elsewhere."""
+"""How metrics, numbers, durations and texts of unknown origin are written, in Markdown and elsewhere."""
 
 import json
 import math
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 SPEEDS = frozenset("epoch runtime samples_per_second steps_per_second model_preparation_time".split())
-BASELINES = ("naive_", "seasonal_naive_", "mean_colour_")  # how metrics begin that are of a guess without a model
-# Parts of a metric's name that are not spelled as they are written there.
+BASELINES = ("naive_", "seasonal_naive_", "mean_colour_")  # prefixes of metrics of a baseline without a model
+# Parts of a metric's name that are shown with another spelling.
 SPELLED = {
     **{part: part.upper() for part in "ap bleu cer f1 mae mape mase mse rmse smape wer".split()},
     **{"chrf": "chrF", "macro": "macro-", "map": "mAP", "micro": "micro-", "r2": "R²", "top5": "top-5"},
@@ -57,12 +57,12 @@ def split_metric(key: str) -> tuple[str, str]:
 
 
 def is_quality(key: str) -> bool:
-    """Whether a metric says how good the model is, rather than how fast or on how much it was evaluated."""
+    """Whether a metric measures the quality of the model, rather than the speed or the size of the evaluation."""
     return split_metric(key)[1] not in SPEEDS | COUNTS
 
 
 def is_baseline(key: str) -> bool:
-    """Whether a metric is of what the model is compared with, and not of the model."""
+    """Whether a metric is that of a baseline, which the model is compared with."""
     return split_metric(key)[1].startswith(BASELINES)
 
 
@@ -74,7 +74,7 @@ def metric_label(key: str) -> str:
 
 
 def speed_of(throughput: Mapping[str, Any]) -> tuple[str, float] | None:
-    """Return what was measured ("tokens per second") and how much of it; None where no speed was recorded."""
+    """Return the unit of a speed ("tokens per second") and its value; None where no speed was recorded."""
     found = ((key, value) for key, value in throughput.items() if key.endswith("_per_second") and is_number(value))
     return next(((key.replace("_", " "), value) for key, value in found), None)
 

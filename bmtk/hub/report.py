@@ -2,7 +2,7 @@
 
 The page loads nothing and runs nothing (its content security policy forbids both). Charts are drawn here: a plot is
 an SVG stretched over a box of percentages, with strokes that do not scale, and its labels are HTML text at the same
-percentages; so they stay legible on a telephone, on paper and in the dark.
+percentages, so that they stay legible on a phone, on paper and in dark mode.
 """
 
 import base64
@@ -86,7 +86,7 @@ def verdict(run: RunRecord, last_step: float | None) -> str:
 
 
 def ranked_metrics(run: RunRecord) -> list[tuple[str, str, str]]:
-    """Return (key, label, shown value) of what says how good a model is: by interest, and of one metric by SPLITS."""
+    """Return (key, label, shown value) of the metrics of quality: the main one first, then TILES; each by SPLITS."""
     rows = [row for row in metric_rows(run) if is_quality(row[0]) and not is_baseline(row[0])]
     interest = [run.description.main_metric, *TILES]
 
@@ -118,7 +118,7 @@ def model_rows(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def embed_figure(figure: dict[str, Any]) -> dict[str, Any] | None:
-    """Return title and data URI of a figure; None when it is not what it claims to be.
+    """Return title and data URI of a figure; None when it is neither an SVG nor a PNG.
 
     An SVG shown as an image runs no script, loads nothing and shares no ids or styles with the page, whoever drew it.
     """

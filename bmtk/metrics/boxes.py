@@ -1,4 +1,4 @@
-"""How well boxes with labels were found.  T overlaps, K labels; a box is [left, top, width, height]."""
+"""COCO average precision of detected boxes.  T overlaps, K labels; a box is [left, top, width, height]."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ def average_precisions(
     Both are images of the same order: {"boxes", "labels"}, the predictions with "scores".
     Source: pycocotools; an AP is the mean precision at the recalls 0, 0.01, ..., 1.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         measured = COCOeval(_coco(truth, num_labels), _coco(predictions, num_labels), "bbox")
         measured.params.areaRng, measured.params.areaRngLbl = [[0, 1e10]], ["all"]
         measured.params.maxDets = [MOST_FOUND]

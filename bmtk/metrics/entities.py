@@ -1,7 +1,7 @@
-"""Entities in tagged sentences: what IOB1, IOB2 and BIOES tags say, and how well two readings agree.
+"""Entities in sentences tagged with IOB1, IOB2 or BIOES, and precision, recall and F1 of two taggings.
 
-The rules are those of the CoNLL-2003 scorer (conlleval), which read all three schemes and forgive what no scheme
-allows, such as an I- tag where nothing has begun: there an entity begins.
+The rules are those of the CoNLL-2003 scorer (conlleval), which read all three schemes and tolerate what no scheme
+allows: an I- tag without a preceding entity begins one.
 """
 
 from collections import Counter

@@ -2,7 +2,7 @@
 
     bmtk.metrics.load("entity_f1"), or without importing bmtk first: evaluate.load("path/to/metric.py", "entity_f1")
 
-Batches are streamed to a file, and nothing is asked of the network.  The functions are those that tasks score by.
+Batches are streamed to a file, and the network is not used.  Tasks compute their scores with the same functions.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ AS_THEY_ARE = {"mean": [0.0], "std": [1.0]}  # values that are not standardised
 
 @dataclass(frozen=True)
 class Kind:
-    """What a row's prediction and reference are, and what is computed of all of them."""
+    """The types of a prediction and a reference, and the function that scores all of them."""
 
     predictions: object
     references: object
@@ -101,7 +101,7 @@ def _quantiles(predictions: Values, references: Values, levels: Sequence[float])
 
 
 def _retrieval(predictions: Values, references: Values, top: Sequence[int] = (1, 5, 10)) -> dict[str, Any]:
-    """The place of what is right in a ranking that ends after R: R + 1 if it is not in it."""
+    """The rank of the right item among the R found ones: R + 1 if it is not among them."""
     pairs = zip(predictions, references, strict=True)
     return retrieval_scores([(*found, right).index(right) + 1 for found, right in pairs], top)
 

@@ -1,4 +1,4 @@
-"""How near the right thing was among all that could be found."""
+"""Recall at k and mean rank of retrieval."""
 
 from collections.abc import Sequence
 

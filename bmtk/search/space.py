@@ -1,4 +1,4 @@
-"""What is tried: `learning_rate=1e-4..1e-2:log`, `num_hidden_layers=2..6`, `hidden_dropout=0,0.1,0.2`."""
+"""The search space: `learning_rate=1e-4..1e-2:log`, `num_hidden_layers=2..6`, `hidden_dropout=0,0.1,0.2`."""
 
 import math
 import typing
@@ -18,18 +18,18 @@ TRUTH = {"true": True, "false": False}
 
 @dataclass
 class SearchArguments:
-    """Whether the recipe is run once, or many times with other values."""
+    """Whether the recipe is run once, or many times with different values."""
 
     _argument_group_name = "search"
 
     search: str | None = field(
         default=None,
-        metadata={"help": "optuna: run this many times with other values; what did best is then in best.yaml"},
+        metadata={"help": "optuna: run many trials with different values; the best settings are written to best.yaml"},
     )
-    trials: int = field(default=20, metadata={"help": "runs of the search, those before an interruption included"})
+    trials: int = field(default=20, metadata={"help": "number of trials, including those before an interruption"})
     search_space: list[str] | None = field(
         default=None,
-        metadata={"help": f"{GRAMMAR}; default: learning rates, weight decay and the dropouts that are set"},
+        metadata={"help": f"{GRAMMAR}; default: learning rates, weight decay and the dropouts above 0"},
     )
 
     def __post_init__(self) -> None:
@@ -38,11 +38,11 @@ class SearchArguments:
         if self.trials < 1:
             raise UserError(f"trials={self.trials} is out of range; give a number of at least 1")
         if self.search_space and not self.search:
-            raise UserError("search_space is read by a search only; set search to optuna, or leave it out")
+            raise UserError("search_space has an effect in a search only; set search to optuna, or leave it out")
 
 
 def default_space(current: Mapping[str, Any]) -> list[str]:
-    """Learning rates around the `current` ones, weight decay, and each dropout that is set."""
+    """Learning rates around the `current` ones, weight decay, and each dropout above 0."""
     rates = ["learning_rate", *(["muon_learning_rate"] if current.get("optimizer") == "muon" else [])]
     dropouts = [name for name, value in current.items() if "dropout" in name and isinstance(value, float) and value]
     return [
@@ -57,8 +57,8 @@ def read_space(
 ) -> dict[str, BaseDistribution]:
     """The distribution of each field that `entries` name.
 
-    `types` are those of all fields there are; `refused` says of some why they cannot be searched.
-    Raises: UserError that tells everything that is wrong with the entries.
+    `types` are those of all fields; `refused` gives the reason for each field that cannot be searched.
+    Raises: UserError that lists all problems of the entries.
     """
     space: dict[str, BaseDistribution] = {}
     problems = []
@@ -83,27 +83,27 @@ def read_space(
 
 def _distribution(name: str, text: str, kind: type) -> BaseDistribution:
     if typing.get_origin(kind) is list:
-        raise UserError(f"{name} is a list, and a search changes single values; leave it out")
+        raise UserError(f"{name} is a list, and a search changes single values only; leave it out")
     first, dots, rest = text.partition("..")
     if not dots:
         return CategoricalDistribution(_choices(name, text, kind))
     if kind not in (int, float):
-        raise UserError(f"{name} is no number, and {text} a range; list its values: {name}=A,B")
+        raise UserError(f"{name} is not a number, but {text} is a range; list its values: {name}=A,B")
     last, _, scale = rest.partition(":")
     if scale not in ("", "log"):
-        raise UserError(f"{name}={text}: {scale!r} is no scale; write {name}={first}..{last}:log or leave it out")
+        raise UserError(f"{name}={text}: {scale!r} is not a scale; write {name}={first}..{last}:log or leave it out")
     low, high = _value(name, first, kind), _value(name, last, kind)
     if not low < high or not math.isfinite(high - low):
-        raise UserError(f"{name}={text} is no range: {low} is not below {high}")
+        raise UserError(f"{name}={text} is not a range: {low} is not below {high}")
     if scale and low <= 0:
-        raise UserError(f"{name}={text} has no logarithm at {low}; begin above 0, or leave :log out")
+        raise UserError(f"{name}={text} has no logarithm at {low}; start above 0, or leave out :log")
     return (IntDistribution if kind is int else FloatDistribution)(low, high, log=bool(scale))
 
 
 def _choices(name: str, text: str, kind: type) -> list[Any]:
     choices = [_value(name, word, kind) for word in text.split(",")]
     if len(set(choices)) < 2:
-        raise UserError(f"{name}={text} leaves no choice; name at least two values, or a range {name}=LOW..HIGH")
+        raise UserError(f"{name}={text} is a single value; name at least two, or a range {name}=LOW..HIGH")
     return list(dict.fromkeys(choices))
 
 
@@ -112,4 +112,4 @@ def _value(name: str, word: str, kind: type) -> Any:
     try:
         return TRUTH[word.lower()] if kind is bool else kind(word) if kind in (int, float) else word
     except (ValueError, KeyError):
-        raise UserError(f"{name}: {word!r} is no {kind.__name__}") from None
+        raise UserError(f"{name}: {word!r} is not of type {kind.__name__}") from None
