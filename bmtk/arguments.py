@@ -160,6 +160,8 @@ def resolved_config(*instances: object) -> dict[str, object]:
             value = getattr(instance, f.name)
             if "token" in f.name.split("_") and f.name.startswith("hub"):
                 continue  # a secret has no place in a file
+            if f.name in getattr(instance, "derived_fields", ()):
+                continue  # decided by another field, which is recorded
             ours = f.name in inspect.get_annotations(type(instance))
             if not f.init or (foreign and value == _default(f) and not ours):
                 continue

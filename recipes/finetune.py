@@ -37,6 +37,7 @@ from bmtk.training.run_folder import CHECKPOINTS, held
 from bmtk.training.signals import deferred_signals
 from bmtk.training.starting_weights import starting_config, starting_weights
 from bmtk.training.trainer import TaskTrainer, build_trainer, evaluate, save
+from bmtk.training.trainer_names import without_replaced
 from bmtk.training.updates import Losses
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -45,6 +46,7 @@ CONFIGS = Path(__file__).parent / "configs"
 def read_arguments(argv: list[str]) -> list:
     """What config file and command line say: run, data, Trainer, adapter and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="sequence_classification/sst2")
+    values.file_values = without_replaced(values.file_values, values.cli_values)
     task = task_named(values.get("task", "sequence_classification"))
     model_type = arguments.model_type_of(values)
     architecture = arguments.model_fields(model_type)

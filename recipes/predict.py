@@ -71,10 +71,10 @@ class PredictionArguments:
 def read_arguments(argv: list[str]) -> tuple[PredictionArguments, object]:
     """The model and the rows; how rows are read is taken from the run that made the model."""
     values = arguments.RunConfig({}, argv)
-    if not {"-h", "--help"} & set(argv):
-        for key, what in (("model", "the folder or Hub id of a model"), ("input", "the file or folder to read")):
-            if not values.get(key):
-                raise UserError(f"{key} is not set: name {what}")
+    needed = {"model": "the folder or Hub id of a model", "input": "the file or folder to read"}
+    unset = [] if {"-h", "--help"} & set(argv) else [key for key in needed if not values.get(key)]
+    if unset:
+        raise UserError(f"{unset[0]} is not set: name {needed[unset[0]]}")
     folder = Path(str(values.get("model")))
     is_ours = (folder / run_record.RUN_RECORD).is_file()
     trained_for = run_record.RunRecord.read(folder).task if is_ours else "sequence_classification"
@@ -109,16 +109,21 @@ def main(argv: list[str]) -> None:
     with output, tqdm(total=len(rows), desc="predicting", unit="row") as bar:
         for batch in batches:
             predictions = scorer.predict(model, on_device(batch, accelerator.device))
-            for index, prediction in enumerate(predictions, bar.n):
-                drawn = {}
-                if pictures:
-                    image = scorer.annotated_image(prediction, index, rows)
-                    drawn = {"picture": pictures.save(image, index + 1, table[index])}
-                for line in scorer.lines(prediction, index, rows, table):
-                    output.write({**line, **drawn})
+            write(predictions, bar.n, scorer, (rows, table), output, pictures)
             bar.update(len(predictions))
     print("".join(f"note: {line}\n" for line in objective.notes), end="")
     print(f"{output.count:,} predictions written to {output.path}")
+
+
+def write(
+    predictions, first: int, scorer, read: tuple, output: PredictionFile, pictures: PictureFolder | None
+) -> None:
+    """Write the lines of some predictions, of which the first is that of row `first`, and their pictures."""
+    rows, table = read
+    for index, prediction in enumerate(predictions, first):
+        drawn = pictures and pictures.save(scorer.annotated_image(prediction, index, rows), index + 1, table[index])
+        for line in scorer.lines(prediction, index, rows, table):
+            output.write({**line, "picture": drawn} if drawn else line)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,24 @@ def test_the_projects_adamw_steps_as_trainers_own_where_nothing_is_decayed(tmp_p
     assert json.loads((shared / "run_config.json").read_text())["optimizer"] == "adamw"
 
 
+def test_the_vocabulary_of_the_own_loop_trains_what_trainers_names_train(tmp_path):
+    shared = ["--num_train_steps", "4", "--batch_size", "8", "--micro_batch_size", "4", "--schedule", "constant"]
+    trainers = ["--max_steps", "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    trainers += ["--lr_scheduler_type", "constant_with_warmup"]
+    one = run(tmp_path / "one", *shared, "--eval_steps", "2", "--save_steps", "2", "--precision", "fp32")
+    steps = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2"]
+    other = run(tmp_path / "other", *trainers, *steps)
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert [row["step"] for row in history(one) if "validation/loss" in row] == [2, 4]
+    assert sorted(path.name for path in (one / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    config = facts(one)["config"]
+    assert (config["batch_size"], config["micro_batch_size"], config["schedule"]) == (8, 4, "constant")
+    assert not {"per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"} & set(config)
+    recipe = one / "recipe.yaml"
+    finetune.main(["--config", str(recipe), "--output_dir", str(tmp_path / "again"), "--disable_tqdm", "true"])
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+
+
 def test_layers_of_trainers_own_optimizer_move_by_their_depth(tmp_path):
     sgd = ["--optim", "sgd", "--max_steps", "1", "--warmup_steps", "0", "--learning_rate"]
     runs = {"start": ["0"], "flat": ["1e-2"], "falling": ["1e-2", "--layer_lr_decay", "0.5"]}
@@ -530,7 +548,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_no_model(tmp_path
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
-    run(tmp_path / "run", "--dry_run", "--gradient_accumulation_steps", "2")
+    run(tmp_path / "run", "--dry_run", "--batch_size", "32", "--micro_batch_size", "16")
     printed = capsys.readouterr().out
     for pattern in (
         r"parameters +39,106 \(39,106 trained\)",
@@ -581,6 +599,8 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
             r"metric_for_best_model='macro_f2' is not measured; choose one of loss, accuracy, macro_f1, or leave it "
             r"out for accuracy$",
         ),
+        (["--num_train_steps", "3", "--max_steps", "4"], r"num_train_steps=3 and max_steps=4 contradict each other"),
+        (["--batch_size", "9", "--micro_batch_size", "2"], r"micro_batch_size=2 does not divide the 9 rows of an opt"),
         (["--merge_adapter"], r"merge_adapter needs an adapter: set adapter to lora"),
         (["--max_length", "65"], r"max_length=65 exceeds the model's limit of 64 tokens"),
         (["--num_attention_heads", "3"], r"hidden_size=32 is not a multiple of num_attention_heads=3"),

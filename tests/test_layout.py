@@ -17,7 +17,7 @@ BMTK = ROOT / "bmtk"
 MODELS = BMTK / "models"
 UPLOADED = sorted(path for path in MODELS.glob("*.py") if path.name != "__init__.py")
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-IGNORED = {".venv", ".git", "__pycache__", "build", "dist", "outputs", ".pytest_cache", ".ruff_cache"}
+IGNORED = {".venv", ".git", "__pycache__", "build", "dist", "outputs", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
 
 GROUND_FLOOR = {"errors", "files", "settings"}  # any room but models may import them
 # Room -> the rooms it may import from, besides itself.  What is not listed is forbidden.
@@ -328,9 +328,31 @@ def test_a_class_is_one_thing(name):
 # Recipes -------------------------------------------------------------------------------------------------------------
 
 
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+
+
+def num_statements(node: ast.AST) -> int:
+    """Statements inside of a function or a file, with those in its blocks."""
+    return sum(isinstance(child, ast.stmt) for child in ast.walk(node)) - isinstance(node, ast.stmt)
+
+
+def nesting(node: ast.AST) -> int:
+    """How many blocks lie within each other."""
+    return max((nesting(child) + isinstance(child, BLOCKS) for child in ast.iter_child_nodes(node)), default=0)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=shown)
 def test_a_recipe_is_a_short_straight_line(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
+    functions = [node for node in tree_of(path).body if isinstance(node, ast.FunctionDef)]
+    assert "main" in {function.name for function in functions}
+    assert {function.name for function in functions if num_statements(function) > 40} == set()
+    assert {function.name for function in functions if nesting(function) > 2} == set()
+    assert sum(num_statements(function) for function in functions) <= 75
+    loops = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.For | ast.While)]
+    counting = [ast.unparse(loop).splitlines()[0] for loop in loops if "range(" in ast.unparse(loop).splitlines()[0]]
+    assert [loop for loop in loops if isinstance(loop, ast.While)] == counting == [], (
+        "a loop over steps or epochs belongs to bmtk/training"
+    )
 
 
 def code_lines(path: Path) -> list[str]:

@@ -4,13 +4,12 @@ The order of truncated backpropagation through time: the text is cut into as man
 step reads the next row of every stream (Zaremba et al. 2014, arXiv:1409.2329, sec. 4.1).
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
 from .batches import GlobalBatches
 from .packing import IGNORE_INDEX, PackedRows
+from .rows import Indices
 
 
 class TBPTTRows:
@@ -28,7 +27,7 @@ class TBPTTRows:
     def __len__(self) -> int:
         return -(-len(self.rows) // self.num_streams) * self.num_streams
 
-    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: Indices, epochs: Indices) -> dict[str, torch.Tensor]:
         """Rows are the same in all epochs."""
         step, stream = np.divmod(np.asarray(indices, np.int64), self.num_streams)
         whole, longer = divmod(len(self.rows), self.num_streams)

@@ -1,8 +1,8 @@
-"""Write the model card of a run: a README.md with Hub front matter, made of the run's own facts and nothing else.
+"""Write the model card of a run: a README.md with Hub front matter, made from the records of the run only.
 
-The facts are `run.json` (what was run, on what, with which result) and `history.jsonl` (one line per log). Any of
-their keys may be missing; what is there is shown. Their texts are of unknown origin, so they are scrubbed when read
-(secrets, user names in paths, control characters) and escaped when written.
+The records are `run.json` (settings, data, results) and `history.jsonl` (one line per log). Any of their keys may be
+missing; what is there is shown. Their texts are of unknown origin, so they are redacted when read (secrets, user names
+in paths, control characters) and escaped when written.
 """
 
 import json
@@ -49,13 +49,18 @@ LICENCES = frozenset(
     "apache-2.0 mit bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 agpl-3.0 "
     "lgpl-3.0 mpl-2.0 openrail unlicense".split()
 )
-LOCAL_FOLDERS = frozenset("bmtk data datasets examples models outputs recipes tests".split())  # not taken for owners
+LOCAL_FOLDERS = frozenset(
+    "bmtk data datasets examples models outputs recipes tests".split()
+)  # not the owner in a Hub id
 DATA_SUFFIXES = frozenset(".txt .csv .tsv .json .jsonl .parquet".split())
-NEEDS = {"muon_learning_rate": ("optimizer", "muon"), "decay_fraction": ("schedule", "wsd")}  # else it has no effect
+NEEDS = {
+    "muon_learning_rate": ("optimizer", "muon"),
+    "decay_fraction": ("schedule", "wsd"),
+}  # else without effect
 
 
 def write_card(directory: str | Path, *, repo_id: str | None = None) -> Path:
-    """Write `<directory>/README.md` from the run's facts and return its path; `repo_id` is named in the examples.
+    """Write `<directory>/README.md` from the run's records and return its path; `repo_id` is named in the examples.
 
     Raises: FileNotFoundError or UserError when `run.json` is missing or is not a JSON object.
     """
@@ -134,7 +139,7 @@ def data_rows(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def procedure_rows(run: RunRecord) -> list[tuple[str, str]]:
-    """Return the hyper-parameters that a reader needs to judge or repeat the run, then its time and speed."""
+    """Return the hyper-parameters needed to judge or repeat the run, then its time and speed."""
     config = run.config
     rows = [
         (key, show(config[key]))

@@ -2,7 +2,7 @@
 
 The page loads nothing and runs nothing (its content security policy forbids both). Charts are drawn here: a plot is
 an SVG stretched over a box of percentages, with strokes that do not scale, and its labels are HTML text at the same
-percentages; so they stay legible on a telephone, on paper and in the dark.
+percentages, so that they stay legible on a phone, on paper and in dark mode.
 """
 
 import base64
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
@@ -85,11 +86,11 @@ def verdict(run: RunRecord, last_step: float | None) -> str:
 
 
 def ranked_metrics(run: RunRecord) -> list[tuple[str, str, str]]:
-    """Return (key, label, shown value) of what says how good a model is: by interest, and of one metric by SPLITS."""
+    """Return (key, label, shown value) of the metrics of quality: the main one first, then TILES; each by SPLITS."""
     rows = [row for row in metric_rows(run) if is_quality(row[0]) and not is_baseline(row[0])]
     interest = [run.description.main_metric, *TILES]
 
-    def rank(row: tuple[str, str, str]) -> tuple[int, int]:
+    def rank(row: tuple[str, str, str]) -> tuple[int, ...]:
         return tuple(
             known.index(part) if part in known else len(known)
             for part, known in zip(reversed(split_metric(row[0])), (interest, SPLITS), strict=True)
@@ -116,8 +117,8 @@ def model_rows(run: RunRecord) -> list[tuple[str, str]]:
     return [(k, format_number(v) if is_number(v) else show(v)) for k, v in named]
 
 
-def embed_figure(figure: dict) -> dict | None:
-    """Return title and data URI of a figure; None when it is not what it claims to be.
+def embed_figure(figure: dict[str, Any]) -> dict[str, Any] | None:
+    """Return title and data URI of a figure; None when it is neither an SVG nor a PNG.
 
     An SVG shown as an image runs no script, loads nothing and shares no ids or styles with the page, whoever drew it.
     """
@@ -349,6 +350,8 @@ def draw(panel: Panel, history: Curves) -> Chart:
             found.append(("raw", "each log line", steps[shown], values[shown]))
             name, values = "train, smoothed", smooth(values)
         found.append((css, name, steps[shown], values[shown]))
+    assert history.first_step is not None  # as something was logged
+    assert history.last_step is not None
     x_axis = step_axis(max(history.first_step, panel.since), history.last_step)
     y_axis = value_axis(np.concatenate([line[3] for line in found]), from_zero=panel.from_zero)
     lines = [draw_line(*line, x_axis, y_axis) for line in found]

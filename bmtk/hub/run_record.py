@@ -134,6 +134,8 @@ class RunRecord:
         samples = run.get("samples") if isinstance(run.get("samples"), list) else []
         texts = ("bmtk_version", "recipe", "started_at", "license")
         sections = ("about", "data", "config", "environment", "throughput", "metrics", "inference")
+        plain: dict[str, Any] = {name: str(run.get(name) or "") for name in texts}
+        plain |= {name: _section(run, name) for name in sections}
         return cls(
             task=str(run.get("task")),
             command=scrub_command(str(run.get("command") or "")),
@@ -145,8 +147,7 @@ class RunRecord:
                 if isinstance(sample, dict)
             ],
             figures=[figure for figure in figures if isinstance(figure, dict)] if isinstance(figures, list) else [],
-            **{name: str(run.get(name) or "") for name in texts},
-            **{name: _section(run, name) for name in sections},
+            **plain,
         )
 
     def write(self, directory: str | Path) -> Path:

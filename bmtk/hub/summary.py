@@ -1,6 +1,7 @@
 """What the terminal shows when a run ends: samples, a table of the run, where it is, and what to type next."""
 
 from pathlib import Path
+from typing import Any
 
 from .formatting import format_number, format_seconds, is_number, metric_label, speed_of
 from .run_record import RunRecord
@@ -24,9 +25,9 @@ def run_summary(directory: str | Path, *, next_command: str) -> str:
 
 
 def run_plan(
-    config: dict, model, *, steps: int, epochs: float, per_step: int, unit: str, seconds_per_step: float
+    config: dict[str, Any], model: Any, *, steps: int, epochs: float, per_step: int, unit: str, seconds_per_step: float
 ) -> str:
-    """What a run would be: its resolved config, its size, and how long it would take on this machine."""
+    """The plan of a run: its resolved config, its size, and how long it would take on this machine."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = [
         ("model", type(model).__name__),
@@ -41,7 +42,7 @@ def run_plan(
 
 
 def text_table(rows: list[tuple[str, object]]) -> str:
-    """Two columns; numbers with four significant digits, and without a row what is not known."""
+    """Two columns; numbers have four significant digits, and rows without a value are left out."""
     rows = [(name, value) for name, value in rows if value is not None]
     width = max(len(name) for name, _ in rows)
     shown = ((name, format_number(value) if is_number(value) else value) for name, value in rows)

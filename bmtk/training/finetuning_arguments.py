@@ -1,6 +1,7 @@
 """The settings of fine-tuning: Trainer's own, with this project's defaults and the fields of its own loop."""
 
 import math
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,13 +12,26 @@ from bmtk.errors import UserError
 
 from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check
 from .evaluation import lower_is_better
+from .prepared import natural_precision
 from .protocols import Objective
+from .trainer_names import SCHEDULER_TYPES, BatchSizes, contradiction, strategy_of
 
+# Fields of Trainer that a shared field can stand for, or that the former ones decide.
+TRANSLATED = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "lr_scheduler_type"),
+    *("bf16", "fp16", "eval_strategy", "save_strategy", "save_steps"),
+)
 # Keys that may change when a fine-tuning run is resumed: they change how it is watched or stored, not what is learned.
 FREE_KEYS = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint logging_steps save_total_limit report_to disable_tqdm "
-    "run_name per_device_eval_batch_size dataloader_num_workers dataloader_pin_memory merge_adapter".split()
+    "run_name micro_batch_size per_device_eval_batch_size dataloader_num_workers dataloader_pin_memory "
+    "merge_adapter".split()
 )
+
+
+def _trainers(text: str) -> Any:
+    """A field of TrainingArguments that a shared field can stand for; None: not given."""
+    return field(default=None, metadata={"help": f"Trainer's name for {text}"})
 
 
 def _fixed(default: object) -> Any:
@@ -35,9 +49,16 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "delete the run that output_dir holds, and start anew"}
     )
-    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"})
-    save_strategy: str = field(
-        default="epoch", metadata={"help": "when to write a checkpoint: no, steps, epoch or best"}
+    per_device_train_batch_size: int = _trainers("micro_batch_size; without batch_size and both, 8")
+    gradient_accumulation_steps: int = _trainers("micro-batches per step on each process; default: as batch_size asks")
+    max_steps: int = _trainers("num_train_steps")
+    lr_scheduler_type: str = _trainers("schedule, with more choices; without both, linear")
+    bf16: bool = _trainers("precision=bf16; without both, that of accelerate launch")
+    fp16: bool = _trainers("precision=fp16")
+    eval_strategy: str = _trainers("when to evaluate: no, steps or epoch; without eval_steps, epoch")
+    save_strategy: str = _trainers(
+        "when to write a checkpoint: no, steps, epoch or best; without save_steps, epoch, or with the evaluations "
+        "that the best model is chosen by"
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "rows per device in evaluations"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of history.jsonl"})
@@ -80,11 +101,45 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
     do_predict: bool = _fixed(False)
 
     def __post_init__(self) -> None:
-        check([*self._wrong_choices(), *self.wrong_settings()])
+        check([*self._wrong_choices(), *self.wrong_settings(), *self._contradictions()])
         self.load_best_model_at_end |= self.early_stopping_patience > 0
-        given = self.metric_for_best_model, self.greater_is_better
+        sizes = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        batch = BatchSizes(self.batch_size, self.micro_batch_size, *sizes)
+        before = {name: getattr(self, name) for name in TRANSLATED}
+        self._translate()
+        self._cut(batch, processes=int(os.environ.get("WORLD_SIZE", "1")))  # DeepSpeed's settings are made of it
+        chosen = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
-        self.metric_for_best_model, self.greater_is_better = given  # Trainer's default is the loss
+        self._cut(batch, processes=self.world_size * max(1, self.n_gpu))
+        self.metric_for_best_model, self.greater_is_better = chosen  # Trainer's default is the loss
+        if self.precision and not (self.bf16 or self.fp16):
+            self.mixed_precision = "no"  # not that of accelerate launch
+        self.derived_fields = frozenset(name for name in TRANSLATED if before[name] is None) - self._kept_on_record
+
+    def _translate(self) -> None:
+        """Fill in what Trainer reads, from the shared fields or by default; but for the sizes of batches."""
+        precision = natural_precision() if self.precision == "auto" else self.precision
+        self.bf16 = precision == "bf16" if precision else bool(self.bf16)
+        self.fp16 = precision == "fp16" if precision else bool(self.fp16)
+        self.max_steps = next((steps for steps in (self.num_train_steps, self.max_steps) if steps is not None), -1)
+        if self.schedule:
+            self.lr_scheduler_type = SCHEDULER_TYPES[self.schedule]
+        self.lr_scheduler_type = self.lr_scheduler_type or "linear"
+        self.eval_strategy = self.eval_strategy or strategy_of(self.eval_steps) or "epoch"
+        by_evaluation = self.load_best_model_at_end and self.eval_steps and self.save_strategy is None
+        if by_evaluation and self.save_steps is None:
+            self.save_steps = self.eval_steps  # the best model has to be among the saved ones
+        self.save_strategy = self.save_strategy or strategy_of(self.save_steps) or "epoch"
+        if self.save_steps is None:
+            self.save_steps = TrainingArguments.save_steps
+
+    def _cut(self, batch: BatchSizes, *, processes: int) -> None:
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = batch.resolve(processes)
+
+    @property
+    def _kept_on_record(self) -> frozenset[str]:
+        """Defaults that are recorded all the same, as runs of former versions have them on record."""
+        return frozenset(name for name in ("eval_strategy", "save_strategy") if getattr(self, name) == "epoch")
 
     @property
     def may_resume(self) -> bool:
@@ -112,8 +167,20 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
             yield f"optimizer={self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}, or use optim"
         elif self.optimizer and (self.optim != TrainingArguments.optim or self.optim_args):
             yield f"optimizer={self.optimizer} and optim={self.optim} both name an optimizer; leave one of them out"
-        if self.early_stopping_patience and self.eval_strategy == "no":
+        if self.early_stopping_patience and "no" in (self.eval_strategy, strategy_of(self.eval_steps)):
             yield f"early_stopping_patience={self.early_stopping_patience} needs evaluations; set eval_strategy"
+
+    def _contradictions(self) -> Iterator[str]:
+        steps = self.num_train_steps
+        yield from contradiction(f"num_train_steps={steps}", steps, "max_steps", self.max_steps)
+        kind = SCHEDULER_TYPES.get(self.schedule or "")
+        yield from contradiction(f"schedule={self.schedule}", kind, "lr_scheduler_type", self.lr_scheduler_type)
+        for name in ("bf16", "fp16"):
+            means = None if self.precision in (None, "auto") else self.precision == name
+            yield from contradiction(f"precision={self.precision}", means, name, vars(self)[name])
+        for steps, name in ((self.eval_steps, "eval"), (self.save_steps, "save")):
+            strategy = vars(self)[f"{name}_strategy"]
+            yield from contradiction(f"{name}_steps={steps}", strategy_of(steps), f"{name}_strategy", strategy)
 
 
 def choose_best_by(args: TrainingArguments, metric: str, *, among: Collection[str]) -> None:
@@ -160,7 +227,8 @@ def loop_arguments(args: FineTuningArguments) -> LoopArguments:
         )
     precision = "bf16" if args.bf16 else "fp32"
     names = "output_dir seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon".split()
-    same = {name: getattr(args, name) for name in (*names, *(f.name for f in fields(SharedArguments)))}
+    names += [f.name for f in fields(SharedArguments) if f.default is not None]  # the others are translated
+    same = {name: getattr(args, name) for name in names if name != "early_stopping_patience"}  # needs eval_steps
     sizes = {
         "batch_size": args.rows_per_step * args.world_size,
         "micro_batch_size": args.per_device_train_batch_size,

@@ -113,6 +113,16 @@ class TaskTrainer(PatchedTrainer):
             self.average = WeightAverage(trained_parameters(self.model), self.args.ema_decay)
         return optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of the run; `wsd` decays over its `decay_fraction`, at most what the warm-up leaves."""
+        if self.args.schedule == "wsd":
+            left = num_training_steps - self.args.get_warmup_steps(num_training_steps)
+            decay = min(left, round(self.args.decay_fraction * num_training_steps))
+            self.args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """This process's share of the rows, in the order of `_reading_order`."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset

@@ -122,13 +122,14 @@ class LossSum:
         model: torch.nn.Module,
         unwrapped: PreTrainedModel,
         device: torch.device,
-        losses: Losses,
+        losses: Losses | None = None,
         *,
         recurrent: TBPTTState | None = None,
     ):
-        """`recurrent` is the state that rows go on from; None: they start without one."""
+        """`losses` None: the model's own.  `recurrent` is the state that rows go on from; None: they have none."""
         self.model, self.unwrapped = model, unwrapped
-        self.criterion, self.inputs_of = losses.criterion, losses.inputs_of or without_labels
+        self.criterion = losses.criterion if losses else None
+        self.inputs_of = (losses.inputs_of if losses else None) or without_labels
         self.device, self.recurrent = device, recurrent
         self.takes_count: bool | None = None  # not known before the first batch
         parameters = inspect.signature(type(unwrapped).forward).parameters

@@ -369,7 +369,7 @@ def test_uploaded_code_that_needs_bmtk_is_not_verified(publish, copied):
             "ann/m",
             r"does not accept the token; log in with `hf auth login`, or set HF_TOKEN.*401",
         ),
-        (None, "ann/m", r"nobody is logged in to the Hub; log in with"),
+        (None, "ann/m", r"not logged in to the Hub; log in with"),
         (BOB, "ann/m", r"may not write to ann/m; use a token with write access to 'ann'.*403"),
         (ANN_READ_ONLY, "ann/m", r"may not write to ann/m.*403"),
         (ANN, "m", r"'m' is not a repository name; write USER/NAME"),
