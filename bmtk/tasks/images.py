@@ -76,7 +76,7 @@ class ImageData(TaskData):
     def readable_rows(self, table: Dataset, where: str) -> Dataset:
         return rows_with_images(table, where, self.args, self.notes)
 
-    def read_images(self, table: Dataset, where: str) -> list[dict]:
+    def read_images(self, table: Dataset, where: str) -> list[dict[str, Any]]:
         return undecoded_images(table, where, self.args.image_column)
 
     @property
@@ -158,10 +158,10 @@ def rows_with_images(table: Dataset, where: str, args: ImageArguments, notes: li
     return table.select([row for row in range(len(table)) if row not in bad])
 
 
-def undecoded_images(table: Dataset, where: str, column: str) -> list[dict]:
+def undecoded_images(table: Dataset, where: str, column: str) -> list[dict[str, Any]]:
     """The images of a table.  Raises: UserError if the column does not exist, or holds something else."""
     check_column(table, column, option="image_column", where=where)
-    values = table[column][:]
+    values: list[dict[str, Any]] = table[column][:]
     for row, value in enumerate(values, 1):
         if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
             raise UserError(f"image_column={column!r} of {where} row {row} holds a {type(value).__name__}, no image")
