@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import PIL.ImageEnhance
+from PIL.Image import Resampling, Transpose
 
 FLIPS = ("none", "horizontal", "both")
 LEAST_VISIBLE = 0.3  # share of a box that a zoomed image must still show: what is nearly gone has no edges to learn
@@ -41,7 +42,7 @@ class BoxAugmentation:
         image, boxes, visible = self._zoom(image, boxes, draw)
         for axis, wanted in enumerate((self.flip != "none", self.flip == "both")):
             if wanted and draw.random() < 0.5:
-                image = image.transpose((PIL.Image.FLIP_LEFT_RIGHT, PIL.Image.FLIP_TOP_BOTTOM)[axis])
+                image = image.transpose((Transpose.FLIP_LEFT_RIGHT, Transpose.FLIP_TOP_BOTTOM)[axis])
                 boxes = boxes.copy()
                 boxes[:, axis] = image.size[axis] - boxes[:, axis] - boxes[:, axis + 2]
         return self._recolour(image, draw), boxes, visible
@@ -55,7 +56,7 @@ class BoxAugmentation:
         size = np.maximum(1, np.round(np.array(image.size) / np.exp(draw.uniform(-limit, limit)))).astype(int)
         spare = np.array(image.size) - size
         corner = np.round(draw.uniform(np.minimum(spare, 0), np.maximum(spare, 0))).astype(int)
-        view = PIL.Image.new(image.mode, tuple(size.tolist()), image.resize((1, 1), PIL.Image.BOX).getpixel((0, 0)))
+        view = PIL.Image.new(image.mode, tuple(size.tolist()), image.resize((1, 1), Resampling.BOX).getpixel((0, 0)))
         view.paste(image, tuple((-corner).tolist()))
         moved = boxes - np.concatenate((corner, [0, 0]))
         seen = clip_boxes(moved, *size)

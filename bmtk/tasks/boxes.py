@@ -58,10 +58,12 @@ def objects_within_images(
     images: Sequence[dict[str, Any]], objects: Sequence[Objects], where: str, notes: list[str]
 ) -> list[Objects]:
     """The objects, clipped at the edges of their images; notes count them, and those of which nothing is left."""
-    kept, left_out, num_clipped = [], [], 0
+    kept: list[Objects] = []
+    left_out: list[tuple[int, list[float]]] = []
+    num_clipped = 0
     for row, (image, (boxes, names)) in enumerate(zip(images, objects, strict=True), 1):
         inside = clip_boxes(boxes, *image_size(image, f"the image of {where} row {row}"))
-        stays = (inside[:, 2:] > 0).all(1) & np.isfinite(boxes).all(1)
+        stays = np.array((inside[:, 2:] > 0).all(1) & np.isfinite(boxes).all(1))
         left_out += [(row, box) for box in boxes[~stays].tolist()]
         num_clipped += int((~np.isclose(inside, boxes).all(1))[stays].sum())
         kept.append((inside[stays], [name for name, stay in zip(names, stays, strict=True) if stay]))

@@ -106,7 +106,10 @@ class ImageTextContrastiveData(TextData):
         vision = self._tower("vision", {"input_type": "pixels"})
         text = self._tower("text", {**self.config_fields, "input_type": "tokens", "is_causal": False})
         sizes = {"projection_dim": args.projection_dim, "logit_scale_init_value": args.logit_scale_init_value}
-        return VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, **sizes)
+        config: VisionTextDualEncoderConfig = VisionTextDualEncoderConfig.from_vision_text_configs(
+            vision, text, **sizes
+        )
+        return config
 
     def _tower(self, kind: str, from_data: Mapping[str, object]) -> PreTrainedConfig:
         model_type, given = getattr(self.args, f"{kind}_model_type"), getattr(self.args, f"{kind}_config")
@@ -138,14 +141,16 @@ class ImageTextContrastiveObjective(TextObjective):
             raise UserError(f"a {config.model_type} is not two towers; leave model out to make a new one")
         super().__init__(data, config)
         images = image_processor_for(config.vision_config, data.model, **data.loading)
-        self._processor = VisionTextDualEncoderProcessor(images, self.tokenizer)
+        self._processor: Any = VisionTextDualEncoderProcessor(images, self.tokenizer)
 
     @property
     def text_config(self) -> PreTrainedConfig:
-        return self.config.text_config
+        config: PreTrainedConfig = self.config.text_config
+        return config
 
     @property
-    def processor(self) -> VisionTextDualEncoderProcessor:  # type: ignore[override]  # of both towers
+    def processor(self) -> Any:
+        """Tokenizer and image processor in one."""
         return self._processor
 
     def encode(self, rows: Dataset, where: str) -> "Pairs":
@@ -205,7 +210,7 @@ class ImageTextContrastiveScorer(Scorer):
 
     metrics = ("loss", *(f"{direction}_{name}" for direction in DIRECTIONS for name in MEASURED))
 
-    def predict(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> list[Prediction]:
+    def predict(self, model: Any, batch: Mapping[str, Any]) -> list[Prediction]:
         """The unit vectors (P,) of image and caption, and their cosine."""
         outputs = model(**self.objective.inputs_of(batch))
         images, texts = (F.normalize(outputs[f"{kind}_embeds"].float(), dim=-1) for kind in ("image", "text"))
@@ -221,11 +226,14 @@ class ImageTextContrastiveScorer(Scorer):
         `loss` is that of the whole split as one batch: it grows with the number of rows.
         """
         images, texts, names = embeddings(predictions, rows)
-        scale, metrics, loss = predictions[0]["scale"], {}, 0.0
+        scale, loss = predictions[0]["scale"], 0.0
+        metrics: dict[str, float] = {}
         for direction, queries, found in zip(DIRECTIONS, (images, texts), (texts, images), strict=True):
             positions, losses = ranks(queries, found, names, scale)
             loss += losses.mean() / 2
-            metrics |= {f"{direction}_{name}": value for name, value in retrieval_scores(positions, TOP).items()}
+            metrics |= {
+                f"{direction}_{name}": value for name, value in retrieval_scores(positions.tolist(), TOP).items()
+            }
         return {"loss": float(loss), **metrics}
 
     def describe(self, prediction: Prediction) -> dict[str, object]:
@@ -277,7 +285,7 @@ def contrastive_loss(
     return (both[0] + both[1]) / 2
 
 
-class Pairs(EpochDataset, torch.utils.data.Dataset):
+class Pairs(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
     """Images and captions.  For training, a caption and changes of the image are drawn: functions of seed, epoch, row.
 
     A row: `pixels` (C, H, W), `input_ids`, `caption` (a number that equal captions share), `changes`.

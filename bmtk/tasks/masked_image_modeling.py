@@ -168,7 +168,7 @@ class MaskedImageModelingScorer(Scorer):
         return [as_png(figure, "Hidden cells and what the model paints there")]
 
 
-class MaskedImages(EpochDataset, torch.utils.data.Dataset):
+class MaskedImages(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
     """Images with a mask each, (num_cells,) with 1 at hidden cells: a function of seed, `set_epoch` and the row.
 
     Of measured rows, `is_shown` marks those in `shown`.
