@@ -80,7 +80,7 @@ def test_all_problems_are_reported_at_once():
     [
         ({"search": "grid"}, "search='grid' is unknown; choose optuna"),
         ({"search": "optuna", "trials": 0}, "trials=0 is out of range; give a number of at least 1"),
-        ({"search_space": ["a=1,2"]}, "search_space is read by a search only; set search to optuna"),
+        ({"search_space": ["a=1,2"]}, "search_space has an effect in a search only; set search to optuna"),
     ],
 )
 def test_what_the_arguments_refuse(values, message):
