@@ -170,6 +170,7 @@ def test_what_a_kill_has_left_of_a_folder_does_not_get_into_the_next_one(tmp_pat
     (tmp_path / ".partial-model").mkdir()
     (tmp_path / ".partial-model" / "rest.txt").write_text("half")
     (tmp_path / ".partial-replaced-model").mkdir()
+    (tmp_path / ".partial-replaced-model" / "former.txt").write_text("old")
     (tmp_path / "model").mkdir()
     with replacing_folder(tmp_path / "model") as folder:
         (folder / "a.txt").write_text("whole")

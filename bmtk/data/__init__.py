@@ -1,6 +1,6 @@
 """From text on disk or on the Hub to the batches of any training step.
 
-    sources -> tokenizers -> token_store -> packing -> order -> batches
+    sources -> tokenizers -> token_store -> packing -> shuffle -> batches
 
-Each module stands alone but for the ones to its left; nothing here knows a model, a task or a device.
+A module imports only those to its left and `rows`, what batches are made of; none knows a model, a task or a device.
 """

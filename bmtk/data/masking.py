@@ -60,7 +60,7 @@ class MaskedTokens(EpochDataset):
         for i, (row, epoch) in enumerate(zip(indices, epochs, strict=True)):
             draw = draws(self.seed, epoch, row)
             hidden = self._hidden(ids[i], draw)
-            labels[i, hidden] = ids[i, hidden]
+            labels[i, hidden] = ids[i, hidden]  # before the ids are overwritten
             ids[i, hidden] = self._shown_instead(ids[i, hidden], draw)
         kept = {name: value for name, value in batch.items() if name == "position_ids"}
         return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), **kept}

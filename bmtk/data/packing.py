@@ -68,7 +68,7 @@ class PackedRows:
     def _read(self, indices: Indices) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (B, L + 1), -1 where there is none, and whether a document (or the padding) starts there."""
         length, store = self.context_length, self.store
-        tokens = np.full((len(indices), length + 1), -1, np.int64)
+        tokens = np.full((len(indices), length + 1), -1, np.int64)  # int64: ids of the store may be unsigned
         is_start = np.zeros(tokens.shape, bool)
         for i, row in enumerate(indices):
             if not 0 <= row < len(self):

@@ -66,6 +66,7 @@ def _round_keys(seed: int, epoch: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64: each bit of `x` changes about half of the result.  Products wrap at 2**64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

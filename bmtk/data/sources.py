@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from bmtk.errors import UserError
-
-if TYPE_CHECKING:
-    import datasets
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -243,7 +240,7 @@ def _hub_part(item: str, split: str, text_column: str) -> tuple[Callable[[], Ite
     return partial(_read_rows, rows.select_columns([text_column]), text_column, item), f"{item} {rows._fingerprint}"
 
 
-def _read_rows(rows: "datasets.Dataset", text_column: str, where: str) -> Iterator[str]:
+def _read_rows(rows: Any, text_column: str, where: str) -> Iterator[str]:
     for batch in rows.iter(batch_size=ROWS_PER_READ):
         for value in batch[text_column]:
             yield _checked_text(value, text_column, where)

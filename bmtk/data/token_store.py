@@ -94,7 +94,7 @@ def build_token_store(
         except ValueError:  # corrected texts have another fingerprint, so this part could never be resumed
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        move_folder(partial, directory)
+        move_folder(partial, directory)  # first: without its progress an interrupted store would start over
         (directory / "progress.json").unlink()
     return TokenStore(directory)
 
@@ -138,6 +138,7 @@ def _write_store(
 ) -> None:
     bos, eos = _document_ends(tokenizer)
     encode = _document_encoder(tokenizer)
+    # Two bytes suffice for ids below 65,536; little-endian, whatever the machine, so that a store can be moved.
     dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with closing(_Writer(folder, identity, dtype)) as writer:

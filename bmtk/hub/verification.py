@@ -15,7 +15,7 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
-TOLERANCE = 1e-5  # largest absolute difference of an output, on the same machine
+TOLERANCE = 1e-5  # largest absolute difference of an output: same machine, but threads may add in another order
 SAMPLE = "Was it a cat I saw? 12 + 30 = 42;\n\tnaïve — 你好 🙂"
 TASK_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

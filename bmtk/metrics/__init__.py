@@ -1,12 +1,9 @@
 """Metrics: functions of predictions and references, independent of models and tasks, and also modules of evaluate."""
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .metric import BmtkMetric
+from typing import Any
 
 
-def load(name: str, **options: Any) -> "BmtkMetric":
+def load(name: str, **options: Any) -> Any:
     """The metric of this name: `compute(predictions=..., references=...)`, after any number of `add_batch`.
 
     `options` are those of evaluate's modules (process_id, num_process, experiment_id).

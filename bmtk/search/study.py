@@ -79,30 +79,40 @@ def search_settings(
     space = read_space(args.search_space, arguments.field_types(*settings), refused)
     folder, metric = Path(training.output_dir), chosen or task.main_metric_of(data, **run.reading)
     changed = {k: v for k, v in arguments.changed_settings(*settings).items() if k not in OF_THIS_RUN}
-    in_trials = {k: v for k, v in changed.items() if k not in OF_A_RESULT}
-    if "corpus_dir" in current:
-        in_trials.setdefault("corpus_dir", str(folder / "corpus"))  # tokens are made once
     config = {**arguments.resolved_config(*settings), **vars(args)}
     check = {"overwrite": training.overwrite_output_dir, "free_keys": FREE_KEYS | data.free_keys}
     with held(folder, config, **check), deferred_signals(second_stops_at_once=False) as request:
-        maximise = getattr(training, "greater_is_better", None)
-        maximise = not lower_is_better(metric) if maximise is None else maximise
-        study = open_study(folder / JOURNAL, maximise=maximise, first=_inside(space, current))
+        first, in_trials = _inside(space, current), _of_all_trials(changed, current, folder)
+        study = open_study(folder / JOURNAL, maximise=_is_maximised(metric, training), first=first)
         run_trial = RecipeTrials(recipe, in_trials, folder / TRIALS, f"validation/{metric}", request)
 
         def tell(trial: FrozenTrial) -> None:
             log(progress_line(study, trial, metric, args.trials))
             if trial.state == TrialState.COMPLETE:
-                place = {"output_dir": str(folder / "best")}
-                write_settings(folder / BEST, {**changed, **study.best_trial.params, **place})
+                best = {**changed, **study.best_trial.params, "output_dir": str(folder / "best")}
+                write_settings(folder / BEST, best)
             for other in finished(study):
                 run_trial.clear(other.number, keep_model=_is_best(study, other))
 
-        log(f"{args.trials} trials, each with its log in {folder / TRIALS}: {', '.join(args.search_space)}")
-        if done := len(finished(study)):
-            log(f"resuming after {done} of them")
+        done = len(finished(study))
+        resuming = f"\nresuming after {done} of them" if done else ""
+        log(f"{args.trials} trials, each with its log in {folder / TRIALS}: {', '.join(args.search_space)}{resuming}")
         explore(study, space, run_trial, num_trials=args.trials, seed=training.seed, tell=tell)
     log(f"{summary(study, metric)}\n\nnext: {_next_command(recipe, folder / BEST)}")
+
+
+def _of_all_trials(changed: Mapping[str, object], current: Mapping[str, object], folder: Path) -> dict[str, object]:
+    """The settings of every trial: those that are changed from the defaults, but for what follows a result."""
+    settings = {name: value for name, value in changed.items() if name not in OF_A_RESULT}
+    if "corpus_dir" in current:
+        settings.setdefault("corpus_dir", str(folder / "corpus"))  # so that the corpus is tokenised once
+    return settings
+
+
+def _is_maximised(metric: str, training: Any) -> bool:
+    """Whether more is better: as Trainer's greater_is_better says, else by the metric's name."""
+    greater_is_better = getattr(training, "greater_is_better", None)
+    return not lower_is_better(metric) if greater_is_better is None else bool(greater_is_better)
 
 
 def _metric(training: Any) -> str | None:
@@ -135,23 +145,29 @@ def explore(
             trial = study.ask(dict(space))
         else:
             return
-        started = time.monotonic()
-        state, value = TrialState.COMPLETE, None
-        try:
-            value = run_trial(trial)
-        except optuna.TrialPruned:
-            state = TrialState.PRUNED
-        except TrialFailed as failure:
-            state = TrialState.FAIL
-            trial.set_user_attr("reason", str(failure))
-        trial.set_user_attr("seconds", time.monotonic() - started)
-        tell(study.tell(trial, value, None if state == TrialState.COMPLETE else state))
+        value, state = _result(run_trial, trial)
+        tell(study.tell(trial, value, state))
         ended = finished(study)
         if len(ended) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in ended):
             raise UserError(
                 f"none of {len(ended)} trials succeeded; the last one: {ended[-1].user_attrs['reason']}. Fix that, "
                 "then set overwrite_output_dir to start over"
             )
+
+
+def _result(run_trial: Callable[[optuna.Trial], float], trial: optuna.Trial) -> tuple[float | None, TrialState | None]:
+    """The value of a trial, or its state if it has none; its time and the reason of a failure are noted in it."""
+    started = time.monotonic()
+    value, state = None, None
+    try:
+        value = run_trial(trial)
+    except optuna.TrialPruned:
+        state = TrialState.PRUNED
+    except TrialFailed as failure:
+        state = TrialState.FAIL
+        trial.set_user_attr("reason", str(failure))
+    trial.set_user_attr("seconds", time.monotonic() - started)  # not of a trial that an interruption leaves unfinished
+    return value, state
 
 
 def open_study(path: Path, *, maximise: bool, first: Mapping[str, object]) -> optuna.Study:

@@ -112,7 +112,7 @@ def test_bad_steps_and_evaluation_sizes_are_refused():
 
 
 class Drawn:
-    """Rows of (number, epoch told); None before it is told one."""
+    """Rows of (number, epoch); None before an epoch is set."""
 
     epoch = None
 
@@ -126,7 +126,7 @@ class Drawn:
         return index, self.epoch
 
 
-def test_examples_are_told_the_epoch_of_each_row_and_only_in_training():
+def test_examples_get_the_epoch_of_each_row_and_only_in_training():
     rows = CollatedRows(Drawn(), list, is_training=True)
     assert rows.batch([3, 1, 2, 0], [0, 0, 1, 1]) == [(3, 0), (1, 0), (2, 1), (0, 1)]
     batches = GlobalBatches(rows, batch_size=3, seed=0)

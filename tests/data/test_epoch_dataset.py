@@ -1,4 +1,4 @@
-"""Rows that are told of an epoch, wherever they are read."""
+"""Rows that know their epoch, in whichever process they are read."""
 
 from dataclasses import dataclass
 

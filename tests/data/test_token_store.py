@@ -26,7 +26,7 @@ def files(directory):
 
 
 def interrupted(texts, after):
-    """The texts, but the first reading of them is stopped by Ctrl-C after so many."""
+    """The texts, but the first reading of them is stopped by Ctrl-C after `after` of them."""
     readings = []
 
     def read():

@@ -215,7 +215,7 @@ def test_settings_without_effect_are_left_out(tmp_path):
     assert "| decay_fraction | 0.2 |" in text
 
 
-def test_how_much_was_evaluated_is_told_and_is_no_result(tmp_path):
+def test_how_much_was_evaluated_is_shown_and_is_no_result(tmp_path):
     text = card_of(tmp_path, {**RUN, "metrics": {"validation/tokens": 55_989, "eval_runtime": 2.0, "eval_f1": 0.5}})
     assert "| Validation tokens | 55,989 |\n| Validation F1 | 0.5 |" in text
     metrics = ModelCard(text).data.to_dict()["model-index"][0]["results"][0]["metrics"]

@@ -50,12 +50,12 @@ from bmtk.hub.publish import PublishError, publish
 for line in sys.stdin:
     job = json.loads(line)
     os.environ["HF_TOKEN"] = job.pop("token") or ""
-    told = {"url": None, "error": None, "log": []}
+    outcome = {"url": None, "error": None, "log": []}
     try:
-        told["url"] = publish(job.pop("directory"), job.pop("repo_id"), log=told["log"].append, **job)
+        outcome["url"] = publish(job.pop("directory"), job.pop("repo_id"), log=outcome["log"].append, **job)
     except PublishError as error:
-        told["error"] = str(error)
-    print("told:" + json.dumps(told), flush=True)
+        outcome["error"] = str(error)
+    print("outcome:" + json.dumps(outcome), flush=True)
 """
 
 # What a newcomer without bmtk does.  The name `bmtk` is taken away first, so that only the uploaded code can serve.
@@ -110,9 +110,9 @@ def publish(hub, tmp_path_factory):
         child.stdin.write(json.dumps(job) + "\n")
         child.stdin.flush()
         for line in child.stdout:
-            if line.startswith("told:"):
+            if line.startswith("outcome:"):
                 assert not token or token not in line
-                return SimpleNamespace(**json.loads(line.removeprefix("told:")))
+                return SimpleNamespace(**json.loads(line.removeprefix("outcome:")))
         raise AssertionError("the publishing process died")
 
     yield ask
@@ -202,7 +202,7 @@ def test_the_command_says_published_last_and_ends_with_0(hub, published):
     assert published.public.stdout.splitlines()[-1].startswith(f"published: {hub.url}/ann/public ")
 
 
-def test_the_token_is_told_to_nobody_but_the_hub(hub, published):
+def test_the_token_is_sent_to_nobody_but_the_hub(hub, published):
     assert ANN not in published.public.stdout + published.public.stderr
     assert not any(ANN.encode() in hub.read("ann/public", name) for name in hub.files("ann/public"))
 
@@ -255,8 +255,8 @@ def test_a_native_model_is_verified_on_a_private_branch_and_main_is_left_alone(h
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    told = publish(tmp_path, "ann/bert", private=True, revision="trial")
-    assert told.error is None
+    outcome = publish(tmp_path, "ann/bert", private=True, revision="trial")
+    assert outcome.error is None
     assert hub.repositories["model", "ann/bert"].private
     assert {user for _, path, user in hub.requests if "/ann/bert/resolve/" in path} == {"ann"}
     assert hub.files("ann/bert", "trial") == {".gitattributes", "config.json", "model.safetensors"} | TOKENIZER
@@ -275,8 +275,8 @@ def adapter(tmp_path_factory, decoder):
 
 
 def test_an_adapter_is_verified_on_its_base_and_says_what_others_will_miss(hub, publish, decoder, adapter):
-    told = publish(adapter, "ann/adapter")
-    assert told.error is None
+    outcome = publish(adapter, "ann/adapter")
+    assert outcome.error is None
     assert hub.files("ann/adapter") == {
         ".gitattributes",
         "README.md",
@@ -284,19 +284,19 @@ def test_an_adapter_is_verified_on_its_base_and_says_what_others_will_miss(hub, 
         "adapter_model.safetensors",
     }
     assert str(decoder) not in hub.read("ann/adapter", "README.md").decode()
-    assert told.log[-1].startswith("published: ")
-    assert f"its base {decoder} is a folder of this machine: publish that too" in told.log[-1]
+    assert outcome.log[-1].startswith("published: ")
+    assert f"its base {decoder} is a folder of this machine: publish that too" in outcome.log[-1]
 
 
 def test_an_adapter_without_its_base_is_pushed_and_not_called_published(hub, publish, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
     edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="ann/nowhere")
     (tmp_path / "README.md").unlink()
-    told = publish(tmp_path, "ann/lonely")
-    assert told.error is None
+    outcome = publish(tmp_path, "ann/lonely")
+    assert outcome.error is None
     assert hub.files("ann/lonely") == {".gitattributes", "adapter_config.json", "adapter_model.safetensors"}
-    assert told.log[-1].startswith("pushed, not verified: ")
-    assert "needs its base model ann/nowhere" in told.log[-1]
+    assert outcome.log[-1].startswith("pushed, not verified: ")
+    assert "needs its base model ann/nowhere" in outcome.log[-1]
 
 
 # ------------------------------------------------------------------------------------------------- again and again
@@ -311,8 +311,8 @@ def test_publishing_again_survives_lost_answers_and_removes_what_an_older_model_
     hub.fail_once("POST", "/api/repos/create", 503)
     hub.fail_once("PUT", "/lfs/upload/", 500)
     hub.fail_once("POST", "/commit/", "drop-after")
-    told = publish(copied, "ann/again")
-    assert told.error is None
+    outcome = publish(copied, "ann/again")
+    assert outcome.error is None
     assert hub.faults == []
     assert len(hub.repositories["model", "ann/again"].commits) == 2
     assert "logo.png" in hub.files("ann/again")
@@ -325,8 +325,8 @@ def test_a_repository_with_other_content_is_left_alone(hub, publish, decoder):
         "ann/csv": {"data.csv": b"1"},
     }.items():
         hub.add(name, files)
-        told = publish(decoder, name)
-        assert f"{name} exists and holds other content" in told.error
+        outcome = publish(decoder, name)
+        assert f"{name} exists and holds other content" in outcome.error
         assert hub.files(name) == set(files)
 
 
@@ -343,19 +343,19 @@ def test_other_weights_on_the_hub_are_not_called_published(hub, publish, decoder
     wrong = {name: tensor + 0.1 for name, tensor in load_file(decoder / "model.safetensors").items()}
     content = save(wrong, metadata={"format": "pt"})
     hub.after_commit = lambda repo_id: hub.replace(repo_id, "model.safetensors", content)
-    told = publish(decoder, "ann/wrong")
-    assert "but not verified" in told.error
-    assert "output of AutoModelForCausalLM: differs by" in told.error
-    assert f"{hub.url}/ann/wrong" in told.error
-    assert not any(line.startswith("published") for line in told.log)
+    outcome = publish(decoder, "ann/wrong")
+    assert "but not verified" in outcome.error
+    assert "output of AutoModelForCausalLM: differs by" in outcome.error
+    assert f"{hub.url}/ann/wrong" in outcome.error
+    assert not any(line.startswith("published") for line in outcome.log)
 
 
 def test_uploaded_code_that_needs_bmtk_is_not_verified(publish, copied):
     code = copied / "heads_bm.py"
     code.write_text(code.read_text().replace("import torch\n", "import torch\nimport bmtk\n", 1))
-    told = publish(copied, "ann/needs-bmtk")
-    assert "but not verified" in told.error
-    assert "bmtk" in told.error.split("loading failed")[1]
+    outcome = publish(copied, "ann/needs-bmtk")
+    assert "but not verified" in outcome.error
+    assert "bmtk" in outcome.error.split("loading failed")[1]
 
 
 # ---------------------------------------------------------------------------------------------- refused by the Hub
@@ -386,13 +386,13 @@ def test_a_refusal_is_one_clear_message(hub, publish, decoder, token, repo_id, m
 def test_a_hub_that_does_not_answer_is_named_after_four_attempts(hub, publish, decoder):
     for _ in range(4):
         hub.fail_once("POST", "/api/repos/create", "drop")
-    told = publish(decoder, "ann/silent")
-    assert f"cannot reach {hub.url}" in told.error
-    assert [line for line in told.log if "trying again" in line][-1].endswith("trying again in 2 s")
+    outcome = publish(decoder, "ann/silent")
+    assert f"cannot reach {hub.url}" in outcome.error
+    assert [line for line in outcome.log if "trying again" in line][-1].endswith("trying again in 2 s")
     assert not hub.faults
 
 
-def test_a_card_that_the_hub_refuses_is_told_with_its_reason(hub, publish, copied):
+def test_a_card_that_the_hub_refuses_is_reported_with_its_reason(hub, publish, copied):
     (copied / "README.md").write_text("---\nlicense:\n---\n# mine")
     assert "the Hub refuses the files: Invalid metadata in README.md.\n" in publish(copied, "ann/card").error
 
@@ -402,10 +402,10 @@ def test_a_card_that_the_hub_refuses_is_told_with_its_reason(hub, publish, copie
 
 def test_a_token_in_a_file_stops_everything(hub, publish, copied):
     (copied / "run.json").write_text(json.dumps({"command": f"train --hub_token {BOB}"}))
-    told = publish(copied, "ann/leak")
-    assert "run.json" in told.error
-    assert "access token; nothing was sent" in told.error
-    assert BOB not in told.error
+    outcome = publish(copied, "ann/leak")
+    assert "run.json" in outcome.error
+    assert "access token; nothing was sent" in outcome.error
+    assert BOB not in outcome.error
     assert hub.requests == []
 
 
@@ -424,8 +424,8 @@ def test_a_folder_that_does_not_load_is_not_sent(hub, publish, copied):
 
 
 def test_a_dry_run_asks_nobody(hub, publish, decoder):
-    told = publish(decoder, "ann/dry", token=None, dry_run=True)
-    assert told.log[-1] == f"dry run: nothing was sent to {hub.url}/ann/dry"
+    outcome = publish(decoder, "ann/dry", token=None, dry_run=True)
+    assert outcome.log[-1] == f"dry run: nothing was sent to {hub.url}/ann/dry"
     assert hub.requests == []
 
 
@@ -481,7 +481,7 @@ def test_a_damaged_folder_is_refused_with_its_problem(copied, damage, message):
         read_bundle(copied)
 
 
-def test_all_problems_are_told_at_once(copied):
+def test_all_problems_are_reported_at_once(copied):
     (copied / "model.safetensors").unlink()
     (copied / "tokenizer.json").unlink()
     with pytest.raises(PublishError, match=r"(?s)no tokenizer.*no weights"):

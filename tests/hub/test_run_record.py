@@ -27,7 +27,7 @@ RECORD = RunRecord(
     metrics={"test/f1": 0.5},
     samples=[{"prompt": "a", "text": "ü"}],
     inference={"rows_per_second": 3.0},
-    figures=[{"title": "t", "svg": "<svg/>"}],
+    figures=[{"title": "t", "svg": "<svg>/home/ann</svg>"}],  # markup is not scrubbed
 )
 ORDER = ["bmtk_version", "command", "task", "about", "data", "config", "environment", "recipe", "started_at"]
 ORDER += ["train_seconds", "model", "throughput", "metrics", "samples", "inference", "figures"]
@@ -87,7 +87,7 @@ def test_secrets_are_redacted_when_a_record_is_written_and_when_it_is_read(tmp_p
     text = (tmp_path / "run.json").read_text(encoding="utf-8")
     assert token not in text
     assert "abc" not in text
-    read = RunRecord.from_json({"command": f"train --hub_token {token}", "config": {"hub_token": "abc"}})
+    read = RunRecord.from_json({"command": "train --hub_token s3cret", "config": {"hub_token": "abc"}})
     assert (read.command, read.config) == ("train --hub_token [redacted]", {"hub_token": "[redacted]"})
 
 

@@ -1,4 +1,4 @@
-"""The grammar of a search space, its default, and what is said of one that does not fit."""
+"""The grammar of a search space, its default, and the errors of one that does not fit."""
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -59,12 +59,12 @@ def test_ranges_and_choices_have_the_type_of_the_field():
         ("seed=1,2", "seed cannot be searched: it decides what is measured"),
     ],
 )
-def test_an_entry_that_does_not_fit_is_told_with_what_would(entry, message):
+def test_an_entry_that_does_not_fit_is_reported_with_what_would(entry, message):
     with pytest.raises(ValueError, match=message):
         read(entry)
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     with pytest.raises(ValueError, match=r"(?s)not a range.*'a' is not of type float.*hidden_dropout is named twice"):
         read(
             "learning_rate=2..1",
@@ -80,7 +80,7 @@ def test_all_problems_are_told_at_once():
     [
         ({"search": "grid"}, "search='grid' is unknown; choose optuna"),
         ({"search": "optuna", "trials": 0}, "trials=0 is out of range; give a number of at least 1"),
-        ({"search_space": ["a=1,2"]}, "search_space is read by a search only; set search to optuna"),
+        ({"search_space": ["a=1,2"]}, "search_space has an effect in a search only; set search to optuna"),
     ],
 )
 def test_what_the_arguments_refuse(values, message):

@@ -55,17 +55,17 @@ def bowl(trial):
 
 
 def explored(path, num_trials, run_trial=bowl, first=()):
-    study, told = open_study(path, maximise=False, first=dict(first)), []
-    explore(study, SPACE, run_trial, num_trials=num_trials, seed=1, tell=told.append)
-    return study, told
+    study, reported = open_study(path, maximise=False, first=dict(first)), []
+    explore(study, SPACE, run_trial, num_trials=num_trials, seed=1, tell=reported.append)
+    return study, reported
 
 
 def test_the_minimum_of_a_bowl_is_found(tmp_path):
-    study, told = explored(tmp_path / "study.journal", 40)
+    study, reported = explored(tmp_path / "study.journal", 40)
     best = study.best_trial.params
     assert abs(best["x"] - 3) < 0.7
     assert 10**-2.7 < best["rate"] < 10**-1.3
-    assert [trial.number for trial in told] == list(range(40))
+    assert [trial.number for trial in reported] == list(range(40))
     tail = sum(bowl(trial) for trial in study.trials[20:]) / 20
     assert tail < 0.5 * sum(bowl(trial) for trial in study.trials[:10]) / 10  # it learns; random search does not
     assert "importance: " in summary(study, "loss")
@@ -91,9 +91,9 @@ def test_a_killed_search_goes_on_as_if_nothing_had_been(tmp_path):
         explored(tmp_path / "cut.journal", 14, killed_at_12)
     with (tmp_path / "cut.journal").open("a") as file:
         file.write('{"op_code": 6, "wor')  # a line that the kill cut short
-    again, told = explored(tmp_path / "cut.journal", 14, killed_at_12)
+    again, reported = explored(tmp_path / "cut.journal", 14, killed_at_12)
     assert ran == [*range(13), 12, 13]  # the interrupted one is run to its end, no other twice
-    assert [trial.number for trial in told] == [12, 13]
+    assert [trial.number for trial in reported] == [12, 13]
     assert [trial.params for trial in again.trials] == [trial.params for trial in whole.trials]
     assert explored(tmp_path / "cut.journal", 14, killed_at_12)[1] == []
 
@@ -219,7 +219,7 @@ def test_a_trial_is_stopped_early_if_it_is_worse_than_the_median_at_the_same_eva
     ],
 )
 @pytest.mark.parametrize("recipe", [pretrain, finetune], ids=lambda module: module.__name__)
-def test_what_cannot_be_searched_is_told_before_anything_runs(recipe, argv, message, tmp_path, monkeypatch):
+def test_what_cannot_be_searched_is_reported_before_anything_runs(recipe, argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=message):
         recipe.main(
@@ -267,10 +267,10 @@ def test_what_changes_the_measure_is_refused_and_nothing_else(task, argv, refuse
     assert len(str(error.value).splitlines()) == len(found) + 1
 
 
-def test_the_reason_is_told_and_what_would_help():
-    told = CausalLMArguments().settings_that_change("perplexity")
-    assert told["vocab_size"] == "decides what a token is, and perplexity is a mean over tokens"
-    assert told["context_length"].endswith("to go by where it is measured; set eval_context_length, and it may be")
+def test_the_reason_is_given_and_what_would_help():
+    reported = CausalLMArguments().settings_that_change("perplexity")
+    assert reported["vocab_size"] == "decides what a token is, and perplexity is a mean over tokens"
+    assert reported["context_length"].endswith("to go by where it is measured; set eval_context_length, and it may be")
 
 
 def test_one_of_several_processes_does_not_search(tmp_path, monkeypatch):
@@ -309,11 +309,11 @@ def test_a_search_goes_by_the_metric_that_its_rows_decide(tmp_path, labels, more
     *settings, search, architecture = finetune.read_arguments(
         [*argv, "--search_space", "learning_rate=0.1,0.3", *more]
     )
-    told, settings = [], [*settings, architecture]
-    search_settings(search, settings, SequenceClassification, recipe=str(tmp_path / "recipe.py"), log=told.append)
+    reported, settings = [], [*settings, architecture]
+    search_settings(search, settings, SequenceClassification, recipe=str(tmp_path / "recipe.py"), log=reported.append)
     assert {read_yaml(path)["learning_rate"] for path in (tmp_path / "run").rglob("trial.yaml")} == {0.1, 0.3}
     assert read_yaml(tmp_path / "run" / "best.yaml")["learning_rate"] == best
-    assert f"trial {metric:>10}  values" in told[-1]
+    assert f"trial {metric:>10}  values" in reported[-1]
 
 
 def test_two_trials_of_a_recipe_and_what_they_leave(tmp_path, monkeypatch, capsys):
