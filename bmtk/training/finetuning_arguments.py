@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ..errors import UserError
 from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check
@@ -221,8 +222,8 @@ def loop_arguments(args: FineTuningArguments) -> LoopArguments:
     """
     if not args.optimizer and not args.optim.startswith("adamw"):
         raise UserError(
-            f"find_lr has no {args.optim.value}, and another optimizer needs another rate; leave optim out and "
-            f"set optimizer to one of {', '.join(OPTIMIZERS)}"
+            f"find_lr has no {OptimizerNames(args.optim).value}, and another optimizer needs another rate; leave "
+            f"optim out and set optimizer to one of {', '.join(OPTIMIZERS)}"
         )
     precision = "bf16" if args.bf16 else "fp32"
     names = "output_dir seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon".split()

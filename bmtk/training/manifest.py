@@ -1,14 +1,14 @@
 """Folders that are whole: written beside their final place, listed with sizes and sha256, flushed, and then renamed.
 
-A kill at any moment leaves either the whole folder or none with its final name; what the disk damages later, the
-manifest tells, file by file.
+A kill at any moment leaves either the whole folder or none with its final name; the manifest shows, file by file, what
+the disk has damaged later.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def _damage(path: Path, name: str, *, bytes: int, sha256: str) -> Iterator[str]:
 def written_whole(final: Path, *, num_bytes: int) -> Iterator[Path]:
     """Give the body a folder beside `final` to fill; afterwards list, flush and rename it.
 
-    num_bytes: about how much will be written, to be told when there is no room.  A folder that is already at `final`
+    num_bytes: about how much will be written, for an error when it does not fit.  A folder that is already at `final`
     is replaced.  Leftovers of earlier kills in the same place are deleted, so only one process may write there.
 
     Raises: OSError if something cannot be written; whatever the error, no trace of the folder is left then.
@@ -72,7 +72,7 @@ def written_whole(final: Path, *, num_bytes: int) -> Iterator[Path]:
         delete_partial(final.parent)
 
 
-def delete_partial(directory: Path):
+def delete_partial(directory: Path) -> None:
     """Delete what a kill has left half-written or half-deleted in `directory`."""
     for leftover in directory.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -83,7 +83,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def flush(path: Path):
+def flush(path: Path) -> None:
     """Have a file or folder written to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -92,7 +92,7 @@ def flush(path: Path):
         os.close(descriptor)
 
 
-def write_json(path: Path, content: dict):
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write `content` as indented JSON."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

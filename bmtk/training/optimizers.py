@@ -50,7 +50,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
 
-    @property
+    @property  # type: ignore[override]
     def state(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
         """State of every parameter that has been stepped."""
         return {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
@@ -214,8 +214,8 @@ def _decay_groups(
 
 def _adamw(groups: list[dict[str, Any]], args: OptimizerSettings) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
-    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True, **settings)
+    betas = args.adam_beta1, args.adam_beta2
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
 
 
 def _sgd(groups: list[dict[str, Any]], args: OptimizerSettings) -> torch.optim.SGD:

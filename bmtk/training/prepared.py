@@ -26,7 +26,8 @@ class Prepared:
     @property
     def unwrapped(self) -> PreTrainedModel:
         """The model itself."""
-        return extract_model_from_parallel(self.model, keep_torch_compile=False)
+        model: PreTrainedModel = extract_model_from_parallel(self.model, keep_torch_compile=False)
+        return model
 
 
 def build_accelerator(args: LoopArguments) -> Accelerator:

@@ -63,7 +63,7 @@ class Update:
 
 def accepts_item_count(model: PreTrainedModel) -> bool:
     """Whether `model` takes num_items_in_batch; its loss need not be divided by it."""
-    declared = getattr(model, "accepts_loss_kwargs", None)
+    declared: bool | None = getattr(model, "accepts_loss_kwargs", None)
     if declared is not None:
         return declared
     parameters = inspect.signature(type(model).forward).parameters
@@ -94,7 +94,8 @@ def on_device(batch: Nested, device: torch.device) -> Nested:
 
     What is neither, such as the text that a prediction is cut from, stays as it is.
     """
-    return _moved(batch, device)
+    moved: Nested = _moved(batch, device)
+    return moved
 
 
 def _moved(value: Any, device: torch.device) -> Any:
