@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -117,7 +118,7 @@ def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: st
     config = LoraConfig(
         task_type=task_type,
         r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
+        lora_alpha=cast(Any, args.lora_alpha),  # a fraction works, too
         lora_dropout=args.lora_dropout,
         use_dora=args.adapter == "dora",
         target_modules=[prefix + name for name in layers],

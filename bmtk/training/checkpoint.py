@@ -240,7 +240,7 @@ def _write_state(folder: Path, state: TrainState, prepared: Prepared, randomness
 
 def _by_parameter(flat: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Turn {"exp_avg/weight": tensor} into {"weight": {"exp_avg": tensor}}."""
-    state = {}
+    state: dict[str, dict[str, torch.Tensor]] = {}
     for flat_name, value in flat.items():
         key, _, name = flat_name.partition("/")
         state.setdefault(name, {})[key] = value

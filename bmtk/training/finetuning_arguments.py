@@ -40,7 +40,7 @@ def _fixed(default: object) -> Any:
 
 
 @dataclass
-class FineTuningArguments(SharedArguments, TrainingArguments):
+class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[misc]  # fields of the first win
     """transformers.TrainingArguments without what the recipes do themselves, and without what hides a broken run."""
 
     _argument_group_name = "training (transformers.TrainingArguments)"
@@ -173,14 +173,14 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
     def _contradictions(self) -> Iterator[str]:
         steps = self.num_train_steps
         yield from contradiction(f"num_train_steps={steps}", steps, "max_steps", self.max_steps)
-        kind = SCHEDULER_TYPES.get(self.schedule or "")
-        yield from contradiction(f"schedule={self.schedule}", kind, "lr_scheduler_type", self.lr_scheduler_type)
+        scheduler = SCHEDULER_TYPES.get(self.schedule or "")
+        yield from contradiction(f"schedule={self.schedule}", scheduler, "lr_scheduler_type", self.lr_scheduler_type)
         for name in ("bf16", "fp16"):
             means = None if self.precision in (None, "auto") else self.precision == name
             yield from contradiction(f"precision={self.precision}", means, name, vars(self)[name])
-        for steps, name in ((self.eval_steps, "eval"), (self.save_steps, "save")):
-            strategy = vars(self)[f"{name}_strategy"]
-            yield from contradiction(f"{name}_steps={steps}", strategy_of(steps), f"{name}_strategy", strategy)
+        for kind, every in (("eval", self.eval_steps), ("save", self.save_steps)):
+            strategy = vars(self)[f"{kind}_strategy"]
+            yield from contradiction(f"{kind}_steps={every}", strategy_of(every), f"{kind}_strategy", strategy)
 
 
 def choose_best_by(args: TrainingArguments, metric: str, *, among: Collection[str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -163,7 +163,7 @@ class LossSum:
 def _no_loss(outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """0, with a gradient of 0 for every parameter, as other processes wait for this one's."""
     found = (value for name, value in outputs.items() if name != "loss" and isinstance(value, torch.Tensor))
-    return 0.0 * sum(value.sum() for value in found if value.requires_grad)
+    return cast(torch.Tensor, 0.0 * sum(value.sum() for value in found if value.requires_grad))
 
 
 def can_skip_logits(model: PreTrainedModel) -> bool:
