@@ -109,7 +109,7 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
         self._translate()
         self._cut(batch, processes=int(os.environ.get("WORLD_SIZE", "1")))  # DeepSpeed's settings are made of it
         chosen = self.metric_for_best_model, self.greater_is_better
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self._cut(batch, processes=self.world_size * max(1, self.n_gpu))
         self.metric_for_best_model, self.greater_is_better = chosen  # Trainer's default is the loss
         if self.precision and not (self.bf16 or self.fp16):

@@ -55,7 +55,7 @@ class PatchedTrainer(Trainer):
         A resumed run that had stopped early would train on.
         """
         if not self.control.should_training_stop:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Fault (transformers 5.23): calls no callback before trainer_state.json, with which a checkpoint is whole.
