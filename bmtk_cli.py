@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
+from typing import Any
 
 DESCRIPTION = """\
 bmtk: pretrain, fine-tune and publish neural networks the Hugging Face way.
@@ -34,7 +35,7 @@ Publish the folder that a recipe or save_pretrained wrote.
 Sent: weights (safetensors), config, tokenizer or processor, the model's own code, model card, report, run facts.
 Never sent: optimizer state, checkpoints, corpora, training_args.bin, or any file that holds an access token.
 
-What was pushed is then loaded in a clean process without bmtk; "published" is said only if its outputs are the same.
+What was pushed is then loaded in a clean process without bmtk; "published" is printed if its outputs are the same.
 The token comes from `hf auth login` or HF_TOKEN.
 """
 CONVERT = """\
@@ -55,19 +56,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; the exit status is 0, 1 for a refusal (one message on stderr), 2 for a usage error."""
     arguments = build_parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        return int(arguments.run(arguments))
     except BrokenPipeError:
         return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    plain = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("bmtk", description=DESCRIPTION, epilog=EPILOG, **plain)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("bmtk", description=DESCRIPTION, epilog=EPILOG, formatter_class=plain)
     parser.add_argument("--version", action="version", version=f"bmtk {installed_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    publishes = "publish a folder on the Hub and prove that it loads"
-    push = commands.add_parser("push", help=publishes, description=PUSH, **plain)
+    publishes = "publish a folder on the Hub and verify that it loads"
+    push = commands.add_parser("push", help=publishes, description=PUSH, formatter_class=plain)
     push.add_argument("directory", metavar="DIR", help="folder with config.json or adapter_config.json, and weights")
     push.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; made if it does not exist")
     push.add_argument("--private", action="store_true", help="make a new repository private")
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     push.set_defaults(run=run_push)
 
     convert = commands.add_parser(
-        "convert", help="make a model of transformers one of bmtk", description=CONVERT, **plain
+        "convert", help="make a model of transformers one of bmtk", description=CONVERT, formatter_class=plain
     )
     convert.add_argument("model", metavar="MODEL", help="folder or Hub name of a pretrained model")
     convert.add_argument("directory", metavar="DIR", help="folder to save to; must not exist, or be empty")
@@ -86,11 +87,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=run_convert)
 
-    models = commands.add_parser("models", help="show families, heads and presets", description=MODELS, **plain)
+    models = commands.add_parser(
+        "models", help="show families, heads and presets", description=MODELS, formatter_class=plain
+    )
     models.add_argument("--json", action="store_true", help="the same for programs")
     models.set_defaults(run=run_models)
 
-    info = commands.add_parser("info", help="show what a saved model is: class, parameters, results", **plain)
+    info = commands.add_parser(
+        "info", help="show what a saved model is: class, parameters, results", formatter_class=plain
+    )
     info.add_argument("directory", metavar="DIR", help="folder with config.json or adapter_config.json")
     info.set_defaults(run=run_info)
     return parser
@@ -186,7 +191,7 @@ def run_info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_header(path: Path) -> list[dict]:
+def read_header(path: Path) -> list[dict[str, Any]]:
     """The tensors that a safetensors file announces: dtype, shape, offsets."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

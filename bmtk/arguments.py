@@ -81,10 +81,15 @@ class RunArguments:
         return {"trust_remote_code": True} if self.trust_remote_code else {}
 
     @property
+    def is_plan(self) -> bool:
+        """Whether nothing is trained, so that a large corpus need not be read whole."""
+        return self.dry_run or self.find_lr
+
+    @property
     def reading(self) -> dict[str, object]:
         """What a task is told of its model and of the parts of its data."""
         splits = ("train", "validation", *(() if self.skip_test else ("test",)))
-        return {"model": self.model, "splits": splits, **self.loading}
+        return {"model": self.model, "splits": splits, "is_plan": self.is_plan, **self.loading}
 
 
 class RunConfig:

@@ -8,7 +8,6 @@ What the model's own recipe.yaml says of its data holds here too, unless the com
 """
 
 import dataclasses
-import json
 import logging
 import sys
 import time
@@ -23,9 +22,9 @@ from accelerate import Accelerator
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.errors import UserError
+from bmtk.files import write_json
 from bmtk.hub import run_record, summary
 from bmtk.tasks import task_named
-from bmtk.training._task_adapter import read
 from bmtk.training.evaluation import predict_all
 from bmtk.training.trained_model import TrainedModel
 
@@ -68,16 +67,17 @@ def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
     if not values.get("model") and not {"-h", "--help"} & set(argv):
         raise UserError("model is not set: name the folder or Hub id of the model to evaluate")
     folder = Path(str(values.get("model")))
-    run = run_record.read_run(folder) if (folder / "run.json").is_file() else {}
-    task_class = task_named(values.get("task", run.get("task", "sequence_classification")))
+    is_ours = (folder / run_record.RUN_RECORD).is_file()
+    trained_for = run_record.RunRecord.read(folder).task if is_ours else "sequence_classification"
+    task = task_named(values.get("task", trained_for))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
-    known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
-    trained_on = Path(str(recipe.get("dataset"))).is_file() and not task_class.cuts_one_table
+    known = {f.name for f in dataclasses.fields(task.arguments)} - set(OF_TRAINING)
+    trained_on = Path(str(recipe.get("dataset"))).is_file() and not task.data.cuts_one_table
     if any(values.get(key) for key in SOURCES) or trained_on:
         known -= set(SOURCES)  # other rows; and a single file was trained on, unless the task cuts it
     values.file_values = {**{key: value for key, value in recipe.items() if key in known}, **values.file_values}
-    evaluation, data_args = values.bind([EvaluationArguments, task_class.arguments], description=__doc__)
-    evaluation.task = task_class.name
+    evaluation, data_args = values.bind([EvaluationArguments, task.arguments], description=__doc__)
+    evaluation.task = task.name
     return evaluation, data_args
 
 
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     loading = {"trust_remote_code": True} if evaluation.trust_remote_code else {}
     trained = TrainedModel(evaluation.model, **loading)
     reading = {"model": evaluation.model, "splits": [evaluation.split], **loading}
-    data = read(task_named(evaluation.task), data_args, **reading)
+    data = task_named(evaluation.task).read(data_args, **reading)
     if evaluation.split not in data.rows:
         raise UserError(f"the data have no labelled {evaluation.split} rows; choose another split, or name a file")
     objective = data.bind(trained.config, labels=trained.labels)
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
         print(objective.scorer.table(predictions, rows))
         lines = [(key.replace("/", " ").replace("_", " "), value) for key, value in metrics.items()]
         print(summary.text_table([*lines, ("rows per second", speed)]))
-        print(f"written to {write_metrics(evaluation, objective.facts(), metrics, speed)}")
+        print(f"written to {write_metrics(evaluation, objective.data_record(), metrics, speed)}")
 
 
 def write_metrics(
@@ -117,10 +117,7 @@ def write_metrics(
     path = Path(evaluation.output or (folder if folder.is_dir() else Path.cwd()) / "metrics.json")
     content = {"model": evaluation.model, "task": evaluation.task, "data": data, "metrics": metrics}
     content["inference"] = {"rows_per_second": speed}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({"at": run_record.now(), **content}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_json(path, {"at": run_record.now(), **content})
     return path
 
 

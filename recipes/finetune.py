@@ -22,11 +22,11 @@ import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.errors import UserError
 from bmtk.hub import run_record, summary
-from bmtk.hub.finalize import finalize_run
+from bmtk.hub.finalize import FinishedRun, finalize_run
+from bmtk.hub.run_record import ModelRecord
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
 from bmtk.training import finetuning_arguments
-from bmtk.training._task_adapter import read
 from bmtk.training.adapters import AdapterArguments, adapt
 from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
 from bmtk.training.finetuning_arguments import FineTuningArguments, loop_arguments, resolve_defaults
@@ -36,7 +36,7 @@ from bmtk.training.resume import checkpoint_to_resume
 from bmtk.training.run_folder import CHECKPOINTS, held
 from bmtk.training.signals import deferred_signals
 from bmtk.training.starting_weights import starting_config, starting_weights
-from bmtk.training.trainer import build_trainer, evaluate, save
+from bmtk.training.trainer import TaskTrainer, build_trainer, evaluate, save
 from bmtk.training.trainer_names import without_replaced
 from bmtk.training.updates import Losses
 
@@ -47,12 +47,12 @@ def read_arguments(argv: list[str]) -> list:
     """The settings of config file and command line: run, data, Trainer, adapter and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="sequence_classification/sst2")
     values.file_values = without_replaced(values.file_values, values.cli_values)
-    task_class = task_named(values.get("task", "sequence_classification"))
+    task = task_named(values.get("task", "sequence_classification"))
     model_type = arguments.model_type_of(values)
     architecture = arguments.model_fields(model_type)
-    groups = [arguments.RunArguments, task_class.arguments, FineTuningArguments, AdapterArguments]
+    groups = [arguments.RunArguments, task.arguments, FineTuningArguments, AdapterArguments]
     bound = values.bind([*groups, SearchArguments, architecture], description=__doc__)
-    bound[0].task, bound[0].model_type = task_class.name, model_type
+    bound[0].task, bound[0].model_type = task.name, model_type
     return bound
 
 
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
         return search_settings(search, groups, task, recipe=__file__, log=print)
     is_main, started_at = args.process_index == 0, run_record.now()
     with args.main_process_first():
-        data = read(task, data_args, seed=args.seed, **run.reading)
+        data = task.read(data_args, seed=args.seed, **run.reading)
     set_seed(args.seed)
     objective, model = start(run, data, adapter, arguments.chosen_fields(architecture))
     resolve_defaults(args, objective)
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
         return print(plan(settings, objective, model, args))
 
     folder = Path(args.output_dir)
-    free_keys = finetuning_arguments.FREE_KEYS | arguments.FREE_RUN_KEYS | task.free_keys
+    free_keys = finetuning_arguments.FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys
     check = {"overwrite": args.overwrite_output_dir, "resume": args.may_resume, "free_keys": free_keys}
     signals = deferred_signals(second_stops_at_once=args.world_size == 1)
     with held(folder, settings, is_main=is_main, **check), signals as request:
@@ -93,23 +93,17 @@ def main(argv: list[str]) -> None:
         results = evaluate(trainer)
         save(trainer, folder, merge=adapter.merge_adapter)
         if is_main:
-            finalize_run(
-                folder,
-                run=run,
-                task=objective,
-                config=settings,
-                accelerator=trainer.accelerator,
-                log=print,
+            finished = FinishedRun(
                 recipe="finetune",
+                config=settings,
+                environment=run_record.environment_record(trainer.accelerator),
                 started_at=started_at,
                 train_seconds=history.seconds,
                 model=model_record(trainer, run, adapter),
                 throughput=history.throughput,
-                metrics=results.metrics,
-                samples=results.samples,
-                figures=results.figures,
-                inference=results.inference,
+                results=results,
             )
+            finalize_run(folder, run=run, objective=objective, finished=finished, log=print)
         trainer.accelerator.wait_for_everyone()
 
 
@@ -122,18 +116,19 @@ def start(run, data, adapter, chosen) -> tuple:
     model = starting_weights(objective, config, run, quantize=adapter.quantize)
     if not run.model:
         objective.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
-    return objective, adapt(model, adapter, task_type=objective.peft_task_type)
+    return objective, adapt(model, adapter, task_type=data.task.peft_task_type)
 
 
-def model_record(trainer, run, adapter) -> dict[str, object]:
+def model_record(trainer: TaskTrainer, run: arguments.RunArguments, adapter: AdapterArguments) -> ModelRecord:
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     saved_as = "adapter" if adapter.adapter and not adapter.merge_adapter else "model"
-    return {**run_record.model_record(model, base_model=run.model, adapter=adapter.adapter), "saved_as": saved_as}
+    origin = {"base_model": run.model, "adapter": adapter.adapter, "saved_as": saved_as}
+    return run_record.model_record(model, **origin)
 
 
 def plan(settings, objective, model, args) -> str:
     """The run without training it, timed by a rehearsal of its first step."""
-    num_rows = len(objective.rows["train"])
+    num_rows = round(len(objective.rows["train"]) / objective.sampled_share)
     sizes = {"batch_size": args.rows_per_step, "micro_batch_size": args.per_device_train_batch_size}
     batches = objective.train_batches(**sizes, seed=args.seed)
     steps, step_rows = args.total_steps(num_rows), args.rows_per_step * args.world_size

@@ -28,7 +28,6 @@ from bmtk.errors import UserError
 from bmtk.hub import run_record
 from bmtk.tasks import task_named
 from bmtk.tasks.inference import PictureFolder, PredictionFile, read_inputs
-from bmtk.training._task_adapter import read
 from bmtk.training.trained_model import TrainedModel
 from bmtk.training.updates import on_device
 
@@ -77,13 +76,14 @@ def read_arguments(argv: list[str]) -> tuple[PredictionArguments, object]:
     if unset:
         raise UserError(f"{unset[0]} is not set: name {needed[unset[0]]}")
     folder = Path(str(values.get("model")))
-    run = run_record.read_run(folder) if (folder / "run.json").is_file() else {}
-    task_class = task_named(values.get("task", run.get("task", "sequence_classification")))
+    is_ours = (folder / run_record.RUN_RECORD).is_file()
+    trained_for = run_record.RunRecord.read(folder).task if is_ours else "sequence_classification"
+    task = task_named(values.get("task", trained_for))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
-    known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
+    known = {f.name for f in dataclasses.fields(task.arguments)} - set(OF_TRAINING)
     values.file_values = {key: value for key, value in recipe.items() if key in known}
-    prediction, data_args = values.bind([PredictionArguments, task_class.arguments], description=__doc__)
-    prediction.task = task_class.name
+    prediction, data_args = values.bind([PredictionArguments, task.arguments], description=__doc__)
+    prediction.task = task.name
     return prediction, data_args
 
 
@@ -97,9 +97,9 @@ def main(argv: list[str]) -> None:
     output = PredictionFile(args.output)
     pictures = PictureFolder(args.pictures, task_named(args.task)) if args.pictures else None
     trained = TrainedModel(args.model, **loading)
-    data = read(task_named(args.task), data_args, model=args.model, splits=(), **loading)
+    data = task_named(args.task).read(data_args, model=args.model, splits=(), **loading)
     objective = data.bind(trained.config, labels=trained.labels)
-    table = data.usable(table, "input")
+    table = data.readable_rows(table, "input")
     accelerator = Accelerator()
     model = trained.load(objective.auto_class).to(accelerator.device).eval()
     rows = objective.encode_inputs(table)
@@ -121,7 +121,7 @@ def write(
     """Write the lines of some predictions, of which the first is that of row `first`, and their pictures."""
     rows, table = read
     for index, prediction in enumerate(predictions, first):
-        drawn = pictures and pictures.save(scorer.drawn(prediction, index, rows), index + 1, table[index])
+        drawn = pictures and pictures.save(scorer.annotated_image(prediction, index, rows), index + 1, table[index])
         for line in scorer.lines(prediction, index, rows, table):
             output.write({**line, "picture": drawn} if drawn else line)
 

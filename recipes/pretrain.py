@@ -11,7 +11,6 @@ Stop it whenever you like: the same command goes on where it stopped.
 
 import logging
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +19,9 @@ from transformers import set_seed
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import run_record, summary
-from bmtk.hub.finalize import finalize_run
+from bmtk.hub.finalize import FinishedRun, finalize_run
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
-from bmtk.training._task_adapter import read
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState, save_model
 from bmtk.training.evaluation import Evaluator, Results
@@ -44,12 +42,12 @@ CONFIGS = Path(__file__).parent / "configs"
 def read_arguments(argv: list[str]) -> list:
     """The settings of config file and command line: run, data, loop and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="causal_lm/tiny_shakespeare")
-    task_class = task_named(values.get("task", "causal_lm"))
+    task = task_named(values.get("task", "causal_lm"))
     model_type = arguments.model_type_of(values)
     architecture = arguments.model_fields(model_type)
-    groups = [arguments.RunArguments, task_class.arguments, LoopArguments, SearchArguments, architecture]
+    groups = [arguments.RunArguments, task.arguments, LoopArguments, SearchArguments, architecture]
     bound = values.bind(groups, description=__doc__)
-    bound[0].task, bound[0].model_type = task_class.name, model_type
+    bound[0].task, bound[0].model_type = task.name, model_type
     return bound
 
 
@@ -60,51 +58,48 @@ def main(argv: list[str]) -> None:
         return search_settings(search, groups, task, recipe=__file__, log=print)
     settings, chosen = arguments.resolved_config(*groups), arguments.chosen_fields(architecture)
     accelerator = build_accelerator(args)
-    if run.dry_run or run.find_lr:
-        with tempfile.TemporaryDirectory() as folder:
-            objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=Path(folder))
-            rehearse = suggest_rate if run.find_lr else partial(plan, settings)
-            accelerator.print(rehearse(objective, model, args, accelerator))
-        return
-
     folder = Path(args.output_dir)
-    free_keys = FREE_KEYS | arguments.FREE_RUN_KEYS | task.free_keys
+    if run.is_plan:
+        objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)
+        accelerator.print(notes_of(objective), end="", flush=True)
+        rehearse = suggest_rate if run.find_lr else partial(plan, settings)
+        return accelerator.print(rehearse(objective, model, args, accelerator))
+
+    free_keys = FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys
     check = {"overwrite": args.overwrite_output_dir, "free_keys": free_keys}
     with held(folder, settings, is_main=accelerator.is_main_process, **check):
         started_at = run_record.now()
         objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)
-        accelerator.print("".join(f"note: {line}\n" for line in objective.notes), end="", flush=True)
+        accelerator.print(notes_of(objective), end="", flush=True)
         state, results, speeds = fit(model, objective, args, settings, accelerator)
         if accelerator.is_main_process:
             save_model(folder, model, objective.processor)
-            finalize_run(
-                folder,
-                run=run,
-                task=objective,
-                config=settings,
-                accelerator=accelerator,
-                log=print,
+            finished = FinishedRun(
                 recipe="pretrain",
+                config=settings,
+                environment=run_record.environment_record(accelerator),
                 started_at=started_at,
                 train_seconds=state.seconds,
                 model=run_record.model_record(model, base_model=run.model),
                 throughput=speeds,
-                metrics=results.metrics,
-                samples=results.samples,
-                figures=results.figures,
-                inference=results.inference,
+                results=results,
             )
+            finalize_run(folder, run=run, objective=objective, finished=finished, log=print)
         accelerator.wait_for_everyone()
 
 
 def start(run, data_args, chosen, accelerator, *, seed: int, folder: Path) -> tuple:
     """The objective, and the model that training starts from: the same on every process."""
     with accelerator.main_process_first():
-        data = read(task_named(run.task), data_args, seed=seed, folder=folder, **run.reading)
+        data = task_named(run.task).read(data_args, seed=seed, folder=folder, **run.reading)
     set_seed(seed)
     config = starting_config(run, data, chosen)
     objective = data.bind(config)
     return objective, starting_weights(objective, config, run)
+
+
+def notes_of(objective) -> str:
+    return "".join(f"note: {line}\n" for line in objective.notes)
 
 
 def fit(model, objective, args, settings, accelerator) -> tuple[TrainState, Results, dict[str, float]]:
@@ -134,12 +129,13 @@ def fit(model, objective, args, settings, accelerator) -> tuple[TrainState, Resu
 def plan(settings, objective, model, args, accelerator) -> str:
     """The run without training it, timed by a rehearsal of its first step."""
     batches = objective.train_batches(**args.batching)
-    steps = args.total_steps(batches.steps_per_epoch)
+    steps_per_epoch = batches.steps_per_epoch / objective.sampled_share
+    steps = args.total_steps(steps_per_epoch)
     return summary.run_plan(
         settings,
         model,
         steps=steps,
-        epochs=steps / batches.steps_per_epoch,
+        epochs=steps / steps_per_epoch,
         per_step=round(args.batch_size * objective.units_per_row("train")),
         unit=objective.unit,
         seconds_per_step=seconds_per_step(model, batches, accelerator, Losses.of(objective)),

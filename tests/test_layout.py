@@ -17,7 +17,7 @@ BMTK = ROOT / "bmtk"
 MODELS = BMTK / "models"
 UPLOADED = sorted(path for path in MODELS.glob("*.py") if path.name != "__init__.py")
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-IGNORED = {".venv", ".git", "__pycache__", "build", "dist", "outputs", ".pytest_cache", ".ruff_cache"}
+IGNORED = {".venv", ".git", "__pycache__", "build", "dist", "outputs", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
 
 GROUND_FLOOR = {"errors", "files", "settings"}  # any room but models may import them
 # Room -> the rooms it may import from, besides itself.  What is not listed is forbidden.
@@ -273,6 +273,56 @@ def test_no_configuration_file_postpones_its_annotations():
     assert files
     for path in files:
         assert "__future__.annotations" not in imported_modules(path), shown(path)
+
+
+# Classes -------------------------------------------------------------------------------------------------------------
+
+CLASSES = {node.name: node for path in GUARDED for node in tree_of(path).body if isinstance(node, ast.ClassDef)}
+MOST_METHODS = 24
+# Attributes that a base class of another library gives birth to.
+BORN_ELSEWHERE = {"TaskTrainer": {"model", "model_wrapped", "optimizer"}}
+
+
+def lineage(node: ast.ClassDef) -> list[ast.ClassDef]:
+    """The class and those of the project that it inherits from."""
+    names = [ast.unparse(base).split("[")[0] for base in node.bases]
+    return [node, *(ancestor for name in names if name in CLASSES for ancestor in lineage(CLASSES[name]))]
+
+
+def assigned_to_self(function: ast.AST) -> set[str]:
+    return {
+        node.attr
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+
+
+def born(node: ast.ClassDef) -> set[str]:
+    """Attributes of the class body and of the constructor."""
+    found = set(BORN_ELSEWHERE.get(node.name, ()))
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name in ("__init__", "__post_init__", "__new__"):
+            found |= assigned_to_self(item)
+        elif isinstance(item, ast.AnnAssign):
+            found.add(item.target.id)
+        elif isinstance(item, ast.Assign):
+            found |= {target.id for target in item.targets if isinstance(target, ast.Name)}
+        elif isinstance(item, ast.FunctionDef) and item.decorator_list:
+            found.add(item.name)  # a property with a setter
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_no_attribute_is_born_outside_a_constructor(name):
+    """What an object has can be read in one place; that it is not known yet is a None, with its type."""
+    known = set().union(*(born(ancestor) for ancestor in lineage(CLASSES[name])))
+    assert assigned_to_self(CLASSES[name]) - known == set()
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_a_class_is_one_thing(name):
+    methods = [item for item in CLASSES[name].body if isinstance(item, ast.FunctionDef)]
+    assert len(methods) <= MOST_METHODS
 
 
 # Recipes -------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .quantization import QUANTIZATIONS
 
 ADAPTERS = ("lora", "dora")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import UserError
+from bmtk.errors import UserError
 
 AVERAGES = "averages.safetensors"  # the state's file in a checkpoint
 NUM_UPDATES = "num_updates"  # beside the averages in a state

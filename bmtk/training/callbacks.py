@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .averaging import WeightAverage
 from .gradients import gradient_norm
 from .history import History

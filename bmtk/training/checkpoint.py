@@ -30,8 +30,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..errors import UserError
-from .manifest import PARTIAL, damages, delete_partial, files, flush, write_json, written_whole
+from bmtk.errors import UserError
+from bmtk.files import PARTIAL, delete_partial, flush
+
+from .manifest import damages, dump_json, files, written_whole
 from .prepared import Prepared
 from .resume import newest_whole, numbered
 from .rng_state import rng_state
@@ -123,7 +125,7 @@ def save_checkpoint(
             _write_state(folder / RUN_STATE, state, prepared, randomness)
             if carried is not None:
                 save_file({"rows": carried}, folder / RUN_STATE / CARRIED)
-            write_json(folder / RUN_STATE / "config.json", dict(config or {}))
+            dump_json(folder / RUN_STATE / "config.json", dict(config or {}))
         _delete_old(final.parent, state, keep=keep)
     accelerator.wait_for_everyone()
     return final
@@ -229,7 +231,7 @@ def _write_state(folder: Path, state: TrainState, prepared: Prepared, randomness
     progress = {name: value for name, value in vars(state).items() if name not in ("rng_state", "recurrent")}
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     stored = {"progress": progress, "num_processes": accelerator.num_processes, "scaler": scaler}
-    write_json(folder / "state.json", stored)
+    dump_json(folder / "state.json", stored)
     by_parameter = optimizer.state_dict()["state"]
     flat = {f"{key}/{name}": value for name, values in by_parameter.items() for key, value in values.items()}
     save_file({name: value.contiguous() for name, value in flat.items()}, folder / "optimizer.safetensors")

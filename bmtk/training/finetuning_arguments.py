@@ -9,7 +9,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check
 from .evaluation import lower_is_better
 from .prepared import natural_precision

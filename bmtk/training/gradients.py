@@ -8,7 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .arguments import SharedArguments
 from .layers import depths
 from .optimizers import decayed_matrices

@@ -3,10 +3,11 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from bmtk.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,7 @@ class History:
         if not self.path.exists():
             return
         kept = [record for record in self.read() if record["step"] <= after]
-        beside = self.path.with_suffix(".jsonl.partial")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(beside, self.path)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _is_unknown(value: object) -> bool:

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UserError
+from bmtk.errors import UserError
 
 
 def depths(model: PreTrainedModel | PeftModel, *, setting: str) -> dict[nn.Parameter, int]:

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .arguments import LoopArguments
 from .prepared import Prepared, prepare
 from .protocols import Objective, TrainBatches

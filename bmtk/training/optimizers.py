@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .averaging import WeightAverage
 from .layers import decay_rates_by_depth
 

@@ -7,7 +7,8 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, extract_model_from_parallel
 from transformers import PreTrainedModel
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .optimizers import NamedOptimizer, build_optimizer, multiplies_bfloat16_fast

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.import_utils import is_bitsandbytes_available
 
-from ..errors import UserError
+from bmtk.errors import UserError
 
 QUANTIZATIONS = ("4bit", "8bit")
 

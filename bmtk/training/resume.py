@@ -5,7 +5,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from bmtk.errors import UserError
+from bmtk.files import delete_partial, write_json
+
 from .arguments import FREE_KEYS
-from .manifest import delete_partial, write_json
 
 RUN_CONFIG = "run_config.json"  # resolved configuration of the run that the folder holds
 LOCK = ".lock"
@@ -69,9 +70,7 @@ def check_output_dir(
             )
         else:
             _refuse_another_run(directory, config, free_keys)
-        beside = directory / f"{RUN_CONFIG}.partial"
-        write_json(beside, config)
-        os.replace(beside, directory / RUN_CONFIG)
+        write_json(directory / RUN_CONFIG, config, indent=1, ensure_ascii=True)
 
 
 @contextmanager

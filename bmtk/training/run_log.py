@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .arguments import LoopArguments
 from .checkpoint import TrainState
 from .early_stopping import is_better, is_exhausted

@@ -7,7 +7,8 @@ no schedule state.  Steps count from 0: the factor of step s is used for the upd
 import math
 from collections.abc import Callable
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .arguments import SCHEDULES, LoopArguments
 
 

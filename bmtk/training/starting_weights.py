@@ -8,7 +8,8 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .adapters import ADAPTER_CONFIG
 from .protocols import BindableData, Objective
 from .quantization import quantization, quantize_subclasses

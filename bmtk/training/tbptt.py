@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .protocols import TrainBatches
 
 

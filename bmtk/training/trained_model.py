@@ -7,7 +7,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .adapters import ADAPTER_CONFIG, load_adapter
 from .starting_weights import load_for_task, read_config
 

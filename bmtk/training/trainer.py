@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..errors import UserError
+from bmtk.errors import UserError
+
 from .averaging import WeightAverage
 from .callbacks import AverageWeights, ProgressBar
 from .evaluation import Results, measure, predict_all

@@ -6,7 +6,7 @@ Trainer's own names keep working beside them.  A setting that is given under bot
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ..errors import UserError
+from bmtk.errors import UserError
 
 ROWS_PER_DEVICE = 8  # Trainer's default
 SCHEDULER_TYPES = {  # our schedules warm up, all of them
