@@ -116,6 +116,8 @@ class StopEarly(EarlyStoppingCallback):
     which a run that was stopped has saved with `should_training_stop`.
     """
 
+    early_stopping_patience_counter: int  # evaluations since the best one
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
