@@ -645,7 +645,7 @@ def test_a_language_model_is_finetuned_evaluated_and_asked_by_the_same_recipes(p
     argv = ["--model", str(pretrained), *files, "--learning_rate", "3e-3"]
     settings = ["--context_length", "32", "--num_train_epochs", "4", "--disable_tqdm", "true"]
     config = tmp_path / "lm.yaml"
-    config.write_text("task: causal_lm\nprompts: [To be]\nsample_tokens: 8\n")
+    config.write_text("task: causal_lm\nprompts: [To be]\nsample_tokens: 8\nleakage: allow\n")
     folder = tmp_path / "run"
     finetune.main(["--config", str(config), *argv, *settings, "--output_dir", str(folder)])
     metrics = facts(folder)["metrics"]
