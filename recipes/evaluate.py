@@ -59,7 +59,7 @@ class EvaluationArguments:
 
 
 def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
-    """The model and the rows; what is not said is taken from the run that made the model."""
+    """The model and the rows; what is left out is taken from the run that made the model."""
     values = arguments.RunConfig({}, argv)
     if values.get("config"):
         path = Path(str(values.get("config")))

@@ -44,7 +44,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def read_arguments(argv: list[str]) -> list:
-    """What config file and command line say: run, data, Trainer, adapter and architecture of a new model."""
+    """The settings of config file and command line: run, data, Trainer, adapter and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="sequence_classification/sst2")
     values.file_values = without_replaced(values.file_values, values.cli_values)
     task = task_named(values.get("task", "sequence_classification"))

@@ -40,7 +40,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def read_arguments(argv: list[str]) -> list:
-    """What config file and command line say: run, data, loop and architecture of a new model."""
+    """The settings of config file and command line: run, data, loop and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="causal_lm/tiny_shakespeare")
     task = task_named(values.get("task", "causal_lm"))
     model_type = arguments.model_type_of(values)

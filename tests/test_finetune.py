@@ -27,7 +27,7 @@ from transformers import (
 
 from bmtk.data.tables import read_table
 from bmtk.data.tokenizers import train_tokenizer
-from bmtk.tasks.sequence_classification import SequenceClassification
+from bmtk.tasks.objective import Objective
 from bmtk.training import callbacks
 from bmtk.training.adapters import AdapterArguments, add_adapter
 from bmtk.training.finetuning_arguments import choose_best_by
@@ -465,7 +465,7 @@ def test_lora_learns_and_leaves_an_adapter(adapter, undecided, tmp_path):
     evaluate.main(["--model", str(adapter), "--output", str(tmp_path / "metrics.json")])
     again = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert again["test/loss"] == pytest.approx(run_facts["metrics"]["test/loss"], abs=1e-6)
-    next_command = SequenceClassification.next_command(None, adapter)
+    next_command = Objective.next_command(None, adapter)
     assert next_command == f"accelerate launch recipes/evaluate.py --model {adapter}"
 
 
@@ -645,7 +645,7 @@ def test_a_language_model_is_finetuned_evaluated_and_asked_by_the_same_recipes(p
     argv = ["--model", str(pretrained), *files, "--learning_rate", "3e-3"]
     settings = ["--context_length", "32", "--num_train_epochs", "4", "--disable_tqdm", "true"]
     config = tmp_path / "lm.yaml"
-    config.write_text("task: causal_lm\nprompts: [To be]\nsample_tokens: 8\n")
+    config.write_text("task: causal_lm\nprompts: [To be]\nsample_tokens: 8\nleakage: allow\n")
     folder = tmp_path / "run"
     finetune.main(["--config", str(config), *argv, *settings, "--output_dir", str(folder)])
     metrics = facts(folder)["metrics"]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UserError
+from bmtk.errors import UserError
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")

@@ -29,6 +29,8 @@ class RecordHistory(TrainerCallback):
         self.seconds = 0.0  # of training, with the time before a resumption
         self.units = 0
         self.is_training = False
+        self.started = 0.0  # by the clock, less the seconds before a resumption
+        self.last_units, self.last_time = 0, 0.0  # when the last line was written
 
     @property
     def throughput(self) -> dict[str, float]:

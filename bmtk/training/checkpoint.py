@@ -125,7 +125,7 @@ def save_checkpoint(
             _write_state(folder / RUN_STATE, state, prepared, randomness)
             if carried is not None:
                 save_file({"rows": carried}, folder / RUN_STATE / CARRIED)
-            dump_json(folder / RUN_STATE / "config.json", config or {})
+            dump_json(folder / RUN_STATE / "config.json", dict(config or {}))
         _delete_old(final.parent, state, keep=keep)
     accelerator.wait_for_everyone()
     return final
@@ -177,8 +177,8 @@ def load_checkpoint(folder: str | Path, prepared: Prepared) -> TrainState:
         rows = load_file(run_state / CARRIED)["rows"].to(accelerator.device)
         state.recurrent = TBPTTState(rows.tensor_split(accelerator.num_processes)[accelerator.process_index])
     if accelerator.process_index < stored["num_processes"]:
-        rows = load_file(run_state / "randomness.safetensors")
-        state.rng_state = {name: row[accelerator.process_index].clone() for name, row in rows.items()}
+        of_all = load_file(run_state / "randomness.safetensors")
+        state.rng_state = {name: rows[accelerator.process_index].clone() for name, rows in of_all.items()}
     return state
 
 
@@ -225,7 +225,7 @@ def _write_model(folder: Path, model: PreTrainedModel, processor: Processor | No
         processor.save_pretrained(folder)
 
 
-def _write_state(folder: Path, state: TrainState, prepared: Prepared, randomness: Mapping[str, torch.Tensor]) -> None:
+def _write_state(folder: Path, state: TrainState, prepared: Prepared, randomness: dict[str, torch.Tensor]) -> None:
     optimizer, accelerator = prepared.optimizer, prepared.accelerator
     folder.mkdir()
     progress = {name: value for name, value in vars(state).items() if name not in ("rng_state", "recurrent")}
@@ -242,7 +242,7 @@ def _write_state(folder: Path, state: TrainState, prepared: Prepared, randomness
 
 def _by_parameter(flat: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Turn {"exp_avg/weight": tensor} into {"weight": {"exp_avg": tensor}}."""
-    state = {}
+    state: dict[str, dict[str, torch.Tensor]] = {}
     for flat_name, value in flat.items():
         key, _, name = flat_name.partition("/")
         state.setdefault(name, {})[key] = value
@@ -252,7 +252,8 @@ def _by_parameter(flat: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Te
 def _load_weights(folder: Path, model: PreTrainedModel) -> None:
     """Read the weights with from_pretrained, which knows shards, ties and renamed keys, and copy them bit by bit."""
     with _no_bars():
-        stored, facts = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    stored, facts = loaded
     wrong = {kind: names for kind, names in facts.items() if names}
     if wrong:
         raise UserError(f"the weights in {folder} do not fit {type(model).__name__}: {wrong}")

@@ -13,5 +13,5 @@ def is_better(value: float, best: float | None, *, lower: bool) -> bool:
 
 
 def is_exhausted(patience: int, evaluations: int) -> bool:
-    """Whether the run ends after so many `evaluations` without a better one; never where `patience` is 0."""
+    """Whether the run ends after `evaluations` without a better one; never where `patience` is 0."""
     return 0 < patience <= evaluations

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from bmtk.errors import UserError
 
@@ -40,7 +41,7 @@ def _fixed(default: object) -> Any:
 
 
 @dataclass
-class FineTuningArguments(SharedArguments, TrainingArguments):
+class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[misc]  # fields of the first win
     """transformers.TrainingArguments without what the recipes do themselves, and without what hides a broken run."""
 
     _argument_group_name = "training (transformers.TrainingArguments)"
@@ -109,7 +110,7 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
         self._translate()
         self._cut(batch, processes=int(os.environ.get("WORLD_SIZE", "1")))  # DeepSpeed's settings are made of it
         chosen = self.metric_for_best_model, self.greater_is_better
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self._cut(batch, processes=self.world_size * max(1, self.n_gpu))
         self.metric_for_best_model, self.greater_is_better = chosen  # Trainer's default is the loss
         if self.precision and not (self.bf16 or self.fp16):
@@ -173,14 +174,14 @@ class FineTuningArguments(SharedArguments, TrainingArguments):
     def _contradictions(self) -> Iterator[str]:
         steps = self.num_train_steps
         yield from contradiction(f"num_train_steps={steps}", steps, "max_steps", self.max_steps)
-        kind = SCHEDULER_TYPES.get(self.schedule or "")
-        yield from contradiction(f"schedule={self.schedule}", kind, "lr_scheduler_type", self.lr_scheduler_type)
+        scheduler = SCHEDULER_TYPES.get(self.schedule or "")
+        yield from contradiction(f"schedule={self.schedule}", scheduler, "lr_scheduler_type", self.lr_scheduler_type)
         for name in ("bf16", "fp16"):
             means = None if self.precision in (None, "auto") else self.precision == name
             yield from contradiction(f"precision={self.precision}", means, name, vars(self)[name])
-        for steps, name in ((self.eval_steps, "eval"), (self.save_steps, "save")):
-            strategy = vars(self)[f"{name}_strategy"]
-            yield from contradiction(f"{name}_steps={steps}", strategy_of(steps), f"{name}_strategy", strategy)
+        for kind, every in (("eval", self.eval_steps), ("save", self.save_steps)):
+            strategy = vars(self)[f"{kind}_strategy"]
+            yield from contradiction(f"{kind}_steps={every}", strategy_of(every), f"{kind}_strategy", strategy)
 
 
 def choose_best_by(args: TrainingArguments, metric: str, *, among: Collection[str]) -> None:
@@ -222,8 +223,8 @@ def loop_arguments(args: FineTuningArguments) -> LoopArguments:
     """
     if not args.optimizer and not args.optim.startswith("adamw"):
         raise UserError(
-            f"find_lr has no {args.optim.value}, and another optimizer needs another rate; leave optim out and "
-            f"set optimizer to one of {', '.join(OPTIMIZERS)}"
+            f"find_lr has no {OptimizerNames(args.optim).value}, and another optimizer needs another rate; leave "
+            f"optim out and set optimizer to one of {', '.join(OPTIMIZERS)}"
         )
     precision = "bf16" if args.bf16 else "fp32"
     names = "output_dir seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon".split()

@@ -1,6 +1,7 @@
 """How deep below the head a weight lies, in any model, and learning rates that fall with the depth."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,9 +19,9 @@ def depths(model: PreTrainedModel | PeftModel, *, setting: str) -> dict[nn.Param
     stem's.  Raises: UserError that names the `setting` which needs them if there is no list of layers.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    trunk = whole.base_model
+    trunk: Any = whole.base_model
     found = dict.fromkeys(whole.parameters(), 0)
-    models = {module for module in trunk.modules() if isinstance(module, PreTrainedModel)}
+    models: set[nn.Module] = {module for module in trunk.modules() if isinstance(module, PreTrainedModel)}
     stacks = list(_stacks(trunk, {module for module in models if any(_lists(module, models))}))
     if not stacks:
         raise UserError(f"{setting} needs a list of layers (nn.ModuleList), and a {type(whole).__name__} has none")

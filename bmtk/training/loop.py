@@ -7,17 +7,19 @@ optimizer, a schedule and an accelerator.
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from .arguments import LoopArguments
 from .checkpoint import TrainState
-from .gradients import GradientRules, gradient_rules
+from .gradients import gradient_rules
 from .prepared import Prepared
 from .protocols import TrainBatches
 from .run_log import Hooks, RunLog
 from .signals import Stopped, StopRequest, deferred_signals
-from .tbptt import tbptt_state
+from .tbptt import TBPTTState, tbptt_state
 from .throughput import Meter
 from .updates import Losses, Update, Updater
 
@@ -46,10 +48,7 @@ def train(
     optimizer, accelerator = prepared.optimizer, prepared.accelerator
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
     state.recurrent = tbptt_state(batches, state.recurrent)
-    rules = _gradient_rules(prepared, batches, args, total)
-    updater = Updater(
-        prepared, losses, max_grad_norm=args.max_grad_norm, gradient_rules=rules, recurrent=state.recurrent
-    )
+    updater = _updater(prepared, batches, losses, args, total=total, recurrent=state.recurrent)
     run = RunLog(accelerator, args, state, total=total, meter=meter or Meter(), hooks=_averaged(hooks, prepared))
     run.begin()
     prepared.model.train()
@@ -59,28 +58,40 @@ def train(
         for step in run.steps():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step)
-            update = updater.step(batches[step], step, stop_requested=request.signal_number != 0)
-            run.add(update)
+            run.add(update := updater.step(batches[step], step, stop_requested=request.signal_number != 0))
             bar.update()
-            if run.is_due(args.logging_steps):
-                bar.set_postfix_str(run.log(optimizer.param_groups[0]["lr"]), refresh=False)
-            if _must_stop(update, request, accelerator, may_wait=run.is_due(args.logging_steps)):
-                run.save()
-                raise _stopped(request, state, total, saved=hooks.save is not None)
-            run.evaluate_if_due()
-            if run.must_save:
-                run.save()
+            _after_step(run, update, request, bar, learning_rate=optimizer.param_groups[0]["lr"])
     if optimizer.average:
         optimizer.average.apply()
     run.load_best()
     return state
 
 
-def _gradient_rules(
-    prepared: Prepared, batches: TrainBatches, args: LoopArguments, total: int
-) -> GradientRules | None:
+def _after_step(run: RunLog, update: Update, request: StopRequest, bar: "tqdm[Any]", *, learning_rate: float) -> None:
+    """Log, stop, evaluate and save, where it is due after a step that was added to the run."""
+    is_logged = run.is_due(run.args.logging_steps)
+    if is_logged:
+        bar.set_postfix_str(run.log(learning_rate), refresh=False)
+    if _must_stop(update, request, run.accelerator, may_wait=is_logged):
+        run.save()
+        raise _stopped(request, run.state, run.total, saved=run.hooks.save is not None)
+    run.evaluate_if_due()
+    if run.must_save:
+        run.save()
+
+
+def _updater(
+    prepared: Prepared,
+    batches: TrainBatches,
+    losses: Losses,
+    args: LoopArguments,
+    *,
+    total: int,
+    recurrent: TBPTTState | None,
+) -> Updater:
     steps_per_epoch = batches.steps_per_epoch if args.unfreeze_epochs else 0.0
-    return gradient_rules(prepared.unwrapped, args, steps_per_epoch=steps_per_epoch, total=total)
+    rules = gradient_rules(prepared.unwrapped, args, steps_per_epoch=steps_per_epoch, total=total)
+    return Updater(prepared, losses, max_grad_norm=args.max_grad_norm, gradient_rules=rules, recurrent=recurrent)
 
 
 def _averaged(hooks: Hooks, prepared: Prepared) -> Hooks:

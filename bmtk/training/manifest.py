@@ -1,12 +1,12 @@
 """Folders that are whole: written beside their final place, listed with sizes and sha256, flushed, and then renamed.
 
-A kill at any moment leaves either the whole folder or none with its final name; what the disk damages later, the
-manifest tells, file by file.
+A kill at any moment leaves either the whole folder or none with its final name; the manifest shows, file by file, what
+the disk has damaged later.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def _damage(path: Path, name: str, facts: dict[str, object]) -> Iterator[str]:
 def written_whole(final: Path, *, num_bytes: int) -> Iterator[Path]:
     """Give the body a folder beside `final` to fill; afterwards list, flush and rename it.
 
-    num_bytes: about how much will be written, to be told when there is no room.  A folder that is already at `final`
+    num_bytes: about how much will be written, for an error when it does not fit.  A folder that is already at `final`
     is replaced.  Only one process may write there.
 
     Raises: OSError if something cannot be written; whatever the error, no trace of the folder is left then.
@@ -67,7 +67,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def dump_json(path: Path, content: dict):
+def dump_json(path: Path, content: Mapping[str, object]) -> None:
     """Write indented JSON straight into a folder that is flushed and renamed as a whole."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -6,7 +6,7 @@ one, so making their update orthogonal means nothing (Jordan et al. 2024, https:
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -52,9 +52,10 @@ class NamedOptimizer(torch.optim.Optimizer):
             group["initial_lr"] = group["lr"]
 
     @property
-    def state(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+    def state(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:  # type: ignore[override]
         """State of every parameter that has been stepped."""
-        return {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
+        states = (cast(dict[nn.Parameter, Any], optimizer.state) for optimizer in self.optimizers)
+        return {parameter: state for each in states for parameter, state in each.items()}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -69,7 +70,8 @@ class NamedOptimizer(torch.optim.Optimizer):
     def skip_if(self, flag: torch.Tensor | None) -> None:
         """Make the next steps do nothing where `flag` (0-dim float, 0 or 1, on the device) is 1; None ends that."""
         for optimizer in self.optimizers:
-            optimizer.found_inf, optimizer.grad_scale = flag, None
+            fused = cast(Any, optimizer)  # what torch's GradScaler sets, too
+            fused.found_inf, fused.grad_scale = flag, None
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
@@ -140,6 +142,7 @@ class Muon(torch.optim.Muon):
     def _momentum(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor:
         """The gradient after (Nesterov) momentum."""
         gradient = parameter.grad
+        assert gradient is not None
         buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
         buffer.lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
@@ -174,7 +177,7 @@ def build_optimizer(model: PreTrainedModel | PeftModel, args: OptimizerSettings)
 
     Raises: UserError if nothing is trainable, if Muon finds no matrix, or layer_lr_decay no layers.
     """
-    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     names = trained_parameters(model)
     if not names:
         raise UserError("the model has no trainable parameter; set requires_grad on those that are to be trained")
@@ -215,8 +218,8 @@ def _decay_groups(
 
 def _adamw(groups: list[dict[str, Any]], args: OptimizerSettings) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
-    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True, **settings)
+    betas = args.adam_beta1, args.adam_beta2
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
 
 
 def _sgd(groups: list[dict[str, Any]], args: OptimizerSettings) -> torch.optim.SGD:
@@ -237,9 +240,10 @@ def _hidden_matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     apart = _tables(model) if head is None else _tables(model) | {head.weight}
     for module in model.base_model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module.weight not in apart:
-            yield module.weight
+            yield cast(nn.Parameter, module.weight)
 
 
 def _tables(model: nn.Module) -> set[nn.Parameter]:
     """Lookup tables of tokens, positions and the like."""
-    return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    return {cast(nn.Parameter, weight) for weight in tables}

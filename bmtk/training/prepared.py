@@ -20,14 +20,15 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 class Prepared:
     """What is trained, by what, and where; checkpoints hold the first two."""
 
-    model: torch.nn.Module  # wrapped for several devices, and compiled if the settings say so
+    model: torch.nn.Module  # wrapped for several devices, and compiled if the settings ask for it
     optimizer: NamedOptimizer
     accelerator: Accelerator
 
     @property
     def unwrapped(self) -> PreTrainedModel:
         """The model itself."""
-        return extract_model_from_parallel(self.model, keep_torch_compile=False)
+        model: PreTrainedModel = extract_model_from_parallel(self.model, keep_torch_compile=False)
+        return model
 
 
 def build_accelerator(args: LoopArguments) -> Accelerator:
@@ -55,7 +56,7 @@ def natural_precision() -> str:
 
 
 def prepare(model: PreTrainedModel, args: LoopArguments, accelerator: Accelerator) -> Prepared:
-    """Make the optimizer of `model`, and wrap the model for the devices (also compile it, if `args` say so)."""
+    """Make the optimizer of `model`, and wrap the model for the devices (and compile it, if `args` ask for it)."""
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, args)

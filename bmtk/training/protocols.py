@@ -84,7 +84,7 @@ class Objective(Protocol):
     def preview_rows(self) -> Any:
         """The validation rows that are measured while training; all are in the end."""
 
-    def collator(self) -> Callable[[list[dict]], Batch]:
+    def collator(self) -> Callable[[list[dict[str, Any]]], Batch]:
         """Makes a batch of rows."""
 
     def train_batches(self, **sizes: int) -> TrainBatches:

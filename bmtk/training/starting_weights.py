@@ -33,7 +33,8 @@ def starting_config(run: StartingPoint, data: BindableData, chosen: Mapping[str,
     `chosen` are fields of it that the user set; those that a saved model cannot change are noted in `data.notes`.
     """
     if not run.model:
-        return data.new_config(run.model_type, chosen, preset=run.preset_model)
+        new: PreTrainedConfig = data.new_config(run.model_type, chosen, preset=run.preset_model)
+        return new
     config, notes = read_config(run.model, chosen, **run.loading)
     data.notes += notes
     return config
@@ -47,11 +48,12 @@ def starting_weights(
     A new model is drawn from torch's global generator.  `quantize` and errors are those of `load_for_task`; weights
     that were not found are noted in `objective.notes`.
     """
+    auto_class: Any = objective.auto_class
     if run.model:
-        model, notes = load_for_task(objective.auto_class, run.model, config, quantize=quantize, **run.loading)
+        model, notes = load_for_task(auto_class, run.model, config, quantize=quantize, **run.loading)
         objective.notes += notes
     else:
-        model = objective.auto_class.from_config(config)
+        model = auto_class.from_config(config)
     objective.prepare_to_save(model)
     return model
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from .evaluation import Results, measure, predict_all
 from .finetuning_arguments import FineTuningArguments
 from .gradients import gradient_rules
 from .layers import decay_rates_by_depth
-from .optimizers import build_optimizer, trained_parameters
+from .optimizers import OptimizerSettings, build_optimizer, trained_parameters
 from .protocols import Batch, Objective, Prediction
 from .trainer_patches import PatchedTrainer, SetEpoch, StopEarly
 from .updates import Losses, LossSum
@@ -42,6 +42,11 @@ class TaskTrainer(PatchedTrainer):
     """
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the items of the whole step
+    args: FineTuningArguments
+    objective: Objective
+    model: Any  # a PreTrainedModel or PeftModel; Trainer's own annotations are wider
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -71,7 +76,7 @@ class TaskTrainer(PatchedTrainer):
         if args.early_stopping_patience:
             self.add_callback(StopEarly(args.early_stopping_patience))
         losses = Losses.of(objective, label_smoothing=args.label_smoothing_factor)
-        self.loss = LossSum(model, model, args.device, losses)
+        self.loss = LossSum(model, cast(PreTrainedModel, model), args.device, losses)
 
     def count_items_and_units(self, batches: Sequence[Batch]) -> tuple[int, int]:
         items = sum(int(self.objective.num_items(batch)) for batch in batches)
@@ -82,17 +87,17 @@ class TaskTrainer(PatchedTrainer):
         model: torch.nn.Module,
         inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """The batch's summed loss over the items of the step; times the processes, which average their gradients."""
         assert not return_outputs
-        assert num_items_in_batch is not None
+        assert isinstance(num_items_in_batch, torch.Tensor)
         self.loss.model = model  # wrapped for several devices
         items = int(self.objective.num_items(inputs))
         return self.loss(inputs, items, num_items_in_batch) * self.args.world_size
 
     def training_step(
-        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | None = None
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward of a micro-batch; after the step's last one, `gradient_rules`, before the clipping."""
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -104,7 +109,7 @@ class TaskTrainer(PatchedTrainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `optimizer` or `optim` names, with the rates of `layer_lr_decay`; and the average."""
         if self.args.optimizer and self.optimizer is None:
-            self.optimizer = build_optimizer(self.model, self.args)
+            self.optimizer = build_optimizer(self.model, cast(OptimizerSettings, self.args))
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new:
@@ -131,13 +136,16 @@ class TaskTrainer(PatchedTrainer):
         workers = self.args.dataloader_num_workers
         return DataLoader(share, self.args.eval_batch_size, collate_fn=self.data_collator, num_workers=workers)
 
-    get_test_dataloader = get_eval_dataloader
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As in an evaluation."""
+        return self.get_eval_dataloader(test_dataset)
 
     def _reading_order(self, rows: Any) -> list[int]:
         """The longest rows first, so that a batch holds little padding; in their own order if no lengths are known."""
         if self.args.length_column_name not in getattr(rows, "column_names", ()):
             return list(range(len(rows)))
-        return np.argsort(-np.asarray(rows[self.args.length_column_name]), kind="stable").tolist()
+        order: list[int] = np.argsort(-np.asarray(rows[self.args.length_column_name]), kind="stable").tolist()
+        return order
 
     def predictions(self, dataloader: DataLoader[Any], description: str, *, preview: bool = False) -> list[Prediction]:
         """A prediction for each row of the loader's split, in the rows' order, from all processes."""
@@ -151,7 +159,7 @@ class TaskTrainer(PatchedTrainer):
             num_batches=len(dataloader),
             show_progress=not self.args.disable_tqdm,
         )
-        return [predictions[place] for place in np.argsort(self._reading_order(dataloader.dataset.dataset))]
+        return [predictions[place] for place in np.argsort(self._reading_order(_all_rows(dataloader)))]
 
     def evaluation_loop(
         self,
@@ -164,10 +172,15 @@ class TaskTrainer(PatchedTrainer):
         """Metrics over all rows at once, of the averaged weights where there are any."""
         with self.average.applied() if self.average else nullcontext():
             predictions = self.predictions(dataloader, description, preview=metric_key_prefix == "eval")
-        rows = dataloader.dataset.dataset
+        rows = _all_rows(dataloader)
         metrics = self.objective.scorer.score(predictions, rows)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=predictions, label_ids=None, metrics=named, num_samples=len(rows))
+        return EvalLoopOutput(cast(Any, predictions), label_ids=None, metrics=named, num_samples=len(rows))
+
+
+def _all_rows(dataloader: DataLoader[Any]) -> Any:
+    """The rows of which a loader of an evaluation reads this process's share."""
+    return cast(Any, dataloader.dataset).dataset
 
 
 def build_trainer(
@@ -219,7 +232,7 @@ def lay_out_channels_last(model: torch.nn.Module, device: torch.device) -> None:
                 raise UserError(
                     f"channels_last is not safe on a CPU for a strided 1x1 convolution ({name}); leave it out"
                 )
-    model.to(memory_format=torch.channels_last)
+    cast(Any, model).to(memory_format=torch.channels_last)  # an overload that torch leaves out of its annotations
 
 
 def evaluate(trainer: TaskTrainer) -> Results:

@@ -6,7 +6,7 @@ Trainer's own names keep working beside them.  A setting that is given under bot
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ..errors import UserError
+from bmtk.errors import UserError
 
 ROWS_PER_DEVICE = 8  # Trainer's default
 SCHEDULER_TYPES = {  # our schedules warm up, all of them
@@ -38,7 +38,7 @@ def without_replaced(file_values: Mapping[str, object], cli_values: Mapping[str,
     """The values of a config file without those that the command line gives under their other name."""
     replaced = {name for key in cli_values for name in REPLACED_IN_FILE.get(key, ())}
     for kind in ("eval", "save"):
-        if cli_values.get(f"{kind}_strategy") == "steps":  # of how many, the file may say
+        if cli_values.get(f"{kind}_strategy") == "steps" and file_values.get(f"{kind}_steps"):  # their number
             replaced.discard(f"{kind}_steps")
     return {key: value for key, value in file_values.items() if key not in replaced}
 

@@ -7,7 +7,7 @@ and fails as soon as an installed version no longer has a fault: then its patch 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -49,13 +49,13 @@ class PatchedTrainer(Trainer):
         self.state.num_input_tokens_seen += int(totals[1])  # the one counter of units that a checkpoint keeps
         return totals[0].clamp(min=1)
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
         """Fault (transformers 5.23): trains a step though a callback has asked to stop when training began.
 
         A resumed run that had stopped early would train on.
         """
         if not self.control.should_training_stop:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Fault (transformers 5.23): calls no callback before trainer_state.json, with which a checkpoint is whole.
@@ -72,6 +72,8 @@ class PatchedTrainer(Trainer):
         A torch optimizer restores them itself; a NamedOptimizer's state does not hold them.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         if self.average and checkpoint:
@@ -114,10 +116,12 @@ class StopEarly(EarlyStoppingCallback):
     which a run that was stopped has saved with `should_training_stop`.
     """
 
+    early_stopping_patience_counter: int  # evaluations since the best one
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        stored = state.stateful_callbacks[type(self).__name__]["attributes"]
+        stored = cast(Any, state.stateful_callbacks)[type(self).__name__]["attributes"]
         self.early_stopping_patience_counter = stored["early_stopping_patience_counter"]
         counter, patience = self.early_stopping_patience_counter, self.early_stopping_patience
         control.should_training_stop |= is_exhausted(patience, counter)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ class Update:
 
 def accepts_item_count(model: PreTrainedModel) -> bool:
     """Whether `model` takes num_items_in_batch; its loss need not be divided by it."""
-    declared = getattr(model, "accepts_loss_kwargs", None)
+    declared: bool | None = getattr(model, "accepts_loss_kwargs", None)
     if declared is not None:
         return declared
     parameters = inspect.signature(type(model).forward).parameters
@@ -94,7 +94,8 @@ def on_device(batch: Nested, device: torch.device) -> Nested:
 
     What is neither, such as the text that a prediction is cut from, stays as it is.
     """
-    return _moved(batch, device)
+    moved: Nested = _moved(batch, device)
+    return moved
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -162,7 +163,7 @@ class LossSum:
 def _no_loss(outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """0, with a gradient of 0 for every parameter, as other processes wait for this one's."""
     found = (value for name, value in outputs.items() if name != "loss" and isinstance(value, torch.Tensor))
-    return 0.0 * sum(value.sum() for value in found if value.requires_grad)
+    return cast(torch.Tensor, 0.0 * sum(value.sum() for value in found if value.requires_grad))
 
 
 def can_skip_logits(model: PreTrainedModel) -> bool:

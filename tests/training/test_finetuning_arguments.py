@@ -139,6 +139,7 @@ def test_the_command_line_replaces_what_the_file_calls_by_another_name():
     assert replaced == {"eval_steps": 20, "seed": 1}
     assert "eval_steps" not in without_replaced(file, {"eval_strategy": "epoch"})
     assert without_replaced(file, {"eval_strategy": "steps"}) == file
+    assert without_replaced({"save_steps": 0}, {"save_strategy": "steps"}) == {}
     old = {"per_device_train_batch_size": 4, "max_steps": 3, "bf16": True, "eval_strategy": "epoch"}
     cli = {"batch_size": "8", "num_train_steps": "5", "precision": "fp32", "eval_steps": "2"}
     assert without_replaced(old, cli) == {}
