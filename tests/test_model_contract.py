@@ -281,9 +281,10 @@ def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path):
         assert_all_near(ours, summed_gradients(case, []), EXACT)
 
 
+@pytest.mark.trains
 @over(LOSS_CASES)
-def test_one_batch_is_learnt_by_heart(case):
-    model, batch = case.model().train(), case.batch()
+def test_one_batch_is_learnt_by_heart(case, training_seed):
+    model, batch = case.model(seed=training_seed).train(), case.batch(seed=1 + training_seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     first = model(**batch).loss.item()
     is_plain = case.family == "bm_transformer" and case.config().input_type == "tokens"  # others have more to learn
@@ -549,10 +550,11 @@ def test_compiled_kernels_change_no_output_and_no_gradient():
     assert_all_near(gradients(model), gradients(twin), CLOSE)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16-weights", "autocast"])
 @over(LOSS_CASES)
-def test_bfloat16_trains(case, autocast):
-    model, batch = case.model().train(), case.batch()
+def test_bfloat16_trains(case, autocast, training_seed):
+    model, batch = case.model(seed=training_seed).train(), case.batch(seed=1 + training_seed)
     expected = model(**batch).loss.item()
     if not autocast:
         model = model.bfloat16()
@@ -616,9 +618,10 @@ def train_adapter(model: peft.PeftModel, batch: dict) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
+@pytest.mark.trains
 @over(LOSS_CASES)
-def test_lora_trains_saves_and_merges(case, tmp_path):
-    base, batch = case.model(initializer_range=0.2), case.batch()
+def test_lora_trains_saves_and_merges(case, tmp_path, training_seed):
+    base, batch = case.model(seed=training_seed, initializer_range=0.2), case.batch(seed=1 + training_seed)
     inputs = without_answers(batch)
     frozen = {name: value.clone() for name, value in base.state_dict().items()}
     model = adapter_of(case, base).eval()

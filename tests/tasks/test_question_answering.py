@@ -352,6 +352,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_finds_what_the_question_asks_for_in_one_and_the_same_text(tmp_path, family):
     """Without token types: question and text are told apart by the mark between them."""
@@ -393,13 +394,14 @@ def test_a_plan_refuses_the_smoothing_that_the_loss_would_refuse(tmp_path):
         finetune.main([*argv, "--output_dir", str(tmp_path / "run"), "--dry_run", "--label_smoothing_factor", "0.1"])
 
 
-def test_the_smoke_run_learns_and_every_recipe_reads_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.trains
+def test_the_smoke_run_learns_and_every_recipe_reads_it(tmp_path, monkeypatch, capsys, seed_argv):
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "run"
     config = "recipes/configs/question_answering/smoke.yaml"
     finetune.main(["--config", config, "--output_dir", str(folder), "--dry_run"])
     assert "tokens per step" in capsys.readouterr().out
-    finetune.main(["--config", config, "--output_dir", str(folder), "--disable_tqdm", "true"])
+    finetune.main(["--config", config, "--output_dir", str(folder), "--disable_tqdm", "true", *seed_argv])
     assert f"recipes/predict.py --model {folder}" in capsys.readouterr().out
     metrics = json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics["test/exact_match"] > 0.8
