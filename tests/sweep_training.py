@@ -150,7 +150,7 @@ def read_report(path: Path) -> Iterator[Result]:
 
 
 def table(found: dict[Setting, list[Result]]) -> str:
-    """A line per test that failed somewhere and a column per setting (failures of runs); then the seeds that failed."""
+    """A line per test that failed somewhere and a column per setting (failures of runs), and their seeds."""
     tests = {result.test: None for results in found.values() for result in results}
     by_test = {setting: {test: [] for test in tests} for setting in found}
     for setting, results in found.items():

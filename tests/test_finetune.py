@@ -200,13 +200,27 @@ def test_frozen_layers_stay_as_they_are_until_their_turn(tmp_path):
             assert moved == (step >= 2 * (turn - 1)), (name, step)
 
 
+def turning(folder: Path, *, num_right: int) -> list[str]:
+    """Arguments that read the reviews in their order, of which only the first ones have their own labels.
+
+    What a model learns of those it unlearns from the others, so its best moment is not its end, whatever its numbers.
+    """
+    other, lines = {"negative": "positive", "positive": "negative"}, []
+    for place, row in enumerate(read_table([REVIEWS / "train.csv"])):
+        label = row["label"] if place < num_right else other[row["label"]]
+        lines.append(json.dumps({"text": row["text"], "label": label}))
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    files = ["--train_file", str(folder / "train.jsonl"), "--train_sampling_strategy", "sequential"]
+    return [*files, "--validation_file", str(REVIEWS / "validation.csv"), "--test_file", str(REVIEWS / "test.csv")]
+
+
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory, seed_argv):
     """Folders of a whole run that gets worse in the end, and of one that ends early; and the latter's settings."""
     folder = tmp_path_factory.mktemp("impatient")
     settings = ["--eval_strategy", "steps", "--eval_steps", "4", "--save_strategy", "steps", "--save_steps", "4"]
-    settings += ["--max_steps", "24", "--metric_for_best_model", "loss", "--learning_rate", "0.05"]
-    settings += ["--logging_steps", "1", *seed_argv]
+    settings += ["--max_steps", "24", "--metric_for_best_model", "loss", "--learning_rate", "0.01"]
+    settings += ["--logging_steps", "1", *turning(folder, num_right=128), *seed_argv]  # 8 steps of 24
     patient = [*settings, "--early_stopping_patience", "2"]
     before = os.getcwd()
     os.chdir(ROOT)
@@ -297,7 +311,8 @@ def test_a_rate_falls_where_the_main_metric_is_on_a_plateau(tmp_path):
 @pytest.mark.trains
 def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(tmp_path, seed_argv):
     steps = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9"]
-    evaluations = ["--eval_strategy", "steps", "--eval_steps", "1", "--warmup_steps", "0", *seed_argv]
+    evaluations = ["--eval_strategy", "steps", "--eval_steps", "1", "--warmup_steps", "0", "--learning_rate", "0.02"]
+    evaluations += ["--metric_for_best_model", "loss", *turning(tmp_path, num_right=0), *seed_argv]
     raw = run(tmp_path / "raw", *steps, *evaluations)
     best = run(tmp_path / "best", *steps, *evaluations, "--ema_decay", "0.5", "--load_best_model_at_end", "true")
     average = {1: load_file(best / "checkpoints" / "checkpoint-1" / "averages.safetensors")}
@@ -307,8 +322,8 @@ def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(tmp_path,
         trained = load_file(best / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
         assert all(torch.equal(trained[name], weights[name]) for name in weights)
         average[step] = {name: decay * average[step - 1][name] + (1 - decay) * weights[name] for name in weights}
-    evaluated = [row for row in history(best) if "validation/accuracy" in row]
-    chosen = max(evaluated, key=lambda row: row["validation/accuracy"])  # the first of the best
+    evaluated = [row for row in history(best) if "validation/loss" in row]
+    chosen = min(evaluated, key=lambda row: row["validation/loss"])
     assert chosen["step"] < 4, "the last one would prove nothing"
     for name, value in load_file(best / "model.safetensors").items():
         torch.testing.assert_close(value, average[chosen["step"]][name])

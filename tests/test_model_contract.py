@@ -288,7 +288,7 @@ def test_one_batch_is_learnt_by_heart(case, training_seed):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     first = model(**batch).loss.item()
     is_plain = case.family == "bm_transformer" and case.config().input_type == "tokens"  # others have more to learn
-    for _ in range(60 if is_plain else 250):
+    for _ in range(100 if is_plain else 600):
         loss = model(**batch).loss
         if loss < case.head.loss_left * first:
             return
@@ -606,10 +606,13 @@ def adapter_of(case: Case, base: nn.Module) -> peft.PeftModel:
 
 
 def train_adapter(model: peft.PeftModel, batch: dict) -> tuple[float, float]:
-    """The loss before and after a few steps, in eval mode: batch statistics of a frozen base must not move."""
+    """The loss before and after 11 steps, in eval mode: batch statistics of a frozen base must not move.
+
+    Up to 50 where that is little: a detector, whose loss is mostly that of its boxes, is slow to begin.
+    """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     losses = []
-    for _ in range(11):
+    while len(losses) < 11 or (losses[-1] > 0.9 * losses[0] and len(losses) < 50):
         loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()

@@ -6,14 +6,29 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import Stopping, arguments, read_history, run, tiny_model
+from tiny_run import VOCABULARY, Stopping, TinyBatches, arguments, read_history, rows, run, tiny_model
 
 from bmtk.training.checkpoint import TrainState
 from bmtk.training.run_log import RunLog
 from bmtk.training.throughput import Meter
 
-SETTINGS = {"num_train_steps": 12, "eval_steps": 1, "learning_rate": 0.003, "schedule": "constant", "warmup_steps": 0}
+SETTINGS = {"num_train_steps": 12, "eval_steps": 1, "learning_rate": 0.01, "schedule": "constant", "warmup_steps": 0}
 PATIENT = SETTINGS | {"early_stopping_patience": 3, "save_steps": 0, "save_total_limit": 1}
+
+
+class Turning(TinyBatches):
+    """The validation rows themselves, four times, and then with wrong answers: the loss must fall and then rise."""
+
+    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        batch = rows(range(500, 508))
+        if step >= 4:
+            wrong = (batch["labels"] + 1) % VOCABULARY
+            batch["labels"] = batch["shift_labels"] = wrong.where(batch["labels"] != -100, -100)
+        return [batch]
+
+
+class StoppingTurning(Stopping, Turning):
+    """The same, with a signal on the way."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +42,7 @@ def whole(tmp_path_factory, training_seed) -> Path:
 def started(training_seed: int, folder: Path, *, batches=None, **settings) -> dict:
     """The last facts of a run from the weights of that seed."""
     model = tiny_model(dropout=0.2, seed=7 + training_seed)
-    return run(arguments(folder, **settings), model=model, batches=batches)
+    return run(arguments(folder, **settings), model=model, batches=batches or Turning(0))
 
 
 def losses(folder: Path) -> list[float]:
@@ -63,7 +78,9 @@ def test_the_run_ends_after_the_patience_and_leaves_the_best_model(whole, tmp_pa
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert saved == [f"step-{best:08d}", f"step-{last:08d}"]
     before = (tmp_path / "history.jsonl").read_bytes()
-    assert started(training_seed, tmp_path, batches=Stopping(0), **PATIENT) == first, "there is nothing left to train"
+    assert started(training_seed, tmp_path, batches=StoppingTurning(0), **PATIENT) == first, (
+        "there is nothing left to train"
+    )
     assert (tmp_path / "history.jsonl").read_bytes() == before
 
 
@@ -72,7 +89,7 @@ def test_the_run_ends_after_the_patience_and_leaves_the_best_model(whole, tmp_pa
 def test_a_stopped_run_goes_on_counting(whole, back, tmp_path, training_seed):
     last, best = ends_at(losses(whole), patience=3)
     with pytest.raises(SystemExit):
-        started(training_seed, tmp_path, batches=Stopping(last - 1 - back), **PATIENT)
+        started(training_seed, tmp_path, batches=StoppingTurning(last - 1 - back), **PATIENT)
     assert started(training_seed, tmp_path, **PATIENT)["step"] == last
     assert equal(weights(tmp_path), weights(whole, best))
 
