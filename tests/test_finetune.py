@@ -35,7 +35,7 @@ from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parent.parent
 REVIEWS = ROOT / "recipes" / "data" / "reviews"
-LORA = ["--adapter", "lora", "--lora_rank", "4", "--learning_rate", "0.01", "--num_train_epochs", "3"]
+LORA = ["--adapter", "lora", "--lora_rank", "4", "--learning_rate", "0.003", "--num_train_epochs", "6"]
 SHORT = ["--num_train_epochs", "2", "--warmup_steps", "0"]
 
 
@@ -203,7 +203,7 @@ def test_frozen_layers_stay_as_they_are_until_their_turn(tmp_path):
 def turning(folder: Path, *, num_right: int) -> list[str]:
     """Arguments that read the reviews in their order, of which only the first ones have their own labels.
 
-    What a model learns of those it unlearns from the others, so its best moment is not its end, whatever its numbers.
+    What a trained model knows it unlearns from the others: the end is not its best moment, whatever its numbers.
     """
     other, lines = {"negative": "positive", "positive": "negative"}, []
     for place, row in enumerate(read_table([REVIEWS / "train.csv"])):
@@ -215,12 +215,12 @@ def turning(folder: Path, *, num_right: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def impatient(tmp_path_factory, seed_argv):
+def impatient(finetuned, tmp_path_factory, seed_argv):
     """Folders of a whole run that gets worse in the end, and of one that ends early; and the latter's settings."""
     folder = tmp_path_factory.mktemp("impatient")
     settings = ["--eval_strategy", "steps", "--eval_steps", "4", "--save_strategy", "steps", "--save_steps", "4"]
-    settings += ["--max_steps", "24", "--metric_for_best_model", "loss", "--learning_rate", "0.01"]
-    settings += ["--logging_steps", "1", *turning(folder, num_right=128), *seed_argv]  # 8 steps of 24
+    settings += ["--max_steps", "24", "--metric_for_best_model", "loss", "--learning_rate", "0.003"]
+    settings += ["--logging_steps", "1", "--model", str(finetuned), *turning(folder, num_right=128), *seed_argv]
     patient = [*settings, "--early_stopping_patience", "2"]
     before = os.getcwd()
     os.chdir(ROOT)
@@ -309,9 +309,9 @@ def test_a_rate_falls_where_the_main_metric_is_on_a_plateau(tmp_path):
 
 
 @pytest.mark.trains
-def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(tmp_path, seed_argv):
+def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(finetuned, tmp_path, seed_argv):
     steps = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9"]
-    evaluations = ["--eval_strategy", "steps", "--eval_steps", "1", "--warmup_steps", "0", "--learning_rate", "0.02"]
+    evaluations = ["--eval_strategy", "steps", "--eval_steps", "1", "--warmup_steps", "0", "--model", str(finetuned)]
     evaluations += ["--metric_for_best_model", "loss", *turning(tmp_path, num_right=0), *seed_argv]
     raw = run(tmp_path / "raw", *steps, *evaluations)
     best = run(tmp_path / "best", *steps, *evaluations, "--ema_decay", "0.5", "--load_best_model_at_end", "true")

@@ -39,9 +39,9 @@ def built(name: str, seed: int = 0):
 
 def trained(model, batch):
     """A few steps; in eval mode, so that running statistics stay as the base has them."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []
-    for _ in range(8):
+    for _ in range(16):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
