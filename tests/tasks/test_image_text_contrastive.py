@@ -226,7 +226,7 @@ def test_fields_of_one_tower_are_refused_outside_of_its_config():
 @pytest.mark.trains
 def test_from_pretraining_to_naming_images(tmp_path, monkeypatch, seed_argv):
     monkeypatch.chdir(finetune.CONFIGS.parents[1])
-    folder, short = tmp_path / "run", ["--num_train_steps", "40", "--eval_steps", "0", *seed_argv]
+    folder, short = tmp_path / "run", ["--num_train_steps", "80", "--eval_steps", "0", *seed_argv]
     pretrain.main(["--task", "image_text_contrastive", "--preset", "smoke", "--output_dir", str(folder), *short])
     metrics = json.loads((folder / "run.json").read_text())["metrics"]
     assert metrics["test/image_to_text_recall_at_1"] > 0.2, "chance is 0.05 to 0.1"
