@@ -17,18 +17,50 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "agg",
-    "OMP_NUM_THREADS": "1",  # sums in one order: what is compared to the last digits is equal on every machine
+    # One thread sums in one order, so what is compared to the last digits is equal; sweep_training.py asks for more.
+    "OMP_NUM_THREADS": os.environ.get("BMTK_TEST_THREADS", "1"),
 }
 
 pytest_plugins = ["stand_in_hub", "smoke_runs"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--training-seeds", type=int, default=1, metavar="N", help="run tests marked `trains` N times")
+
+
+def pytest_generate_tests(metafunc):
+    """With --training-seeds N: every test marked `trains`, and the runs that it looks at, once for each of N seeds."""
+    count = metafunc.config.getoption("training_seeds")
+    if count > 1 and metafunc.definition.get_closest_marker("trains"):
+        seeds = range(first_seed(), first_seed() + count)
+        metafunc.parametrize("training_seed", seeds, indirect=True, scope="session", ids="seed{}".format)
+
+
+def first_seed() -> int:
+    return int(os.environ.get("BMTK_TEST_SEED", "0"))
+
+
+@pytest.fixture(scope="session")
+def training_seed(request) -> int:
+    """What a test that trains adds to its seeds: 0, or what BMTK_TEST_SEED or the repetition says.
+
+    Of the scope of a session, so that whatever is kept for several tests is made anew for the next seed.
+    """
+    return getattr(request, "param", first_seed())
+
+
+@pytest.fixture(scope="session")
+def seed_argv(training_seed) -> list[str]:
+    """The same for the command line of a recipe, whose own default is 42; nothing at all with the first seed."""
+    return ["--seed", str(42 + training_seed)] if training_seed else []
+
+
 @pytest.fixture(autouse=True)
-def fresh_process(monkeypatch):
+def fresh_process(request, training_seed, monkeypatch):
     """The same random numbers and no accelerator in every test, whichever tests ran before."""
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+        sys.modules["torch"].manual_seed(training_seed if request.node.get_closest_marker("trains") else 0)
     if "accelerate" in sys.modules:
         sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -6,10 +6,10 @@ TINY = ["--num_train_steps", "12", "--save_steps", "4", "--eval_steps", "0", "--
 
 
 @pytest.fixture(scope="session")
-def pretrained(tmp_path_factory):
+def pretrained(tmp_path_factory, seed_argv):
     """The folder of a finished run of recipes/pretrain.py: the smoke preset, cut to 12 steps, in this process."""
     from recipes import pretrain
 
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    pretrain.main(["--preset", "smoke", "--output_dir", str(folder), *TINY])
+    pretrain.main(["--preset", "smoke", "--output_dir", str(folder), *TINY, *seed_argv])
     return folder

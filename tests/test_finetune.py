@@ -36,8 +36,9 @@ from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parent.parent
 REVIEWS = ROOT / "recipes" / "data" / "reviews"
-LORA = ["--adapter", "lora", "--lora_rank", "4", "--learning_rate", "0.01", "--num_train_epochs", "3"]
+LORA = ["--adapter", "lora", "--lora_rank", "4", "--learning_rate", "0.003", "--num_train_epochs", "6"]
 SHORT = ["--num_train_epochs", "2", "--warmup_steps", "0"]
+LONG = ["--num_train_epochs", "12"]  # until no test row is in doubt, whatever the seed
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +60,12 @@ def history(folder):
 
 
 @pytest.fixture(scope="module")
-def finetuned(tmp_path_factory):
-    """The folder of a finished run of the smoke preset."""
+def finetuned(tmp_path_factory, seed_argv):
+    """The folder of a finished run of the smoke preset, twice as long."""
     before = os.getcwd()
     os.chdir(ROOT)
     try:
-        return run(tmp_path_factory.mktemp("finetuned") / "run")
+        return run(tmp_path_factory.mktemp("finetuned") / "run", *LONG, *seed_argv)
     finally:
         os.chdir(before)
 
@@ -82,6 +83,7 @@ def bert(tmp_path_factory):
     return folder
 
 
+@pytest.mark.trains
 def test_the_smoke_run_learns_and_leaves_a_repository(finetuned):
     names = {path.name for path in finetuned.iterdir()}
     assert names >= {
@@ -100,21 +102,22 @@ def test_the_smoke_run_learns_and_leaves_a_repository(finetuned):
     assert classify("The garden was dirty and the bread was stale.")[0]["label"] == "negative"
 
 
+@pytest.mark.trains
 def test_the_history_holds_training_and_one_evaluation_an_epoch(finetuned):
     rows = history(finetuned)
-    assert [row["step"] for row in rows if "validation/loss" in row] == [20, 40, 60, 80, 100, 120]
+    assert [row["step"] for row in rows if "validation/loss" in row] == list(range(20, 241, 20))
     training = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in training] == list(range(5, 121, 5))
+    assert [row["step"] for row in training] == list(range(5, 241, 5))
     assert training[-1]["loss"] < 0.2 < training[0]["loss"]
     num_tokens = facts(finetuned)["data"]["train"]["tokens"]
-    assert training[-1]["tokens"] == 6 * num_tokens
+    assert training[-1]["tokens"] == 12 * num_tokens
     seconds = [row["seconds"] for row in training]
     assert seconds == sorted(seconds)
 
 
 def test_the_same_command_again_finds_the_run_complete(finetuned, capsys):
     before = (finetuned / "model.safetensors").read_bytes(), history(finetuned)
-    run(finetuned)
+    run(finetuned, *LONG)
     assert ((finetuned / "model.safetensors").read_bytes(), history(finetuned)) == before
     assert "going on from " in capsys.readouterr().out
 
@@ -217,13 +220,27 @@ def test_frozen_layers_stay_as_they_are_until_their_turn(tmp_path):
             assert moved == (step >= 2 * (turn - 1)), (name, step)
 
 
+def turning(folder: Path, *, num_right: int) -> list[str]:
+    """Arguments that read the reviews in their order, of which only the first ones have their own labels.
+
+    What a trained model knows it unlearns from the others: the end is not its best moment, whatever its numbers.
+    """
+    other, lines = {"negative": "positive", "positive": "negative"}, []
+    for place, row in enumerate(read_table([REVIEWS / "train.csv"])):
+        label = row["label"] if place < num_right else other[row["label"]]
+        lines.append(json.dumps({"text": row["text"], "label": label}))
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    files = ["--train_file", str(folder / "train.jsonl"), "--train_sampling_strategy", "sequential"]
+    return [*files, "--validation_file", str(REVIEWS / "validation.csv"), "--test_file", str(REVIEWS / "test.csv")]
+
+
 @pytest.fixture(scope="module")
-def impatient(tmp_path_factory):
+def impatient(finetuned, tmp_path_factory, seed_argv):
     """Folders of a whole run that gets worse in the end, and of one that ends early; and the latter's settings."""
     folder = tmp_path_factory.mktemp("impatient")
     settings = ["--eval_strategy", "steps", "--eval_steps", "4", "--save_strategy", "steps", "--save_steps", "4"]
-    settings += ["--max_steps", "24", "--metric_for_best_model", "loss", "--learning_rate", "0.05"]
-    settings += ["--logging_steps", "1"]
+    settings += ["--max_steps", "24", "--metric_for_best_model", "loss", "--learning_rate", "0.003"]
+    settings += ["--logging_steps", "1", "--model", str(finetuned), *turning(folder, num_right=128), *seed_argv]
     patient = [*settings, "--early_stopping_patience", "2"]
     before = os.getcwd()
     os.chdir(ROOT)
@@ -233,6 +250,7 @@ def impatient(tmp_path_factory):
         os.chdir(before)
 
 
+@pytest.mark.trains
 def test_a_run_ends_early_with_the_best_model(impatient):
     whole, early, _ = impatient
     losses = [row["validation/loss"] for row in history(whole) if "validation/loss" in row]
@@ -310,9 +328,11 @@ def test_a_rate_falls_where_the_main_metric_is_on_a_plateau(tmp_path):
     assert rates[-1] == pytest.approx(1e-13)
 
 
-def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(tmp_path):
+@pytest.mark.trains
+def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(finetuned, tmp_path, seed_argv):
     steps = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9"]
-    evaluations = ["--eval_strategy", "steps", "--eval_steps", "1", "--warmup_steps", "0"]
+    evaluations = ["--eval_strategy", "steps", "--eval_steps", "1", "--warmup_steps", "0", "--model", str(finetuned)]
+    evaluations += ["--metric_for_best_model", "loss", *turning(tmp_path, num_right=0), *seed_argv]
     raw = run(tmp_path / "raw", *steps, *evaluations)
     best = run(tmp_path / "best", *steps, *evaluations, "--ema_decay", "0.5", "--load_best_model_at_end", "true")
     average = {1: load_file(best / "checkpoints" / "checkpoint-1" / "averages.safetensors")}
@@ -322,8 +342,8 @@ def test_averaged_weights_are_evaluated_and_saved_and_raw_ones_trained(tmp_path)
         trained = load_file(best / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
         assert all(torch.equal(trained[name], weights[name]) for name in weights)
         average[step] = {name: decay * average[step - 1][name] + (1 - decay) * weights[name] for name in weights}
-    evaluated = [row for row in history(best) if "validation/accuracy" in row]
-    chosen = max(evaluated, key=lambda row: row["validation/accuracy"])  # the first of the best
+    evaluated = [row for row in history(best) if "validation/loss" in row]
+    chosen = min(evaluated, key=lambda row: row["validation/loss"])
     assert chosen["step"] < 4, "the last one would prove nothing"
     for name, value in load_file(best / "model.safetensors").items():
         torch.testing.assert_close(value, average[chosen["step"]][name])
@@ -411,23 +431,24 @@ def test_the_gradient_does_not_depend_on_accumulation_though_bert_drops_the_coun
 
 
 @pytest.fixture(scope="module")
-def undecided(tmp_path_factory):
+def undecided(tmp_path_factory, seed_argv):
     """A model that errs often: two steps of training."""
     before = os.getcwd()
     os.chdir(ROOT)
     try:
-        return run(tmp_path_factory.mktemp("undecided") / "run", "--max_steps", "12", "--learning_rate", "1e-3")
+        short = ["--max_steps", "12", "--learning_rate", "1e-3", *seed_argv]
+        return run(tmp_path_factory.mktemp("undecided") / "run", *short)
     finally:
         os.chdir(before)
 
 
 @pytest.fixture(scope="module")
-def adapter(undecided, tmp_path_factory):
+def adapter(undecided, tmp_path_factory, seed_argv):
     """The folder of a LoRA run."""
     before = os.getcwd()
     os.chdir(ROOT)
     try:
-        return run(tmp_path_factory.mktemp("adapter") / "run", "--model", undecided, *LORA)
+        return run(tmp_path_factory.mktemp("adapter") / "run", "--model", undecided, *LORA, *seed_argv)
     finally:
         os.chdir(before)
 
@@ -444,6 +465,7 @@ def test_an_adapter_trains_the_head_whole_for_a_task_that_peft_does_not_know(ber
     assert not any("classifier.lora" in name for name in trained)
 
 
+@pytest.mark.trains
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_lora_learns_and_leaves_an_adapter(adapter, undecided, tmp_path):
     names = {path.name for path in adapter.iterdir()}
@@ -487,6 +509,7 @@ def test_a_merged_adapter_of_bert_is_a_whole_model_with_the_same_predictions(ber
     assert facts(folder)["model"]["saved_as"] == "model"
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_evaluation_is_exact_over_all_rows_whatever_the_batch_size(undecided, batch_size, tmp_path, capsys):
     evaluate.main(["--model", str(undecided), "--batch_size", str(batch_size), "--output", str(tmp_path / "m.json")])
@@ -638,11 +661,12 @@ def test_a_run_sees_by_trainer_where_devices_hold_parts(kind, tmp_path, monkeypa
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_language_model_is_finetuned_evaluated_and_asked_by_the_same_recipes(pretrained, tmp_path):
+@pytest.mark.trains
+def test_a_language_model_is_finetuned_evaluated_and_asked_by_the_same_recipes(pretrained, tmp_path, seed_argv):
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be, that is the question.\n" * 60)
     files = [f"--{split}_file={text}" for split in ("train", "validation", "test")]
-    argv = ["--model", str(pretrained), *files, "--learning_rate", "3e-3"]
+    argv = ["--model", str(pretrained), *files, "--learning_rate", "3e-3", *seed_argv]
     settings = ["--context_length", "32", "--num_train_epochs", "4", "--disable_tqdm", "true"]
     config = tmp_path / "lm.yaml"
     config.write_text("task: causal_lm\nprompts: [To be]\nsample_tokens: 8\nleakage: allow\n")
@@ -690,7 +714,7 @@ def test_only_the_main_process_writes_the_history(tmp_path):
 
 def test_folders_that_do_not_fit_are_refused(finetuned, adapter, bert):
     with pytest.raises(ValueError, match=r"it differs in\n  learning_rate: 0\.005 there, 0\.0001 now"):
-        run(finetuned, "--learning_rate", "1e-4")
+        run(finetuned, *LONG, "--learning_rate", "1e-4")
     with pytest.raises(ValueError, match="holds an adapter, not a whole model; save one with merge_adapter"):
         run(finetuned, "--model", adapter)
     with pytest.raises(ValueError, match=r"was not trained for this task: NEWLY INITIALISED.* classifier\.bias"):

@@ -281,13 +281,14 @@ def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path):
         assert_all_near(ours, summed_gradients(case, []), EXACT)
 
 
+@pytest.mark.trains
 @over(LOSS_CASES)
-def test_one_batch_is_learnt_by_heart(case):
-    model, batch = case.model().train(), case.batch()
+def test_one_batch_is_learnt_by_heart(case, training_seed):
+    model, batch = case.model(seed=training_seed).train(), case.batch(seed=1 + training_seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     first = model(**batch).loss.item()
     is_plain = case.family == "bm_transformer" and case.config().input_type == "tokens"  # others have more to learn
-    for _ in range(60 if is_plain else 250):
+    for _ in range(100 if is_plain else 600):
         loss = model(**batch).loss
         if loss < case.head.loss_left * first:
             return
@@ -549,10 +550,11 @@ def test_compiled_kernels_change_no_output_and_no_gradient():
     assert_all_near(gradients(model), gradients(twin), CLOSE)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16-weights", "autocast"])
 @over(LOSS_CASES)
-def test_bfloat16_trains(case, autocast):
-    model, batch = case.model().train(), case.batch()
+def test_bfloat16_trains(case, autocast, training_seed):
+    model, batch = case.model(seed=training_seed).train(), case.batch(seed=1 + training_seed)
     expected = model(**batch).loss.item()
     if not autocast:
         model = model.bfloat16()
@@ -604,10 +606,13 @@ def adapter_of(case: Case, base: nn.Module) -> peft.PeftModel:
 
 
 def train_adapter(model: peft.PeftModel, batch: dict) -> tuple[float, float]:
-    """The loss before and after a few steps, in eval mode: batch statistics of a frozen base must not move."""
+    """The loss before and after 11 steps, in eval mode: batch statistics of a frozen base must not move.
+
+    Up to 50 where that is little: a detector, whose loss is mostly that of its boxes, is slow to begin.
+    """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     losses = []
-    for _ in range(11):
+    while len(losses) < 11 or (losses[-1] > 0.9 * losses[0] and len(losses) < 50):
         loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
@@ -616,9 +621,10 @@ def train_adapter(model: peft.PeftModel, batch: dict) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
+@pytest.mark.trains
 @over(LOSS_CASES)
-def test_lora_trains_saves_and_merges(case, tmp_path):
-    base, batch = case.model(initializer_range=0.2), case.batch()
+def test_lora_trains_saves_and_merges(case, tmp_path, training_seed):
+    base, batch = case.model(seed=training_seed, initializer_range=0.2), case.batch(seed=1 + training_seed)
     inputs = without_answers(batch)
     frozen = {name: value.clone() for name, value in base.state_dict().items()}
     model = adapter_of(case, base).eval()

@@ -823,6 +823,7 @@ LORA = {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("cell", LORA)
 def test_lora_on_recurrent_matrices_trains_saves_and_merges(cell, tmp_path):
     peft = pytest.importorskip("peft")
@@ -944,6 +945,7 @@ def test_translations_with_a_cache_equal_reading_all_again(cell, settings):
     assert steps == [1] * 8 + list(range(1, 9))
 
 
+@pytest.mark.trains
 def test_a_translator_learns_to_reverse():
     model = AutoModelForSeq2SeqLM.from_config(
         small(is_encoder_decoder=True, is_causal=False, embedding_size=24, hidden_size=24, num_hidden_layers=1)

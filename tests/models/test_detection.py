@@ -307,9 +307,9 @@ def test_post_processing_of_nothing_is_empty():
         BmImageProcessor().post_process_object_detection(outputs, target_sizes=[(1, 1), (1, 1)])
 
 
-def squares(count: int, size: int) -> tuple[torch.Tensor, list[dict], list[torch.Tensor]]:
+def squares(count: int, size: int, seed: int) -> tuple[torch.Tensor, list[dict], list[torch.Tensor]]:
     """Black images with one bright square each, its class by its colour."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     pixels, labels, boxes = torch.zeros(count, 3, size, size), [], []
     for row in range(count):
         side, channel = rng.choice([12, 20, 28]), row % 3
@@ -320,8 +320,9 @@ def squares(count: int, size: int) -> tuple[torch.Tensor, list[dict], list[torch
     return pixels, labels, boxes
 
 
-def test_a_detector_learns_to_find_squares():
-    pixels, labels, boxes = squares(6, 48)
+@pytest.mark.trains
+def test_a_detector_learns_to_find_squares(training_seed):
+    pixels, labels, boxes = squares(6, 48, training_seed)
     model = detector(fpn_size=32, strides=[2, 2, 2], num_feature_levels=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):

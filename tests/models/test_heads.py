@@ -86,9 +86,10 @@ def test_pooling_reads_real_positions_only(pooling):
             assert (pooled - expected).abs().max() <= TOLERANCE
 
 
-def test_towers_of_a_dual_encoder_learn_together(tmp_path):
+@pytest.mark.trains
+def test_towers_of_a_dual_encoder_learn_together(tmp_path, training_seed):
     """Text and images by our trunks, contrastive loss by transformers' VisionTextDualEncoderModel."""
-    torch.manual_seed(0)
+    torch.manual_seed(training_seed)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(
         BmTransformerConfig(**{**IMAGES, "hidden_size": 24}), BmTransformerConfig(**BERT), projection_dim=16
     )

@@ -15,11 +15,12 @@ ROOT = Path(__file__).parents[2]
 TONES = ROOT / "recipes" / "data" / "tones"
 
 
-def test_a_run_trains_saves_evaluates_predicts_and_serves_the_pipeline(tmp_path, monkeypatch):
+@pytest.mark.trains
+def test_a_run_trains_saves_evaluates_predicts_and_serves_the_pipeline(tmp_path, monkeypatch, seed_argv):
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "run"
     argv = ["--task", "audio_classification", "--preset", "smoke", "--output_dir", folder, "--disable_tqdm", "true"]
-    finetune.main([*map(str, argv)])
+    finetune.main([*map(str, argv), *seed_argv])
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert facts["metrics"]["test/accuracy"] > 0.8
     assert facts["data"]["labels"] == ["flute", "reed"]

@@ -87,7 +87,8 @@ def test_a_model_or_text_that_knows_no_gaps_is_refused(text, tmp_path):
         read(text, model=str(plain))
 
 
-def test_a_run_learns_is_evaluated_and_fills_in_gaps(text, tmp_path, monkeypatch):
+@pytest.mark.trains
+def test_a_run_learns_is_evaluated_and_fills_in_gaps(text, tmp_path, monkeypatch, seed_argv):
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "out"
     sizes = "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --num_train_steps 40 --batch_size 8"
@@ -104,7 +105,7 @@ def test_a_run_learns_is_evaluated_and_fills_in_gaps(text, tmp_path, monkeypatch
         "allow",
     ]
     argv = ["--task", "denoising", "--preset", "smoke", "--output_dir", str(folder), *files, *sizes.split()]
-    pretrain.main(argv)
+    pretrain.main([*argv, *seed_argv])
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert run["metrics"]["validation/loss"] < 5.0
     assert run["samples"][0]["text"].startswith("\n -> ")

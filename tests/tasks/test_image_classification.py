@@ -357,12 +357,13 @@ def facts(folder):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, seed_argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return run(tmp_path_factory.mktemp("shapes") / "run")
+        return run(tmp_path_factory.mktemp("shapes") / "run", *seed_argv)
 
 
+@pytest.mark.trains
 def test_from_a_config_file_to_a_pipeline(trained, tmp_path, capsys):
     metrics = facts(trained)["metrics"]
     assert metrics["test/accuracy"] > 0.9
@@ -418,8 +419,9 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(tmp_path, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_frozen_backbone_rests_and_its_head_learns(trained, tmp_path, capsys):
-    folder = run(tmp_path / "probe", "--model", trained, "--freeze_backbone", "--max_steps", 4)
+@pytest.mark.trains
+def test_a_frozen_backbone_rests_and_its_head_learns(trained, tmp_path, capsys, seed_argv):
+    folder = run(tmp_path / "probe", "--model", trained, "--freeze_backbone", "--max_steps", 4, *seed_argv)
     before, after = load_file(trained / "model.safetensors"), load_file(folder / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("classifier.")}

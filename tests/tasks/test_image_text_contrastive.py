@@ -221,9 +221,10 @@ def test_fields_of_one_tower_are_refused_outside_of_its_config():
         data.new_config("bm_cnn", {"hidden_size": 3})
 
 
-def test_from_pretraining_to_naming_images(tmp_path, monkeypatch):
+@pytest.mark.trains
+def test_from_pretraining_to_naming_images(tmp_path, monkeypatch, seed_argv):
     monkeypatch.chdir(finetune.CONFIGS.parents[1])
-    folder, short = tmp_path / "run", ["--num_train_steps", "40", "--eval_steps", "0"]
+    folder, short = tmp_path / "run", ["--num_train_steps", "80", "--eval_steps", "0", *seed_argv]
     pretrain.main(["--task", "image_text_contrastive", "--preset", "smoke", "--output_dir", str(folder), *short])
     metrics = json.loads((folder / "run.json").read_text())["metrics"]
     assert metrics["test/image_to_text_recall_at_1"] > 0.2, "chance is 0.05 to 0.1"
@@ -244,12 +245,13 @@ def test_from_pretraining_to_naming_images(tmp_path, monkeypatch):
         assert best == labels[model(**inputs).logits_per_image.argmax()]
 
 
-def test_the_trainer_trains_it_as_well(tmp_path, monkeypatch):
+@pytest.mark.trains
+def test_the_trainer_trains_it_as_well(tmp_path, monkeypatch, seed_argv):
     monkeypatch.chdir(finetune.CONFIGS.parents[1])
     smoke = finetune.arguments.read_yaml(finetune.CONFIGS / "image_text_contrastive" / "smoke.yaml")
     of_the_loop = ("num_train_steps", "batch_size", "eval_steps", "save_steps", "precision", "output_dir")
     argv = [f"--{name}={value}" for name, value in smoke.items() if name not in of_the_loop]
-    run = ["--output_dir", str(tmp_path), "--max_steps", "3", "--per_device_train_batch_size", "60"]
+    run = ["--output_dir", str(tmp_path), "--max_steps", "3", "--per_device_train_batch_size", "60", *seed_argv]
     finetune.main([*argv, *run, "--save_strategy", "no", "--eval_strategy", "no", "--disable_tqdm", "true"])
     facts = json.loads((tmp_path / "run.json").read_text())
     assert facts["metrics"]["test/loss"] < math.log(40) + 0.5

@@ -308,8 +308,9 @@ def run(tmp_path, column, *more):
     return folder, facts
 
 
-def test_a_run_of_several_labels_learns_and_serves_the_pipeline(tmp_path):
-    folder, facts = run(tmp_path, "about", "--load_best_model_at_end", "true")
+@pytest.mark.trains
+def test_a_run_of_several_labels_learns_and_serves_the_pipeline(tmp_path, seed_argv):
+    folder, facts = run(tmp_path, "about", "--load_best_model_at_end", "true", *seed_argv)
     assert facts["metrics"]["test/micro_f1"] > 0.8
     assert facts["config"]["metric_for_best_model"] == "micro_f1"
     assert facts["config"]["problem_type"] == SEVERAL
@@ -326,8 +327,9 @@ def test_a_run_of_several_labels_learns_and_serves_the_pipeline(tmp_path):
     assert json.loads(line["prediction"]) == [name for name in sorted(KINDS) if scores[name] >= 0.5]
 
 
-def test_a_run_of_numbers_learns_and_serves_the_pipeline(tmp_path):
-    folder, facts = run(tmp_path, "stars", "--loss", "huber", "--load_best_model_at_end", "true")
+@pytest.mark.trains
+def test_a_run_of_numbers_learns_and_serves_the_pipeline(tmp_path, seed_argv):
+    folder, facts = run(tmp_path, "stars", "--loss", "huber", "--load_best_model_at_end", "true", *seed_argv)
     assert facts["metrics"]["test/r2"] > 0.5
     assert facts["metrics"]["test/loss"] == pytest.approx(facts["metrics"]["test/mse"])
     assert facts["config"]["metric_for_best_model"] == "mse"

@@ -129,9 +129,10 @@ def test_a_model_of_transformers_is_measured_alike():
     assert objective.scorer.score(own, None)["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_from_pretraining_to_a_classifier(tmp_path, monkeypatch):
+@pytest.mark.trains
+def test_from_pretraining_to_a_classifier(tmp_path, monkeypatch, seed_argv):
     monkeypatch.chdir(finetune.CONFIGS.parents[1])
-    folder, short = tmp_path / "run", ["--num_train_steps", "25", "--eval_steps", "0"]
+    folder, short = tmp_path / "run", ["--num_train_steps", "25", "--eval_steps", "0", *seed_argv]
     pretrain.main(["--task", "masked_image_modeling", "--preset", "smoke", "--output_dir", str(folder), *short])
     facts = json.loads((folder / "run.json").read_text())
     metrics = facts["metrics"]
@@ -160,7 +161,8 @@ def test_from_pretraining_to_a_classifier(tmp_path, monkeypatch):
     ]
 
 
-def test_the_trainer_hides_other_cells_in_every_epoch(tmp_path, monkeypatch):
+@pytest.mark.trains
+def test_the_trainer_hides_other_cells_in_every_epoch(tmp_path, monkeypatch, training_seed, seed_argv):
     seen = set()
     monkeypatch.setattr(
         "bmtk.tasks.masked_image_modeling.draws",
@@ -169,6 +171,7 @@ def test_the_trainer_hides_other_cells_in_every_epoch(tmp_path, monkeypatch):
     files = ["--task", "masked_image_modeling", "--dataset", str(SHAPES), "--model_type", "bm_cnn"]
     fields = ["--image_size", "24", "--hidden_sizes", "8", "16", "--depths", "1", "1", "--mask_cell_size", "4"]
     run = ["--output_dir", str(tmp_path), "--num_train_epochs", "2", "--per_device_train_batch_size", "60"]
-    finetune.main([*files, *fields, *run, "--save_strategy", "no", "--eval_strategy", "no", "--disable_tqdm", "true"])
-    assert seen == {(42, 0), (42, 1), (0, 0)}
+    quiet = ["--save_strategy", "no", "--eval_strategy", "no", "--disable_tqdm", "true"]
+    finetune.main([*files, *fields, *run, *quiet, *seed_argv])
+    assert seen == {(42 + training_seed, 0), (42 + training_seed, 1), (0, 0)}
     assert json.loads((tmp_path / "run.json").read_text())["metrics"]["test/mae"] < 0.5

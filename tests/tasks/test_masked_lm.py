@@ -223,10 +223,11 @@ def dataset(columns):
     return Dataset.from_dict(columns)
 
 
-def test_from_pretraining_to_filling_in(tmp_path, monkeypatch):
+@pytest.mark.trains
+def test_from_pretraining_to_filling_in(tmp_path, monkeypatch, seed_argv):
     monkeypatch.chdir(finetune.CONFIGS.parents[1])
     folder, short = tmp_path / "run", ["--num_train_steps", "30", "--eval_steps", "0", "--batch_size", "16"]
-    pretrain.main(["--task", "masked_lm", "--preset", "smoke", "--output_dir", str(folder), *short])
+    pretrain.main(["--task", "masked_lm", "--preset", "smoke", "--output_dir", str(folder), *short, *seed_argv])
     facts = json.loads((folder / "run.json").read_text())
     assert facts["metrics"]["validation/loss"] < 6.0 < math.log(512)
     assert facts["samples"][0]["prompt"] == "To be, or not to <mask>, that is the question"

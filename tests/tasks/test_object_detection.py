@@ -510,10 +510,11 @@ def test_clipped_boxes_keep_what_lies_in_the_image():
 # ---------------------------------------------------------------------------------------------------- end to end
 
 
-def test_a_detector_is_trained_evaluated_and_used(tmp_path, capsys):
+@pytest.mark.trains
+def test_a_detector_is_trained_evaluated_and_used(tmp_path, capsys, seed_argv):
     folder = tmp_path / "run"
     smoke = ["--config", "recipes/configs/object_detection/smoke.yaml", "--num_train_epochs", "3"]
-    finetune.main([*smoke, "--output_dir", str(folder), "--disable_tqdm", "true"])
+    finetune.main([*smoke, "--output_dir", str(folder), "--disable_tqdm", "true", *seed_argv])
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert run["data"]["labels"] == ["circle", "square"]
     assert run["data"]["train"] == {"rows": 48, "boxes": 112}

@@ -337,18 +337,20 @@ FAMILIES = {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_finds_what_the_question_asks_for_in_one_and_the_same_text(tmp_path, family):
     """Without token types: only the mark between them separates question and text."""
     asked = {"Where is Bo ?": ("old Oslo", 36), "Where is Ada ?": ("Rome", 13), "Who is in Rome ?": ("Ada", 0)}
     data = read_data(tmp_path, [row(question, answers=[answer]) for question, answer in asked.items()])
-    config = type(FAMILIES[family])(**{**FAMILIES[family].to_diff_dict(), **data.config_fields})
+    fields = {**FAMILIES[family].to_diff_dict(), **data.config_fields, "initializer_range": 0.1}
+    config = type(FAMILIES[family])(**fields)
     objective = data.bind(config)
     model = AutoModelForQuestionAnswering.from_config(config)
     rows, batch = objective.rows["train"], objective.collator()(list(objective.rows["train"]))
     assert "token_type_ids" not in batch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(100):
         objective.criterion(model(**objective.inputs_of(batch)), batch).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -379,13 +381,14 @@ def test_a_plan_refuses_the_smoothing_that_the_loss_would_refuse(tmp_path):
         finetune.main([*argv, "--output_dir", str(tmp_path / "run"), "--dry_run", "--label_smoothing_factor", "0.1"])
 
 
-def test_the_smoke_run_learns_and_every_recipe_reads_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.trains
+def test_the_smoke_run_learns_and_every_recipe_reads_it(tmp_path, monkeypatch, capsys, seed_argv):
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "run"
     config = "recipes/configs/question_answering/smoke.yaml"
     finetune.main(["--config", config, "--output_dir", str(folder), "--dry_run"])
     assert "tokens per step" in capsys.readouterr().out
-    finetune.main(["--config", config, "--output_dir", str(folder), "--disable_tqdm", "true"])
+    finetune.main(["--config", config, "--output_dir", str(folder), "--disable_tqdm", "true", *seed_argv])
     assert f"recipes/predict.py --model {folder}" in capsys.readouterr().out
     metrics = json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics["test/exact_match"] > 0.8

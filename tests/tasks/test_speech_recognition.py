@@ -297,10 +297,11 @@ def test_without_training_rows_a_model_must_bring_its_tokens(tmp_path):
 # ------------------------------------------------------------------------------------ a whole run
 
 
-def test_a_run_trains_saves_evaluates_predicts_and_serves_the_pipeline(tmp_path, capsys):
+@pytest.mark.trains
+def test_a_run_trains_saves_evaluates_predicts_and_serves_the_pipeline(tmp_path, capsys, seed_argv):
     folder = tmp_path / "run"
     argv = ["--task", "speech_recognition", "--preset", "smoke", "--output_dir", folder, "--disable_tqdm", "true"]
-    finetune.main([*map(str, argv), "--num_train_epochs", "12"])
+    finetune.main([*map(str, argv), "--num_train_epochs", "12", *seed_argv])
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert facts["metrics"]["test/cer"] < 0.3
     assert facts["data"]["train"] == {"rows": 58, "minutes": pytest.approx(0.4, abs=0.11)}

@@ -535,12 +535,12 @@ def test_what_changes_a_metric_depends_on_the_metric_and_on_the_tables(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, seed_argv):
     """The folder of a finished run of the smoke preset."""
     folder = tmp_path_factory.mktemp("series") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        finetune.main([*SMOKE, "--output_dir", str(folder)])
+        finetune.main([*SMOKE, "--output_dir", str(folder), *seed_argv])
     return folder
 
 
@@ -549,6 +549,7 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@pytest.mark.trains
 def test_the_smoke_run_beats_the_naive_forecasts_and_is_evaluated_exactly(trained, tmp_path):
     metrics = json.loads((trained / "run.json").read_text())["metrics"]
     assert metrics["test/mse"] < metrics["test/seasonal_naive_mse"] / 4 < metrics["test/naive_mse"]
@@ -559,6 +560,7 @@ def test_the_smoke_run_beats_the_naive_forecasts_and_is_evaluated_exactly(traine
     assert (trained / "report.html").read_text().count("Error by step ahead") >= 1
 
 
+@pytest.mark.trains
 def test_forecasts_are_lines_of_the_future_in_units_of_the_data(trained, tmp_path):
     output = tmp_path / "forecast.csv"
     predict.main(["--model", str(trained), "--input", str(WAVES), "--output", str(output)])
@@ -589,11 +591,11 @@ def test_a_table_without_a_future_column_or_with_other_columns(trained, tmp_path
         )
 
 
-def test_series_are_pretrained_by_forecasting_and_then_forecast_together_with_another_model(trained, tmp_path):
+@pytest.mark.trains
+def test_series_are_pretrained_by_forecasting_and_then_forecast_together_with_another_model(tmp_path, seed_argv):
     folder = tmp_path / "pretrained"
-    pretrain.main(
-        ["--task", "time_series_forecasting", "--config", str(short_config(tmp_path)), "--output_dir", str(folder)]
-    )
+    config = str(short_config(tmp_path))
+    pretrain.main(["--task", "time_series_forecasting", "--config", config, "--output_dir", str(folder), *seed_argv])
     run = json.loads((folder / "run.json").read_text())
     assert run["metrics"]["validation/mse"] < run["metrics"]["validation/naive_mse"]
     assert run["data"]["series"]["columns"] == ["north", "south", "total"]
@@ -615,12 +617,13 @@ def short_config(tmp_path):
     return config
 
 
-def test_an_adapter_of_a_forecaster_knows_the_scale_it_was_trained_with(trained, tmp_path):
+@pytest.mark.trains
+def test_an_adapter_of_a_forecaster_knows_the_scale_it_was_trained_with(trained, tmp_path, seed_argv):
     folder = tmp_path / "adapter"
     other = write(tmp_path / "other.csv", 1000 * numbers(300, 3), names=("north", "south", "total"))
     finetune.main([
         *SMOKE, "--model", str(trained), "--dataset", other, "--adapter", "lora", "--max_steps", "2",
-        "--output_dir", str(folder), "--split_rows", "150", "100", "50",
+        "--output_dir", str(folder), "--split_rows", "150", "100", "50", *seed_argv,
     ])  # fmt: skip
     predict.main(["--model", str(folder), "--input", other, "--output", str(tmp_path / "forecast.csv")])
     lines = pd.read_csv(tmp_path / "forecast.csv")

@@ -249,11 +249,12 @@ def test_a_tokenizer_without_offsets_is_refused(tmp_path):
         data.bind(BertConfig())
 
 
-def test_the_smoke_run_learns_and_every_recipe_and_pipeline_reads_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.trains
+def test_the_smoke_run_learns_and_every_recipe_and_pipeline_reads_it(tmp_path, monkeypatch, capsys, seed_argv):
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "run"
     config = "recipes/configs/token_classification/smoke.yaml"
-    finetune.main(["--config", config, "--output_dir", str(folder), "--disable_tqdm", "true"])
+    finetune.main(["--config", config, "--output_dir", str(folder), "--disable_tqdm", "true", *seed_argv])
     metrics = json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics["test/f1"] > 0.9
     evaluate.main(["--model", str(folder), "--batch_size", "7"])

@@ -397,10 +397,11 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_the_smoke_run_learns_is_evaluated_and_translates(in_the_repository, tmp_path, capsys):
+@pytest.mark.trains
+def test_the_smoke_run_learns_is_evaluated_and_translates(in_the_repository, tmp_path, capsys, seed_argv):
     folder = tmp_path / "run"
     config = str(ROOT / "recipes" / "configs" / "translation" / "smoke.yaml")
-    finetune.main(["--config", config, "--output_dir", str(folder), "--disable_tqdm", "true"])
+    finetune.main(["--config", config, "--output_dir", str(folder), "--disable_tqdm", "true", *seed_argv])
     out = capsys.readouterr().out
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert run["metrics"]["test/bleu"] > 95

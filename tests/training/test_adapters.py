@@ -28,8 +28,8 @@ ADAPTED = {
 }
 
 
-def built(name: str):
-    torch.manual_seed(0)
+def built(name: str, seed: int = 0):
+    torch.manual_seed(seed)
     model = MODELS[name]().eval()
     inputs = (
         {"pixel_values": torch.randn(4, 3, 8, 8)} if name == "cnn" else {"input_ids": torch.arange(1, 13).view(4, 3)}
@@ -39,9 +39,9 @@ def built(name: str):
 
 def trained(model, batch):
     """A few steps; in eval mode, so that running statistics stay as the base has them."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []
-    for _ in range(8):
+    for _ in range(16):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -50,12 +50,13 @@ def trained(model, batch):
     return losses
 
 
+@pytest.mark.trains
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     ("name", "adapter"), [*((name, "lora") for name in MODELS), ("cnn", "dora"), ("transformer", "dora")]
 )
-def test_an_adapter_trains_loads_and_merges_to_the_same_outputs(name, adapter, tmp_path):
-    model, batch = built(name)
+def test_an_adapter_trains_loads_and_merges_to_the_same_outputs(name, adapter, tmp_path, training_seed):
+    model, batch = built(name, training_seed)
     frozen = {key: value.clone() for key, value in model.base_model.state_dict().items()}
     adapted = add_adapter(model, AdapterArguments(adapter=adapter, lora_rank=2), task_type=None)
     updates = [key for key, p in adapted.named_parameters() if p.requires_grad and "modules_to_save" not in key]
@@ -71,7 +72,7 @@ def test_an_adapter_trains_loads_and_merges_to_the_same_outputs(name, adapter, t
         expected = adapted(**batch).logits
     adapted.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size > 0
-    again, _ = built(name)
+    again, _ = built(name, training_seed)
     assert all(torch.equal(value, frozen[key]) for key, value in again.base_model.state_dict().items())
     loaded = load_adapter(again, str(tmp_path)).eval()
     merged = loaded.merge_and_unload()

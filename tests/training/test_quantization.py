@@ -35,9 +35,9 @@ def bitsandbytes():
     return pytest.importorskip("bitsandbytes", "0.46.1")
 
 
-def saved(config, folder):
+def saved(config, folder, seed=0):
     """(auto class, folder, batch) of a model of random weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     batch = {"labels": torch.tensor([0, 1, 1, 0])}
     if hasattr(config, "image_size") and getattr(config, "input_type", "pixels") == "pixels":
         auto, batch["pixel_values"] = AutoModelForImageClassification, torch.randn(4, 3, 16, 16)
@@ -55,8 +55,8 @@ def load(auto, folder, kind=None):
     return load_for_task(auto, folder, AutoConfig.from_pretrained(folder), quantize=kind)[0].eval()
 
 
-def losses(model, batch, *, num_steps=12):
-    torch.manual_seed(1)
+def losses(model, batch, *, seed, num_steps=12):
+    torch.manual_seed(seed)
     adapted = add_adapter(model, AdapterArguments(adapter="lora"), task_type=None).eval()
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
     told = []
@@ -108,13 +108,16 @@ def test_a_trunk_of_nothing_to_quantise_is_refused(tmp_path):
         load(auto, folder, "4bit")
 
 
+@pytest.mark.trains
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [*((name, "4bit") for name in CONFIGS), *((name, "8bit") for name in CONFIGS if name != "bm_cnn")],
 )
-def test_an_adapter_learns_on_a_quantised_base_as_on_its_dequantised_copy(name, kind, tmp_path, bitsandbytes):
-    auto, folder, batch = saved(CONFIGS[name], tmp_path / "base")
+def test_an_adapter_learns_on_a_quantised_base_as_on_its_dequantised_copy(
+    name, kind, tmp_path, bitsandbytes, training_seed
+):
+    auto, folder, batch = saved(CONFIGS[name], tmp_path / "base", training_seed)
     model, reference = load(auto, folder, kind), load(auto, folder)
     full = sum(layer.weight.nbytes for _, layer in quantization._linear(reference.base_model))
     packed = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
@@ -133,8 +136,8 @@ def test_an_adapter_learns_on_a_quantised_base_as_on_its_dequantised_copy(name, 
         exact.data.copy_(weight)
     left = sum(layer.weight.nbytes for _, layer in quantization._linear(model.base_model))
     assert left == full // {"4bit": 8, "8bit": 4}[kind]
-    adapted, told = losses(model, batch)
-    _, expected = losses(reference, batch)
+    adapted, told = losses(model, batch, seed=1 + training_seed)
+    _, expected = losses(reference, batch, seed=1 + training_seed)
     assert told[-1] < 0.99 * told[0]
     tolerance = 1e-5 if kind == "4bit" else 0.02  # 8 bits round what the layers read, too
     torch.testing.assert_close(told, expected, rtol=tolerance, atol=tolerance)

@@ -30,9 +30,9 @@ from bmtk.training.updates import Losses
 VOCABULARY, LENGTH = 23, 8
 
 
-def tiny_model(*, dropout: float = 0.0, tied: bool = False) -> LlamaForCausalLM:
+def tiny_model(*, dropout: float = 0.0, tied: bool = False, seed: int = 7) -> LlamaForCausalLM:
     """A decoder with two layers of width 16, equal at every call."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
