@@ -156,7 +156,7 @@ def test_every_architecture_field_has_help_that_ends_in_its_default(config_class
         text = metadata[name]["help"]
         assert 10 < len(text) <= 140
         assert re.match(r"[a-z0-9]|RMS|LayerNorm", text), f"{name}: {text}"
-        assert field_help(config_class, name).count("default: ") >= 1, name
+        assert "default: " in (text if getattr(config_class, name) is None else field_help(config_class, name)), name
 
 
 def test_the_fields_of_a_foreign_configuration_have_a_help_line_with_their_default():
