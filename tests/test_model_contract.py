@@ -282,7 +282,7 @@ def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path):
 
 
 @over(LOSS_CASES)
-def test_one_batch_is_learnt_by_heart(case):
+def test_every_model_overfits_one_batch(case):
     model, batch = case.model().train(), case.batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     first = model(**batch).loss.item()

@@ -1,4 +1,4 @@
-"""Configuration of the bm_cnn family: convolutional networks for images and sequences by fields, not by classes."""
+"""Configuration of the bm_cnn family: convolutional networks for images and sequences."""
 
 from typing import ClassVar, Literal
 
@@ -22,21 +22,21 @@ PRESETS = {
         "num_channels": 1, "image_size": 28, "block_type": "plain", "hidden_sizes": [], "depths": [],
         "pooled_grid": 28, "classifier_hidden_sizes": [128], "num_labels": 10,
     },
-    # pytorch/examples, mnist/main.py.  Its dropout is 0.25 before and 0.5 after the hidden layer; ours is one.
+    # pytorch/examples, mnist/main.py.  Its dropout is 0.25 before and 0.5 after the hidden layer; here both are equal.
     "mnist-cnn": {
         "num_channels": 1, "image_size": 28, "block_type": "plain", "hidden_sizes": [32, 64], "depths": [1, 1],
         "paddings": 0, "pool_sizes": [1, 2], "pooled_grid": 12, "classifier_hidden_sizes": [128],
         "classifier_dropout": 0.5, "num_labels": 10,
     },
-    # torchvision.models.alexnet: Krizhevsky 2014, arXiv:1404.5997.  Its dropout spares the last layer; ours does not.
+    # torchvision.models.alexnet: Krizhevsky 2014, arXiv:1404.5997.  It has no dropout before the last layer; this has.
     "alexnet": {
         **_IMAGENET, "block_type": "plain", "hidden_sizes": [64, 192, 384, 256, 256], "depths": [1, 1, 1, 1, 1],
         "kernel_sizes": [11, 5, 3, 3, 3], "paddings": [2, 2, 1, 1, 1], "strides": [4, 1, 1, 1, 1],
         "pool_sizes": [3, 3, 1, 1, 3], "pooled_grid": 6, "classifier_hidden_sizes": [4096, 4096],
         "classifier_dropout": 0.5,
     },
-    # torchvision.models.vgg16: Simonyan & Zisserman 2014, arXiv:1409.1556, configuration D.  Its dropout spares the
-    # first hidden layer; ours does not.
+    # torchvision.models.vgg16: Simonyan & Zisserman 2014, arXiv:1409.1556, configuration D.  It has no dropout
+    # before the first hidden layer; here there is.
     "vgg-16": {
         **_IMAGENET, "block_type": "plain", "hidden_sizes": [64, 128, 256, 512, 512], "depths": [2, 2, 3, 3, 3],
         "pooled_grid": 7, "classifier_hidden_sizes": [4096, 4096], "classifier_dropout": 0.5,
@@ -69,17 +69,17 @@ _Sizes = list[int] | tuple[int, ...]
 
 @strict
 class BmCnnConfig(PresetMixin, BackboneConfigMixin, PreTrainedConfig):
-    """What a bm_cnn is made of.
+    """Architecture of a bm_cnn.
 
-    `input_type` decides between two trunks: stages of two-dimensional blocks over pixels, or layers of one-dimensional
-    convolutions over tokens, audio frames or series.  The last width of the one is the `hidden_size` of the other.
-    A field that is given once for all stages may be one number.
+    `input_type` chooses between two trunks: stages of two-dimensional blocks over pixels, or layers of one-dimensional
+    convolutions over tokens, audio frames or series.  The last of `hidden_sizes` of the former corresponds to
+    `hidden_size` of the latter.  A field with one value per stage may be a single number for all stages.
     """
 
     model_type = "bm_cnn"
     keys_to_ignore_at_inference = ["past_key_values", "feature_maps", "loss_dict"]
     presets = PRESETS
-    # Auto class -> the class that serves it; read by bmtk.models.register and saved as `auto_map` with every model.
+    # Auto class -> model class; read by bmtk.models.register and saved as `auto_map` with every model.
     heads: ClassVar[dict[str, str]] = {
         "AutoModel": "modeling_bm_cnn.BmCnnModel",
         "AutoBackbone": "modeling_bm_cnn.BmCnnBackbone",
@@ -95,7 +95,7 @@ class BmCnnConfig(PresetMixin, BackboneConfigMixin, PreTrainedConfig):
         "AutoModelForCTC": "modeling_bm_cnn.BmCnnForCTC",
         "AutoModelForTimeSeriesPrediction": "modeling_bm_cnn.BmCnnForTimeSeriesPrediction",
     }
-    scale_embedding: ClassVar[bool] = False  # what a TokenStem asks, and no CNN needs
+    scale_embedding: ClassVar[bool] = False  # read by TokenStem; not an option of this family
 
     input_type: Literal["pixels", "tokens", "audio", "series"] = described("pixels", "what the model reads")
     block_type: Literal["plain", "basic", "bottleneck", "convnext", "residual", "gated", "multi_width"] | None = (
@@ -234,7 +234,7 @@ class BmCnnConfig(PresetMixin, BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
-        # Code is saved beside every model: a map that a loaded config carries from elsewhere must not survive.
+        # The code is saved with every model, so an auto_map that points to another repository must be replaced.
         self.auto_map = {"AutoConfig": "configuration_bm_cnn.BmCnnConfig", **self.heads}
 
     def _fill_images(self):
@@ -282,11 +282,11 @@ class BmCnnConfig(PresetMixin, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What `DynamicCache(config=...)` makes of each layer; a property, so that it is not saved."""
+        """Cache type of each layer, for `DynamicCache(config=...)`; a property, so that it is not saved."""
         return ["bm_convolution"] * self.num_hidden_layers
 
     def validate_layer_type(self):
-        """Take the place of the base class's check, which knows the library's own names only."""
+        """Override the check of the base class, which allows only transformers' own layer types."""
 
     def validate_blocks(self):
         is_image = self.input_type == "pixels"

@@ -1,4 +1,4 @@
-"""Configuration of the bm_rnn family: cells, shapes and regularisers by fields, not by classes."""
+"""Configuration of the bm_rnn family: recurrent networks."""
 
 from typing import ClassVar, Literal
 
@@ -33,16 +33,17 @@ PRESETS = {
 
 @strict
 class BmRnnConfig(PresetMixin, PreTrainedConfig):
-    """What a bm_rnn is made of.
+    """Architecture of a bm_rnn.
 
-    A row is read by `num_hidden_layers` recurrent layers.  All but the last have `intermediate_size` units, the last
-    has `hidden_size`, which is what heads read.  In a bidirectional network each direction has half of the units.  In
-    an encoder-decoder both sides have `num_hidden_layers` layers, and the decoder starts where the encoder ends.
+    There are `num_hidden_layers` recurrent layers.  All but the last have `intermediate_size` units, the last has
+    `hidden_size`, the width of positions that heads read.  In a bidirectional network each direction has half of the
+    units.  In an encoder-decoder both sides have `num_hidden_layers` layers, and the decoder starts from the last
+    state of the encoder.
     """
 
     model_type = "bm_rnn"
     keys_to_ignore_at_inference = ["past_key_values", "undropped_hidden_state", "final_state"]
-    # Auto class -> the class that serves it; read by bmtk.models.register and saved as `auto_map` with every model.
+    # Auto class -> model class; read by bmtk.models.register and saved as `auto_map` with every model.
     heads: ClassVar[dict[str, str]] = {
         "AutoModel": "modeling_bm_rnn.BmRnnModel",
         "AutoModelForCausalLM": "modeling_bm_rnn.BmRnnForCausalLM",
@@ -146,7 +147,7 @@ class BmRnnConfig(PresetMixin, PreTrainedConfig):
         if self.classifier_pooling is None:
             self.classifier_pooling = "last" if self.is_causal else "mean"
         super().__post_init__(**kwargs)
-        # Code is saved beside every model: a map that a loaded config carries from elsewhere must not survive.
+        # The code is saved with every model, so an auto_map that points to another repository must be replaced.
         self.auto_map = {"AutoConfig": "configuration_bm_rnn.BmRnnConfig", **self.heads}
 
     @property
@@ -157,11 +158,11 @@ class BmRnnConfig(PresetMixin, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What `DynamicCache(config=...)` makes of each layer; a property, so that it is not saved."""
+        """Cache type of each layer, for `DynamicCache(config=...)`; a property, so that it is not saved."""
         return ["bm_recurrent"] * self.num_hidden_layers
 
     def validate_layer_type(self):
-        """Take the place of the base class's check, which knows the library's own names only."""
+        """Override the check of the base class, which allows only transformers' own layer types."""
 
     def validate_sizes(self):
         for name in ("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_hidden_layers"):

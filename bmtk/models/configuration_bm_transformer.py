@@ -1,4 +1,4 @@
-"""Configuration of the bm_transformer family: modern and classic Transformers by fields, not by classes."""
+"""Configuration of the bm_transformer family: modern and classic Transformers."""
 
 from typing import ClassVar, Literal
 
@@ -54,20 +54,19 @@ PRESETS = {
 
 @strict
 class BmTransformerConfig(PresetMixin, PreTrainedConfig):
-    """What a bm_transformer is made of.
+    """Architecture of a bm_transformer.
 
     The defaults describe a small modern decoder (rotary positions, pre-RMSNorm, SwiGLU).  `hidden_act="gelu"`,
     `position_embedding_type="learned"`, `norm_type="layer_norm"` and biases give GPT-2; `"sinusoidal"`, `"post"`,
     `"relu"` and `scale_embedding` give the Transformer of 2017.
 
-    An encoder-decoder has `num_hidden_layers` layers on the side of the encoder, which sees everything, and
-    `decoder_layers` on the side of the decoder, which is causal.
+    An encoder-decoder has `num_hidden_layers` bidirectional encoder layers and `decoder_layers` causal decoder layers.
     """
 
     model_type = "bm_transformer"
     keys_to_ignore_at_inference = ["past_key_values", "feature_maps", "loss_dict"]
     presets = PRESETS
-    # Auto class -> the class that serves it; read by bmtk.models.register and saved as `auto_map` with every model.
+    # Auto class -> model class; read by bmtk.models.register and saved as `auto_map` with every model.
     heads: ClassVar[dict[str, str]] = {
         "AutoModel": "modeling_bm_transformer.BmTransformerModel",
         "AutoModelForCausalLM": "modeling_bm_transformer.BmTransformerForCausalLM",
@@ -209,7 +208,7 @@ class BmTransformerConfig(PresetMixin, PreTrainedConfig):
         if self.classifier_pooling is None:
             self.classifier_pooling = "last" if self.is_causal else "mean"
         super().__post_init__(**kwargs)
-        # Code is saved beside every model: a map that a loaded config carries from elsewhere must not survive.
+        # The code is saved with every model, so an auto_map that points to another repository must be replaced.
         self.auto_map = {"AutoConfig": "configuration_bm_transformer.BmTransformerConfig", **self.heads}
 
     def validate_heads(self):
@@ -219,7 +218,7 @@ class BmTransformerConfig(PresetMixin, PreTrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads}; each key head serves a whole group of query heads"
             )
         whole, rest = divmod(self.hidden_size, self.num_attention_heads)
-        if rest and self.head_dim == whole:  # the default; any other width was asked for
+        if rest and self.head_dim == whole:  # head_dim is the default; another value is intended
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
                 f"{self.num_attention_heads}; change one of them, or set head_dim"
