@@ -1,4 +1,4 @@
-"""The `bmtk` command.  A top-level module, so that `bmtk --help` answers without importing torch or bmtk."""
+"""The `bmtk` command.  A top-level module, so that `bmtk --help` runs without importing torch or bmtk."""
 
 import argparse
 import json
@@ -11,23 +11,23 @@ from typing import Any
 DESCRIPTION = """\
 bmtk: pretrain, fine-tune and publish neural networks the Hugging Face way.
 
-This command holds the tools that are not training runs. Training is done by the recipes:
+This command publishes, converts and inspects models. Training is done by the recipes:
 
   accelerate launch recipes/pretrain.py --config recipes/configs/causal_lm/<name>.yaml
   accelerate launch recipes/finetune.py --config recipes/configs/sequence_classification/<name>.yaml
 """
 EPILOG = """\
 example:
-  bmtk models                                            families, heads, presets and their parameters
-  bmtk convert microsoft/resnet-18 outputs/resnet-18     a pretrained model of transformers as one of bmtk
-  bmtk info outputs/pretrain                             what is in that folder
+  bmtk models                                            families, heads, presets and parameter counts
+  bmtk convert microsoft/resnet-18 outputs/resnet-18     convert a model of transformers to bmtk
+  bmtk info outputs/pretrain                             class, size and results of a model folder
   bmtk push outputs/pretrain user/my-model --dry-run     check it and list the files; nothing is sent
   hf auth login                                          once; or set HF_TOKEN
-  bmtk push outputs/pretrain user/my-model --private     push it, load it back, compare
+  bmtk push outputs/pretrain user/my-model --private     push it, load it back, compare outputs
 
 next:
-  `bmtk push --help` tells what is sent and what never is. After `import bmtk` (or with trust_remote_code=True) anybody
-  loads a published model by its name: AutoModelForCausalLM.from_pretrained("user/my-model").
+  `bmtk push --help` lists what is sent and what never is. After `import bmtk` (or with trust_remote_code=True) anyone
+  can load a published model by its name: AutoModelForCausalLM.from_pretrained("user/my-model").
 """
 PUSH = """\
 Publish the folder that a recipe or save_pretrained wrote.
@@ -35,67 +35,78 @@ Publish the folder that a recipe or save_pretrained wrote.
 Sent: weights (safetensors), config, tokenizer or processor, the model's own code, model card, report, run facts.
 Never sent: optimizer state, checkpoints, corpora, training_args.bin, or any file that holds an access token.
 
-What was pushed is then loaded in a clean process without bmtk; "published" is printed if its outputs are the same.
-The token comes from `hf auth login` or HF_TOKEN.
+The pushed model is then loaded in a clean process without bmtk; the command reports success only if its outputs are
+the same. The token comes from `hf auth login` or HF_TOKEN.
 """
 CONVERT = """\
-Make a pretrained model of transformers one of bmtk: the same weights, the same outputs.
+Convert a pretrained model of transformers to a bmtk model with the same weights and the same outputs.
 
-MODEL is a folder or a name on the Hub: BERT, ConvNeXt, GPT-2, Llama, Mistral, Qwen2, Qwen3, ResNet, ViT.
-Its tokenizer or image processor is saved with it. Outputs of both are compared first; a setting or weight that has no
-counterpart is named, and then nothing is saved.
+MODEL is a folder or a Hub name: BERT, ConvNeXt, GPT-2, Llama, Mistral, Qwen2, Qwen3, ResNet, ViT.
+Its tokenizer or image processor is saved with it. The outputs of both models are compared first. If a setting or
+weight has no counterpart, the command names it and saves nothing.
 """
 MODELS = """\
-Show what there is: the families, the Auto classes that each has a head for, and the presets with their parameters.
+List the model families, the Auto classes that each supports, and the presets with their number of parameters.
 
-Parameters are counted without memory for them, with the head that the published number was counted with.
+Parameters are counted on the meta device, which allocates no memory, with the head of the published count.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; the exit status is 0, 1 for a refusal (one message on stderr), 2 for a usage error."""
+    """Run one subcommand; the exit status is 0, 1 for an error (reported on stderr), 2 for a usage error."""
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except BrokenPipeError:
         return 0
+    except Exception as error:
+        return report(error, arguments.command)
+
+
+def report(error: Exception, command: str) -> int:
+    """Print what the user can mend in one line, and a fault of bmtk with its traceback; the exit status."""
+    from bmtk.errors import fault_report, user_message
+
+    message = user_message(error)
+    print(fault_report(error) if message is None else f"bmtk {command}: {message}", file=sys.stderr)
+    return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("bmtk", description=DESCRIPTION, epilog=EPILOG, formatter_class=plain)
+    plain: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("bmtk", description=DESCRIPTION, epilog=EPILOG, **plain)
     parser.add_argument("--version", action="version", version=f"bmtk {installed_version()}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
 
-    publishes = "publish a folder on the Hub and verify that it loads"
-    push = commands.add_parser("push", help=publishes, description=PUSH, formatter_class=plain)
+    publishes = "publish a folder on the Hub and check that it loads"
+    push = commands.add_parser("push", help=publishes, description=PUSH, **plain)
     push.add_argument("directory", metavar="DIR", help="folder with config.json or adapter_config.json, and weights")
-    push.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; made if it does not exist")
-    push.add_argument("--private", action="store_true", help="make a new repository private")
-    push.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if it does not exist")
+    push.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; created if it does not exist")
+    push.add_argument("--private", action="store_true", help="create the repository as private")
+    push.add_argument(
+        "--revision", metavar="BRANCH", help="branch to commit to, created if it does not exist (default: main)"
+    )
     push.add_argument("--message", default="Publish with bmtk", help="commit message (default: %(default)r)")
     push.add_argument("--dry-run", action="store_true", help="check the folder and list the files; send nothing")
     push.set_defaults(run=run_push)
 
     convert = commands.add_parser(
-        "convert", help="make a model of transformers one of bmtk", description=CONVERT, formatter_class=plain
+        "convert", help="convert a model of transformers to bmtk", description=CONVERT, **plain
     )
     convert.add_argument("model", metavar="MODEL", help="folder or Hub name of a pretrained model")
-    convert.add_argument("directory", metavar="DIR", help="folder to save to; must not exist, or be empty")
+    convert.add_argument("directory", metavar="DIR", help="new or empty folder to save to")
     convert.add_argument(
-        "--auto-class", metavar="AUTO", help="keep only this part: AutoModel is the trunk without a head"
+        "--auto-class",
+        metavar="AUTO",
+        help="convert only the part that this Auto class loads: AutoModel is the model without its head",
     )
     convert.set_defaults(run=run_convert)
 
-    models = commands.add_parser(
-        "models", help="show families, heads and presets", description=MODELS, formatter_class=plain
-    )
-    models.add_argument("--json", action="store_true", help="the same for programs")
+    models = commands.add_parser("models", help="list families, heads and presets", description=MODELS, **plain)
+    models.add_argument("--json", action="store_true", help="print JSON instead of tables")
     models.set_defaults(run=run_models)
 
-    info = commands.add_parser(
-        "info", help="show what a saved model is: class, parameters, results", formatter_class=plain
-    )
+    info = commands.add_parser("info", help="show class, parameters and results of a saved model", **plain)
     info.add_argument("directory", metavar="DIR", help="folder with config.json or adapter_config.json")
     info.set_defaults(run=run_info)
     return parser
@@ -134,14 +145,10 @@ def run_convert(arguments: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
-    set_verbosity_error()  # what it warns of when weights are missing is an error here
+    set_verbosity_error()  # missing weights are a warning in transformers, and an error here
     from bmtk.hub.convert import convert
 
-    try:
-        done = convert(arguments.model, arguments.directory, auto_class=arguments.auto_class)
-    except (ValueError, OSError) as error:
-        print(f"bmtk convert: {error}", file=sys.stderr)
-        return 1
+    done = convert(arguments.model, arguments.directory, auto_class=arguments.auto_class)
     rows = {
         "converted": f"{done.source_class} -> {done.model_class}",
         "parameters": f"{done.num_parameters:,}",
@@ -167,13 +174,13 @@ def run_models(arguments: argparse.Namespace) -> int:
 
 
 def run_info(arguments: argparse.Namespace) -> int:
-    """Read JSON and the headers of the weights only, so it answers at once however large the model is."""
+    """Read JSON and the headers of the weights only, which is quick for a model of any size."""
     directory = Path(arguments.directory)
     holders = [directory / name for name in ("config.json", "adapter_config.json") if (directory / name).is_file()]
     if not holders:
         print(f"bmtk info: {directory} holds neither config.json nor adapter_config.json", file=sys.stderr)
         return 1
-    config = json.loads(holders[0].read_text(encoding="utf-8"))
+    config = read_json(holders[0])
     tensors = [tensor for path in directory.glob("*.safetensors") for tensor in read_header(path)]
     rows = {
         "model": ", ".join(config.get("architectures") or [config.get("peft_type", "unknown")]),
@@ -184,15 +191,27 @@ def run_info(arguments: argparse.Namespace) -> int:
         "own code": ", ".join(path.name for path in sorted(directory.glob("*.py"))),
     }
     run = directory / "run.json"
-    rows |= json.loads(run.read_text(encoding="utf-8")).get("metrics", {}) if run.is_file() else {}
+    if run.is_file():
+        rows |= read_json(run).get("metrics", {})
     for name, value in rows.items():
         if value not in (None, ""):
             print(f"{name:24}{value:.4f}" if isinstance(value, float) else f"{name:24}{value}")
     return 0
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises: UserError for a file that is not JSON."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        from bmtk.errors import UserError
+
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return content
+
+
 def read_header(path: Path) -> list[dict[str, Any]]:
-    """The tensors that a safetensors file announces: dtype, shape, offsets."""
+    """The tensors in the header of a safetensors file: dtype, shape, offsets."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return [tensor for name, tensor in header.items() if name != "__metadata__"]

@@ -7,7 +7,6 @@
 Types come from the dataclasses (`1e-3` is a number, whatever YAML thinks); unknown keys are errors with a suggestion.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -17,13 +16,16 @@ import os
 import re
 import sys
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from bmtk.errors import UserError, fault_report, user_message
+from bmtk.option_help import OptionParser, help_topic, shown_default
+from bmtk.settings import setting
 
 # Where a run's data are, and what they are called: the command line replaces all of them or none.
 SOURCE_KEYS = frozenset(("dataset", "train_file", "validation_file", "test_file"))
@@ -31,7 +33,26 @@ NAMES_OF_SOURCES = frozenset(("data_name", "data_licence"))
 ABOUT_ROWS = re.compile(r"label_names|\w+_column")  # what only the rows of a file's own source are sure to have
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]"
-# Keys that may differ when a run goes on: they say where it is described and published, not what is learned.
+# What a bare --help shows: the first group of a recipe -> its groups -> their options, of those that the recipe has.
+FIRST_SCREEN = {
+    "run": {
+        "run": ("config", "preset", "task", "model", "model_type", "dry_run", "find_lr", "push_to_hub"),
+        "data": ("dataset", "train_file", "validation_file", "context_length", "max_length"),
+        "training": (
+            *("output_dir", "num_train_steps", "num_train_epochs", "batch_size", "learning_rate", "optimizer"),
+            *("schedule", "precision"),
+        ),
+        "adapter": ("adapter",),
+        "search": ("search",),
+        "architecture": ("hidden_size", "num_hidden_layers"),
+    },
+    "evaluation": {
+        "evaluation": ("model", "split", "batch_size", "output", "config", "task"),
+        "data": ("dataset", "test_file", "max_length"),
+    },
+    "prediction": {"prediction": ("model", "input", "output", "pictures", "batch_size", "task")},
+}
+# Settings that may differ when a run is resumed: they decide where it is described and published, not what it learns.
 FREE_RUN_KEYS = frozenset(
     ("config", "preset", "dry_run", "find_lr", "push_to_hub", "private", "trust_remote_code", "trials")
 )
@@ -43,37 +64,30 @@ class RunArguments:
 
     _argument_group_name = "run"
 
-    config: str | None = field(default=None, metadata={"help": "YAML file of this run; the command line wins over it"})
-    preset: str | None = field(
-        default=None, metadata={"help": "Name of a config beside the default one; 'smoke' runs in under two minutes"}
+    config: str | None = setting(
+        None, "YAML file of this run; the command line overrides it; default: the example of the recipe"
     )
-    task: str | None = field(default=None, metadata={"help": "What to train for; decides which data options exist"})
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the model to start from; none: a new one of model_type"}
+    preset: str | None = setting(
+        None, "YAML file in recipes/configs/TASK, by its name; smoke: a run of seconds; default: none"
     )
-    model_type: str = field(
-        default="bm_transformer",
-        metadata={"help": "Architecture of a new model: a bm_... family or any of transformers"},
+    task: str | None = setting(None, "what to train for, which decides the data options; default: the recipe's own")
+    model: str | None = setting(
+        None, "folder or Hub id of a pretrained model to start from; default: a new model of model_type"
     )
-    preset_model: str | None = field(
-        default=None, metadata={"help": "Published shape of a new model, such as resnet-18; `bmtk models` lists them"}
+    model_type: str = setting("bm_transformer", "architecture of a new model: a bm_... family or one of transformers")
+    preset_model: str | None = setting(
+        None, "published configuration of a new model, such as resnet-18; `bmtk models` lists them"
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code from the Hub or folder: only for sources you have read"}
+    trust_remote_code: bool = setting(
+        False, "run model code from the Hub or a folder; only for code that you have read"
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print the resolved config, size, tokens per step and time; train nothing"}
+    dry_run: bool = setting(False, "print the resolved config, model size and time; train nothing")
+    find_lr: bool = setting(False, "learning rate range test: try rates from low to high and suggest one")
+    skip_test: bool = setting(False, "do not read or evaluate the test rows, as in runs that choose settings")
+    push_to_hub: str | None = setting(
+        None, "publish the result as user/name on the Hub (needs `hf auth login` or HF_TOKEN); default: no"
     )
-    find_lr: bool = field(
-        default=False, metadata={"help": "Try learning rates from far too small to far too large, and suggest one"}
-    )
-    skip_test: bool = field(
-        default=False, metadata={"help": "Leave the test rows unread: for runs by which settings are chosen"}
-    )
-    push_to_hub: str | None = field(
-        default=None, metadata={"help": "user/name to publish the result under; needs `hf auth login` or HF_TOKEN"}
-    )
-    private: bool = field(default=False, metadata={"help": "Create the Hub repository as a private one"})
+    private: bool = setting(False, "make the new Hub repository private")
 
     @property
     def loading(self) -> dict[str, bool]:
@@ -108,7 +122,7 @@ class RunConfig:
         """
         cli = dict(_cli_pairs(argv))
         if {"config", "preset"} <= cli.keys():
-            raise ValueError("--config and --preset both name a config file; give one of them")
+            raise UserError("--config and --preset both name a config file; give one of them")
         default_task, default_name = default.split("/")
         if isinstance(cli.get("config"), str):
             path = Path(cli["config"])
@@ -133,20 +147,22 @@ class RunConfig:
     def bind(self, classes: list[type], *, description: str) -> list:
         """Instances of `classes` (dataclasses), in order; a name that two of them declare belongs to the first.
 
-        Exits with one line on stderr and status 2 for a value of the wrong type.
-        Raises: ValueError for unknown keys, each with the nearest known one.
+        Exits after `--help`, and with one line on stderr and status 2 for a value of the wrong type.
+        Raises: UserError for unknown keys, each with the nearest known one.
         """
         classes = _without_repeated_fields(classes)
+        parser = OptionParser(classes, description=description, usage=USAGE, allow_abbrev=False, add_help=False)
+        if (topic := help_topic(self.argv)) is not None:
+            parser.show_help(topic, FIRST_SCREEN)
         known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
         switches = {f"no_{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.default is True}
         at = f"{self.path}: " if self.path else ""
         unknown = [at + unknown_key(key, known) for key in self.file_values if key not in known]
         unknown += [unknown_key(key, known) for key in self.cli_values if key not in known | switches | {"help"}]
         if unknown:
-            raise ValueError("\n".join(unknown))
+            raise UserError("\n".join(unknown))
         if short := [text for text in self.argv if re.match(r"-[A-Za-z]\w+", text)]:
-            raise ValueError(f"'{short[0]}' is no option; options begin with two dashes: '-{short[0]}'")
-        parser = _Parser(classes, description=description, usage=USAGE, allow_abbrev=False, formatter_class=_Help)
+            raise UserError(f"'{short[0]}' is no option; options begin with two dashes: '-{short[0]}'")
         in_file = [text for key, value in self.file_values.items() for text in _as_argv(key, value)]
         return list(parser.parse_args_into_dataclasses([*in_file, *self.argv], look_for_args_file=False))
 
@@ -201,9 +217,9 @@ def model_type_of(values: RunConfig) -> str:
     owner = next((name for name, config_class in families.items() if preset in config_class.presets), None)
     if owner is None:
         known = "; ".join(f"{name}: {', '.join(sorted(cls.presets))}" for name, cls in families.items())
-        raise ValueError(f"preset_model={preset!r} is unknown; there are {known}")
+        raise UserError(f"preset_model={preset!r} is unknown; there are {known}")
     if given not in (None, owner):
-        raise ValueError(f"preset_model={preset} is a {owner}, and model_type={given}; leave it out")
+        raise UserError(f"preset_model={preset} is a {owner}, and model_type={given}; leave it out")
     return owner
 
 
@@ -211,24 +227,31 @@ def model_fields(model_type: str) -> type:
     """A dataclass of the architecture fields of a model type; None stands for the configuration class's own default.
 
     Left out: what the data decides (vocab_size, special token ids) and what belongs to inference (use_cache).
-    The help text of a field is the comment beside it in the configuration file.
+    The help of a field is that of the configuration class.
     """
     config_class = _config_class(model_type)
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config_class), re.MULTILINE))
-
-    def help_text(name: str) -> str:
-        default = config_class.__dataclass_fields__[name].default
-        return f"{comments.get(name, '')} [{default}]".replace("%", "%%").strip()
-
     fields = [
-        (name, _plain_type(hint) | None, field(default=None, metadata={"help": help_text(name)}))
-        for name, hint in inspect.get_annotations(config_class).items()
-        if name in {f.name for f in dataclasses.fields(config_class)}
-        and name not in {"vocab_size", "use_cache"}
-        and not name.endswith("_token_id")
+        (name, _plain_type(config_class.__annotations__[name]) | None, setting(None, field_help(config_class, name)))
+        for name in architecture_fields(config_class)
     ]
-    group = {"_argument_group_name": f"architecture of a new {config_class.model_type} (with no --model)"}
+    group = {"_argument_group_name": f"architecture of a new {config_class.model_type} (without --model)"}
     return dataclasses.make_dataclass(f"{config_class.__name__}Fields", fields, namespace=group)
+
+
+def architecture_fields(config_class: type) -> list[str]:
+    """The fields of a configuration class itself that decide the shape of a model."""
+    known = {f.name for f in dataclasses.fields(config_class)} - {"vocab_size", "use_cache"}
+    own = inspect.get_annotations(config_class)
+    return [name for name in own if name in known and not name.endswith("_token_id")]
+
+
+def field_help(config_class: type, name: str) -> str:
+    """The help of a configuration field and its default; fields of transformers' own classes have no help."""
+    described = next(f for f in dataclasses.fields(config_class) if f.name == name)
+    text = described.metadata.get("help", f"field of transformers' {config_class.__name__}")
+    if _default(described) is not None or "default:" not in text:
+        text = f"{text} (default: {shown_default(_default(described))})"
+    return text.replace("%", "%%")
 
 
 def chosen_fields(architecture: object) -> dict[str, object]:
@@ -238,7 +261,7 @@ def chosen_fields(architecture: object) -> dict[str, object]:
     """
     chosen = {name: value for name, value in vars(architecture).items() if value is not None}
     if wrong := [f"{name}={chosen[name]}" for name in SIZES if chosen.get(name, 1) < 1]:
-        raise ValueError(f"{', '.join(wrong)} must be at least 1")
+        raise UserError(f"{', '.join(wrong)} must be at least 1")
     return {k: json.loads(v) if isinstance(v, str) and v.startswith(("{", "[")) else v for k, v in chosen.items()}
 
 
@@ -254,28 +277,30 @@ def read_yaml(path: Path) -> dict[str, object]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {path} is not YAML: {error}") from error
+        raise UserError(f"config file {path} is not YAML: {error}") from error
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        raise ValueError(f"config file {path} must be flat: one `key: value` per line, no nesting")
+        raise UserError(f"config file {path} must be flat: one `key: value` per line, no nesting")
     return values
 
 
 @contextlib.contextmanager
-def clean_errors():
-    """Turn what a user can mend (ValueError, OSError, a loss that is not finite) into one message and exit status 1.
+def clean_errors() -> Iterator[None]:
+    """Turn an exception into exit status 1: one message for what the user can mend, else a report with its traceback.
 
-    BMTK_DEBUG=1 shows the traceback instead.
+    BMTK_DEBUG=1 lets every exception through.
     """
     try:
         yield
-    except (ValueError, OSError, ArithmeticError, StrictDataclassError) as error:
+    except Exception as error:
         if os.environ.get("BMTK_DEBUG"):
             raise
-        rank = os.environ.get("RANK", "0")
-        prefix = "error" if rank == "0" else f"error (process {rank})"
-        if isinstance(error, StrictDataclassError):  # the reason is what a validate_... method of the config raised
-            error = error.__cause__ or error
-        sys.stderr.write(f"\n{prefix}: {error}\n  (BMTK_DEBUG=1 shows where this was raised)\n")
+        message = user_message(error)
+        if message is None:
+            sys.stderr.write(fault_report(error))
+        else:
+            rank = os.environ.get("RANK", "0")
+            prefix = "error" if rank == "0" else f"error (process {rank})"
+            sys.stderr.write(f"\n{prefix}: {message}\n  (BMTK_DEBUG=1 shows where this was raised)\n")
         sys.exit(1)
 
 
@@ -285,22 +310,8 @@ def _config_class(model_type: str) -> type:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
         ours = [name for name in CONFIG_MAPPING.keys() if name.startswith("bm_")]
         near = f"; names of transformers that are near: {', '.join(near)}" if near else ""
-        raise ValueError(f"model_type={model_type!r} is unknown; ours are {', '.join(ours)}{near}")
+        raise UserError(f"model_type={model_type!r} is unknown; ours are {', '.join(ours)}{near}")
     return CONFIG_MAPPING[model_type]
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that there are, and leaves the line breaks of the description alone."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class _Parser(HfArgumentParser):
-    """HfArgumentParser whose errors are one line: the usage of a hundred options hides what was wrong."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
 
 
 def _cli_pairs(argv: list[str]):
@@ -333,7 +344,8 @@ def _without_repeated_fields(classes: list[type]) -> list[type]:
         names = {f.name for f in dataclasses.fields(cls) if f.init}
         if names & seen:
             left = [(f.name, f.type, f) for f in dataclasses.fields(cls) if f.name not in seen]
-            cls = dataclasses.make_dataclass(cls.__name__, left, namespace={"__doc__": cls.__doc__})
+            kept_attributes = {k: v for k, v in vars(cls).items() if k in ("__doc__", "_argument_group_name")}
+            cls = dataclasses.make_dataclass(cls.__name__, left, namespace=kept_attributes)
         seen |= names
         kept.append(cls)
     return kept

@@ -1,5 +1,31 @@
 """Errors that a user can mend, told apart from faults of our own."""
 
+import platform
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+
+from huggingface_hub.errors import StrictDataclassError
+
+ISSUE_TRACKER = "the issue tracker of big-model-toolkit"
+VERSIONS_TO_QUOTE = {"bmtk": "big-model-toolkit", "torch": "torch", "transformers": "transformers"}
+# Modules whose ValueErrors are about settings, names or files of the user.  Code in models/ is uploaded, so it cannot
+# import UserError; the libraries have no such class.
+RAISE_FOR_USERS = (
+    "bmtk.models.",
+    "transformers_modules.",  # the same code, loaded from a repository
+    "transformers.training_args",
+    "transformers.hf_argparser",
+    "transformers.configuration_utils",
+    "transformers.dynamic_module_utils",
+    "transformers.models.auto.",
+    "huggingface_hub.",
+    "datasets.load",
+    "datasets.builder",
+    "datasets.data_files",
+    "accelerate.",
+    "peft.",
+)
+
 
 class UserError(ValueError):
     """Bad input: a setting, file, row or model that the message names, with what is allowed and the remedy.
@@ -7,3 +33,54 @@ class UserError(ValueError):
     The recipes and the command show its message as one line and exit with status 1.  Every other exception keeps its
     traceback, because it is a fault of bmtk.
     """
+
+
+def user_message(error: BaseException) -> str | None:
+    """The message of an error that the user can mend; None for a fault of bmtk.
+
+    Mendable: UserError, files (OSError, text that is not UTF-8, an exception of datasets), a configuration that its
+    own checks refuse, a loss that is not finite, too little memory, and ValueErrors of `RAISE_FOR_USERS`.
+    """
+    if isinstance(error, StrictDataclassError):  # the cause is what a validate_... method of the configuration raised
+        return str(error.__cause__ or error)
+    if isinstance(error, UserError | OSError | UnicodeDecodeError | FloatingPointError):
+        return str(error)
+    if (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    ):  # torch's; torch is slow to import
+        return f"out of memory: {error}\nlower micro_batch_size or batch_size, or set gradient_checkpointing"
+    if type(error).__module__ == "datasets.exceptions":  # not all of them are OSErrors
+        return str(error)
+    if isinstance(error, ValueError) and raising_module(error).startswith(RAISE_FOR_USERS):
+        return str(error)
+    return None
+
+
+def raising_module(error: BaseException) -> str:
+    """The name of the module whose code raised `error`; "" if it was never raised."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+
+
+def fault_report(error: BaseException) -> str:
+    """The traceback of a fault of bmtk, and two lines that say where to report it and which versions to quote."""
+    lines = str(error).splitlines()
+    what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    trace = "".join(traceback.format_exception(error))
+    return (
+        f"\n{trace}\nerror: {what}. This is a fault of bmtk, not of your settings or data.\n"
+        f"Please report it in {ISSUE_TRACKER}, with the lines above and these versions: {versions()}\n"
+    )
+
+
+def versions() -> str:
+    """The versions that decide how bmtk behaves: of itself, torch, transformers and Python."""
+    found = [f"{name} {installed_version(package)}" for name, package in VERSIONS_TO_QUOTE.items()]
+    return ", ".join([*found, f"python {platform.python_version()}"])
+
+
+def installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # bmtk itself, run from a folder
+        return "(not installed)"

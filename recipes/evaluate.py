@@ -1,10 +1,10 @@
-"""Evaluate a saved model, adapter or Hub model on labelled data: prints a table and writes metrics.json.
+"""Evaluate a saved model, adapter or Hub model on labelled data: print a table and write metrics.json.
 
-    accelerate launch recipes/evaluate.py --model outputs/sst2                        # the test rows of its own data
+    accelerate launch recipes/evaluate.py --model outputs/sst2                        # on its own test rows
     accelerate launch recipes/evaluate.py --model outputs/sst2 --test_file other.csv
     accelerate launch recipes/evaluate.py --model user/name --dataset owner/name --split validation
 
-What the model's own recipe.yaml says of its data holds here too, unless the command line says otherwise.
+Data options default to those in the model's recipe.yaml; the command line overrides them.
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
-"""Fine-tune a pretrained model on a task, or train one from scratch, with transformers.Trainer; all weights or LoRA.
+"""Fine-tune a pretrained model, or train a new one, with transformers.Trainer: all weights, LoRA or DoRA.
 
-    accelerate launch recipes/finetune.py --preset smoke                                     # seconds
+    accelerate launch recipes/finetune.py --preset smoke                                     # takes seconds
     accelerate launch recipes/finetune.py --model outputs/pretrain --dataset FOLDER_FILE_OR_HUB_ID
     accelerate launch recipes/finetune.py --model outputs/pretrain --dataset ... --adapter lora --learning_rate 1e-3
-    accelerate launch recipes/finetune.py --config my.yaml --dry_run                         # the plan, no training
-    accelerate launch recipes/finetune.py --config my.yaml --search optuna --trials 30       # which settings?
+    accelerate launch recipes/finetune.py --config my.yaml --dry_run                         # plan only
+    accelerate launch recipes/finetune.py --config my.yaml --search optuna --trials 30       # tune settings
 
-Stop it whenever you like: the same command goes on where it stopped.
+An interrupted run is resumed by the same command.
 """
 
 import logging

@@ -1,12 +1,11 @@
-"""Predict with a saved model, adapter or Hub model: rows, a folder of images or recordings in; CSV or JSON lines out.
+"""Predict with a saved model, adapter or Hub model for rows, images or recordings; write CSV or JSON lines.
 
     accelerate launch recipes/predict.py --model outputs/sst2 --input reviews.csv
     accelerate launch recipes/predict.py --model outputs/fashion --input photographs/ --output labels.jsonl
     accelerate launch recipes/predict.py --model outputs/bccd --input photographs/ --pictures drawn/
 
-A line of the output is a row of the input and what was predicted for it; of series, a step of the future.  What the
-model's own recipe.yaml says of its data (names of columns, lengths) holds here too, unless the command line says
-otherwise.
+Each line of the output is a row of the input with its prediction; for series, a future step.  Data options (names of
+columns, lengths) default to those in the model's recipe.yaml; the command line overrides them.
 """
 
 import dataclasses

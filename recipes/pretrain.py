@@ -1,12 +1,12 @@
-"""Pretrain a model from scratch, or go on with one, and leave a Hugging Face repository with a report.
+"""Pretrain a new model, or continue with a pretrained one, and save a Hugging Face repository with a report.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py       # tiny Shakespeare, 3 minutes
-    accelerate launch recipes/pretrain.py --preset smoke                                  # seconds
+    accelerate launch recipes/pretrain.py --preset smoke                                  # takes seconds
     accelerate launch recipes/pretrain.py --config my.yaml --learning_rate 1e-3
-    accelerate launch recipes/pretrain.py --config my.yaml --dry_run                      # the plan, no training
-    accelerate launch recipes/pretrain.py --config my.yaml --search optuna --trials 30    # which settings?
+    accelerate launch recipes/pretrain.py --config my.yaml --dry_run                      # plan only
+    accelerate launch recipes/pretrain.py --config my.yaml --search optuna --trials 30    # tune settings
 
-Stop it whenever you like: the same command goes on where it stopped.
+An interrupted run is resumed by the same command.
 """
 
 import logging

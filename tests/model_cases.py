@@ -141,7 +141,7 @@ class Head:
     num_items: Callable[[dict], int] | None = None
     chance_loss: Callable[[dict], float] | None = None  # of a model that knows nothing; None: no closed form
     per_position: bool = False  # its output is (B, L, ...), not (B, ...)
-    loss_left: float = 0.1  # at most this share of the first loss is left when a batch is learnt by heart
+    loss_left: float = 0.1  # largest final loss after overfitting one batch, as a fraction of the first loss
     pipeline: str | None = None  # transformers' task that serves it
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -1,9 +1,15 @@
 """The flat YAML, the command line over it, and what a typo says."""
 
+import dataclasses
+import importlib
+import inspect
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import StrictDataclassError
 
 import bmtk  # noqa: F401
 from bmtk.arguments import (
@@ -11,11 +17,16 @@ from bmtk.arguments import (
     RunConfig,
     changed_settings,
     clean_errors,
+    field_help,
     model_fields,
     model_type_of,
     read_yaml,
     resolved_config,
 )
+from bmtk.errors import UserError
+from bmtk.models import FAMILIES
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
+from bmtk.option_help import help_topic
 
 
 @dataclass
@@ -127,13 +138,40 @@ def test_yaml_never_runs_code(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_architecture_fields_come_from_the_config_class_with_its_comments_as_help():
+def test_architecture_fields_come_from_the_config_class_with_its_help():
     fields = model_fields("bm_transformer")
     (architecture,) = bind({"hidden_size": 32, "norm_eps": "1e-6", "hidden_act": "relu2"}, [], [fields])
     assert (architecture.hidden_size, architecture.norm_eps, architecture.hidden_act) == (32, 1e-6, "relu2")
     assert architecture.num_hidden_layers is None  # the class's own default
     assert not {"vocab_size", "use_cache", "pad_token_id"} & vars(architecture).keys()
-    assert fields.__dataclass_fields__["hidden_size"].metadata["help"] == "width of a position [256]"
+    assert fields.__dataclass_fields__["hidden_size"].metadata["help"] == "width of a position (default: 256)"
+
+
+@pytest.mark.parametrize("config_class", FAMILIES, ids=lambda cls: cls.model_type)
+def test_every_architecture_field_has_help_that_ends_in_its_default(config_class):
+    names = [f.name for f in dataclasses.fields(config_class) if f.name in inspect.get_annotations(config_class)]
+    assert len(names) > 30
+    metadata = {f.name: f.metadata for f in dataclasses.fields(config_class)}
+    for name in names:
+        text = metadata[name]["help"]
+        assert 10 < len(text) <= 140
+        assert re.match(r"[a-z0-9]|RMS|LayerNorm", text), f"{name}: {text}"
+        assert "default: " in (text if getattr(config_class, name) is None else field_help(config_class, name)), name
+
+
+def test_the_fields_of_a_foreign_configuration_have_a_help_line_with_their_default():
+    fields = model_fields("bert").__dataclass_fields__
+    assert fields["hidden_size"].metadata["help"] == "field of transformers' BertConfig (default: 768)"
+    assert fields["classifier_dropout"].metadata["help"] == "field of transformers' BertConfig (default: none)"
+
+
+@pytest.mark.parametrize("config_class", FAMILIES, ids=lambda cls: cls.model_type)
+def test_fields_with_help_are_still_checked_and_saved(config_class, tmp_path):
+    with pytest.raises(StrictDataclassError, match="Field 'hidden_size' expected"):
+        config_class(hidden_size="wide")
+    config = config_class(classifier_dropout=0.25)
+    config.save_pretrained(tmp_path)
+    assert config_class.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
 def test_an_unknown_model_type_names_ours_and_what_is_near():
@@ -165,17 +203,182 @@ def test_the_resolved_config_reads_back_as_the_same_run():
     assert bind(resolved_config(training), []) == [training]
 
 
-def test_a_users_error_is_one_line_and_status_1(capsys, monkeypatch):
+# --help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    """What `--help ...` of a recipe prints, on a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "119")
+
+    def shown(recipe, *argv):
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(f"recipes.{recipe}").read_arguments(["--help", *argv])
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    return shown
+
+
+def help_by_option(text):
+    """Option -> its help text, of a screen of options."""
+    parts = re.split(r"^  --(\w+)", text.split("\n\n--help all")[0], flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], (" ".join(part.split()) for part in parts[1::2]), strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune", "evaluate", "predict"])
+def test_the_first_screen_shows_the_options_that_people_change(recipe, help_of):
+    text = help_of(recipe)
+    assert len(text.splitlines()) <= 60
+    assert max(map(len, text.splitlines())) <= 119
+    options = help_by_option(text)
+    wanted = {
+        "model",
+        "task",
+        *(("learning_rate", "push_to_hub") if recipe in ("pretrain", "finetune") else ("output",)),
+    }
+    assert wanted <= options.keys()
+    assert len(options) <= 26
+    assert [name for name, help in options.items() if "default: " not in help] == []
+    assert text.splitlines()[-2].startswith("--help all shows all ")
+    assert text.splitlines()[-1].startswith("--help GROUP shows one group: ")
+
+
+def test_help_is_shown_for_another_model_type_than_the_default_configs(help_of):
+    assert "--hidden_dropout_prob NUMBER" in help_of("finetune", "architecture", "--model_type", "bert")
+
+
+def test_help_all_has_every_option_and_the_choices_of_names(help_of):
+    from recipes import finetune
+
+    options = help_by_option(help_of("finetune", "all"))
+    instances = finetune.read_arguments(["--preset", "smoke"])
+    assert {f.name for instance in instances for f in dataclasses.fields(instance) if f.init} <= options.keys()
+    assert "[rms_norm|layer_norm]" in options["norm_type"]
+    assert [name for name, help in options.items() if "default: " not in help and not name.startswith("no_")] == []
+
+
+def test_help_with_a_group_shows_that_group_alone(help_of):
+    text = help_of("finetune", "data")
+    assert text.startswith("data of sequence_classification:\n")
+    options = help_by_option(text)
+    assert {"dataset", "text_column"} <= options.keys()
+    assert not {"learning_rate", "hidden_size", "adapter"} & options.keys()
+
+
+def test_the_fields_that_two_groups_share_stay_in_their_groups(help_of):
+    assert "--help GROUP shows one group: run, data, training, adapter, search, architecture.\n" in help_of("finetune")
+
+
+def test_help_with_an_unknown_group_names_the_groups():
+    from recipes import pretrain
+
+    message = (
+        "--help archi: there is no such group; did you mean 'architecture'\\?; choose all, run, data, training, s"
+    )
+    with pytest.raises(UserError, match=message):
+        pretrain.read_arguments(["--help", "archi"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "topic"),
+    [
+        (["--help"], ""),
+        (["-h", "--seed", "1"], ""),
+        (["--seed", "1", "--help", "data"], "data"),
+        (["--help=all"], "all"),
+        (["--seed"], None),
+    ],
+)
+def test_the_topic_of_help_is_the_word_after_it(argv, topic):
+    assert help_topic(argv) == topic
+
+
+# Errors -------------------------------------------------------------------------------------------------------------
+
+
+def raise_from(module, error):
+    """Raise `error` in code of the module of that name."""
+    namespace = {"__name__": module, "error": error}
+    exec("def fail():\n    raise error", namespace)
+    namespace["fail"]()
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (UserError("batch_size=0 is out of range"), "batch_size=0 is out of range"),
+        (FileNotFoundError("config file x.yaml does not exist"), "config file x.yaml does not exist"),
+        (FloatingPointError("the loss of step 3 is nan"), "the loss of step 3 is nan"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "'utf-8' codec can't decode byte 0xff"),
+        (MemoryError("Unable to allocate 9 GiB"), "out of memory: Unable to allocate 9 GiB\nlower micro_batch_size"),
+        (DatasetGenerationError("no column in line 3"), "no column in line 3"),
+    ],
+)
+def test_a_users_error_is_one_message_and_status_1(error, shown, capsys, monkeypatch):
     monkeypatch.delenv("BMTK_DEBUG", raising=False)
     with pytest.raises(SystemExit) as stopped, clean_errors():
-        raise ValueError("batch_size=0 is out of range")
+        raise error
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.startswith("\nerror: batch_size=0 is out of range\n")
+    written = capsys.readouterr().err
+    assert written.startswith(f"\nerror: {shown}")
+    assert "Traceback" not in written
 
 
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(TypeError, match="a bug"), clean_errors():
-        raise TypeError("a bug")
+@pytest.mark.parametrize(
+    "module", ["bmtk.models.heads_bm", "transformers_modules.repo.heads_bm", "transformers.models.auto.auto_factory"]
+)
+def test_a_value_error_of_a_module_that_cannot_raise_ours_is_the_users(module, capsys, monkeypatch):
+    monkeypatch.delenv("BMTK_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as stopped, clean_errors():
+        raise_from(module, ValueError("labels hold 7, which is not a token"))
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith("\nerror: labels hold 7, which is not a token\n  (BMTK_DEBUG=1")
+
+
+def test_a_configuration_that_its_own_check_refuses_is_the_users(capsys, monkeypatch):
+    monkeypatch.delenv("BMTK_DEBUG", raising=False)
+    with pytest.raises(SystemExit), clean_errors():
+        BmTransformerConfig(hidden_dropout=2.0)
+    assert capsys.readouterr().err.startswith("\nerror: hidden_dropout=2.0 is not a probability; choose 0 <= ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("a bug"),
+        KeyError("a bug"),
+        ValueError("zip() argument 2 is shorter: a bug"),
+        ZeroDivisionError("a bug"),
+        AssertionError("a bug"),
+    ],
+)
+def test_a_fault_of_ours_keeps_its_traceback_and_says_where_to_report_it(error, capsys, monkeypatch):
+    monkeypatch.delenv("BMTK_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as stopped, clean_errors():
+        raise_from("bmtk.training.loop", error)
+    assert stopped.value.code == 1
+    written = capsys.readouterr().err
+    assert "Traceback (most recent call last):" in written
+    assert "in raise_from" in written
+    *_, first, second = written.splitlines()
+    assert re.fullmatch(rf"error: {type(error).__name__}: .*a bug'?\. This is a fault of bmtk, not of your .*", first)
+    assert re.fullmatch(
+        r"Please report it in the issue tracker of big-model-toolkit, .*: bmtk \S+, torch \S+, transformers \S+, "
+        r"python [\d.]+",
+        second,
+    )
+
+
+def test_an_interruption_is_no_error():
+    with pytest.raises(KeyboardInterrupt), clean_errors():
+        raise KeyboardInterrupt
+
+
+def test_every_exception_passes_while_debugging(monkeypatch):
+    monkeypatch.setenv("BMTK_DEBUG", "1")
+    with pytest.raises(UserError, match="out of range"), clean_errors():
+        raise UserError("out of range")
 
 
 def test_changed_settings_leave_out_defaults_and_write_a_dictionary_as_the_text_it_is_read_from():

@@ -283,7 +283,7 @@ def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path):
 
 @pytest.mark.trains
 @over(LOSS_CASES)
-def test_one_batch_is_learnt_by_heart(case, training_seed):
+def test_every_model_overfits_one_batch(case, training_seed):
     model, batch = case.model(seed=training_seed).train(), case.batch(seed=1 + training_seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     first = model(**batch).loss.item()

@@ -80,6 +80,6 @@ def test_an_example_of_the_documentation_runs(page, no_run, text, pretrained, tm
 
 def test_the_tree_in_the_readme_names_only_what_is_there():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"^    ([\w/]+/)", text[text.index("## What is where") :], re.MULTILINE)
+    named = re.findall(r"^    ([\w/]+/)", text[text.index("## Project layout") :], re.MULTILINE)
     assert len(named) >= 7
     assert [name for name in named if not (ROOT / name).is_dir()] == []

@@ -1,8 +1,8 @@
 """Boxes: geometry, target assignment of FCOS, non-maximum suppression.  N boxes, Q locations, K classes; pixels.
 
-A box is (left, top, right, bottom); a location sees it as its distances (left, top, right, bottom) to the four sides.
-Sources: FCOS, Tian et al. 2019, arXiv:1904.01355; GIoU, Rezatofighi et al. 2019, arXiv:1902.09630; the sampling of
-centres, Tian et al. 2020, arXiv:2006.09214.
+A box is (left, top, right, bottom); relative to a location, it is the distances (left, top, right, bottom) to its
+four sides.  Sources: FCOS, Tian et al. 2019, arXiv:1904.01355; GIoU, Rezatofighi et al. 2019, arXiv:1902.09630; centre
+sampling, Tian et al. 2020, arXiv:2006.09214.
 """
 
 import torch
@@ -11,12 +11,11 @@ import torch
 def grid_locations(
     shapes: list[tuple[int, int]], strides: list[int], device=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Locations (Q, 2) as (x, y), the middles of the cells of all levels row by row, and the level (Q,) of each."""
+    """Locations (Q, 2) as (x, y), the cell centres of all levels row by row, and the level (Q,) of each."""
     points, levels = [], []
     for level, ((rows, columns), stride) in enumerate(zip(shapes, strides, strict=True)):
-        y, x = torch.meshgrid(
-            torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
-        )  # (rows, columns)
+        axes = torch.arange(rows, device=device), torch.arange(columns, device=device)
+        y, x = torch.meshgrid(*axes, indexing="ij")  # (rows, columns) each
         points.append((torch.stack((x, y), dim=-1).flatten(0, 1) + 0.5) * stride)
         levels.append(torch.full((rows * columns,), level, device=device))
     return torch.cat(points), torch.cat(levels)
@@ -30,10 +29,11 @@ def side_distances(points: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 def assign_boxes(
     points: torch.Tensor, strides: torch.Tensor, ranges: torch.Tensor, boxes: torch.Tensor, *, radius: float
 ) -> torch.Tensor:
-    """The box (Q,) that each location is to predict, -1 for background (FCOS, sections 3.1 and 3.2).
+    """The index (Q,) of the box that each location predicts, -1 for background (FCOS, sections 3.1 and 3.2).
 
-    A location takes a box that it lies in, at most `radius` strides (Q,) from its centre along each axis (0: anywhere
-    inside), and whose farthest side is within the range (Q, 2) of its level; of several, the one of least area.
+    A location predicts a box if it lies inside, less than `radius` strides (Q,) from the centre along each axis (0:
+    anywhere inside), and the distance to its farthest side is in the range (Q, 2) of its level; of several boxes, the
+    smallest.
     """
     if len(boxes) == 0:
         return torch.full((len(points),), -1, device=points.device)
@@ -93,7 +93,7 @@ def pairwise_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 def non_maximum_suppression(
     boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, *, iou_threshold: float
 ) -> torch.Tensor:
-    """Indices of the boxes (N, 4) that stay, best first: none overlaps a better one of its class by more than this."""
+    """Indices of the kept boxes, best first; those that overlap a better one of their class by more are removed."""
     order = scores.argsort(descending=True, stable=True)
     boxes, labels = boxes[order], labels[order]
     rivals = (pairwise_iou(boxes, boxes) > iou_threshold) & (labels[:, None] == labels[None])

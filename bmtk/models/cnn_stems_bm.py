@@ -1,7 +1,7 @@
-"""Stems of a CNN over sequences: what reads an input, and optionally where a position stands.  B rows, L positions.
+"""Stems of a CNN over sequences: input and optional position embeddings.  B rows, L positions.
 
-`read(inputs, attention_mask)` returns what is read, (B, L, D), and which of it is real, (B, L) or None for all;
-`forward` then adds positions.  Images have their PixelStem.
+`read(inputs, attention_mask)` returns embeddings (B, L, D) and their attention mask, (B, L) or None without padding;
+`forward` then adds position embeddings.  The stem of images is PixelStem.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Configuration of the bm_cnn family: convolutional networks for images and sequences by fields, not by classes."""
+"""Configuration of the bm_cnn family: convolutional networks for images and sequences."""
 
 from typing import ClassVar, Literal
 
@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .fields_bm import described
 from .presets_bm import PresetMixin
 
 _IMAGENET = {"image_size": 224, "num_labels": 1000}
@@ -21,21 +22,21 @@ PRESETS = {
         "num_channels": 1, "image_size": 28, "block_type": "plain", "hidden_sizes": [], "depths": [],
         "pooled_grid": 28, "classifier_hidden_sizes": [128], "num_labels": 10,
     },
-    # pytorch/examples, mnist/main.py.  Its dropout is 0.25 before and 0.5 after the hidden layer; ours is one.
+    # pytorch/examples, mnist/main.py.  Its dropout is 0.25 before and 0.5 after the hidden layer; here both are equal.
     "mnist-cnn": {
         "num_channels": 1, "image_size": 28, "block_type": "plain", "hidden_sizes": [32, 64], "depths": [1, 1],
         "paddings": 0, "pool_sizes": [1, 2], "pooled_grid": 12, "classifier_hidden_sizes": [128],
         "classifier_dropout": 0.5, "num_labels": 10,
     },
-    # torchvision.models.alexnet: Krizhevsky 2014, arXiv:1404.5997.  Its dropout spares the last layer; ours does not.
+    # torchvision.models.alexnet: Krizhevsky 2014, arXiv:1404.5997.  It has no dropout before the last layer; this has.
     "alexnet": {
         **_IMAGENET, "block_type": "plain", "hidden_sizes": [64, 192, 384, 256, 256], "depths": [1, 1, 1, 1, 1],
         "kernel_sizes": [11, 5, 3, 3, 3], "paddings": [2, 2, 1, 1, 1], "strides": [4, 1, 1, 1, 1],
         "pool_sizes": [3, 3, 1, 1, 3], "pooled_grid": 6, "classifier_hidden_sizes": [4096, 4096],
         "classifier_dropout": 0.5,
     },
-    # torchvision.models.vgg16: Simonyan & Zisserman 2014, arXiv:1409.1556, configuration D.  Its dropout spares the
-    # first hidden layer; ours does not.
+    # torchvision.models.vgg16: Simonyan & Zisserman 2014, arXiv:1409.1556, configuration D.  It has no dropout
+    # before the first hidden layer; here there is.
     "vgg-16": {
         **_IMAGENET, "block_type": "plain", "hidden_sizes": [64, 128, 256, 512, 512], "depths": [2, 2, 3, 3, 3],
         "pooled_grid": 7, "classifier_hidden_sizes": [4096, 4096], "classifier_dropout": 0.5,
@@ -68,17 +69,17 @@ _Sizes = list[int] | tuple[int, ...]
 
 @strict
 class BmCnnConfig(PresetMixin, BackboneConfigMixin, PreTrainedConfig):
-    """What a bm_cnn is made of.
+    """Architecture of a bm_cnn.
 
-    `input_type` decides between two trunks: stages of two-dimensional blocks over pixels, or layers of one-dimensional
-    convolutions over tokens, audio frames or series.  The last width of the one is the `hidden_size` of the other.
-    A field that is given once for all stages may be one number.
+    `input_type` chooses between two trunks: stages of two-dimensional blocks over pixels, or layers of one-dimensional
+    convolutions over tokens, audio frames or series.  The last of `hidden_sizes` of the former corresponds to
+    `hidden_size` of the latter.  A field with one value per stage may be a single number for all stages.
     """
 
     model_type = "bm_cnn"
     keys_to_ignore_at_inference = ["past_key_values", "feature_maps", "loss_dict"]
     presets = PRESETS
-    # Auto class -> the class that serves it; read by bmtk.models.register and saved as `auto_map` with every model.
+    # Auto class -> model class; read by bmtk.models.register and saved as `auto_map` with every model.
     heads: ClassVar[dict[str, str]] = {
         "AutoModel": "modeling_bm_cnn.BmCnnModel",
         "AutoBackbone": "modeling_bm_cnn.BmCnnBackbone",
@@ -94,79 +95,135 @@ class BmCnnConfig(PresetMixin, BackboneConfigMixin, PreTrainedConfig):
         "AutoModelForCTC": "modeling_bm_cnn.BmCnnForCTC",
         "AutoModelForTimeSeriesPrediction": "modeling_bm_cnn.BmCnnForTimeSeriesPrediction",
     }
-    scale_embedding: ClassVar[bool] = False  # what a TokenStem asks, and no CNN needs
+    scale_embedding: ClassVar[bool] = False  # read by TokenStem; not an option of this family
 
-    input_type: Literal["pixels", "tokens", "audio", "series"] = "pixels"
-    # Of images the first four, None: basic; of sequences the last three, None: residual.
-    block_type: Literal["plain", "basic", "bottleneck", "convnext", "residual", "gated", "multi_width"] | None = None
-    hidden_act: Literal["relu", "gelu", "silu", "tanh"] = "relu"
-    norm_type: Literal["batch_norm", "layer_norm", "none"] | None = None  # None: as the block's paper has it
-    norm_eps: int | float = 1e-5
-    hidden_size: int | None = None  # width of a position; images: the last of hidden_sizes; sequences, None: 256
-    num_hidden_layers: int | None = None  # images: the stages; sequences, None: 6
+    input_type: Literal["pixels", "tokens", "audio", "series"] = described("pixels", "what the model reads")
+    block_type: Literal["plain", "basic", "bottleneck", "convnext", "residual", "gated", "multi_width"] | None = (
+        described(
+            None,
+            "block of an image model: one of the first four, default: basic; of a sequence model: one of the last "
+            "three, default: residual",
+        )
+    )
+    hidden_act: Literal["relu", "gelu", "silu", "tanh"] = described("relu", "activation function")
+    norm_type: Literal["batch_norm", "layer_norm", "none"] | None = described(
+        None, "normalization; default: as in the paper of the block (none for plain, batch_norm for basic, ...)"
+    )
+    norm_eps: int | float = described(1e-5, "added to the variance in a normalization, against division by zero")
+    hidden_size: int | None = described(
+        None, "width of a position of a sequence, default: 256; of images: the last of hidden_sizes"
+    )
+    num_hidden_layers: int | None = described(
+        None, "layers of a sequence model, default: 6; of images: the number of stages"
+    )
 
     # Images
-    num_channels: int = 3
-    image_size: int = 32  # pixels per side that an image processor makes; the trunk itself takes any size
-    stem_type: Literal["none", "conv", "patch"] = "none"  # conv: convolution, norm, activation; patch: one per patch
-    stem_width: int | None = None  # channels after the stem; None: the first of hidden_sizes, or num_channels
-    stem_kernel_size: int = 7  # of stem_type "conv"
-    stem_stride: int = 2  # of stem_type "conv"
-    stem_pooling: bool = True  # of stem_type "conv": then pool 3x3 with stride 2
-    patch_size: int = 4  # pixels per side, of stem_type "patch"; of a series: steps per position
-    hidden_sizes: _Sizes = (64, 128, 256)  # channels of each stage
-    depths: _Sizes = (2, 2, 2)  # blocks of each stage
-    kernel_sizes: _Sizes | int | None = None  # of each stage; None: 3, or 7 for convnext
-    paddings: _Sizes | int | None = None  # pixels around each convolution of a stage; None: half the kernel
-    strides: _Sizes | int | None = None  # of each stage; None: 1 if plain, else 1 for the first and 2 for the others
-    pool_sizes: _Sizes | int | None = None  # pooling window after each stage, 1: none; None: 2 if plain, else 1
-    pool_stride: int = 2  # of the pooling after a stage
-    pooling_type: Literal["max", "avg"] = "max"  # after stages and in the stem
-    expansion: int = 4  # width of a bottleneck block over its inner width; inner over outer width of a convnext block
-    # Of a bottleneck block, True: its first convolution strides, as in the paper; False: the next, as in torchvision.
-    downsample_in_bottleneck: bool = False
-    layer_scale_init_value: int | float = 1e-6  # factor on what a convnext block adds, where it starts
-    drop_path_rate: int | float = 0.0  # probability that the last block adds nothing, per image; earlier blocks less
-    pooled_grid: int = 1  # cells per side that a classifier reads; 1: the average of all positions
-    classifier_hidden_sizes: _Sizes = ()  # fully connected layers before the classifier
+    num_channels: int = described(3, "channels of an image: 3 for RGB, 1 for greyscale")
+    image_size: int = described(
+        32, "height and width of an image after preprocessing, pixels; the convolutions take any size"
+    )
+    stem_type: Literal["none", "conv", "patch"] = described(
+        "none", "what reads the pixels: convolution, norm and activation (conv), or one position per patch (patch)"
+    )
+    stem_width: int | None = described(
+        None, "channels after the stem; default: the first of hidden_sizes, or num_channels without a stem"
+    )
+    stem_kernel_size: int = described(7, "kernel size of stem_type=conv, pixels")
+    stem_stride: int = described(2, "stride of stem_type=conv, pixels")
+    stem_pooling: bool = described(True, "3x3 pooling with stride 2 after stem_type=conv")
+    patch_size: int = described(
+        4, "height and width of a patch of stem_type=patch, pixels; of a series: steps per position"
+    )
+    hidden_sizes: _Sizes = described((64, 128, 256), "channels of each stage")
+    depths: _Sizes = described((2, 2, 2), "blocks of each stage")
+    kernel_sizes: _Sizes | int | None = described(
+        None, "kernel size of each stage, or of all, pixels; default: 3, or 7 for convnext"
+    )
+    paddings: _Sizes | int | None = described(
+        None, "padding of the convolutions of each stage, or of all, pixels; default: half the kernel size"
+    )
+    strides: _Sizes | int | None = described(
+        None, "stride of each stage, pixels; default: 1 for plain blocks, else 1 for the first stage, 2 for the others"
+    )
+    pool_sizes: _Sizes | int | None = described(
+        None, "pooling window after each stage, pixels; 1: no pooling; default: 2 for plain blocks, else 1"
+    )
+    pool_stride: int = described(2, "stride of the pooling after a stage, pixels")
+    pooling_type: Literal["max", "avg"] = described("max", "pooling after the stages and in the stem")
+    expansion: int = described(
+        4, "outer width / inner width of a bottleneck block; inner width / outer width of a convnext block"
+    )
+    downsample_in_bottleneck: bool = described(
+        False, "where a bottleneck block strides: its first convolution (true: the paper), or its 3x3 (torchvision)"
+    )
+    layer_scale_init_value: int | float = described(1e-6, "initial factor on what a convnext block adds to its input")
+    drop_path_rate: int | float = described(
+        0.0, "probability that the last block is skipped, per image (stochastic depth); linearly less for earlier ones"
+    )
+    pooled_grid: int = described(
+        1, "cells per side of the grid that a classifier reads; 1: the average of all positions"
+    )
+    classifier_hidden_sizes: _Sizes = described((), "widths of fully connected layers before the classifier")
 
     # Object detection
-    fpn_size: int = 256  # channels of the feature pyramid
-    num_feature_levels: int = 5  # levels of the pyramid; the first, up to three, from the trunk
-    num_detection_layers: int = 4  # convolutions of each tower
-    center_sampling_radius: int | float = 1.5  # strides around a box's centre that learn it; 0: all of the box
-    box_loss: Literal["giou", "iou"] = "giou"
-    focal_alpha: int | float = 0.25  # weight of objects against background
-    focal_gamma: int | float = 2.0  # how much less a location counts that is right already
+    fpn_size: int = described(256, "channels of the feature pyramid")
+    num_feature_levels: int = described(
+        5,
+        "levels of the feature pyramid; up to three are stages of the model, the others are computed from them",
+    )
+    num_detection_layers: int = described(4, "3x3 convolutions of each detection tower (classes, boxes)")
+    center_sampling_radius: int | float = described(
+        1.5, "locations within this many strides of a box's centre are trained to predict it; 0: the whole box"
+    )
+    box_loss: Literal["giou", "iou"] = described("giou", "loss of predicted boxes: generalized IoU, or IoU")
+    focal_alpha: int | float = described(0.25, "weight of objects against background in the focal loss, 0 to 1")
+    focal_gamma: int | float = described(
+        2.0, "exponent of the focal loss: the larger, the less locations count that are already classified well"
+    )
 
     # Sequences
-    vocab_size: int = 4096  # tokens the embedding knows
-    kernel_size: int = 3  # taps of residual and gated convolutions
-    dilation_cycle: int = 10  # dilations are 1, 2, 4, ..., and start again after so many layers
-    filter_widths: _Sizes = (3, 4, 5)  # of multi_width
-    is_causal: bool | None = None  # no position sees a later one; None: True for tokens, but for multi_width
-    position_embedding_type: Literal["none", "sinusoidal", "learned"] = "none"  # convolutions know what is near
-    max_position_embeddings: int = 2048  # longest row for learned positions
-    embedding_dropout: int | float = 0.0  # probability, on embeddings
-    hidden_dropout: int | float = 0.0  # probability, on what convolutions add
-    tie_word_embeddings: bool = True  # the output head shares the token embedding
-    num_mel_bins: int = 80  # mel bands of an audio frame; four frames make a position
-    context_length: int = 96  # steps of a series that are seen
-    prediction_length: int = 24  # steps of a series that are predicted
-    num_input_channels: int = 1  # numbers per step of a series
-    num_time_features: int = 0  # calendar covariates per step of a series, known of the past and of the future
-    series_loss: Literal["mse", "mae", "huber", "quantile", "student_t"] = "mse"
-    quantiles: list[int | float] | tuple[int | float, ...] = (0.1, 0.5, 0.9)  # of series_loss "quantile"; one is 0.5
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    vocab_size: int = described(4096, "tokens in the vocabulary, rows of the token embedding")
+    kernel_size: int = described(3, "kernel size of residual and gated convolutions, positions")
+    dilation_cycle: int = described(10, "layers after which the dilations 1, 2, 4, ... start again")
+    filter_widths: _Sizes = described((3, 4, 5), "kernel sizes of a multi_width block, positions")
+    is_causal: bool | None = described(
+        None, "no position reads a later one; default: true for tokens, unless block_type=multi_width"
+    )
+    position_embedding_type: Literal["none", "sinusoidal", "learned"] = described(
+        "none", "what is added to embeddings to encode positions; convolutions encode relative positions without it"
+    )
+    max_position_embeddings: int = described(2048, "longest row for learned positions, in positions")
+    embedding_dropout: int | float = described(0.0, "dropout probability, on embeddings")
+    hidden_dropout: int | float = described(0.0, "dropout probability, on the output of convolutions")
+    tie_word_embeddings: bool = described(True, "share the token embedding with the output layer")
+    num_mel_bins: int = described(80, "mel bands of an audio frame; four frames make a position")
+    context_length: int = described(96, "steps of a series that the model reads")
+    prediction_length: int = described(24, "steps of a series that the model predicts")
+    num_input_channels: int = described(1, "numbers per step of a series")
+    num_time_features: int = described(
+        0, "calendar covariates per step of a series, known for the past and for the future"
+    )
+    series_loss: Literal["mse", "mae", "huber", "quantile", "student_t"] = described(
+        "mse", "loss of a forecast: squared, absolute or Huber error, pinball loss, or Student's t likelihood"
+    )
+    quantiles: list[int | float] | tuple[int | float, ...] = described(
+        (0.1, 0.5, 0.9), "quantiles to predict, from 0 to 1, for series_loss=quantile; 0.5 must be among them"
+    )
+    use_cache: bool = described(True, "keep keys, values or states between steps of generation")
+    pad_token_id: int | None = described(None, "token id of padding; default: none")
+    bos_token_id: int | None = described(None, "token id that begins a text; default: none")
+    eos_token_id: int | list[int] | None = described(None, "token id, or ids, that end a text; default: none")
 
     # Every head
-    classifier_dropout: int | float = 0.0  # probability, on what every layer of a classifier reads
-    # Of sequences; None: last if causal, else mean, and for multi_width max.
-    classifier_pooling: Literal["last", "mean", "first", "max"] | None = None
-    initializer_range: int | float = 0.02  # standard deviation of linear layers and embeddings; convolutions: Kaiming
+    classifier_dropout: int | float = described(0.0, "dropout probability, on the input of each layer of a classifier")
+    classifier_pooling: Literal["last", "mean", "first", "max"] | None = described(
+        None,
+        "how a classifier of sequences turns all positions into one vector; default: last if causal, else mean, "
+        "and max for block_type=multi_width",
+    )
+    initializer_range: int | float = described(
+        0.02, "standard deviation of initial linear layers and embeddings; convolutions: Kaiming initialization"
+    )
 
     def __post_init__(self, **kwargs):
         self._fill_images() if self.input_type == "pixels" else self._fill_sequences()
@@ -177,7 +234,7 @@ class BmCnnConfig(PresetMixin, BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
-        # Code is saved beside every model: a map that a loaded config carries from elsewhere must not survive.
+        # The code is saved with every model, so an auto_map that points to another repository must be replaced.
         self.auto_map = {"AutoConfig": "configuration_bm_cnn.BmCnnConfig", **self.heads}
 
     def _fill_images(self):
@@ -225,11 +282,11 @@ class BmCnnConfig(PresetMixin, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What `DynamicCache(config=...)` makes of each layer; a property, so that it is not saved."""
+        """Cache type of each layer, for `DynamicCache(config=...)`; a property, so that it is not saved."""
         return ["bm_convolution"] * self.num_hidden_layers
 
     def validate_layer_type(self):
-        """Take the place of the base class's check, which knows the library's own names only."""
+        """Override the check of the base class, which allows only transformers' own layer types."""
 
     def validate_blocks(self):
         is_image = self.input_type == "pixels"

@@ -1,10 +1,11 @@
-"""Configuration of the bm_rnn family: cells, shapes and regularisers by fields, not by classes."""
+"""Configuration of the bm_rnn family: recurrent networks."""
 
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .fields_bm import described
 from .presets_bm import PresetMixin
 
 PRESETS = {
@@ -32,16 +33,17 @@ PRESETS = {
 
 @strict
 class BmRnnConfig(PresetMixin, PreTrainedConfig):
-    """What a bm_rnn is made of.
+    """Architecture of a bm_rnn.
 
-    A row is read by `num_hidden_layers` recurrent layers.  All but the last have `intermediate_size` units, the last
-    has `hidden_size`, which is what heads read.  In a bidirectional network each direction has half of the units.  In
-    an encoder-decoder both sides have `num_hidden_layers` layers, and the decoder starts where the encoder ends.
+    There are `num_hidden_layers` recurrent layers.  All but the last have `intermediate_size` units, the last has
+    `hidden_size`, the width of positions that heads read.  In a bidirectional network each direction has half of the
+    units.  In an encoder-decoder both sides have `num_hidden_layers` layers, and the decoder starts from the last
+    state of the encoder.
     """
 
     model_type = "bm_rnn"
     keys_to_ignore_at_inference = ["past_key_values", "undropped_hidden_state", "final_state"]
-    # Auto class -> the class that serves it; read by bmtk.models.register and saved as `auto_map` with every model.
+    # Auto class -> model class; read by bmtk.models.register and saved as `auto_map` with every model.
     heads: ClassVar[dict[str, str]] = {
         "AutoModel": "modeling_bm_rnn.BmRnnModel",
         "AutoModelForCausalLM": "modeling_bm_rnn.BmRnnForCausalLM",
@@ -57,49 +59,82 @@ class BmRnnConfig(PresetMixin, PreTrainedConfig):
 
     presets: ClassVar[dict[str, dict]] = PRESETS
 
-    input_type: Literal["tokens", "audio", "series"] = "tokens"
-    vocab_size: int = 4096  # tokens the embedding knows
-    embedding_size: int | None = None  # width of a token embedding; None: hidden_size (and always, without tokens)
-    hidden_size: int = 256  # width of a position, as heads read it
-    intermediate_size: int | None = None  # units of every layer but the last; None: hidden_size
-    num_hidden_layers: int = 2
-    cell_type: Literal["elman", "gru", "lstm", "mingru"] = "lstm"
-    is_causal: bool | None = None  # False: half of the units read backwards (an encoder); None: True for tokens only
-    residual: bool = False  # add a layer's input to its output, where their widths agree
-    norm_type: Literal["none", "rms_norm", "layer_norm"] = "none"  # before each layer, and after the last
-    output_projection: bool = (
-        False  # the last layer has intermediate_size units too, a matrix takes them to hidden_size
+    input_type: Literal["tokens", "audio", "series"] = described("tokens", "what the model reads")
+    vocab_size: int = described(4096, "tokens in the vocabulary, rows of the token embedding")
+    embedding_size: int | None = described(
+        None, "width of a token embedding; default: hidden_size, the only choice for inputs other than tokens"
     )
-    tie_word_embeddings: bool = True  # one matrix for input and output tokens, and for both sides of a translation
-    embedding_dropout: int | float = 0.0  # probability that a word is absent from the whole batch
-    input_dropout: int | float = 0.0  # probability, on embeddings; one mask for all positions of a row
-    hidden_dropout: int | float = 0.0  # probability, between layers; one mask for all positions of a row
-    output_dropout: int | float = 0.0  # probability, on what heads read; one mask for all positions of a row
-    weight_drop: int | float = 0.0  # probability, on recurrent weights; one mask for a whole batch
-    activation_regularization: int | float = 0.0  # factor of the squared output in a causal LM's training loss
-    temporal_activation_regularization: int | float = 0.0  # likewise, of its squared change from position to position
-    attention_scoring: Literal["general", "dot"] = "general"  # how a decoder compares its state with source positions
-    classifier_dropout: int | float = 0.0  # probability, on what a classification head reads
-    classifier_pooling: Literal["first", "last", "mean", "max"] | None = None  # None: last if causal, else mean
-    initializer_range: int | float = 0.05  # standard deviation of embeddings and linear layers
-    use_cache: bool = True
-    is_encoder_decoder: bool = False
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    decoder_start_token_id: int | None = None  # what a decoder reads first
+    hidden_size: int = described(256, "width of a position in the last layer, which heads read")
+    intermediate_size: int | None = described(None, "units of every layer but the last; default: hidden_size")
+    num_hidden_layers: int = described(2, "recurrent layers; of an encoder-decoder, of either side")
+    cell_type: Literal["elman", "gru", "lstm", "mingru"] = described("lstm", "recurrent cell; elman: a tanh RNN")
+    is_causal: bool | None = described(
+        None,
+        "false: half of the units read the row backwards (an encoder); default: true for tokens, else false",
+    )
+    residual: bool = described(False, "add the input of a layer to its output where the widths agree")
+    norm_type: Literal["none", "rms_norm", "layer_norm"] = described(
+        "none", "normalization before each layer and after the last"
+    )
+    output_projection: bool = described(
+        False, "give the last layer intermediate_size units too, and project its output to hidden_size"
+    )
+    tie_word_embeddings: bool = described(
+        True, "share the token embedding with the output layer, and between both sides of an encoder-decoder"
+    )
+    embedding_dropout: int | float = described(0.0, "probability that a word is dropped from the whole batch")
+    input_dropout: int | float = described(
+        0.0, "dropout probability, on embeddings; the same mask at all positions of a row"
+    )
+    hidden_dropout: int | float = described(
+        0.0, "dropout probability, between layers; the same mask at all positions of a row"
+    )
+    output_dropout: int | float = described(
+        0.0, "dropout probability, on the output that heads read; the same mask at all positions of a row"
+    )
+    weight_drop: int | float = described(
+        0.0, "dropout probability, on recurrent weights; the same mask for the whole batch"
+    )
+    activation_regularization: int | float = described(
+        0.0, "weight of the mean squared output that is added to a causal LM's training loss (AWD-LSTM: AR)"
+    )
+    temporal_activation_regularization: int | float = described(
+        0.0, "the same for the squared change of the output from one position to the next (AWD-LSTM: TAR)"
+    )
+    attention_scoring: Literal["general", "dot"] = described(
+        "general", "how a decoder's state is compared with source positions: by a learned matrix, or by dot product"
+    )
+    classifier_dropout: int | float = described(0.0, "dropout probability, on the input of a classification head")
+    classifier_pooling: Literal["first", "last", "mean", "max"] | None = described(
+        None, "how a classifier turns all positions into one vector; default: last if causal, else mean"
+    )
+    initializer_range: int | float = described(0.05, "standard deviation of initial embeddings and linear layers")
+    use_cache: bool = described(True, "keep keys, values or states between steps of generation")
+    is_encoder_decoder: bool = described(False, "an encoder for the source text and a causal decoder for the target")
+    pad_token_id: int | None = described(None, "token id of padding; default: none")
+    bos_token_id: int | None = described(None, "token id that begins a text; default: none")
+    eos_token_id: int | list[int] | None = described(None, "token id, or ids, that end a text; default: none")
+    decoder_start_token_id: int | None = described(
+        None, "token id that a decoder reads first; default: none, tasks choose the padding token"
+    )
 
     # Audio
-    num_mel_bins: int = 80  # mel bands of a frame; four frames make a position
+    num_mel_bins: int = described(80, "mel bands of an audio frame; four frames make a position")
 
     # Series
-    context_length: int = 96  # steps that are seen
-    prediction_length: int = 24  # steps that are predicted
-    patch_size: int = 1  # steps per position
-    num_input_channels: int = 1  # numbers per step
-    num_time_features: int = 0  # calendar covariates per step, known of the past and of the future
-    series_loss: Literal["mse", "mae", "huber", "quantile", "student_t"] = "mse"
-    quantiles: list[int | float] | tuple[int | float, ...] = (0.1, 0.5, 0.9)  # of series_loss "quantile"; one is 0.5
+    context_length: int = described(96, "steps of a series that the model reads")
+    prediction_length: int = described(24, "steps of a series that the model predicts")
+    patch_size: int = described(1, "steps of a series per position")
+    num_input_channels: int = described(1, "numbers per step of a series")
+    num_time_features: int = described(
+        0, "calendar covariates per step of a series, known for the past and for the future"
+    )
+    series_loss: Literal["mse", "mae", "huber", "quantile", "student_t"] = described(
+        "mse", "loss of a forecast: squared, absolute or Huber error, pinball loss, or Student's t likelihood"
+    )
+    quantiles: list[int | float] | tuple[int | float, ...] = described(
+        (0.1, 0.5, 0.9), "quantiles to predict, from 0 to 1, for series_loss=quantile; 0.5 must be among them"
+    )
 
     def __post_init__(self, **kwargs):
         if self.embedding_size is None:
@@ -112,7 +147,7 @@ class BmRnnConfig(PresetMixin, PreTrainedConfig):
         if self.classifier_pooling is None:
             self.classifier_pooling = "last" if self.is_causal else "mean"
         super().__post_init__(**kwargs)
-        # Code is saved beside every model: a map that a loaded config carries from elsewhere must not survive.
+        # The code is saved with every model, so an auto_map that points to another repository must be replaced.
         self.auto_map = {"AutoConfig": "configuration_bm_rnn.BmRnnConfig", **self.heads}
 
     @property
@@ -123,11 +158,11 @@ class BmRnnConfig(PresetMixin, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What `DynamicCache(config=...)` makes of each layer; a property, so that it is not saved."""
+        """Cache type of each layer, for `DynamicCache(config=...)`; a property, so that it is not saved."""
         return ["bm_recurrent"] * self.num_hidden_layers
 
     def validate_layer_type(self):
-        """Take the place of the base class's check, which knows the library's own names only."""
+        """Override the check of the base class, which allows only transformers' own layer types."""
 
     def validate_sizes(self):
         for name in ("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_hidden_layers"):

@@ -1,10 +1,11 @@
-"""Configuration of the bm_transformer family: modern and classic Transformers by fields, not by classes."""
+"""Configuration of the bm_transformer family: modern and classic Transformers."""
 
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .fields_bm import described
 from .presets_bm import PresetMixin
 
 _CLASSIC = {"norm_type": "layer_norm", "attention_bias": True, "mlp_bias": True}
@@ -53,20 +54,19 @@ PRESETS = {
 
 @strict
 class BmTransformerConfig(PresetMixin, PreTrainedConfig):
-    """What a bm_transformer is made of.
+    """Architecture of a bm_transformer.
 
     The defaults describe a small modern decoder (rotary positions, pre-RMSNorm, SwiGLU).  `hidden_act="gelu"`,
     `position_embedding_type="learned"`, `norm_type="layer_norm"` and biases give GPT-2; `"sinusoidal"`, `"post"`,
     `"relu"` and `scale_embedding` give the Transformer of 2017.
 
-    An encoder-decoder has `num_hidden_layers` layers on the side of the encoder, which sees everything, and
-    `decoder_layers` on the side of the decoder, which is causal.
+    An encoder-decoder has `num_hidden_layers` bidirectional encoder layers and `decoder_layers` causal decoder layers.
     """
 
     model_type = "bm_transformer"
     keys_to_ignore_at_inference = ["past_key_values", "feature_maps", "loss_dict"]
     presets = PRESETS
-    # Auto class -> the class that serves it; read by bmtk.models.register and saved as `auto_map` with every model.
+    # Auto class -> model class; read by bmtk.models.register and saved as `auto_map` with every model.
     heads: ClassVar[dict[str, str]] = {
         "AutoModel": "modeling_bm_transformer.BmTransformerModel",
         "AutoModelForCausalLM": "modeling_bm_transformer.BmTransformerForCausalLM",
@@ -92,73 +92,104 @@ class BmTransformerConfig(PresetMixin, PreTrainedConfig):
         "layers.*.mlp.down_proj": "rowwise",
     }
 
-    input_type: Literal["tokens", "pixels", "audio", "series"] = "tokens"
-    vocab_size: int = 4096  # tokens the embedding knows
-    hidden_size: int = 256  # width of a position
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 8  # query heads
-    num_key_value_heads: int | None = None  # fewer than query heads: grouped-query attention; None: as many
-    head_dim: int | None = None  # width of one head; None: hidden_size / num_attention_heads
-    intermediate_size: int | None = None  # MLP width; None: 4 x hidden_size, or 8/3 of it for swiglu (same parameters)
-    hidden_act: Literal["swiglu", "gelu", "gelu_new", "relu", "relu2"] = "swiglu"  # relu2: squared ReLU
-    position_embedding_type: Literal["rotary", "sinusoidal", "learned"] = "rotary"
-    max_position_embeddings: int = 2048  # longest context, tokens
-    rope_theta: int | float = 10000.0  # base of the rotary frequencies, unless rope_parameters says more
-    rope_parameters: dict | None = None  # transformers' rope dictionary (rope_type, factor, ...); None: plain rotary
-    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
-    norm_position: Literal["pre", "post"] = "pre"
-    norm_eps: int | float = 1e-5
-    qk_norm: bool = False  # RMS-normalise each query and key head before the rotation
-    attention_bias: bool = False  # biases of the four attention projections
-    mlp_bias: bool = False  # biases of the MLP projections
-    is_causal: bool | None = None  # False: every position sees every other (an encoder); None: True for tokens only
-    type_vocab_size: int = (
-        0  # kinds of tokens (a question, its text) with an embedding each; 0: token_type_ids say nothing
+    input_type: Literal["tokens", "pixels", "audio", "series"] = described("tokens", "what the model reads")
+    vocab_size: int = described(4096, "tokens in the vocabulary, rows of the token embedding")
+    hidden_size: int = described(256, "width of a position")
+    num_hidden_layers: int = described(6, "layers; of an encoder-decoder, those of the encoder")
+    num_attention_heads: int = described(8, "query heads of each layer")
+    num_key_value_heads: int | None = described(
+        None, "key and value heads; fewer than query heads: grouped-query attention; default: num_attention_heads"
     )
-    embedding_norm: bool = False  # LayerNorm on the sum of the embeddings (BERT)
-    scale_embedding: bool = False  # multiply token embeddings by sqrt(hidden_size)
-    tie_word_embeddings: bool = True  # the output head shares the token embedding
-    embedding_dropout: int | float = 0.0  # probability, on the sum of token and position embedding
-    hidden_dropout: int | float = 0.0  # probability, on what attention and MLP add to the residual stream
-    attention_dropout: int | float = 0.0  # probability, on attention weights
-    classifier_dropout: int | float = 0.0  # probability, on what a classification head reads
-    classifier_pooling: Literal["first", "last", "mean", "max"] | None = None  # None: last if causal, else mean
-    with_pooler: bool = False  # dense layer and tanh on the pooled position (BERT)
-    initializer_range: int | float = 0.02  # standard deviation; projections into the residual are divided by sqrt(2L)
-    use_cache: bool = True
-    is_encoder_decoder: bool = False
-    decoder_layers: int | None = None  # of an encoder-decoder, as caches call them; None: num_hidden_layers
-    decoder_start_token_id: int | None = None  # what a decoder reads first
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    head_dim: int | None = described(None, "width of one attention head; default: hidden_size / num_attention_heads")
+    intermediate_size: int | None = described(
+        None, "hidden units of an MLP; default: 4 x hidden_size, or 8/3 x hidden_size for swiglu (same parameters)"
+    )
+    hidden_act: Literal["swiglu", "gelu", "gelu_new", "relu", "relu2"] = described(
+        "swiglu", "activation of the MLP; gelu_new: tanh approximation, as in GPT-2; relu2: squared ReLU"
+    )
+    position_embedding_type: Literal["rotary", "sinusoidal", "learned"] = described(
+        "rotary", "how positions are encoded: rotary turns queries and keys, the others are added to the embedding"
+    )
+    max_position_embeddings: int = described(2048, "longest row, in positions (tokens of a text)")
+    rope_theta: int | float = described(10000.0, "base of the rotary frequencies, unless rope_parameters sets one")
+    rope_parameters: dict | None = described(
+        None, "transformers' dictionary of rotary scaling (rope_type, factor, ...) as JSON; default: no scaling"
+    )
+    norm_type: Literal["rms_norm", "layer_norm"] = described("rms_norm", "normalization of each layer")
+    norm_position: Literal["pre", "post"] = described(
+        "pre", "normalize before attention and MLP (pre), or after the residual addition (post: 2017, BERT)"
+    )
+    norm_eps: int | float = described(1e-5, "added to the variance in a normalization, against division by zero")
+    qk_norm: bool = described(False, "RMS-normalize each query and key head before the rotation")
+    attention_bias: bool = described(False, "biases in the four attention projections")
+    mlp_bias: bool = described(False, "biases in the MLP projections")
+    is_causal: bool | None = described(
+        None, "no position attends to a later one; false: an encoder; default: true for tokens, else false"
+    )
+    type_vocab_size: int = described(
+        0, "segment types with an embedding each (a question, its text); 0: token_type_ids are ignored"
+    )
+    embedding_norm: bool = described(False, "LayerNorm on the sum of the embeddings, as in BERT")
+    scale_embedding: bool = described(False, "multiply token embeddings by sqrt(hidden_size)")
+    tie_word_embeddings: bool = described(True, "share the token embedding with the output layer")
+    embedding_dropout: int | float = described(0.0, "dropout probability, on the sum of the embeddings")
+    hidden_dropout: int | float = described(0.0, "dropout probability, on the outputs of attention and MLP")
+    attention_dropout: int | float = described(0.0, "dropout probability, on attention weights")
+    classifier_dropout: int | float = described(0.0, "dropout probability, on the input of a classification head")
+    classifier_pooling: Literal["first", "last", "mean", "max"] | None = described(
+        None, "how a classifier turns all positions into one vector; default: last if causal, else mean"
+    )
+    with_pooler: bool = described(False, "dense layer and tanh on the pooled position, as in BERT")
+    initializer_range: int | float = described(
+        0.02,
+        "standard deviation of initial weights; output projections of attention and MLP: divided by sqrt(2 x layers)",
+    )
+    use_cache: bool = described(True, "keep keys, values or states between steps of generation")
+    is_encoder_decoder: bool = described(False, "an encoder for the source text and a causal decoder for the target")
+    decoder_layers: int | None = described(
+        None, "layers of the decoder of an encoder-decoder; default: num_hidden_layers"
+    )
+    decoder_start_token_id: int | None = described(
+        None, "token id that a decoder reads first; default: none, tasks choose the padding token"
+    )
+    pad_token_id: int | None = described(None, "token id of padding; default: none")
+    bos_token_id: int | None = described(None, "token id that begins a text; default: none")
+    eos_token_id: int | list[int] | None = described(None, "token id, or ids, that end a text; default: none")
 
     # Images
-    num_channels: int = 3
-    image_size: int = 224  # pixels per side that an image processor makes, and that learned positions are for
-    patch_size: int = 16  # pixels per side of a position; of a series: steps per position
+    num_channels: int = described(3, "channels of an image: 3 for RGB, 1 for greyscale")
+    image_size: int = described(224, "height and width of an image after preprocessing, pixels")
+    patch_size: int = described(16, "height and width of a patch, pixels; of a series: steps per position")
 
     # Object detection
-    fpn_size: int = 256  # channels of the feature pyramid
-    num_feature_levels: int = 5  # levels of the pyramid; the first from the trunk
-    num_detection_layers: int = 4  # convolutions of each tower
-    center_sampling_radius: int | float = (
-        1.5  # strides around a box's centre that learn to predict it; 0: all of the box
+    fpn_size: int = described(256, "channels of the feature pyramid")
+    num_feature_levels: int = described(5, "levels of the feature pyramid; the first comes from the model")
+    num_detection_layers: int = described(4, "3x3 convolutions of each detection tower (classes, boxes)")
+    center_sampling_radius: int | float = described(
+        1.5, "locations within this many strides of a box's centre are trained to predict it; 0: the whole box"
     )
-    box_loss: Literal["giou", "iou"] = "giou"
-    focal_alpha: int | float = 0.25  # weight of objects against background
-    focal_gamma: int | float = 2.0  # how much less a location counts that is right already
+    box_loss: Literal["giou", "iou"] = described("giou", "loss of predicted boxes: generalized IoU, or IoU")
+    focal_alpha: int | float = described(0.25, "weight of objects against background in the focal loss, 0 to 1")
+    focal_gamma: int | float = described(
+        2.0, "exponent of the focal loss: the larger, the less locations count that are already classified well"
+    )
 
     # Audio
-    num_mel_bins: int = 80  # mel bands of a frame; four frames make a position
+    num_mel_bins: int = described(80, "mel bands of an audio frame; four frames make a position")
 
     # Series
-    context_length: int = 96  # steps that are seen
-    prediction_length: int = 24  # steps that are predicted
-    num_input_channels: int = 1  # numbers per step
-    num_time_features: int = 0  # calendar covariates per step, known of the past and of the future
-    series_loss: Literal["mse", "mae", "huber", "quantile", "student_t"] = "mse"
-    quantiles: list[int | float] | tuple[int | float, ...] = (0.1, 0.5, 0.9)  # of series_loss "quantile"; one is 0.5
+    context_length: int = described(96, "steps of a series that the model reads")
+    prediction_length: int = described(24, "steps of a series that the model predicts")
+    num_input_channels: int = described(1, "numbers per step of a series")
+    num_time_features: int = described(
+        0, "calendar covariates per step of a series, known for the past and for the future"
+    )
+    series_loss: Literal["mse", "mae", "huber", "quantile", "student_t"] = described(
+        "mse", "loss of a forecast: squared, absolute or Huber error, pinball loss, or Student's t likelihood"
+    )
+    quantiles: list[int | float] | tuple[int | float, ...] = described(
+        (0.1, 0.5, 0.9), "quantiles to predict, from 0 to 1, for series_loss=quantile; 0.5 must be among them"
+    )
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -177,7 +208,7 @@ class BmTransformerConfig(PresetMixin, PreTrainedConfig):
         if self.classifier_pooling is None:
             self.classifier_pooling = "last" if self.is_causal else "mean"
         super().__post_init__(**kwargs)
-        # Code is saved beside every model: a map that a loaded config carries from elsewhere must not survive.
+        # The code is saved with every model, so an auto_map that points to another repository must be replaced.
         self.auto_map = {"AutoConfig": "configuration_bm_transformer.BmTransformerConfig", **self.heads}
 
     def validate_heads(self):
@@ -187,7 +218,7 @@ class BmTransformerConfig(PresetMixin, PreTrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads}; each key head serves a whole group of query heads"
             )
         whole, rest = divmod(self.hidden_size, self.num_attention_heads)
-        if rest and self.head_dim == whole:  # the default; any other width was asked for
+        if rest and self.head_dim == whole:  # head_dim is the default; another value is intended
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
                 f"{self.num_attention_heads}; change one of them, or set head_dim"

@@ -1,9 +1,9 @@
 """One-dimensional convolutions over positions, causal or not, with a cache.  B rows, L positions, D width, k taps.
 
-A convolution here is one matrix product with all its taps, whose results are shifted, cut and added.  The cut serves
-every case alike: a tap that reads `offset` positions away counts only where the later of the two positions stands at
-least that far into its document.  So rows may hold several documents (position_ids restart), and be padded anywhere
-(masked positions enter as zeros, as beyond the ends of a row).
+A convolution is computed as one matrix product with the weights of all taps; the products are shifted, masked and
+added.  A tap that reads `offset` positions away is masked where the later of the two positions is fewer than `offset`
+positions into its document.  So a row may have several documents (position_ids restart) and padding at any place
+(masked positions are zeros, like those beyond the ends of a row).
 
 Sources: several widths, Kim 2014, arXiv:1408.5882; gated, van den Oord et al. 2016 (WaveNet), arXiv:1609.03499;
 residual, Bai et al. 2018 (TCN), arXiv:1803.01271, here with a norm before it instead of weight norm within, and no
@@ -25,7 +25,8 @@ NORMS = {"layer_norm": nn.LayerNorm, "none": lambda width, eps: nn.Identity()}
 class Convolution(nn.Module):
     """(B, L, inputs) -> (B, L, outputs), the weight of tap j being `taps.weight[j * outputs : (j + 1) * outputs]`.
 
-    The last tap reads the position itself if causal; otherwise they lie around it, as torch's padding="same" has them.
+    If causal, the last tap reads the position itself; otherwise the taps are centred on it, as with torch's
+    padding="same".
     """
 
     def __init__(self, inputs: int, outputs: int, *, kernel_size: int, dilation: int, is_causal: bool, scale=1.0):
@@ -43,9 +44,9 @@ class Convolution(nn.Module):
         return self.span * (self.kernel_size - 1) * self.outputs
 
     def forward(self, x, position_ids=None, mask=None, past=None, *, with_state: bool = False):
-        """Also the state (B, state_size) after these positions, if asked for; `past` is the one before them.
+        """The output and, if `with_state`, the state (B, state_size) after it; `past` is the state before.
 
-        position_ids (B or 1, L) cut documents; mask (B, L, 1) is 0 at padding.
+        position_ids (B or 1, L) restart at each document; mask (B, L, 1) is 0 at padding.
         """
         if mask is not None:
             x = x * mask
@@ -63,12 +64,12 @@ class Convolution(nn.Module):
 
 
 def shift(x: torch.Tensor, offset: int, length: int) -> torch.Tensor:
-    """The last `length` of (B, past + length, D), each read `offset` positions further on; 0 beyond the ends."""
+    """The last `length` of (B, past + length, D), each from `offset` positions later; 0 beyond the ends."""
     return F.pad(x, (0, 0, length - x.shape[1] - offset, offset))
 
 
 def cut(x: torch.Tensor, position_ids: torch.Tensor | None, offset: int) -> torch.Tensor:
-    """0 where what was read `offset` positions away belongs to another document."""
+    """x (B, L, D), with 0 where the value from `offset` positions away belongs to another document."""
     if position_ids is None or offset == 0:
         return x
     later = position_ids if offset < 0 else F.pad(position_ids, (-offset, offset))
@@ -76,9 +77,9 @@ def cut(x: torch.Tensor, position_ids: torch.Tensor | None, offset: int) -> torc
 
 
 class ConvolutionCacheLayer(CacheLayerMixin):
-    """The states of one layer's convolutions, side by side in `keys` (B, all of them); `values` stays empty.
+    """The states of one layer's convolutions, concatenated in `keys` (B, sum of sizes); `values` stays empty.
 
-    Setting `_layer_type` registers it: `DynamicCache(config=...)` makes one per entry of `config.layer_types`.
+    Setting `_layer_type` registers it: `DynamicCache(config=...)` creates one for each entry of `config.layer_types`.
     """
 
     _layer_type = "bm_convolution"
@@ -125,7 +126,7 @@ class ConvolutionCacheLayer(CacheLayerMixin):
 
 
 class ConvolutionLayer(GradientCheckpointingLayer):
-    """(B, L, D) and a sum of skips -> both again.  Subclasses have convolutions, and say in `mix` how they mix."""
+    """(B, L, D) and the sum of skips -> the same two.  Subclasses define convolutions and combine them in `mix`."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -168,7 +169,9 @@ class ResidualConvolutionLayer(ConvolutionLayer):
         width = config.hidden_size
         shape = {"kernel_size": config.kernel_size, "dilation": dilation_of(config, layer_idx)}
         self.first = Convolution(width, width, is_causal=config.is_causal, **shape)
-        scale = config.num_hidden_layers**-0.5  # into the residual stream (Radford et al. 2019)
+        scale = (
+            config.num_hidden_layers**-0.5
+        )  # keeps the residual sum's variance independent of depth (Radford et al. 2019)
         self.second = Convolution(width, width, is_causal=config.is_causal, scale=scale, **shape)
         self.act = ACT2FN[config.hidden_act]
 
@@ -180,7 +183,7 @@ class ResidualConvolutionLayer(ConvolutionLayer):
 class GatedConvolutionLayer(ConvolutionLayer):
     """z = tanh(f(x)) * sigmoid(g(x)) by one dilated convolution; x + residual(z), and skips + skip(z).
 
-    The last layer of a stack has no residual: nothing would read it.
+    The last layer has no residual branch, because only its skip is read.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -188,7 +191,10 @@ class GatedConvolutionLayer(ConvolutionLayer):
         width = config.hidden_size
         shape = {"kernel_size": config.kernel_size, "dilation": dilation_of(config, layer_idx)}
         self.filter_and_gate = Convolution(width, 2 * width, is_causal=config.is_causal, **shape)
-        start = {"gain": 1.0, "scale": config.num_hidden_layers**-0.5}  # both are summed over layers
+        start = {
+            "gain": 1.0,
+            "scale": config.num_hidden_layers**-0.5,
+        }  # both are summed over all layers, so each gets 1 / layers of the variance
         self.skip = KaimingLinear(width, width, **start)
         is_last = layer_idx == config.num_hidden_layers - 1
         self.residual = None if is_last else KaimingLinear(width, width, **start)
@@ -201,7 +207,7 @@ class GatedConvolutionLayer(ConvolutionLayer):
 
 
 class MultiWidthLayer(ConvolutionLayer):
-    """Filters of several widths side by side: act(conv(norm(x))) of each, an equal share of the width."""
+    """Parallel filters of several widths: act(conv(norm(x))) of each, an equal share of the hidden size."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -222,7 +228,7 @@ LAYERS = {"residual": ResidualConvolutionLayer, "gated": GatedConvolutionLayer, 
 
 
 class ClosingNorm(nn.Module):
-    """The last layer's positions, normalised."""
+    """Norm of the last layer's output."""
 
     def __init__(self, config):
         super().__init__()
@@ -233,7 +239,7 @@ class ClosingNorm(nn.Module):
 
 
 class ClosingSkips(nn.Module):
-    """The sum of skips through ReLU, a linear layer and ReLU (WaveNet, section 2.4)."""
+    """ReLU, linear layer and ReLU on the sum of skips (WaveNet, section 2.4)."""
 
     def __init__(self, config):
         super().__init__()

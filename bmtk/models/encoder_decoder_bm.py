@@ -1,4 +1,4 @@
-"""Encoder-decoder: one stack reads a source, another writes a target.  B rows, L target positions, D width."""
+"""Encoder-decoder: the encoder reads a source, the decoder predicts a target.  B rows, L target positions, D width."""
 
 import torch
 from torch import nn
@@ -9,10 +9,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 
 class EncoderDecoder:
-    """What encoder-decoders share.  A family builds `encoder` and `decoder`, each with its `stem.embed_tokens`.
+    """Base of encoder-decoders.  A family builds `encoder` and `decoder`, each with its own `stem.embed_tokens`.
 
-    Its `decode(source, source_mask, **inputs)` calls the decoder with `inputs`, and with what it wants of `source`,
-    the encoder's output.
+    Its `decode(source, source_mask, **inputs)` calls the decoder with `inputs` and with the parts of `source`, the
+    encoder's output, that it needs.
     """
 
     @property

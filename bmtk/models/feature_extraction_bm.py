@@ -1,7 +1,7 @@
-"""Waveforms to log-mel frames, in numpy alone.  N samples, T frames, F mel bands.
+"""Waveforms to log-mel frames, with numpy only.  N samples, T frames, F mel bands.
 
 Frames of `frame_length` samples every `hop_length`, a Hann window, power spectrum, mel bands (O'Shaughnessy 1987, the
-scale of HTK), natural logarithm; then every band of a recording has mean 0 and variance 1 over its frames.
+scale of HTK), natural logarithm; then each band of a recording is scaled to mean 0 and variance 1 over its frames.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ VARIANCE_FLOOR = 1e-7
 
 
 class BmFeatureExtractor(SequenceFeatureExtractor):
-    """Recordings (N,) -> `input_features` (B, T, F) and `attention_mask` (B, T), padded on the right by 0."""
+    """Recordings (N,) -> `input_features` (B, T, F) and `attention_mask` (B, T), padded with 0 on the right."""
 
     model_input_names = ["input_features", "attention_mask"]
 
@@ -47,7 +47,7 @@ class BmFeatureExtractor(SequenceFeatureExtractor):
     ) -> BatchFeature:
         """One recording (N,) or several; `kwargs` are those of `pad` (max_length, truncation, in frames).
 
-        Raises: ValueError for another sampling rate than the model's, for two channels, and for silence of length 0.
+        Raises: ValueError for another sampling rate than the model's, for two channels, and for an empty recording.
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise ValueError(
@@ -60,7 +60,7 @@ class BmFeatureExtractor(SequenceFeatureExtractor):
         )
 
     def frames(self, samples: np.ndarray) -> np.ndarray:
-        """(N,) -> (T, F) with T = 1 + (N - frame_length) // hop_length; shorter recordings are filled with zeros."""
+        """(N,) -> (T, F) with T = 1 + (N - frame_length) // hop_length; shorter recordings are padded with zeros."""
         if samples.ndim != 1 or not len(samples):
             raise ValueError(f"a recording has shape {samples.shape}; it must be (samples,), with one channel")
         samples = np.pad(samples, (0, max(0, self.frame_length - len(samples))))
@@ -79,7 +79,7 @@ class BmFeatureExtractor(SequenceFeatureExtractor):
         return 1 << (self.frame_length - 1).bit_length()
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """Window (frame_length,) and mel filters (num_bins / 2 + 1, F); made anew, so that none of it is saved."""
+        """Window (frame_length,) and mel filters (num_bins / 2 + 1, F); no attributes, so that they are not saved."""
         filters = mel_filter_bank(
             num_frequency_bins=self.num_bins // 2 + 1,
             num_mel_filters=self.feature_size,

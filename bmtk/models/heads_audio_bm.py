@@ -46,8 +46,8 @@ class AudioClassificationHead:
 class CTCHead:
     """Transcribes without an alignment: connectionist temporal classification (Graves et al. 2006).
 
-    The blank is `pad_token_id`.  A row whose labels need more positions than it has can never be right: that is an
-    error, not a zero in the loss; `_get_feat_extract_output_lengths` says beforehand how many positions a row has.
+    The blank is `pad_token_id`.  A row with too few positions for its labels has probability 0; that is an error here,
+    not an infinite loss set to 0.  `_get_feat_extract_output_lengths` computes the number of positions beforehand.
     """
 
     main_input_name = "input_features"
@@ -63,7 +63,7 @@ class CTCHead:
         self.post_init()
 
     def _get_feat_extract_output_lengths(self, input_lengths):
-        """Positions that come of so many frames; transformers asks by this name."""
+        """Number of positions for a number of frames; the name is that of transformers."""
         return self.model.stem.output_lengths(input_lengths)
 
     @can_return_tuple
@@ -75,10 +75,10 @@ class CTCHead:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> CausalLMOutput:
-        """Logits (B, L, V); `labels` (B, S) are tokens, padded by -100 on the right; an item of the loss is a token.
+        """Logits (B, L, V); `labels` (B, S) are tokens, padded with -100 on the right; an item of the loss is a token.
 
-        Positions stand on the left whichever side the frames are padded on; those past a row's end say blank, so that
-        decoding logits needs no lengths.
+        Positions are on the left whichever side the frames are padded on.  Those after the end of a row predict the
+        blank, so that logits can be decoded without lengths.
         """
         kwargs.setdefault("use_cache", False)
         outputs = self.model(input_features=input_features, attention_mask=attention_mask, **kwargs)
@@ -95,7 +95,7 @@ class CTCHead:
         return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     def lengths(self, logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Positions (B,) of each row."""
+        """Number of positions (B,) of each row."""
         if attention_mask is None:
             return torch.full((len(logits),), logits.shape[1], device=logits.device)
         return self._get_feat_extract_output_lengths(attention_mask.long().sum(-1))
@@ -112,7 +112,7 @@ def ctc_loss(logits, lengths, labels, blank: int, num_items_in_batch=None) -> to
         raise ValueError("labels hold -100 before a token; -100 is padding, and stands on the right")
     if (labels == blank).any():
         raise ValueError(f"labels hold {blank}, the blank (pad_token_id), which is not a token; pad labels with -100")
-    repeats = ((labels[:, 1:] == labels[:, :-1]) & is_label[:, 1:]).sum(-1)  # a blank must stand between equal tokens
+    repeats = ((labels[:, 1:] == labels[:, :-1]) & is_label[:, 1:]).sum(-1)  # CTC needs a blank between equal tokens
     too_long = torch.nonzero(sizes + repeats > lengths).flatten().tolist()
     if too_long:
         row = too_long[0]

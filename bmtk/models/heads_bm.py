@@ -1,10 +1,10 @@
-"""Text heads: how positions become a task's output and its loss.  B rows, L positions, D width, V tokens, K labels.
+"""Text heads: from hidden states to an output and its loss.  B rows, L positions, D width, V tokens, K labels.
 
-Each head is written once; a family adds it in two lines: the head, the family's root, and `trunk_class`.
-A trunk returns `last_hidden_state` (B, L, D), and as the second of its outputs `pooler_output` (B, D), made by
-pooling_bm.py; that is also what transformers' VisionTextDualEncoderModel reads of a tower.
-Every loss is a sum over predicted elements divided by `num_items_in_batch` (or by their number, if none is given), so
-that micro-batches, accumulation and processes change nothing.
+Each head is a mixin; a family derives its class from the head and the family's root, and sets `trunk_class`.
+A trunk returns `last_hidden_state` (B, L, D) and, as its second output, `pooler_output` (B, D) from pooling_bm.py,
+which transformers' VisionTextDualEncoderModel reads too.
+Every loss is a sum over predicted elements divided by `num_items_in_batch` (or by their number, if it is not given),
+so that it does not depend on micro-batches, accumulation and the number of processes.
 """
 
 import torch
@@ -24,7 +24,7 @@ from .pooling_bm import last_position, mask_of_positions, mean_position
 
 
 def check_input(config, head: str, input_type: str) -> None:
-    """Raise ValueError if the configuration reads something else than the head is about."""
+    """Raise ValueError if the configuration has another input type than the head needs."""
     if config.input_type != input_type:
         raise ValueError(f"{head} needs input_type={input_type!r}, and this configuration has {config.input_type!r}")
 
@@ -35,7 +35,7 @@ class CausalLMHead:
     _tied_weights_keys = {"lm_head.weight": "model.stem.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     output_class = CausalLMOutputWithPast
-    passed_on: tuple[str, ...] = ()  # what else of the trunk's outputs the head's outputs hold
+    passed_on: tuple[str, ...] = ()  # further outputs of the trunk that the head returns
 
     def __init__(self, config):
         check_input(config, type(self).__name__, "tokens")
@@ -49,7 +49,7 @@ class CausalLMHead:
         self.post_init()
 
     def penalty(self, outputs, labels, attention_mask, position_ids, **kwargs) -> torch.Tensor | float:
-        """What a family adds to the loss while it trains, divided by the same count; nothing, unless it says so."""
+        """A term that a family adds to the training loss, divided by the same count; none by default."""
         return 0.0
 
     @can_return_tuple
@@ -93,12 +93,12 @@ class CausalLMHead:
 
 
 class TextHead:
-    """What heads share that read a text and predict its `labels`: `answer` makes their output of the trunk's.
+    """Base of heads that read a text and predict its `labels`; `answer` computes their output from the trunk's.
 
-    The arguments are spelled out, because Trainer and the pipelines read their names from the signature.
+    The arguments are written out, because Trainer and the pipelines read their names from the signature.
     """
 
-    default_use_cache: bool | None = False  # None: as the configuration says
+    default_use_cache: bool | None = False  # None: that of the configuration
 
     @can_return_tuple
     def forward(
@@ -112,7 +112,7 @@ class TextHead:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModelOutput:
-        """Without `attention_mask` every position counts as real; rows of several lengths need it."""
+        """Without `attention_mask` no position is padding; batches of rows of different lengths need one."""
         kwargs.setdefault("use_cache", self.default_use_cache)
         outputs = self.model(
             input_ids=input_ids,
@@ -138,7 +138,7 @@ class MaskedLMHead:
             )
         super().__init__(config)
         self.model = self.trunk_class(config)
-        width = self.get_input_embeddings().embedding_dim  # of the matrix that the output may share
+        width = self.get_input_embeddings().embedding_dim  # the output layer may share the embedding matrix
         self.transform = nn.Sequential(nn.Linear(config.hidden_size, width), nn.GELU(), nn.LayerNorm(width, eps=1e-12))
         self.lm_head = nn.Linear(width, config.vocab_size)
         self.post_init()
@@ -156,9 +156,10 @@ class MaskedLMHead:
         skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
-        """Logits (B, L, V); `labels` (B, L) are the tokens that were masked, else -100; an item is such a token.
+        """Logits (B, L, V); `labels` (B, L) are the tokens at masked positions, else -100; an item is a masked token.
 
-        With `skip_logits` and labels, only the masked tokens are scored, for the same loss; `logits` is None then.
+        With `skip_logits` and labels, only masked positions go through the output layer: the same loss in less
+        time and memory.  `logits` is then None.
         """
         kwargs.setdefault("use_cache", False)
         outputs = self.model(
@@ -227,9 +228,9 @@ class TokenClassificationHead(TextHead):
 
 
 class QuestionAnsweringHead:
-    """Where an answer starts and ends in a row.  Padding is never an answer: its logits are the lowest number.
+    """Start and end of the answer in a row.  Padding gets the lowest logits, so it is never part of an answer.
 
-    No TextHead: the signature must name both labels as the dataset's columns do, or Trainer drops them.
+    Not a TextHead: both labels must be named in the signature, or Trainer drops these columns.
     """
 
     def __init__(self, config):
@@ -252,7 +253,7 @@ class QuestionAnsweringHead:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
-        """Start and end logits (B, L); positions (B,) outside of the row are not predicted; an item is a row.
+        """Start and end logits (B, L); positions (B,) outside the row are ignored; an item is a row.
 
         The loss is the mean of the cross-entropies of start and end.
         """
@@ -285,30 +286,30 @@ class QuestionAnsweringHead:
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
     """Cross-entropy of logits (..., K) and labels (...), which are -100 where nothing is predicted."""
+    # In float32: a sum over many tokens would lose most of its digits in bfloat16.
     total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
     return total / ((labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 def position_loss(logits: torch.Tensor, positions: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Cross-entropy of logits (B, L) and positions (B,) or (B, 1); those outside of [0, L) do not count."""
+    """Cross-entropy of logits (B, L) and positions (B,) or (B, 1); those outside [0, L) are ignored."""
     positions = positions.view(len(logits))
     is_inside = (positions >= 0) & (positions < logits.shape[1])
     return label_loss(logits, positions.masked_fill(~is_inside, -100), num_items_in_batch)
 
 
 def classification_loss(logits, labels, config, num_items_in_batch=None) -> torch.Tensor:
-    """Cross-entropy, binary cross-entropy or squared error by `config.problem_type` (guessed once, like transformers).
+    """Cross-entropy, binary cross-entropy or squared error, by `config.problem_type` (inferred like transformers).
 
     logits (B, K); labels (B,) integers, (B, K) of 0 and 1, or (B,) or (B, K) numbers.
     """
     if config.problem_type is None:
-        config.problem_type = (
-            "regression"
-            if config.num_labels == 1
-            else "multi_label_classification"
-            if labels.is_floating_point()
-            else "single_label_classification"
-        )
+        if config.num_labels == 1:
+            config.problem_type = "regression"
+        elif labels.is_floating_point():
+            config.problem_type = "multi_label_classification"
+        else:
+            config.problem_type = "single_label_classification"
     if config.problem_type == "single_label_classification":
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
         count = (labels != -100).sum().clamp(min=1)

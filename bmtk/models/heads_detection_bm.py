@@ -1,11 +1,11 @@
 """Anchor-free object detection.  B images, Q locations of all levels, K classes, C channels, N boxes of one image.
 
 FCOS (Tian et al. 2019, arXiv:1904.01355) over a feature pyramid (Lin et al. 2017, arXiv:1612.03144) of the trunk's
-last maps.  Where it follows the authors' later text (2020, arXiv:2006.09214): sampling of centres, centre-ness beside
-the regression instead of the classification, GIoU.  Distances are exp(scale * x) * stride.
+last maps.  It follows the authors' later version (2020, arXiv:2006.09214) in three points: centre sampling, GIoU, and
+centre-ness on the regression tower instead of the classification tower.  Distances are exp(scale * x) * stride.
 
-What the head asks of a trunk: `outputs.feature_maps`, a list of (B, C, H, W), and for each of them
-`trunk.feature_strides` (pixels) and `trunk.feature_channels`.
+The trunk must return `feature_maps`, a list of (B, C, H, W), and have `feature_strides` (pixels) and
+`feature_channels` for each of them.
 """
 
 import math
@@ -22,18 +22,17 @@ from .boxes_bm import assign_boxes, centerness, centres, corners, grid_locations
 from .heads_bm import check_input
 
 NUM_TRUNK_LEVELS = 3  # the paper's C3, C4 and C5
-STRIDES_OF_RANGE = (
-    8  # a level of stride s sees boxes whose farthest side is 4 s to 8 s away: 64, 128, ... in the paper
-)
-PRIOR = 0.01  # probability of any class that the classification starts from (Lin et al. 2017, arXiv:1708.02002)
-GROUPS = 32  # of the group norms in the towers
+# A level of stride s predicts boxes whose farthest side is 4 s to 8 s away: up to 64, 128, ... pixels in the paper.
+STRIDES_OF_RANGE = 8
+PRIOR = 0.01  # initial probability of each class (Lin et al. 2017, arXiv:1708.02002)
+GROUPS = 32  # groups of the group norms in the towers
 LARGEST_EXPONENT = math.log(1000.0)  # keeps exp() finite
 
 
 @dataclass
 class DetectionOutput(ModelOutput):
-    """`logits` (B, Q, K), `pred_boxes` (B, Q, 4) as (centre x, centre y, width, height) in parts of the image,
-    `pred_centerness` (B, Q) before the sigmoid, and the three terms of the loss."""
+    """`logits` (B, Q, K), `pred_boxes` (B, Q, 4) as (centre x, centre y, width, height) as fractions of the image
+    size, `pred_centerness` (B, Q) before the sigmoid, and the three terms of the loss."""
 
     loss: torch.Tensor | None = None
     loss_dict: dict | None = None
@@ -45,7 +44,7 @@ class DetectionOutput(ModelOutput):
 
 
 class FeaturePyramid(nn.Module):
-    """Maps of growing stride -> `num_levels` maps of one width; each knows the coarser ones."""
+    """Maps of increasing stride -> `num_levels` maps of one width, each with the information of the coarser ones."""
 
     def __init__(self, channels: list[int], width: int, num_levels: int):
         super().__init__()
@@ -94,7 +93,7 @@ class DetectionTowers(nn.Module):
         return by_location[0], by_location[1], by_location[2].squeeze(-1)
 
     def reset(self) -> None:
-        """Small weights, and few objects to begin with: the focal loss starts calm."""
+        """Small weights and a low prior of all classes, or background locations dominate the loss at first."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 init.normal_(module.weight, std=0.01)
@@ -105,10 +104,10 @@ class DetectionTowers(nn.Module):
 class ObjectDetectionHead:
     """FCOS.  `labels` is a list of {"class_labels": (N,), "boxes": (N, 4)}, boxes as in `pred_boxes`.
 
-    Every term of the loss is a sum divided by the number of positive locations.  That number is a property of the
-    labels alone, so whoever splits a batch (accumulation, processes) asks `count_items` for every part, and hands the
-    total to each forward as `num_items_in_batch`; then any split gives the same gradient.  Without it, the positives
-    of this forward count, and averages over micro-batches are averages of averages, as in every FCOS.
+    Every term of the loss is a sum divided by the number of positive locations, which depends on the labels alone.  If
+    a batch is split (accumulation, processes), call `count_items` for every part and pass the total to each forward as
+    `num_items_in_batch`; then every split gives the same gradient.  Without it, each forward divides by its own
+    positives, as other implementations of FCOS do.
     """
 
     main_input_name = "pixel_values"
@@ -165,14 +164,14 @@ class ObjectDetectionHead:
         )
 
     def locations(self, shapes, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Locations (Q, 2), strides (Q,) and ranges (Q, 2) of the farthest side, in pixels."""
+        """Locations (Q, 2), strides (Q,) and allowed distances (Q, 2) of the farthest side, in pixels."""
         points, levels = grid_locations(shapes, self.strides, device)
         limits = [0.0, *(STRIDES_OF_RANGE * stride for stride in self.strides[:-1]), math.inf]
         ranges = torch.tensor(list(pairwise(limits)), device=device)
         return points, torch.tensor(self.strides, device=device, dtype=torch.float32)[levels], ranges[levels]
 
     def targets(self, points, strides, ranges, label, size) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each location is to say about one image: its class (Q,), K for background, and its distances (Q, 4)."""
+        """Targets of one image: the class of each location (Q,), K for background, and its distances (Q, 4)."""
         classes = label["class_labels"].to(points.device)
         if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < self.config.num_labels:
             raise ValueError(
@@ -188,7 +187,7 @@ class ObjectDetectionHead:
         return torch.where(index < 0, background, classes[index.clamp(min=0)]), distances
 
     def loss_terms(self, logits, distances, centre_logits, classes, target_distances, num_items) -> dict:
-        """Focal loss of all locations; GIoU (or IoU) and centre-ness of the positive ones; each over `num_items`."""
+        """Focal loss of all locations, GIoU (or IoU) and centre-ness losses of the positive ones, over `num_items`."""
         positive = classes < self.config.num_labels  # (B, Q)
         num_items = positive.sum().clamp(min=1) if num_items is None else num_items
         one_hot = F.one_hot(classes, self.config.num_labels + 1)[..., :-1].float()
@@ -204,7 +203,7 @@ class ObjectDetectionHead:
 
     @torch.no_grad()
     def count_items(self, pixel_values: torch.Tensor, labels: list[dict[str, torch.Tensor]], **kwargs) -> torch.Tensor:
-        """How many locations of this batch are positive, from its labels and the size of its images; no forward."""
+        """Number of positive locations of a batch, from its labels and the size of its images, without a forward."""
         shapes = self.level_shapes(pixel_values.shape[-2:])
         points, strides, ranges = self.locations(shapes, pixel_values.device)
         size = image_size(pixel_values)
@@ -212,7 +211,7 @@ class ObjectDetectionHead:
         return (torch.stack(classes) < self.config.num_labels).sum()
 
     def level_shapes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Rows and columns of every level for an image of this height and width, computed without numbers, once."""
+        """Rows and columns of every level for images of this size, from a run on the meta device; cached."""
         size = tuple(size)
         if size not in self.shapes_of_size:
             with torch.device("meta"):
@@ -231,7 +230,7 @@ def image_size(pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def last_map_of_each_stride(strides: list[int]) -> list[int]:
-    """Indices of the deepest map of each stride, the coarsest three; the stem's own map is left out."""
+    """Indices of the deepest map of each stride, at most the three coarsest, without the map of the stem."""
     deepest = {stride: index for index, stride in enumerate(strides) if index}
     if not deepest:
         raise ValueError("object detection needs a trunk with at least one stage; give hidden_sizes a width")

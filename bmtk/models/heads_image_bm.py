@@ -1,9 +1,9 @@
 """Image heads.  B images, C channels, H x W pixels, L positions, D width, K labels.
 
-What they ask of an image trunk, besides `last_hidden_state` (B, L, D) in row-major order:
-- `outputs.pooler_output` (B, D): what a classifier reads (and a tower of VisionTextDualEncoderModel);
+An image trunk returns `last_hidden_state` (B, L, D) in row-major order and has:
+- `outputs.pooler_output` (B, D): the input of a classifier (and of VisionTextDualEncoderModel);
 - `trunk.output_stride`: pixels per position, along each side;
-- `trunk.stem.width` and `trunk.stem.num_prefix_tokens` (see stems_image_bm.py), and a forward that hands
+- `trunk.stem.width` and `trunk.stem.num_prefix_tokens` (see stems_image_bm.py), and a forward that passes
   `bool_masked_pos` and `mask_token` to its stem.
 Every loss is a sum over predicted elements / `num_items_in_batch`, as in heads_bm.py.
 """
@@ -41,7 +41,7 @@ class FullyConnectedClassifier(nn.Sequential):
         self.extend((nn.Dropout(config.classifier_dropout), nn.Linear(width, config.num_labels)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(self[-1].bias.dtype))  # a trunk without parameters has no precision of its own
+        return super().forward(x.to(self[-1].bias.dtype))  # a trunk without parameters returns the dtype of its input
 
 
 class ImageClassificationHead:
@@ -73,7 +73,7 @@ class ImageClassificationHead:
 
 
 class MaskedImageModelingHead:
-    """Predicts the pixels of hidden cells with one linear layer (SimMIM: Xie et al. 2022, arXiv:2111.09886)."""
+    """Predicts the pixels of masked cells with one linear layer (SimMIM: Xie et al. 2022, arXiv:2111.09886)."""
 
     main_input_name = "pixel_values"
 
@@ -99,9 +99,9 @@ class MaskedImageModelingHead:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> MaskedImageModelingOutput:
-        """Reconstruction (B, C, H, W).  `bool_masked_pos` (B, M) is 1 at hidden cells of a square grid, row by row.
+        """Reconstruction (B, C, H, W).  `bool_masked_pos` (B, M) is 1 at masked cells of a square grid, row by row.
 
-        The loss is the mean absolute error of the pixels in hidden cells; an item of the loss is a hidden cell.
+        The loss is the mean absolute error of the pixels in masked cells; an item of the loss is a masked cell.
         """
         masked = {} if bool_masked_pos is None else {"bool_masked_pos": bool_masked_pos, "mask_token": self.mask_token}
         outputs = self.model(pixel_values=pixel_values, **masked, **kwargs)
@@ -117,7 +117,7 @@ class MaskedImageModelingHead:
         return MaskedImageModelingOutput(loss=loss, reconstruction=reconstruction, hidden_states=outputs.hidden_states)
 
     def paint(self, patches: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, L, stride^2 * C) -> (B, C, H, W): each position paints its square of pixels."""
+        """(B, L, stride^2 * C) -> (B, C, H, W): each position becomes its square of pixels."""
         stride, (height, width) = self.model.output_stride, pixel_values.shape[-2:]
         rows, columns = height // stride, width // stride
         if height % stride or width % stride or patches.shape[1] != rows * columns:

@@ -1,4 +1,4 @@
-"""Sequence to sequence: one row is read, another is written.  B rows, L target positions, V tokens."""
+"""Sequence to sequence head.  B rows, L target positions, V tokens."""
 
 import torch
 from torch import nn
@@ -11,10 +11,10 @@ from .heads_bm import label_loss
 
 
 class Seq2SeqLMHead:
-    """Predicts the next token of the target.  `trunk_class` returns what transformers calls Seq2SeqModelOutput.
+    """Predicts the next token of the target.  `trunk_class` returns transformers' Seq2SeqModelOutput.
 
     The trunk has an `encoder` and a `decoder`, each with its `stem.embed_tokens`; with tie_word_embeddings=True these
-    and the output matrix are one.
+    and the output layer share one matrix.
     """
 
     _tied_weights_keys = {
@@ -53,7 +53,7 @@ class Seq2SeqLMHead:
     ) -> Seq2SeqLMOutput:
         """Logits (B, L, V); `labels` (B, L) are the target's tokens, -100 where nothing is predicted.
 
-        `labels` stand where they are predicted: the decoder, if it gets no input, reads `labels` one to the right.
+        `labels` are not shifted against the logits; without decoder inputs, the decoder reads `labels` shifted right.
         """
         if labels is not None:
             use_cache = False
@@ -86,7 +86,7 @@ class Seq2SeqLMHead:
 
 
 def decoder_input_ids_of(labels: torch.Tensor, config) -> torch.Tensor:
-    """What the decoder reads to predict `labels` (B, L): the start token, then all labels but the last."""
+    """Decoder inputs for `labels` (B, L): the start token, then all labels but the last."""
     start, pad = config.decoder_start_token_id, config.pad_token_id
     if start is None or pad is None:
         raise ValueError(f"decoder_start_token_id={start} and pad_token_id={pad}: a decoder needs both; set them")

@@ -1,7 +1,7 @@
-"""Series head.  B rows, T steps seen, H steps predicted, C channels, F time features, Q quantiles, D width.
+"""Series head.  B rows, T past steps, H predicted steps, C channels, F time features, Q quantiles, D width.
 
-A direct forecast of all H steps (not one after the other), in the unit of the series: what the stem's instance
-normalisation took away, the head puts back (Kim et al. 2022).  Expects a SeriesStem at `model.stem`.
+A direct forecast of all H steps (not autoregressive), in the unit of the series: the head reverses the stem's instance
+normalization (Kim et al. 2022).  Expects a SeriesStem at `model.stem`.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .heads_bm import check_input
 from .stems_series_bm import Instance, check_time_features
 
-SMALLEST_SCALE = 1e-6  # of a Student-t, in standard deviations of the row
+SMALLEST_SCALE = 1e-6  # of a Student-t distribution, in standard deviations of the row
 
 
 @dataclass
 class TimeSeriesOutput(ModelOutput):
-    """`prediction` (B, H, C): the point, the median, or the mean of the Student-t.
+    """`prediction` (B, H, C): the point forecast, the median, or the mean of the Student-t distribution.
 
     `quantiles` (B, H, C, Q) for series_loss "quantile"; `df` and `scale` (B, H, C) for "student_t".
     """
@@ -68,7 +68,7 @@ class QuantileForecast:
 
 
 class StudentTForecast:
-    """A distribution with heavy tails (Salinas et al. 2017, arXiv:1704.04110); more than 2 degrees of freedom."""
+    """Student-t distribution (Salinas et al. 2017, arXiv:1704.04110) with more than 2 degrees of freedom."""
 
     num_outputs = 3
 
@@ -95,7 +95,7 @@ FORECASTS = {
 
 
 class TimeSeriesPredictionHead:
-    """Predicts `prediction_length` steps from the last position of a causal trunk, or from all positions."""
+    """Predicts `prediction_length` steps from the last position of a causal trunk, otherwise from all positions."""
 
     main_input_name = "past_values"
 

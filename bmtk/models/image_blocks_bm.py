@@ -2,7 +2,7 @@
 
 Sources: plain, Krizhevsky et al. 2012 and Simonyan & Zisserman 2014, arXiv:1409.1556; basic and bottleneck, He et al.
 2015, arXiv:1512.03385, by default with the stride on the 3x3 convolution as in torchvision; ConvNeXt, Liu et al. 2022,
-arXiv:2201.03545; dropped paths, Huang et al. 2016, arXiv:1603.09382.
+arXiv:2201.03545; stochastic depth, Huang et al. 2016, arXiv:1603.09382.
 """
 
 import torch
@@ -22,13 +22,13 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm whose running statistics move once a step: not again when a checkpointed block is recomputed."""
+    """Batch norm that updates its running statistics once a step, not again in a checkpointed recomputation."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # inside a backward
         if not (self.training and recomputed):
             return super().forward(x)
-        momentum = 0.0  # keeps the statistics, and computes and saves all else as the first time
+        momentum = 0.0  # leaves the statistics unchanged; everything else as in the first forward
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps)
 
 
@@ -46,14 +46,14 @@ def build_norm(config, channels: int) -> nn.Module:
 class ConvNormAct(nn.Sequential):
     """Convolution (biased unless batch norm follows), norm, and unless `act` is False the activation.
 
-    A strided 1x1 convolution skips pixels first: oneDNN's own writes beyond its memory in the backward, where channels
-    come last in memory, as they do after a layer norm (github.com/uxlfoundation/oneDNN/issues/6035, open in 2026).
+    A strided 1x1 convolution slices the pixels first: oneDNN's own writes out of bounds in the backward if the memory
+    format is channels last, as it is after a layer norm (github.com/uxlfoundation/oneDNN/issues/6035, open in 2026).
     """
 
     def __init__(self, config, inputs: int, outputs: int, *, kernel_size=3, stride=1, padding=None, act=True):
         padding = kernel_size // 2 if padding is None else padding
         skips = kernel_size == 1 and padding == 0
-        bias = config.norm_type != "batch_norm"  # which would subtract it again
+        bias = config.norm_type != "batch_norm"  # batch norm subtracts the mean, so a bias before it has no effect
         super().__init__(
             nn.Conv2d(inputs, outputs, kernel_size, stride=1 if skips else stride, padding=padding, bias=bias),
             build_norm(config, outputs),
@@ -66,7 +66,7 @@ class ConvNormAct(nn.Sequential):
 
 
 class DropPath(nn.Module):
-    """In training, drop what a block adds to some images of the batch, and scale up what stays."""
+    """Stochastic depth: in training, skip a block's residual branch for some images, and scale up the others."""
 
     def __init__(self, probability: float):
         super().__init__()
@@ -180,7 +180,7 @@ class ImageStage(nn.Module):
 
 
 def build_stages(config) -> nn.ModuleList:
-    """The stages; the chance to drop a path grows linearly over all blocks, from 0 to `drop_path_rate`."""
+    """The stages; the probability of stochastic depth grows linearly from 0 to `drop_path_rate` over all blocks."""
     rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
     stages = nn.ModuleList()
     for index, depth in enumerate(config.depths):

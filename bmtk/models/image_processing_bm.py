@@ -1,6 +1,6 @@
-"""Image processor on Pillow and numpy: resize, crop, greyscale, normalise, and what a detector's boxes need.
+"""Image processor on Pillow and numpy: resize, crop, greyscale, normalize, and the boxes of detectors.
 
-Transparent images are put on white.
+Transparent images are composited on white.
 
 B images, Q locations, K classes.  The weights of red, green and blue are Pillow's own (ITU-R BT.601).
 """
@@ -15,7 +15,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .boxes_bm import corners, non_maximum_suppression
 
-NUM_CANDIDATES = 1000  # best boxes of an image that enter non-maximum suppression (FCOS, section 4)
+NUM_CANDIDATES = 1000  # boxes of an image that non-maximum suppression considers, best first (FCOS, section 4)
 LUMINANCE = np.array([19595, 38470, 7471]) / 65536  # of red, green and blue
 
 
@@ -42,7 +42,7 @@ class BmImageProcessor(PilBackend):
 
     @classmethod
     def for_config(cls, config, **overrides) -> "BmImageProcessor":
-        """The processor that makes what a model of this configuration reads: its size, and one channel or three."""
+        """The processor for a configuration: its image size, and one channel or three."""
         if config.num_channels not in (1, 3):
             raise ValueError(f"num_channels={config.num_channels} is neither greyscale (1) nor colour (3)")
         fields = {"size": {"height": config.image_size, "width": config.image_size}}
@@ -51,7 +51,7 @@ class BmImageProcessor(PilBackend):
         return cls(**{**fields, **overrides})
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
-        """Arrays of rows and columns, as greyscale images often come, are images of one channel."""
+        """Read 2-D arrays, a common format of greyscale images, as images of one channel."""
         if isinstance(images, (list, tuple)):
             images = [with_channel(image) for image in images]
         return super()._prepare_images_structure(with_channel(images), expected_ndims)
@@ -62,7 +62,7 @@ class BmImageProcessor(PilBackend):
         if do_convert_grayscale:
             do_convert_rgb = False
             if isinstance(image, PIL.Image.Image):
-                if image.has_transparency_data:  # onto white, as colour images are put
+                if image.has_transparency_data:  # on white, like colour images
                     image = PIL.Image.fromarray(self.convert_to_rgb(image))
                 image = image.convert("L")
         image = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)  # (channels, height, width)
@@ -72,11 +72,11 @@ class BmImageProcessor(PilBackend):
         return (grey.round() if np.issubdtype(image.dtype, np.integer) else grey).astype(image.dtype)
 
     def preprocess(self, images, annotations=None, **kwargs) -> BatchFeature:
-        """`pixel_values`, and of `annotations` the `labels` of a detector.
+        """`pixel_values`, and from `annotations` the `labels` of a detector.
 
         An annotation is COCO's: {"image_id", "annotations": [{"bbox": [left, top, width, height] in pixels,
         "category_id", "iscrowd"}]}.  A label is {"class_labels": (N,), "boxes": (N, 4)}, boxes as (centre x, centre y,
-        width, height) in parts of the image; crowds and boxes without area are left out.
+        width, height) as fractions of the image size; crowds and empty boxes are omitted.
         """
         annotations = [annotations] if isinstance(annotations, dict) else annotations
         return super().preprocess(images, annotations, **kwargs)
@@ -99,8 +99,8 @@ class BmImageProcessor(PilBackend):
         """{"scores" (n,), "labels" (n,), "boxes" (n, 4)} of every image, best first.
 
         A score is the geometric mean of class probability and centre-ness.  Boxes are (left, top, right, bottom), in
-        pixels of `target_sizes`, (height, width) of each image, or without them in parts of the image.  A box that
-        overlaps a better one of its class by more than `nms_threshold` (intersection over union) is left out.
+        pixels of `target_sizes`, (height, width) of each image, or without them as fractions of its size.  Boxes
+        that overlap a better one of their class by more than `nms_threshold` (intersection over union) are removed.
         """
         scores = (outputs.logits.float().sigmoid() * outputs.pred_centerness.float().sigmoid()[..., None]).sqrt()
         boxes = corners(outputs.pred_boxes.float()).clamp(0, 1)
@@ -117,7 +117,7 @@ class BmImageProcessor(PilBackend):
 
 
 def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image as it looks on paper; what Pillow leaves of transparent pixels otherwise is any colour."""
+    """The image composited on white; Pillow's own conversion shows the arbitrary colour of transparent pixels."""
     image = image.convert("RGBA")
     return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
@@ -127,7 +127,7 @@ def with_channel(image):
 
 
 def best_boxes(scores, boxes, threshold: float, nms_threshold: float, max_detections: int) -> dict[str, torch.Tensor]:
-    """Of scores (Q, K) and boxes (Q, 4), what passes the threshold, the suppression and the count, best first."""
+    """The best of scores (Q, K) and boxes (Q, 4) after threshold and non-maximum suppression, best first."""
     location, label = (scores > threshold).nonzero(as_tuple=True)
     best, order = scores[location, label].topk(min(NUM_CANDIDATES, len(location)))
     location, label = location[order], label[order]

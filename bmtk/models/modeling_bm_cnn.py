@@ -1,7 +1,8 @@
-"""Convolutional networks: convolution mixes the positions.  B rows, L positions, D width; of images C channels, H x W.
+"""Convolutional networks.  B rows, L positions, D width; of images C channels, H x W.
 
 Images (image_blocks_bm.py): plain, residual basic, bottleneck and ConvNeXt blocks in stages.  Sequences
-(convolutions_bm.py): filters of several widths, residual and gated dilated stacks, causal or not.  Sources: there.
+(convolutions_bm.py): filters of several widths, residual and gated dilated stacks, causal or not.  These files name
+the sources.
 """
 
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ from .stems_bm import EmbeddingInStem, positions_from_mask
 
 @dataclass
 class ImageModelOutput(ModelOutput):
-    """`last_hidden_state` (B, L, D): the last map, row by row; `pooler_output` (B, D * grid^2): what classifiers read;
-    `feature_maps`: of the stem and of every stage, (B, C, H, W) each."""
+    """`last_hidden_state` (B, L, D): the last map, row by row; `pooler_output` (B, D * grid^2): the input of
+    classifiers; `feature_maps`: of the stem and of every stage, (B, C, H, W) each."""
 
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
@@ -79,9 +80,9 @@ class BmCnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
 
 
 class BmCnnModel(BmCnnPreTrainedModel):
-    """Stem, stages or layers, and for ConvNeXt and sequences a last norm; `pooler_output` is what classifiers read."""
+    """Stem, stages or layers, and for ConvNeXt and sequences a final norm; `pooler_output` is read by classifiers."""
 
-    has_pooled_norm = True  # ConvNeXt's, on what is pooled
+    has_pooled_norm = True  # ConvNeXt has a norm after the pooling
 
     def __init__(self, config: BmCnnConfig):
         super().__init__(config)
@@ -90,7 +91,7 @@ class BmCnnModel(BmCnnPreTrainedModel):
         if config.input_type == "pixels":
             self.stages = build_stages(config)
             self.pool = nn.AdaptiveAvgPool2d(config.pooled_grid)
-            # ConvNeXt's residual stream is normalised by nothing else.
+            # ConvNeXt normalizes its residual stream nowhere else.
             closes = config.block_type == "convnext" and self.has_pooled_norm
             self.norm = build_norm(config, config.hidden_size) if closes else nn.Identity()
             self.feature_strides = config.stage_strides
@@ -119,8 +120,8 @@ class BmCnnModel(BmCnnPreTrainedModel):
     ) -> ModelOutput:
         """Images: `pixel_values` (B, C, H, W).  Sequences: `input_ids` (B, L), or `inputs_embeds` (B, L, D).
 
-        Audio and series come by name (see their stems).  `attention_mask` (B, past + L) is 0 at padding;
-        `position_ids` (B, L) that restart cut documents apart.
+        Audio and series are keyword arguments (see their stems).  `attention_mask` (B, past + L) is 0 at padding;
+        `position_ids` (B, L) restart at the first position of each document of a packed row.
         """
         kwargs |= {"pixel_values": pixel_values, "input_ids": input_ids}
         inputs = {name: kwargs.get(name) for name in self.stem.input_names}
@@ -151,7 +152,7 @@ class BmCnnModel(BmCnnPreTrainedModel):
 
     def forward_sequence(self, x, attention_mask, position_ids, past_key_values, use_cache) -> ModelOutput:
         if not self.config.is_causal:
-            past_key_values = None  # what precedes a row says nothing of what follows it
+            past_key_values = None  # earlier outputs depend on later positions, so they cannot be cached
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past, length = (0 if past_key_values is None else past_key_values.get_seq_length()), x.shape[1]
@@ -168,13 +169,13 @@ class BmCnnModel(BmCnnPreTrainedModel):
 
 
 class BmCnnMaps(BmCnnModel):
-    """The model for heads that read maps and not what is pooled: without a norm that would get no gradient."""
+    """The model for heads that read maps, without the norm after the pooling, which would get no gradient."""
 
     has_pooled_norm = False
 
 
 class BmCnnBackbone(BackboneMixin, BmCnnPreTrainedModel):
-    """The maps of the stages in `out_features`, for models that take a backbone."""
+    """Feature maps of the stages in `out_features`, for models with a backbone."""
 
     has_attentions = False
 

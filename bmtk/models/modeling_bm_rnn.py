@@ -1,8 +1,8 @@
-"""Recurrent networks: a state passes along the positions.  B rows, L positions, D width, V tokens, S source positions.
+"""Recurrent networks.  B rows, L positions, D width, V tokens, S source positions.
 
-Cells by configuration (see recurrence_bm.py), stacked, residual, bidirectional; the regularisers of AWD-LSTM (Merity
+Cells (recurrence_bm.py) in stacked, residual and bidirectional layers; the regularizers of AWD-LSTM (Merity
 et al. 2017, arXiv:1708.02182): locked dropout (Gal & Ghahramani 2016, arXiv:1512.05287), embedding dropout, weight
-drop, activation regularisation; encoder-decoder with global attention (Luong et al. 2015, arXiv:1508.04025).
+drop, activation regularization; encoder-decoder with global attention (Luong et al. 2015, arXiv:1508.04025).
 """
 
 import copy
@@ -36,7 +36,7 @@ from .heads_seq2seq_bm import Seq2SeqLMHead
 from .heads_series_bm import TimeSeriesPredictionHead
 from .pooling_bm import POOLINGS, mask_of_positions
 from .recurrence_bm import Documents, GatedProjection, MinGRU, TorchRecurrence
-from .recurrent_state_bm import RecurrentState  # noqa: F401  (what DynamicCache makes of this family's layers)
+from .recurrent_state_bm import RecurrentState  # noqa: F401  (registers the cache of this family with DynamicCache)
 from .rnn_stems_bm import STEMS, LockedDropout
 from .stems_bm import EmbeddingInStem
 
@@ -47,9 +47,9 @@ NORMS = {"none": lambda width: nn.Identity(), "rms_norm": nn.RMSNorm, "layer_nor
 
 @dataclass
 class BmRnnModelOutput(BaseModelOutputWithPoolingAndCrossAttentions):
-    """`undropped_hidden_state` (B, L, D): as `last_hidden_state`, before its dropout; while training only.
+    """`undropped_hidden_state` (B, L, D): `last_hidden_state` before its dropout; in training only.
 
-    `final_state` (B, sum over layers of U, twice for LSTMs): the state after each row, where it is asked for.
+    `final_state` (B, sum over layers of U, twice for LSTMs): the state after each row, if requested.
     """
 
     undropped_hidden_state: torch.Tensor | None = None
@@ -86,9 +86,9 @@ class BmRnnLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states, *state: torch.Tensor, documents: Documents | None = None, past_key_values=None, **kwargs
     ):
-        """(B, L, D) -> (B, L, U) and the state after it; `state` is where rows start that the cache does not know.
+        """(B, L, D) -> (B, L, U) and the state after it; `state` is the initial state if the cache is empty.
 
-        A state goes in and out as two tensors, not as a pair: a reentrant checkpoint sees no gradient inside a tuple.
+        A state is passed as two tensors, not as a pair: reentrant checkpointing ignores gradients inside a tuple.
         """
         state = state or None
         if past_key_values is not None:
@@ -122,7 +122,7 @@ class BmRnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, initializer_range); recurrences Xavier, orthogonal from state to state, forget gates open (bias 1)."""
+        """N(0, initializer_range); input weights Xavier, recurrent weights orthogonal, forget gates open (bias 1)."""
         super()._init_weights(module)
         if isinstance(module, nn.RNNBase):
             for name, parameter in module.named_parameters():
@@ -140,7 +140,7 @@ class BmRnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
         elif isinstance(module, GatedProjection):
             init.xavier_uniform_(module.weight)
             bias = torch.zeros_like(module.bias).unflatten(0, (module.num_directions, 2, -1))
-            bias[:, 1] = -1.0  # keep as much of the state as an LSTM does at first
+            bias[:, 1] = -1.0  # z = 0.27: keep as much of the state as an LSTM with forget bias 1
             init.copy_(module.bias, bias.flatten())
 
 
@@ -182,21 +182,23 @@ class BmRnnModel(BmRnnPreTrainedModel):
         output_state: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BmRnnModelOutput:
-        """A state is reset where `position_ids` (B, L) are 0; `initial_state` is a `final_state` to start from.
+        """The state is reset where `position_ids` (B, L) are 0; `initial_state` is an earlier `final_state`.
 
-        `output_state` asks for the `final_state`; None: an encoder gives it, others do not.
+        `output_state`: whether to return the `final_state`; None: an encoder does, others do not.
 
-        Inputs that are not tokens come by name: input_features, past_values (see the stems).
+        Other inputs than tokens are keyword arguments: input_features, past_values (see the stems).
         """
         if token_type_ids is not None:
-            logger.warning_once("token_type_ids are ignored: a bm_rnn tells texts apart by what stands between them")
+            logger.warning_once("token_type_ids are ignored: a bm_rnn has no embedding of token types")
         inputs = {name: input_ids if name == "input_ids" else kwargs.pop(name, None) for name in self.stem.input_names}
         if (inputs[self.main_input_name] is None) == (inputs_embeds is None):
             raise ValueError(f"pass {self.main_input_name} or inputs_embeds, and not both")
         if inputs_embeds is None:
             inputs_embeds, attention_mask = self.stem.read(inputs, attention_mask)
         if not self.is_causal:
-            past_key_values = None  # a state from the left says nothing about what comes from the right
+            past_key_values = (
+                None  # the backward direction starts at the end of a row, so no state can be carried over
+            )
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         output_state = self.returns_state if output_state is None else output_state
@@ -220,7 +222,7 @@ class BmRnnModel(BmRnnPreTrainedModel):
         )
 
     def _split_state(self, state: torch.Tensor | None) -> list[tuple[torch.Tensor, ...]]:
-        """The state of each layer, (hidden, cell), from a `final_state`; nothing, without one."""
+        """The state of each layer, (hidden, cell), from a `final_state`; empty without one."""
         if state is None:
             return [()] * len(self.layers)
         has_cell = self.config.cell_type == "lstm"
@@ -235,12 +237,12 @@ class BmRnnModel(BmRnnPreTrainedModel):
 
 
 def activation_penalty(config, outputs, labels, attention_mask=None, position_ids=None, num_items_in_batch=None):
-    """Activation regularisation (AR) and its temporal form (TAR) of `outputs`; `labels` (B, L) are shifted already.
+    """Activation regularization (AR) and its temporal form (TAR) of `outputs`; `labels` (B, L) are shifted already.
 
-    Merity et al. 2017, sec. 4.6: factors times the mean square of the dropped output, and of the undropped output's
-    change from one position to the next, here as sums over the positions that are predicted from (TAR: and continue a
-    document) divided by the same count as the loss.  So the whole is a mean over the global batch, however it is cut
-    into micro-batches, processes or packed rows.
+    Merity et al. 2017, sec. 4.6: the mean square of the output after dropout, and of the change of the output before
+    dropout from one position to the next, times their factors.  Here they are sums over predicted positions (TAR: that
+    continue a document) divided by the same count as the loss, so they are means over the global batch, independent of
+    micro-batches, processes and packing.
     """
     predicts = labels != -100
     continues = predicts[:, 1:]
@@ -256,9 +258,9 @@ def activation_penalty(config, outputs, labels, attention_mask=None, position_id
 
 
 class BmRnnForCausalLM(CausalLMHead, BmRnnPreTrainedModel, GenerationMixin):
-    """Predicts the next token.  While training, `loss` holds the activation penalties too; evaluation never does.
+    """Predicts the next token.  In training, `loss` includes the activation penalties; in evaluation it does not.
 
-    With `output_state=True` the output holds the `final_state`, which a later call takes as its `initial_state`.
+    With `output_state=True` the output has a `final_state`, which a later call can take as `initial_state`.
     """
 
     trunk_class = BmRnnModel
@@ -280,7 +282,7 @@ class LuongAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         general = config.attention_scoring == "general"
-        # The matrix of "general" scoring stands on the decoder's side, where a step of generation meets it once.
+        # The matrix of "general" scoring is applied to the decoder's side: one product for each step of generation.
         self.query = nn.Linear(width, width, bias=False) if general else nn.Identity()
         self.combine = nn.Linear(2 * width, width, bias=False)
 
@@ -293,16 +295,16 @@ class LuongAttention(nn.Module):
 
 
 class BmRnnEncoder(BmRnnModel):
-    """One side of an encoder-decoder: also returns `final_state`, where the other side starts."""
+    """The encoder of an encoder-decoder: also returns `final_state`, the initial state of the decoder."""
 
     returns_state = True
 
 
 class BmRnnEncoderDecoderModel(EncoderDecoder, BmRnnPreTrainedModel):
-    """An encoder whose last state is where the decoder, always causal, starts, and which every position attends to.
+    """An encoder, and a causal decoder that starts from its last state and attends to all of its positions.
 
-    What is attended to is not fed back into the next input (Luong et al., sec. 3.3): a row could not go through the
-    kernels at once.
+    The attention output is not fed into the next input (input feeding, Luong et al., sec. 3.3): then a kernel could
+    not process a whole row in one call.
     """
 
     def __init__(self, config: BmRnnConfig):
@@ -316,10 +318,12 @@ class BmRnnEncoderDecoderModel(EncoderDecoder, BmRnnPreTrainedModel):
         self.post_init()
 
     def decode(self, source, source_mask, *, position_ids, past_key_values, **inputs) -> BmRnnModelOutput:
-        """`last_hidden_state` (B, L, D) is that after attention; `cross_attentions` (B, 1, L, S)."""
+        """`last_hidden_state` (B, L, D) is the output of the attention; `cross_attentions` (B, 1, L, S)."""
         if position_ids is not None:
-            logger.warning_once("decoder_position_ids are ignored: a bm_rnn's target begins where its source ends")
-        is_pair = isinstance(past_key_values, EncoderDecoderCache)  # by generate(); a source has no cache here
+            logger.warning_once(
+                "decoder_position_ids are ignored: the decoder of a bm_rnn starts from the last state of its encoder"
+            )
+        is_pair = isinstance(past_key_values, EncoderDecoderCache)  # from generate(); the encoder needs no cache
         decoded = self.decoder(
             past_key_values=past_key_values.self_attention_cache if is_pair else past_key_values,
             initial_state=source.final_state,

@@ -1,8 +1,8 @@
 """Transformer: attention mixes the positions.  B rows, L positions, S source positions, D width.
 
-Modern and classic by configuration: see transformer_layers_bm.py for layers, stems_bm.py for inputs, heads_*.py for
-outputs.  Encoder (every position sees every other), decoder (causal), and both with cross-attention between them
-(Vaswani et al. 2017, arXiv:1706.03762).
+The configuration chooses between modern and classic variants: layers in transformer_layers_bm.py, inputs in
+stems_bm.py, outputs in heads_*.py.  Encoder (bidirectional), decoder (causal), or both with cross-attention (Vaswani
+et al. 2017, arXiv:1706.03762).
 """
 
 import copy
@@ -62,9 +62,9 @@ class BmTransformerOutput(BaseModelOutputWithPoolingAndCrossAttentions):
 
 
 def same_document_mask(position_ids: torch.Tensor):
-    """Mask function of packed rows, whose position_ids (B, L) restart; None where none does.
+    """Mask function for packed rows, whose position_ids (B, L) restart at each document; None without packing.
 
-    transformers' causal mask looks for packing by itself, its bidirectional mask does not.
+    transformers' causal mask detects packing itself, its bidirectional mask does not.
     """
     documents = find_packed_sequence_indices(position_ids)
     return None if documents is None else packed_sequence_mask_function(documents)
@@ -85,16 +85,20 @@ class BmTransformerPreTrainedModel(EmbeddingInStem, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, initializer_range); projections into the residual stream over sqrt(2 layers) (Radford et al. 2019)."""
+        """N(0, initializer_range); projections into the residual stream over sqrt(2 layers) (Radford et al. 2019).
+
+        Each layer adds two outputs to the residual stream (attention and MLP); the factor keeps the variance of their
+        sum independent of depth.
+        """
         super()._init_weights(module)
         if isinstance(module, ResidualProjection):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
 
 
 class BmTransformerModel(BmTransformerPreTrainedModel):
-    """Stem, layers, and for pre-norm a last norm; returns `last_hidden_state` (B, L, D) and `pooler_output` (B, D)."""
+    """Stem, layers, final norm (pre-norm only); returns `last_hidden_state` (B, L, D) and `pooler_output` (B, D)."""
 
-    has_pooler = True  # the layer that `with_pooler` asks for
+    has_pooler = True  # whether `with_pooler` adds the pooler layer
 
     def __init__(self, config: BmTransformerConfig):
         super().__init__(config)
@@ -137,20 +141,19 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BmTransformerOutput:
-        """Inputs that are not tokens come by name: pixel_values, input_features, past_values (see the stems)."""
+        """Other inputs than tokens are keywords: pixel_values, input_features, past_values (see the stems)."""
         names = self.stem.input_names
         inputs = {name: input_ids if name == "input_ids" else kwargs.pop(name, None) for name in names}
         inputs_embeds, attention_mask = self.read(inputs_embeds, attention_mask, inputs)
         same_document = None
-        past_key_values = (
-            past_key_values if self.config.is_causal else None
-        )  # what precedes a row says nothing of what follows
+        if not self.config.is_causal:
+            past_key_values = None  # earlier positions would attend to later ones, so they cannot be cached
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = positions_from_mask(attention_mask, inputs_embeds.shape[1], past, inputs_embeds.device)
         elif attention_mask is None and not self.config.is_causal:
             same_document = same_document_mask(position_ids.expand(len(inputs_embeds), -1))
-        mask = create_causal_mask(  # bidirectional where config.is_causal is False
+        mask = create_causal_mask(  # bidirectional if config.is_causal is False
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -158,7 +161,7 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
             position_ids=position_ids,
             and_mask_function=same_document,
         )
-        # An empty cache is made after the mask, because transformers looks for packing only where there is no cache.
+        # The empty cache is created after the mask, because transformers detects packing only without a cache.
         if use_cache and past_key_values is None and self.config.is_causal:
             past_key_values = DynamicCache(config=self.config)
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
@@ -175,7 +178,7 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
         )
 
     def read(self, inputs_embeds, attention_mask, inputs: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the layers read (B, L, D) and which positions of it are real (B, L)."""
+        """Embeddings (B, L, D) and their attention mask (B, L)."""
         if (inputs[self.main_input_name] is None) == (inputs_embeds is None):
             raise ValueError(f"pass {self.main_input_name} or inputs_embeds, and not both")
         if inputs_embeds is not None:
@@ -198,13 +201,13 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
 
 
 class BmTransformerPositions(BmTransformerModel):
-    """The model for heads that read positions only: without the pooler's layer, which would get no gradient."""
+    """The model for heads that do not read `pooler_output`: without the pooler layer, which would get no gradient."""
 
     has_pooler = False
 
 
 class BmTransformerEncoder(BmTransformerPositions):
-    """One side of an encoder-decoder: every position sees every other."""
+    """The encoder of an encoder-decoder: bidirectional."""
 
     def check(self, config) -> None:
         assert config.is_encoder_decoder
@@ -212,7 +215,7 @@ class BmTransformerEncoder(BmTransformerPositions):
 
 
 class BmTransformerDecoder(BmTransformerPositions):
-    """The other side: a position sees itself, those before it, and all of a source (B, S, D)."""
+    """The decoder: a position attends to itself, to earlier ones, and to all of a source (B, S, D)."""
 
     _can_record_outputs = {
         "hidden_states": BmTransformerLayer,
@@ -269,7 +272,7 @@ class BmTransformerDecoder(BmTransformerPositions):
 
 
 class BmTransformerEncoderDecoderModel(EncoderDecoder, BmTransformerPreTrainedModel):
-    """Reads a source with an encoder; a decoder attends to what it says."""
+    """An encoder for the source, and a decoder that attends to its output."""
 
     def __init__(self, config: BmTransformerConfig):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Pooling: one vector for a row of positions.  B rows, L positions, D width.
+"""Pooling: from all positions of a row to one vector.  B rows, L positions, D width.
 
 A mask (B, L) holds 1 for real positions and 0 for padding, on either side; without one, every position is real.
 """

@@ -1,9 +1,13 @@
-"""Presets: configurations with a name."""
+"""Presets: named configurations."""
 
 import dataclasses
 import difflib
 
-EXTRA_FIELDS = {"num_labels", "out_features", "out_indices"}  # keywords that every configuration takes besides fields
+EXTRA_FIELDS = {
+    "num_labels",
+    "out_features",
+    "out_indices",
+}  # keyword arguments of every configuration that are not fields
 
 
 class PresetMixin:
@@ -13,7 +17,7 @@ class PresetMixin:
     def from_preset(cls, name: str, **overrides):
         """The configuration called `name`; `overrides` are fields that differ.
 
-        Raises: ValueError for an unknown name or field, listing what there is.
+        Raises: ValueError for an unknown name or field, listing the known ones.
         """
         if name not in cls.presets:
             raise ValueError(f"{cls.__name__} has no preset {name!r}; there are {', '.join(sorted(cls.presets))}")

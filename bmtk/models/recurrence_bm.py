@@ -1,7 +1,7 @@
-"""Recurrences: how a state passes along a row.  B rows, L positions, D input width, U units of one layer.
+"""Recurrent cells.  B rows, L positions, D input width, U units of one layer.
 
-Elman, GRU and LSTM run on torch's own kernels (cuDNN, oneDNN).  minGRU is a gated linear recurrence whose gates do not
-see the state, so that all positions are computed at once.
+Elman, GRU and LSTM use torch's kernels (cuDNN, oneDNN).  minGRU is a gated linear recurrence whose gates do not
+depend on the state, so that all positions are computed in parallel.
 Sources: Elman 1990; Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; Cho et al. 2014,
 arXiv:1406.1078; minGRU: Feng et al. 2024, arXiv:2410.01201; weight drop: Merity et al. 2017, arXiv:1708.02182, sec. 2.
 """
@@ -13,15 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-MOST_PADDING = 4  # times the tokens, in documents that are laid side by side
-BLOCK = 16  # positions that one block of the scan goes through one by one
+MOST_PADDING = 4  # largest size of padded documents, in multiples of their tokens
+BLOCK = 16  # positions of a block of the scan, which are computed sequentially
 
 
 class Documents:
-    """Which positions are real, and where among them a new document begins: two masks (B, L).
+    """Masks (B, L) of the positions that are not padding, and of the first position of each document.
 
-    A padded token must not touch the state, and the first token of a document must not see it.  `keeps_state` says
-    whether the state after a row is read by anyone.
+    Padding must not change the state, and the first token of a document must not depend on it.  `keeps_state`: whether
+    the state after the row is needed.
     """
 
     def __init__(self, is_real: torch.Tensor, is_start: torch.Tensor, *, keeps_state: bool = True):
@@ -31,9 +31,9 @@ class Documents:
     def find(
         cls, attention_mask, position_ids, like: torch.Tensor, *, has_state: bool, keeps_state: bool = True
     ) -> "Documents | None":
-        """Read them from a mask's last L columns and from positions that restart at 0, for inputs `like` (B, L, D).
+        """From the last L columns of an attention mask and position ids that restart at 0; `like` (B, L, D).
 
-        None if every token is real and continues the one before it: then rows go through the kernel as they are.
+        None without padding and document boundaries: then the kernel can read the rows unchanged.
         """
         batch, length = like.shape[:2]
         is_real = torch.ones(batch, length, dtype=torch.bool, device=like.device)
@@ -42,7 +42,7 @@ class Documents:
             is_real = attention_mask[:, -length:].to(torch.bool)
         if position_ids is not None:
             is_start = (position_ids == 0) & is_real
-        first = 0 if has_state else 1  # nothing precedes the first column unless a state does
+        first = 0 if has_state else 1  # without an initial state, a start in the first column changes nothing
         if is_real.all() and not is_start[:, first:].any():
             return None
         return cls(is_real, is_start, keeps_state=keeps_state)
@@ -53,11 +53,11 @@ class Documents:
 
 
 class Packing:
-    """The N real tokens by document, longest document first; S documents, T tokens in the longest.
+    """Index arrays that rearrange the N real tokens by document, longest first; S documents, T tokens in the longest.
 
-    Of each token, row by row: its `position` among all B * L, and its place in an array (S, T) of documents side by
-    side: its `slot`, and its `turned` slot if documents are read backwards.  Of each document: its `rows`, the slot of
-    its `last` token, whether its state `is_fresh`, and whether it `is_last` in its row.
+    For each token, row by row: its `position` in (B * L), its `slot` in a padded array (S, T) with one document per
+    row, and its `turned` slot if documents are reversed.  For each document: the index of its row (`rows`), the slot
+    of its `last` token, whether its state `is_fresh` (zero), and whether it `is_last` in its row.
     """
 
     def __init__(self, is_real: torch.Tensor, is_start: torch.Tensor):
@@ -80,19 +80,19 @@ class Packing:
 
     @cached_property
     def by_step(self) -> torch.Tensor:
-        """The order in which torch's PackedSequence holds the tokens."""
+        """The order of tokens in torch's PackedSequence."""
         return (self.step * self.shape[0] + self.slot // max(1, self.shape[1])).argsort()
 
     @cached_property
     def batch_sizes(self) -> torch.Tensor:
-        """Documents that are still going at each step."""
+        """Number of documents that have a token at each step."""
         return self.step.bincount().cpu()
 
 
 class WeightDrop:
-    """Adds weight drop to one layer of nn.RNN, nn.GRU or nn.LSTM, by calling the same kernel with other weights.
+    """Weight drop for one layer of nn.RNN, nn.GRU or nn.LSTM: the same kernel is called with dropped weights.
 
-    It stands in the module itself, because an adapter (LoRA) wraps the module and changes what its weights are.
+    It is part of the module itself, because an adapter (LoRA) wraps the module and replaces its weights.
     """
 
     def __init__(self, *args, weight_drop: float, **kwargs):
@@ -100,7 +100,7 @@ class WeightDrop:
         self.weight_drop = weight_drop
 
     def forward(self, x: torch.Tensor | PackedSequence, state):
-        """Rows (B, L, D), packed rows, or (directions, B, L, D): the same rows as each direction shall read them."""
+        """Rows (B, L, D), packed rows, or (directions, B, L, D): the rows in the order of each direction."""
         if isinstance(x, torch.Tensor) and x.ndim == 4:
             pair = isinstance(state, tuple)
             starts = zip(*(s.split(1) for s in state), strict=True) if pair else state.split(1)
@@ -114,7 +114,7 @@ class WeightDrop:
             return super().forward(x, state)
         else:
             weights = [weight for direction in self._weights() for weight in direction]
-            settings = True, 1, 0.0, True, self.bidirectional  # with biases, one layer, no dropout, training
+            settings = True, 1, 0.0, True, self.bidirectional  # has biases, layers, dropout, training, bidirectional
             if isinstance(x, PackedSequence):
                 y, *after = self.kernel(x.data, x.batch_sizes, state, weights, *settings)
                 y = PackedSequence(y, x.batch_sizes)
@@ -123,7 +123,7 @@ class WeightDrop:
         return y, tuple(after) if len(after) == 2 else after[0]
 
     def _weights(self) -> list[list[torch.Tensor]]:
-        """Of each direction: from input and from state to gates, and their biases."""
+        """For each direction: input weights, recurrent weights (dropped in training) and their biases."""
         directions = []
         for suffix in ("_l0", "_l0_reverse")[: 2 if self.bidirectional else 1]:
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -165,7 +165,7 @@ class TorchRecurrence(nn.Module):
         """x (B, L, D), state ((B, U), (B, U or 0)) -> y (B, L, U), state after the last real token of each row."""
         batch, length = x.shape[:2]
         if self.has_cell and torch.is_autocast_enabled(x.device.type):
-            # Not left to autocast: torch hands float32 rows and bfloat16 weights to oneDNN, which refuses them.
+            # Autocast alone does not cast here: torch passes float32 rows and bfloat16 weights to oneDNN, which fails.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if state is None:
             state = x.new_zeros(batch, self.units), x.new_zeros(batch, self.units if self.has_cell else 0)
@@ -185,10 +185,10 @@ class TorchRecurrence(nn.Module):
         return y.view(batch, length, self.units), state
 
     def _prefers_rows(self, documents: Documents, device: torch.device) -> bool:
-        """Whether documents side by side, padded, are faster than packed ones.
+        """Whether padded documents are faster than a PackedSequence.
 
-        They are on a CPU, where the time to train on a PackedSequence grows with the square of its length.  An LSTM's
-        cell after its last token is not to be had that way.
+        They are on a CPU, where the training time of a PackedSequence grows with the square of its length.  A padded
+        LSTM does not return the cell state after the last token of each document.
         """
         num_documents, longest = documents.packing.shape
         is_dense = num_documents * longest <= MOST_PADDING * len(documents.packing.position)
@@ -200,7 +200,7 @@ class TorchRecurrence(nn.Module):
         return torch.empty_like(y.data).index_copy(0, packing.by_step, y.data), after
 
     def _run_side_by_side(self, tokens: torch.Tensor, state, packing: Packing):
-        """As `_run_packed`, but that the cells after a document are none."""
+        """As `_run_packed`, with documents padded to one length; cell states after a document are not returned."""
         slots = (packing.slot, packing.turned)[: self.num_directions]
         empty = tokens.new_zeros(packing.shape[0] * packing.shape[1], tokens.shape[1])
         padded = torch.stack([empty.index_copy(0, slot, tokens) for slot in slots])
@@ -218,13 +218,13 @@ class TorchRecurrence(nn.Module):
         return y, after if self.has_cell else (after[0], after[0].new_zeros(len(after[0]), 0))
 
     def _split(self, state: torch.Tensor, *, like) -> torch.Tensor:
-        """(B, U) -> (directions, B, U / directions), contiguous as the kernels want it."""
+        """(B, U) -> (directions, B, U / directions), contiguous as the kernels require."""
         dtype = (like.data if isinstance(like, PackedSequence) else like).dtype
         return state.to(dtype).unflatten(1, (self.num_directions, -1)).transpose(0, 1).contiguous()
 
 
 class GatedProjection(nn.Linear):
-    """What MinGRU writes and its gates: for each direction, U rows of the one and then U of the other.
+    """Candidates and gates of MinGRU: for each direction, the rows of the candidates and then those of the gates.
 
     A class of its own, because transformers calls `_init_weights` only on modules that own parameters.
     """
@@ -249,12 +249,12 @@ class MinGRU(nn.Module):
     def forward(self, x: torch.Tensor, state=None, documents: Documents | None = None):
         """x (B, L, D), state ((B, U), (B, 0)) -> y (B, L, U), state after the last real token of each row."""
         projected = self.in_proj(x)
-        # Half precision would round the state at every position.
+        # In float32: 16 bits would round the state at every position, and the errors add up.
         projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
         directions = projected.chunk(self.num_directions, dim=-1)
         start = None if state is None else state[0].to(projected.dtype)
         y = self._scan(directions[0], start, documents)
-        after = y[:, -1]  # padding carries the state on
+        after = y[:, -1]  # padding keeps the state unchanged
         if self.num_directions == 2:
             backward = self._scan(directions[1].flip(1), None, documents and _turned(documents)).flip(1)
             y, after = torch.cat((y, backward), -1), torch.cat((after, backward[:, 0]), -1)
@@ -265,7 +265,7 @@ class MinGRU(nn.Module):
     @staticmethod
     def _scan(values_and_gates: torch.Tensor, start: torch.Tensor | None, documents: Documents | None) -> torch.Tensor:
         values, gates = values_and_gates.chunk(2, dim=-1)
-        keep = torch.sigmoid(-gates)  # 1 - z, without its rounding
+        keep = torch.sigmoid(-gates)  # 1 - z, exact also where z is close to 1
         new = torch.sigmoid(gates) * torch.where(values >= 0, values + 0.5, torch.sigmoid(values))
         if documents is not None:
             is_real = documents.is_real[..., None]
@@ -285,9 +285,9 @@ def _turned(documents: Documents) -> Documents:
 class LinearScan(torch.autograd.Function):
     """h_t = a_t h_{t-1} + b_t from h_0 = 0 along dimension 1 of (B, L, U), with 0 <= a <= 1.
 
-    The gradient is the same recurrence backwards.  The paper scans logarithms instead (its appendix B).  Not here: an
-    error that grows with sums of L logarithms is 7e-4 at 4,096 positions in float32 (this one's is below 1e-6), a = 0
-    at a document's start has no logarithm, and exponentials take 30 times as long on a CPU.
+    The gradient is the same recurrence backwards.  The paper scans logarithms instead (its appendix B).  Here
+    not: in float32 the error of logarithms is 7e-4 at 4,096 positions (of this scan below 1e-6), a = 0 at the
+    start of a document has no logarithm, and exponentials take 30 times as long on a CPU.
     """
 
     @staticmethod
@@ -305,9 +305,10 @@ class LinearScan(torch.autograd.Function):
 
 
 def scan(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """All h_t = a_t h_{t-1} + b_t of (B, L, U), by blocks: work O(L), in BLOCK * log_BLOCK(L) dependent steps.
+    """All h_t = a_t h_{t-1} + b_t of (B, L, U), in blocks: work O(L), BLOCK * log_BLOCK(L) sequential steps.
 
-    Within a block the state starts at 0; what the blocks before it leave behind is the same problem on the block ends.
+    Within a block the state starts at 0; the states carried over from earlier blocks are the same recurrence over the
+    ends of the blocks.
     """
     length = a.shape[1]
     size = min(BLOCK, length)

@@ -1,4 +1,4 @@
-"""The cache of a recurrent network: one state for each layer, however long the row.  B rows, U units."""
+"""The cache of a recurrent network: one state for each layer, of constant size.  B rows, U units."""
 
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
@@ -7,7 +7,7 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 class RecurrentState(CacheLayerMixin):
     """One layer's state: `keys` (B, U) is the hidden state, `values` the LSTM's cell, (B, 0) for other cells.
 
-    transformers builds it for every layer whose configuration says `bm_recurrent`.  Its size does not grow.
+    transformers creates one for every `bm_recurrent` entry of `config.layer_types`.
     """
 
     _layer_type = "bm_recurrent"
@@ -51,7 +51,7 @@ class RecurrentState(CacheLayerMixin):
             )
 
     def offload(self) -> None:
-        """Stay on the device: a state is too small to be worth the way."""
+        """Stay on the device: a state is too small to be worth moving."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
@@ -62,6 +62,8 @@ class RecurrentState(CacheLayerMixin):
             self.keys, self.values = self.keys[indices], self.values[indices]
 
 
-STATIC_LAYER_TYPE_MAPPING[RecurrentState._layer_type] = RecurrentState  # a state is as static as a cache can be
+STATIC_LAYER_TYPE_MAPPING[RecurrentState._layer_type] = (
+    RecurrentState  # a state has a fixed size, so the static cache uses it too
+)
 
 __all__ = ["RecurrentState"]

@@ -1,7 +1,7 @@
-"""Stems of a recurrent network: what reads an input.  B rows, L positions, E width.
+"""Stems of a recurrent network: input embeddings.  B rows, L positions, E width.
 
-`read(inputs, attention_mask)` returns what is read, (B, L, E), and which of it is real, (B, L) or None for all;
-`forward` then drops.  The order of positions needs no embedding: a state meets them one after the other.
+`read(inputs, attention_mask)` returns embeddings (B, L, E) and their attention mask, (B, L) or None without padding;
+`forward` then applies dropout.  There are no position embeddings: a recurrence reads positions in order.
 Sources: locked dropout, Gal & Ghahramani 2016, arXiv:1512.05287; word dropout, Merity et al. 2017, sec. 4.3.
 """
 
@@ -27,7 +27,7 @@ class LockedDropout(nn.Module):
 
 
 class WordStem(nn.Module):
-    """Token ids (B, L); `embedding_dropout` takes words away from the batch, wherever they stand."""
+    """Token ids (B, L); `embedding_dropout` drops all occurrences of a word in a batch."""
 
     input_names = ("input_ids",)
 

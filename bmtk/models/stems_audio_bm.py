@@ -1,4 +1,4 @@
-"""Audio stem: log-mel frames become a quarter as many positions.  B rows, T frames, F mel bands, L positions, D width.
+"""Audio stem: log-mel frames to positions, four frames each.  B rows, T frames, F mel bands, L positions, D width.
 
 Source: two convolutions of kernel 3, as before the Transformer of Radford et al. 2022, arXiv:2212.04356 (whose first
 has stride 1; strides of 2 for both: Gulati et al. 2020, arXiv:2005.08100).
@@ -11,7 +11,7 @@ KERNEL, STRIDE, PADDING = 3, 2, 1  # of each convolution
 
 
 class AudioStem(nn.Module):
-    """Reads frames from both sides of a position: 3 before it and 3 after it, also below a causal trunk."""
+    """A position reads 3 frames before and 3 after its own, also in a causal model."""
 
     input_names = ("input_features",)
 
@@ -25,8 +25,8 @@ class AudioStem(nn.Module):
     def embed(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None):
         """Frames (B, T, F) and their mask (B, T) -> positions (B, L, D) and their mask (B, L), or None without one.
 
-        Positions stand on the left and padding on the right, wherever the frames' padding is: the convolutions meet
-        the same frames in the same steps, and zeros after the last.
+        Positions are on the left and padding on the right, whichever side the frames are padded on: so the strided
+        convolutions group the same frames, and read zeros after the last.
         """
         if input_features.ndim != 3 or input_features.shape[-1] != self.num_mel_bins:
             raise ValueError(
@@ -48,7 +48,7 @@ class AudioStem(nn.Module):
 
     @staticmethod
     def output_lengths(lengths):
-        """Positions that come of so many frames (an integer or a tensor): half of them, rounded up, twice."""
+        """Number of positions for a number of frames (an integer or a tensor): twice halved and rounded up."""
         for _ in range(2):
             lengths = (lengths + 2 * PADDING - KERNEL) // STRIDE + 1
         return lengths

@@ -1,8 +1,8 @@
 """Stems: how an input becomes positions.  B rows, L positions, D width.
 
 One stem per kind of input, written once and uploaded with every family: tokens here, audio in stems_audio_bm.py,
-series in stems_series_bm.py, images in stems_image_bm.py.  `stem.embed(...)` reads, AddPositions tells places apart.
-Each family says in its own stems file which it takes, and what it adds.
+series in stems_series_bm.py, images in stems_image_bm.py.  `stem.embed(...)` computes embeddings, AddPositions adds
+position embeddings.  The stems file of each family chooses among them.
 Source: sinusoidal positions, Vaswani et al. 2017, arXiv:1706.03762, sec. 3.5; learned positions, Gehring et al. 2017.
 """
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class SinusoidalPositions(nn.Module):
-    """position_ids (B, L) -> (B, L, D): sines in even, cosines in odd columns; nothing is learned or stored."""
+    """position_ids (B, L) -> (B, L, D): sines in even, cosines in odd columns; no parameters or buffers."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -58,7 +58,7 @@ class TokenStem(AddPositions, nn.Module):
 
 
 class EmbeddingInStem:
-    """Tells transformers where a model's token embedding stands; comes before PreTrainedModel in a family's root."""
+    """Gives transformers access to the token embedding; precedes PreTrainedModel in the bases of a family's root."""
 
     def get_input_embeddings(self) -> nn.Module:
         if self.config.input_type != "tokens":

@@ -1,8 +1,8 @@
 """Image stems: patches for a Transformer, pixels for a CNN.  B images, C channels, H x W pixels, L positions, D width.
 
-An image stem has `width` (channels that leave it) and `num_prefix_tokens` (positions before the first of the grid).
-`bool_masked_pos` (B, M) names hidden cells of any square grid over the image, row by row; their pixels are set to 0
-and what leaves the stem there is `mask_token` (width,): nothing of a hidden cell passes a convolution that overlaps.
+An image stem has `width` (output channels) and `num_prefix_tokens` (positions before the first one of the grid).
+`bool_masked_pos` (B, M) marks masked cells of a square grid over the image, row by row.  Their pixels are set to 0, so
+that overlapping convolutions do not read them, and the outputs at these positions become `mask_token` (width,).
 Sources: patches, Dosovitskiy et al. 2020, arXiv:2010.11929; masks, Xie et al. 2022 (SimMIM), arXiv:2111.09886.
 """
 
@@ -19,7 +19,7 @@ from .stems_bm import SinusoidalPositions
 class PatchStem(nn.Module):
     """pixel_values (B, C, H, W) -> (B, prefix + L, D): patches row by row, positions, dropout.
 
-    With `classifier_pooling="first"` a learned class token goes first, as in ViT.
+    With `classifier_pooling="first"` the first position is a learned class token, as in ViT.
     """
 
     def __init__(self, config):
@@ -60,7 +60,7 @@ class PatchStem(nn.Module):
 
 
 class PixelStem(nn.Module):
-    """pixel_values (B, C, H, W) -> (B, width, H', W'): nothing ("none"), convolution and pooling, or patches."""
+    """pixel_values (B, C, H, W) -> (B, width, H', W'): identity ("none"), convolution and pooling, or patches."""
 
     input_names = ("pixel_values", "bool_masked_pos", "mask_token")
     num_prefix_tokens = 0
@@ -88,7 +88,7 @@ class PixelStem(nn.Module):
 
 
 def mask_grid(bool_masked_pos: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(B, M) -> (B, 1, rows, columns) of square cells that cover the image."""
+    """(B, M) -> (B, 1, rows, columns): the mask on its grid of square cells."""
     height, width = pixel_values.shape[-2:]
     cell = math.isqrt(height * width // bool_masked_pos.shape[1])
     if cell == 0 or height % cell or width % cell or (height // cell) * (width // cell) != bool_masked_pos.shape[1]:
@@ -100,7 +100,7 @@ def mask_grid(bool_masked_pos: torch.Tensor, pixel_values: torch.Tensor) -> torc
 
 
 def mask_of_size(bool_masked_pos: torch.Tensor, pixel_values: torch.Tensor, size) -> torch.Tensor:
-    """The mask as (B, 1, *size): a position is hidden where its middle lies in a hidden cell."""
+    """The mask as (B, 1, *size): a position is masked if its centre lies in a masked cell."""
     return F.interpolate(
         mask_grid(bool_masked_pos, pixel_values).float(), size=tuple(size), mode="nearest-exact"
     ).bool()

@@ -1,7 +1,7 @@
-"""Series stem: real numbers over time become positions.  B rows, T steps, C channels, F time features, D width.
+"""Series stem: from time steps to positions.  B rows, T steps, C channels, F time features, D width.
 
-Sources: instance normalisation, Kim et al. 2022 (RevIN, without its affine part), openreview.net/forum?id=cGDAkQo1C0p;
-patches, Nie et al. 2022, arXiv:2211.14730, here of all channels together and without overlap.
+Sources: instance normalization, Kim et al. 2022 (RevIN, without its affine part), openreview.net/forum?id=cGDAkQo1C0p;
+patches, Nie et al. 2022, arXiv:2211.14730, here over all channels together and without overlap.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-VARIANCE_FLOOR = 1e-5  # added to the variance of a channel, which may be constant
+VARIANCE_FLOOR = 1e-5  # added to the variance, which is 0 for a constant channel
 
 
 class Instance(NamedTuple):
@@ -31,7 +31,7 @@ class Instance(NamedTuple):
 
 
 class SeriesStem(nn.Module):
-    """Normalised values, whether they were observed, and time features: `patch_size` steps make one position."""
+    """Patches of `patch_size` steps, each with normalized values, observation mask and time features."""
 
     input_names = ("past_values", "past_observed_mask", "past_time_features")
 
@@ -48,8 +48,8 @@ class SeriesStem(nn.Module):
         self.check(past_values, past_observed_mask, past_time_features)
         observed = torch.ones_like(past_values) if past_observed_mask is None else past_observed_mask
         instance = Instance.of(past_values, past_observed_mask)
-        normalised = ((past_values.float() - instance.mean) / instance.std).where(observed > 0, 0)
-        steps = [normalised, observed] if past_time_features is None else [normalised, observed, past_time_features]
+        normalized = ((past_values.float() - instance.mean) / instance.std).where(observed > 0, 0)
+        steps = [normalized, observed] if past_time_features is None else [normalized, observed, past_time_features]
         steps = torch.cat([part.to(self.embed_patches.weight.dtype) for part in steps], dim=-1)  # (B, T, 2C + F)
         patches = steps.unflatten(1, (self.num_positions, self.patch_size)).flatten(2)
         return self.embed_patches(patches), None

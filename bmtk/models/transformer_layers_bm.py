@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class BmRMSNorm(nn.RMSNorm):
-    """RMSNorm that takes its weight in the input's type, as autocast feeds it 16-bit inputs."""
+    """RMSNorm that casts its weight to the input's dtype: under autocast inputs have 16 bits, and weights 32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -45,33 +45,34 @@ class BmRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # In float32: bfloat16 represents integers exactly only up to 256, so later positions would share angles.
         angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x[i], x[i + d/2]) of (B, H, L, d) by their angles."""
+    """Rotate the pairs (x[i], x[i + d/2]) of (B, H, L, d) by their angles, the layout of transformers' Llama."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out: query (B, H, L, d), key, value (B, G, S, d) -> (B, L, H, d) and weights (B, H, L, S)."""
+    """Unfused attention: query (B, H, L, d), key, value (B, G, S, d) -> (B, L, H, d) and weights (B, H, L, S)."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        scores = scores + attention_mask  # the lowest number of the dtype where attention is masked, else 0
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)  # 16 bits would round the sum of exponentials
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class ResidualProjection(nn.Linear):
-    """A projection whose output is added to the residual stream; its own class because it starts smaller.
+    """A projection whose output is added to the residual stream; a class of its own for its smaller initial weights.
 
-    A layer cannot do that for it: for code outside transformers, modules without own parameters are passed over.
+    Its layer cannot initialize it: transformers skips modules of custom code that own no parameters.
     """
 
 
@@ -85,7 +86,7 @@ class BmTransformerAttention(nn.Module):
         self.is_causal = is_causal
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        self.scaling = config.head_dim**-0.5  # gives a product of two unit-variance heads unit variance
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
@@ -97,7 +98,7 @@ class BmTransformerAttention(nn.Module):
 
     def forward(self, hidden_states, attention_mask=None, rotary=None, past_key_values: Cache | None = None, **kwargs):
         query, (key, value) = self.query(hidden_states), self.key_and_value(hidden_states)
-        if rotary is not None:
+        if rotary is not None:  # before the cache, which holds rotated keys: a key's position never changes
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, past + L, d)
@@ -123,7 +124,7 @@ class BmTransformerAttention(nn.Module):
 
 
 class BmTransformerCrossAttention(BmTransformerAttention):
-    """Attends to a source (B, S, D), whose keys and values are projected once and then kept in the cache."""
+    """Attends to a source (B, S, D); its keys and values are projected once and then read from the cache."""
 
     def forward(self, hidden_states, source, attention_mask=None, past_key_values: EncoderDecoderCache | None = None):
         if past_key_values is None:
@@ -165,7 +166,7 @@ class PlainMLP(nn.Module):
 
 
 class BmTransformerLayer(GradientCheckpointingLayer):
-    """Attention and MLP on a residual stream.  Subclasses say where the norms stand."""
+    """Attention and MLP on a residual stream.  Subclasses place the norms before or after each of them."""
 
     def __init__(self, config, layer_idx: int, *, is_causal: bool):
         super().__init__()
@@ -191,9 +192,10 @@ class PostNormLayer(BmTransformerLayer):
 
 
 class BmTransformerDecoderLayer(BmTransformerLayer):
-    """Between self-attention and MLP, attention to a source (B, S, D).
+    """A layer with cross-attention to a source (B, S, D) between self-attention and MLP.
 
-    The source is a positional argument, so that checkpointing carries its gradient; the cache holds both attentions.
+    The source is a positional argument, because reentrant checkpointing drops the gradients of keyword arguments.
+    The cache holds the keys and values of both attentions.
     """
 
     def __init__(self, config, layer_idx: int):

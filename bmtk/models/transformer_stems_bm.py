@@ -1,7 +1,7 @@
-"""Stems of a Transformer: what reads an input, and how positions are told apart.  B rows, L positions, D width.
+"""Stems of a Transformer: input and position embeddings.  B rows, L positions, D width.
 
-`read(inputs, attention_mask)` returns what is read, (B, L, D), and which of it is real, (B, L) or None for all;
-`forward` then adds positions.
+`read(inputs, attention_mask)` returns embeddings (B, L, D) and their attention mask, (B, L) or None without padding;
+`forward` then adds position embeddings.
 """
 
 import torch
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 
 class TypedTokenStem(TokenStem):
-    """Token ids (B, L); with `type_vocab_size` token types (B, L) too, with `embedding_norm` a norm on the sum."""
+    """Token ids (B, L); `type_vocab_size` adds token types (B, L), `embedding_norm` a norm on the sum."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -57,7 +57,7 @@ class PositionedSeriesStem(AddPositions, SeriesStem):
 
 
 class ImageStem(PatchStem):
-    """Patches have their positions already when they are read: what is hidden of an image is hidden before them."""
+    """Adds positions in `read` already, because masked patches are replaced before positions are added."""
 
     input_names = ("pixel_values", "bool_masked_pos", "mask_token")
 

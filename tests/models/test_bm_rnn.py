@@ -984,7 +984,10 @@ def test_a_translator_says_that_it_ignores_the_positions_of_a_target(caplog):
     transformers.utils.logging.warning_once.cache_clear()
     with caplog.at_level("WARNING", logger="bmtk.models.modeling_bm_rnn"):
         given = model(ids, decoder_input_ids=ids, decoder_position_ids=torch.arange(4).expand(2, -1)).logits
-    assert "decoder_position_ids are ignored: a bm_rnn's target begins where its source ends" in caplog.text
+    assert (
+        "decoder_position_ids are ignored: the decoder of a bm_rnn starts from the last state of its encoder"
+        in caplog.text
+    )
     assert torch.equal(given, expected)
 
 

@@ -1,0 +1,35 @@
+"""How the `bmtk` command reports an error: one line for what the user can mend, a traceback for a fault of bmtk."""
+
+import json
+
+import pytest
+
+import bmtk_cli
+from bmtk.errors import UserError
+
+
+def test_a_users_error_is_one_line_of_the_command(capsys):
+    assert bmtk_cli.report(UserError("outputs exists and is not an empty folder; choose another"), "convert") == 1
+    assert capsys.readouterr().err == "bmtk convert: outputs exists and is not an empty folder; choose another\n"
+
+
+def test_a_damaged_file_is_the_users_error(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    assert bmtk_cli.main(["info", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"bmtk info: {tmp_path / 'config.json'} is not valid JSON: ")
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), ValueError("a bug"), TypeError("a bug")])
+def test_a_fault_of_ours_keeps_its_traceback(error, tmp_path, capsys, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    monkeypatch.setattr(bmtk_cli, "read_header", fails)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert bmtk_cli.main(["info", str(tmp_path)]) == 1
+    written = capsys.readouterr().err
+    assert "Traceback (most recent call last):" in written
+    assert "in fails" in written
+    assert "This is a fault of bmtk" in written
+    assert "transformers" in written.splitlines()[-2]
