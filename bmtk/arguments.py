@@ -19,6 +19,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -34,7 +35,7 @@ ABOUT_ROWS = re.compile(r"label_names|\w+_column")  # what only the rows of a fi
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]"
 # What a bare --help shows: the first group of a recipe -> its groups -> their options, of those that the recipe has.
-FIRST_SCREEN = {
+FIRST_SCREEN: dict[str, dict[str, tuple[str, ...]]] = {
     "run": {
         "run": ("config", "preset", "task", "model", "model_type", "dry_run", "find_lr", "push_to_hub"),
         "data": ("dataset", "train_file", "validation_file", "context_length", "max_length"),
@@ -125,7 +126,7 @@ class RunConfig:
             raise UserError("--config and --preset both name a config file; give one of them")
         default_task, default_name = default.split("/")
         if isinstance(cli.get("config"), str):
-            path = Path(cli["config"])
+            path = Path(str(cli["config"]))
         else:
             task = str(cli.get("task", default_task))
             if task != default_task and "preset" not in cli:
@@ -144,7 +145,7 @@ class RunConfig:
         """The raw value of `key`: from the command line, else from the file, else `default`."""
         return self.cli_values.get(key, self.file_values.get(key, default))
 
-    def bind(self, classes: list[type], *, description: str) -> list:
+    def bind(self, classes: list[Any], *, description: str) -> list[Any]:
         """Instances of `classes` (dataclasses), in order; a name that two of them declare belongs to the first.
 
         Exits after `--help`, and with one line on stderr and status 2 for a value of the wrong type.
@@ -167,7 +168,7 @@ class RunConfig:
         return list(parser.parse_args_into_dataclasses([*in_file, *self.argv], look_for_args_file=False))
 
 
-def resolved_config(*instances: object) -> dict[str, object]:
+def resolved_config(*instances: Any) -> dict[str, object]:
     """Flat, JSON-ready values of bound dataclasses: everything of ours, and of foreign classes what is not default."""
     resolved = {}
     for instance in instances:
@@ -187,7 +188,7 @@ def resolved_config(*instances: object) -> dict[str, object]:
     return resolved
 
 
-def changed_settings(*instances: object) -> dict[str, object]:
+def changed_settings(*instances: Any) -> dict[str, object]:
     """What of `resolved_config` is not the default: the content of a config file that says the same."""
     defaults = {f.name: _default(f) for instance in instances for f in dataclasses.fields(instance) if f.init}
     config = resolved_config(*instances).items()
@@ -195,13 +196,13 @@ def changed_settings(*instances: object) -> dict[str, object]:
     return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in changed.items()}
 
 
-def field_types(*instances: object) -> dict[str, type]:
+def field_types(*instances: Any) -> dict[str, Any]:
     """The type of every field that a config file may set, as `bind` reads it: a list's is `list[...]`."""
     hints = [(instance, typing.get_type_hints(type(instance))) for instance in instances]
     return {f.name: _plain_type(of[f.name]) for instance, of in hints for f in dataclasses.fields(instance) if f.init}
 
 
-def _default(f: dataclasses.Field) -> object:
+def _default(f: dataclasses.Field[Any]) -> object:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
@@ -213,7 +214,7 @@ def model_type_of(values: RunConfig) -> str:
     preset, given = values.get("preset_model"), values.get("model_type")
     if preset is None:
         return str(given or RunArguments.model_type)
-    families = {name: CONFIG_MAPPING[name] for name in CONFIG_MAPPING.keys() if name.startswith("bm_")}
+    families: dict[str, Any] = {name: CONFIG_MAPPING[name] for name in CONFIG_MAPPING.keys() if name.startswith("bm_")}
     owner = next((name for name, config_class in families.items() if preset in config_class.presets), None)
     if owner is None:
         known = "; ".join(f"{name}: {', '.join(sorted(cls.presets))}" for name, cls in families.items())
@@ -304,17 +305,17 @@ def clean_errors() -> Iterator[None]:
         sys.exit(1)
 
 
-def _config_class(model_type: str) -> type:
+def _config_class(model_type: str) -> Any:
     """The configuration class of a model type.  Raises: ValueError naming what is near."""
     if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
+        similar = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
         ours = [name for name in CONFIG_MAPPING.keys() if name.startswith("bm_")]
-        near = f"; names of transformers that are near: {', '.join(near)}" if near else ""
+        near = f"; names of transformers that are near: {', '.join(similar)}" if similar else ""
         raise UserError(f"model_type={model_type!r} is unknown; ours are {', '.join(ours)}{near}")
     return CONFIG_MAPPING[model_type]
 
 
-def _cli_pairs(argv: list[str]):
+def _cli_pairs(argv: list[str]) -> Iterator[tuple[str, str | bool]]:
     """(key, raw value) for each `--key value`, `--key=value` and bare `--flag` (True) of a command line."""
     for position, text in enumerate(argv):
         if not text.startswith("--"):
@@ -337,7 +338,7 @@ def unknown_key(key: str, known: set[str]) -> str:
     return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; see --help for the known ones")
 
 
-def _without_repeated_fields(classes: list[type]) -> list[type]:
+def _without_repeated_fields(classes: list[Any]) -> list[Any]:
     seen: set[str] = set()
     kept = []
     for cls in classes:
@@ -351,13 +352,13 @@ def _without_repeated_fields(classes: list[type]) -> list[type]:
     return kept
 
 
-def _plain_type(hint: object) -> object:
+def _plain_type(hint: Any) -> Any:
     """The one type a command line can carry: `int | float` is a float, `X | None` an X, a dict is JSON text."""
     members = [m for m in typing.get_args(hint) if m is not type(None)] if typing.get_origin(hint) is not None else []
     if typing.get_origin(hint) is typing.Literal:
         return hint
     if typing.get_origin(hint) in (list, tuple):
-        return list[_plain_type(members[0])]
+        return list[_plain_type(members[0])]  # type: ignore[misc]  # a type made at run time
     if float in members:
         return float
     if members:

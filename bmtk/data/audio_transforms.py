@@ -58,7 +58,7 @@ def changed_samples(
     if args.time_shift:
         samples = shifted(samples, round(draw.uniform(-args.time_shift, args.time_shift) * rate))
     if args.noise_snr and draw.random() < args.noise_probability:
-        samples = with_noise(samples, draw.uniform(*args.noise_snr), draw)
+        samples = with_noise(samples, draw.uniform(args.noise_snr[0], args.noise_snr[1]), draw)
     if args.gain:
         samples = samples * 10 ** (draw.uniform(-args.gain, args.gain) / 20)
     return samples.astype(np.float32)

@@ -95,8 +95,8 @@ def read_texts(
             marks.append(mark)
     description = json.dumps([marks, text_column, sample_by])
     name = f"{', '.join(map(str, sources))} (split {split!r})"
-    sizes = [mark[1] if isinstance(mark, list) else None for mark in marks]
-    num_bytes = None if None in sizes else sum(sizes)
+    sizes = [int(mark[1]) for mark in marks if isinstance(mark, list)]  # that of a Hub data set is not known
+    num_bytes = sum(sizes) if len(sizes) == len(marks) else None
     return Texts(name, hashlib.sha256(description.encode()).hexdigest(), tuple(parts), num_bytes)
 
 

@@ -79,7 +79,7 @@ class CausalLMObjective(CorpusObjective):
         is_measured = split != "train" and self.args.eval_context_length
         return PackedRows(store, self.args.eval_context_length if is_measured else self.args.context_length)
 
-    def train_batches(self, **sizes: int) -> GlobalBatches:
+    def train_batches(self, **sizes: Any) -> GlobalBatches:
         return TBPTTBatches(self.rows["train"], **sizes) if self.args.carry_state else super().train_batches(**sizes)
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
@@ -93,7 +93,7 @@ class CausalLMObjective(CorpusObjective):
     def first_words(self, count: int = 8) -> str:
         """The beginning of the text that is measured on: a prompt where the settings have none."""
         store = self.rows["validation" if "validation" in self.rows else "test"].store
-        return self.tokenizer.decode(store.document(0)[1 : 1 + count])
+        return str(self.tokenizer.decode(store.document(0)[1 : 1 + count]))
 
     def next_command(self, directory: Path) -> str:
         prompt = json.dumps((self.args.prompts or [self.first_words()])[0])
@@ -107,6 +107,7 @@ class CausalLMObjective(CorpusObjective):
 class CausalLMScorer(CorpusScorer):
     """To predict is to write: rows of prompts get their continuations."""
 
+    objective: CausalLMObjective
     metrics = (*CorpusScorer.metrics, "bits_per_byte")
 
     def predict(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> list[Prediction]:

@@ -66,4 +66,4 @@ def ctc_tokenizer(tokens: Sequence[str]) -> Wav2Vec2CTCTokenizer:
         path = Path(folder) / "vocab.json"
         path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         special = {"pad_token": BLANK, "unk_token": UNKNOWN, "word_delimiter_token": SPACE}
-        return Wav2Vec2CTCTokenizer(str(path), bos_token=None, eos_token=None, **special)  # type: ignore[no-untyped-call]
+        return Wav2Vec2CTCTokenizer(str(path), bos_token=None, eos_token=None, **special)

@@ -88,7 +88,8 @@ class DenoisingObjective(CorpusObjective):
                 f"{data.model} reads and writes one row (model_type {config.model_type}, is_encoder_decoder=False); "
                 "denoising needs an encoder-decoder"
             )
-        self.sentinels: list[int] = [self.tokenizer.convert_tokens_to_ids(name) for name in self.args.sentinels]
+        ids: Any = self.tokenizer.convert_tokens_to_ids(self.args.sentinels)
+        self.sentinels: list[int] = ids
 
     def packed(self, store: TokenStore, split: str) -> CorruptedSpans:
         return CorruptedSpans(
@@ -128,7 +129,9 @@ class DenoisingObjective(CorpusObjective):
 class DenoisingScorer(CorpusScorer):
     """To predict is to write what stands for each sentinel of a text."""
 
-    def predict(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> list[Prediction]:
+    objective: DenoisingObjective
+
+    def predict(self, model: Any, batch: Mapping[str, Any]) -> list[Prediction]:
         """Loss and number of the target's tokens of each row; of rows without labels, what stands in the gaps."""
         if "labels" not in batch:
             written = model.generate(**batch)
@@ -165,7 +168,7 @@ class DenoisingScorer(CorpusScorer):
             self.tokenizer.eos_token_id,
             self.tokenizer.pad_token_id,
         }
-        return self.tokenizer.decode([token for token in ids if token not in ends])
+        return str(self.tokenizer.decode([token for token in ids if token not in ends]))
 
     def _corrupted_words(self, seed: int) -> str:
         """The beginning of a document that is measured on, with spans cut out."""
@@ -173,7 +176,7 @@ class DenoisingScorer(CorpusScorer):
         tokens = np.asarray(store.document(0)[1 : 1 + SAMPLE_TOKENS], np.int64)
         args, draw = self.args, np.random.default_rng(seed)
         is_noise = noise_mask(len(tokens), args.noise_density, args.mean_span_length, draw)
-        return self.tokenizer.decode(with_sentinels(tokens, is_noise, np.asarray(self.objective.sentinels)))
+        return str(self.tokenizer.decode(with_sentinels(tokens, is_noise, np.asarray(self.objective.sentinels))))
 
 
 TASK = Task(

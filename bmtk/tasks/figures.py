@@ -113,13 +113,13 @@ def image_grid(
 
 def sentence_scores(scores: Sequence[float], lengths: Sequence[int]) -> dict[str, str]:
     """How good translations are, one by one: a histogram of chrF, and the chrF of sources of each length."""
-    scores, lengths = np.asarray(scores), np.asarray(lengths)
+    values, sizes = np.asarray(scores), np.asarray(lengths)
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.hist(scores, bins=np.linspace(0, 100, 26), color="tab:blue")
+    left.hist(values, bins=np.linspace(0, 100, 26), color="tab:blue")
     left.set(xlabel="chrF of a sentence", ylabel="sentences", xlim=(0, 100))
-    edges = np.unique([lengths.min() - 1, *np.quantile(lengths, np.linspace(0.125, 1, 8), method="inverted_cdf")])
-    groups = [scores[(low < lengths) & (lengths <= high)] for low, high in pairwise(edges)]
+    edges = np.unique([sizes.min() - 1, *np.quantile(sizes, np.linspace(0.125, 1, 8), method="inverted_cdf")])
+    groups = [values[(low < sizes) & (sizes <= high)] for low, high in pairwise(edges)]
     names = [f"{low + 1}-{high}" if low + 1 < high else f"{high}" for low, high in pairwise(edges)]
     right.boxplot(groups, tick_labels=names, showfliers=False, medianprops={"color": "tab:blue"})
     right.tick_params(axis="x", rotation=45)

@@ -31,7 +31,7 @@ KINDS = {"1": "black and white", "L": "greyscale", "P": "palette", "RGB": "colou
 
 
 @dataclass
-class ImageArguments:
+class ImageArguments(SourceArguments):
     """Where the images are, and what is made of them."""
 
     image_column: str = setting("image", "column of the image")
@@ -189,7 +189,7 @@ def image_processor_for(config: PreTrainedConfig, model: str | None, **loading: 
 def _image_processor(config: PreTrainedConfig, model: str | None, **loading: Any) -> Any:
     if has_image_processor(model):
         # By name, because with torchvision installed transformers would choose that one, whose resizing differs.
-        return AutoImageProcessor.from_pretrained(model, backend="pil", **loading)  # type: ignore[no-untyped-call]
+        return AutoImageProcessor.from_pretrained(model, backend="pil", **loading)
     if type(config) not in IMAGE_PROCESSOR_MAPPING:
         raise UserError(f"no image processor belongs to a {config.model_type}; is it a model of images?")
     backends: Any = IMAGE_PROCESSOR_MAPPING[type(config)]  # annotated as a tuple, but it is a dict

@@ -158,7 +158,7 @@ class MaskedLMScorer(CorpusScorer):
         }
 
     def _guesses(self, tokens: Sequence[int], scores: Sequence[float]) -> str:
-        texts = (self.tokenizer.decode([token]) for token in tokens)
+        texts = (str(self.tokenizer.decode([token])) for token in tokens)
         named = (text.strip() or repr(text) for text in texts)
         return ", ".join(f"{name} {score:.2f}" for name, score in zip(named, scores, strict=True))
 
@@ -171,7 +171,7 @@ class MaskedLMScorer(CorpusScorer):
             ids = ids[~rows.is_special[ids]]
             if len(ids):
                 ids[draw.choice(len(ids), min(SAMPLE_MASKS, len(ids)), replace=False)] = rows.mask_token_id
-                texts.append(self._spaced(self.tokenizer.decode(ids)))
+                texts.append(self._spaced(str(self.tokenizer.decode(ids))))
         return texts
 
     def _spaced(self, text: str) -> str:

@@ -95,7 +95,7 @@ class Objective:
         """What `encode` returns, as rows of which a batch can be asked; augmented only if `is_training`."""
         return CollatedRows(rows, self.collator(), is_training=is_training)
 
-    def train_batches(self, **sizes: int) -> GlobalBatches:
+    def train_batches(self, **sizes: Any) -> GlobalBatches:
         """The batches of any training step; `sizes` are GlobalBatches' own arguments."""
         batches = GlobalBatches(self.batch_rows(self.training_rows(), is_training=True), **sizes)
         self.check_micro_batches(-(-batches.batch_size // batches.micro_batch_size))
@@ -109,7 +109,7 @@ class Objective:
                 f"{count} parts; use one process, without micro_batch_size or gradient_accumulation_steps"
             )
 
-    def batches_in_order(self, rows: Any, **sizes: int) -> Iterator[dict[str, Any]]:
+    def batches_in_order(self, rows: Any, **sizes: Any) -> Iterator[dict[str, Any]]:
         """Every one of `rows` once; `sizes` are sequential_batches' own arguments."""
         return sequential_batches(self.batch_rows(rows), **sizes)
 

@@ -130,7 +130,7 @@ def extractor_for(config: PreTrainedConfig, data: RecordingData) -> Any:
     """The model's own feature extractor, or a new one with the mel bands of `config`."""
     args = data.args
     if data.model is not None and (not Path(data.model).is_dir() or _has_extractor(Path(data.model))):
-        return AutoFeatureExtractor.from_pretrained(data.model, **data.loading)  # type: ignore[no-untyped-call]
+        return AutoFeatureExtractor.from_pretrained(data.model, **data.loading)
     if type(config) not in FEATURE_EXTRACTOR_MAPPING:
         raise UserError(f"no feature extractor belongs to a {config.model_type}; is it a model of recordings?")
     options = {"sampling_rate": args.sampling_rate}

@@ -136,7 +136,7 @@ class SpeechRecognitionObjective(RecordingObjective):
     @property
     def processor(self) -> Wav2Vec2Processor:
         """Saved with the model: feature extractor and tokenizer."""
-        return Wav2Vec2Processor(self.extractor, self.tokens.tokenizer)  # type: ignore[no-untyped-call]
+        return Wav2Vec2Processor(self.extractor, self.tokens.tokenizer)
 
     # ------------------------------------------------------------------------------------------------ rows
 

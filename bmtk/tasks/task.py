@@ -19,7 +19,7 @@ import torch
 if TYPE_CHECKING:
     from .objective import Objective
     from .scorer import Scorer
-    from .task_data import DataArguments, TaskData
+    from .task_data import SourceArguments, TaskData
 
 Prediction = dict[str, Any]
 Criterion = Callable[..., torch.Tensor]  # (outputs, batch, *, label_smoothing) -> the losses of a batch, summed
@@ -33,7 +33,7 @@ class Task:
     auto_class: type
     # For model card and report: pipeline_tag, auto_class, processor_class, noun, limits, loss_unit (default: nats).
     about: Mapping[str, str | None]
-    arguments: type["DataArguments"]
+    arguments: type["SourceArguments"]
     data: type["TaskData"]
     objective: type["Objective"]
     scorer: type["Scorer"]
@@ -41,11 +41,11 @@ class Task:
     unit: str = "rows"  # what throughput is counted in
     peft_task_type: str | None = None
 
-    def read(self, args: "DataArguments", **reading: Any) -> "TaskData":
+    def read(self, args: "SourceArguments", **reading: Any) -> "TaskData":
         """Read the rows; `reading` are the keyword arguments of `TaskData`.  Raises: UserError for unusable rows."""
         return self.data(self, args, **reading)
 
-    def main_metric_of(self, args: "DataArguments", **reading: Any) -> str:
+    def main_metric_of(self, args: "SourceArguments", **reading: Any) -> str:
         """The metric by which models are compared; the training rows are read if it depends on them."""
         decided = self.main_metric or args.decided_main_metric
         return decided or self.read(args, **{**reading, "splits": ("train",)}).main_metric

@@ -148,7 +148,8 @@ class TaskData:
         Which tokens there are is decided by the data, whatever the preset says.
         """
         tokens = {k: v for k, v in self.config_fields.items() if k == "vocab_size" or k.endswith("_token_id")}
-        of_preset = CONFIG_MAPPING[model_type].presets[preset] if preset else {}
+        config_class: Any = CONFIG_MAPPING[model_type]
+        of_preset = config_class.presets[preset] if preset else {}
         return build_config(model_type, {**self.config_fields, **of_preset, **tokens}, chosen)
 
     def bind(self, config: PreTrainedConfig, *, labels: Sequence[str] = ()) -> "Objective":
@@ -254,7 +255,7 @@ def rows_of_groups(table: Dataset, column: str | None) -> list[np.ndarray]:
 
 def build_config(model_type: str, from_data: Mapping[str, object], chosen: Mapping[str, object]) -> PreTrainedConfig:
     """A configuration of `chosen` fields, over those of `from_data` that its class has."""
-    config_class = CONFIG_MAPPING[model_type]
+    config_class: Any = CONFIG_MAPPING[model_type]
     known = known_fields(config_class)
     return config_class(**{**{name: value for name, value in from_data.items() if name in known}, **chosen})
 

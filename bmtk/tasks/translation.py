@@ -269,7 +269,7 @@ class TranslationObjective(TextObjective):
 
     def prepare_to_save(self, model: PreTrainedModel) -> None:
         """Let `generate()` search as the evaluation does."""
-        model.generation_config.update(**self.search_options(self.args.num_beams))  # type: ignore[no-untyped-call]
+        model.generation_config.update(**self.search_options(self.args.num_beams))
 
     def search_options(self, num_beams: int) -> dict[str, Any]:
         """Arguments of `generate()`.  Length penalty: a power of the length, not the formula of Wu et al. 2016."""
