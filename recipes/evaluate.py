@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import transformers
@@ -58,7 +58,7 @@ class EvaluationArguments:
     )
 
 
-def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
+def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, Any]:
     """The model and the rows; what is left out is taken from the run that made the model."""
     values = arguments.RunConfig({}, argv)
     if values.get("config"):
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     evaluation, data_args = read_arguments(argv)
     loading = {"trust_remote_code": True} if evaluation.trust_remote_code else {}
-    trained = TrainedModel(evaluation.model, **loading)
+    trained = TrainedModel(str(evaluation.model), **loading)
     reading = {"model": evaluation.model, "splits": [evaluation.split], **loading}
     data = task_named(evaluation.task).read(data_args, **reading)
     if evaluation.split not in data.rows:
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
 def write_metrics(
     evaluation: EvaluationArguments, data: dict[str, object], metrics: dict[str, float], speed: float
 ) -> Path:
-    folder = Path(evaluation.model)
+    folder = Path(str(evaluation.model))
     path = Path(evaluation.output or (folder if folder.is_dir() else Path.cwd()) / "metrics.json")
     content = {"model": evaluation.model, "task": evaluation.task, "data": data, "metrics": metrics}
     content["inference"] = {"rows_per_second": speed}

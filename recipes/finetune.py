@@ -12,11 +12,13 @@ An interrupted run is resumed by the same command.
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import transformers
 from accelerate import Accelerator
-from transformers import set_seed
+from peft import PeftModel
+from transformers import PreTrainedModel, set_seed
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
@@ -26,6 +28,8 @@ from bmtk.hub.finalize import FinishedRun, finalize_run
 from bmtk.hub.run_record import ModelRecord
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
+from bmtk.tasks.objective import Objective
+from bmtk.tasks.task_data import TaskData
 from bmtk.training import finetuning_arguments
 from bmtk.training.adapters import AdapterArguments, adapt
 from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
@@ -43,7 +47,7 @@ from bmtk.training.updates import Losses
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def read_arguments(argv: list[str]) -> list:
+def read_arguments(argv: list[str]) -> list[Any]:
     """The settings of config file and command line: run, data, Trainer, adapter and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="sequence_classification/sst2")
     values.file_values = without_replaced(values.file_values, values.cli_values)
@@ -107,7 +111,9 @@ def main(argv: list[str]) -> None:
         trainer.accelerator.wait_for_everyone()
 
 
-def start(run, data, adapter, chosen) -> tuple:
+def start(
+    run: arguments.RunArguments, data: TaskData, adapter: AdapterArguments, chosen: dict[str, object]
+) -> tuple[Objective, PreTrainedModel | PeftModel]:
     """The objective, and the model that training starts from: pretrained under its head, or new; with its adapter."""
     if adapter.purpose and not run.model:
         raise UserError(f"{adapter.purpose} a pretrained model; name one with model")
@@ -126,7 +132,9 @@ def model_record(trainer: TaskTrainer, run: arguments.RunArguments, adapter: Ada
     return run_record.model_record(model, **origin)
 
 
-def plan(settings, objective, model, args) -> str:
+def plan(
+    settings: dict[str, object], objective: Objective, model: PreTrainedModel | PeftModel, args: FineTuningArguments
+) -> str:
     """The run without training it, timed by a rehearsal of its first step."""
     num_rows = round(len(objective.rows["train"]) / objective.sampled_share)
     sizes = {"batch_size": args.rows_per_step, "micro_batch_size": args.per_device_train_batch_size}

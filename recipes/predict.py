@@ -13,6 +13,7 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -27,6 +28,8 @@ from bmtk.errors import UserError
 from bmtk.hub import run_record
 from bmtk.tasks import task_named
 from bmtk.tasks.inference import PictureFolder, PredictionFile, read_inputs
+from bmtk.tasks.scorer import Scorer
+from bmtk.tasks.task import Prediction
 from bmtk.training.trained_model import TrainedModel
 from bmtk.training.updates import on_device
 
@@ -67,7 +70,7 @@ class PredictionArguments:
     )
 
 
-def read_arguments(argv: list[str]) -> tuple[PredictionArguments, object]:
+def read_arguments(argv: list[str]) -> tuple[PredictionArguments, Any]:
     """The model and the rows; how rows are read is taken from the run that made the model."""
     values = arguments.RunConfig({}, argv)
     needed = {"model": "the folder or Hub id of a model", "input": "the file or folder to read"}
@@ -92,10 +95,10 @@ def main(argv: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     args, data_args = read_arguments(argv)
     loading = {"trust_remote_code": True} if args.trust_remote_code else {}
-    table = read_inputs(args.input)
+    table = read_inputs(str(args.input))
     output = PredictionFile(args.output)
     pictures = PictureFolder(args.pictures, task_named(args.task)) if args.pictures else None
-    trained = TrainedModel(args.model, **loading)
+    trained = TrainedModel(str(args.model), **loading)
     data = task_named(args.task).read(data_args, model=args.model, splits=(), **loading)
     objective = data.bind(trained.config, labels=trained.labels)
     table = data.readable_rows(table, "input")
@@ -108,16 +111,24 @@ def main(argv: list[str]) -> None:
     with output, tqdm(total=len(rows), desc="predicting", unit="row") as bar:
         for batch in batches:
             predictions = scorer.predict(model, on_device(batch, accelerator.device))
-            write(predictions, bar.n, scorer, (rows, table), output, pictures)
+            write(predictions, int(bar.n), scorer, (rows, table), output, pictures)
             bar.update(len(predictions))
     print("".join(f"note: {line}\n" for line in objective.notes), end="")
     print(f"{output.count:,} predictions written to {output.path}")
 
 
 def write(
-    predictions, first: int, scorer, read: tuple, output: PredictionFile, pictures: PictureFolder | None
+    predictions: list[Prediction],
+    first: int,
+    scorer: Scorer,
+    read: tuple[Any, datasets.Dataset],
+    output: PredictionFile,
+    pictures: PictureFolder | None,
 ) -> None:
-    """Write the lines of some predictions, of which the first is that of row `first`, and their pictures."""
+    """Write the lines of some predictions, of which the first is that of row `first`, and their pictures.
+
+    `read` is the rows, encoded and as they were in the input.
+    """
     rows, table = read
     for index, prediction in enumerate(predictions, first):
         drawn = pictures and pictures.save(scorer.annotated_image(prediction, index, rows), index + 1, table[index])

@@ -13,8 +13,10 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from transformers import set_seed
+from accelerate import Accelerator
+from transformers import PreTrainedModel, set_seed
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
@@ -22,6 +24,8 @@ from bmtk.hub import run_record, summary
 from bmtk.hub.finalize import FinishedRun, finalize_run
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
+from bmtk.tasks.objective import Objective
+from bmtk.tasks.task_data import SourceArguments
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState, save_model
 from bmtk.training.evaluation import Evaluator, Results
@@ -39,7 +43,7 @@ from bmtk.training.updates import Losses
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def read_arguments(argv: list[str]) -> list:
+def read_arguments(argv: list[str]) -> list[Any]:
     """The settings of config file and command line: run, data, loop and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="causal_lm/tiny_shakespeare")
     task = task_named(values.get("task", "causal_lm"))
@@ -88,7 +92,15 @@ def main(argv: list[str]) -> None:
         accelerator.wait_for_everyone()
 
 
-def start(run, data_args, chosen, accelerator, *, seed: int, folder: Path) -> tuple:
+def start(
+    run: arguments.RunArguments,
+    data_args: SourceArguments,
+    chosen: dict[str, object],
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    folder: Path,
+) -> tuple[Objective, PreTrainedModel]:
     """The objective, and the model that training starts from: the same on every process."""
     with accelerator.main_process_first():
         data = task_named(run.task).read(data_args, seed=seed, folder=folder, **run.reading)
@@ -98,11 +110,17 @@ def start(run, data_args, chosen, accelerator, *, seed: int, folder: Path) -> tu
     return objective, starting_weights(objective, config, run)
 
 
-def notes_of(objective) -> str:
+def notes_of(objective: Objective) -> str:
     return "".join(f"note: {line}\n" for line in objective.notes)
 
 
-def fit(model, objective, args, settings, accelerator) -> tuple[TrainState, Results, dict[str, float]]:
+def fit(
+    model: PreTrainedModel,
+    objective: Objective,
+    args: LoopArguments,
+    settings: dict[str, object],
+    accelerator: Accelerator,
+) -> tuple[TrainState, Results, dict[str, float | None]]:
     """Train to the end, from the newest checkpoint if there is one; return the last state, results and speeds."""
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = objective.train_batches(**args.batching, **ranks)
@@ -126,7 +144,13 @@ def fit(model, objective, args, settings, accelerator) -> tuple[TrainState, Resu
     return state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)
 
 
-def plan(settings, objective, model, args, accelerator) -> str:
+def plan(
+    settings: dict[str, object],
+    objective: Objective,
+    model: PreTrainedModel,
+    args: LoopArguments,
+    accelerator: Accelerator,
+) -> str:
     """The run without training it, timed by a rehearsal of its first step."""
     batches = objective.train_batches(**args.batching)
     steps_per_epoch = batches.steps_per_epoch / objective.sampled_share

@@ -85,7 +85,7 @@ class FinishedRun:
     started_at: str
     train_seconds: float
     model: ModelRecord
-    throughput: Mapping[str, float]
+    throughput: Mapping[str, float | None]
     results: FinalResults
 
 

@@ -6,12 +6,12 @@ Source: Smith 2017, "Cyclical learning rates for training neural networks", arXi
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from bmtk.errors import UserError
 
@@ -53,7 +53,7 @@ class RangeTest:
         figure.savefig(path, bbox_inches="tight")
 
 
-def suggest_rate(objective: Objective, model: PreTrainedModel, args: LoopArguments, accelerator: Accelerator) -> str:
+def suggest_rate(objective: Objective, model: Any, args: LoopArguments, accelerator: Accelerator) -> str:
     """Run the test on the training rows; return its result in words, and draw it into `args.output_dir`."""
     prepared = prepare(model, args, accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}

@@ -1,17 +1,17 @@
 """A rehearsal: how long a step takes, measured by one without an update."""
 
 import time
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
 
 from .protocols import TrainBatches
 from .tbptt import check_carries
 from .updates import Losses, LossSum
 
 
-def seconds_per_step(model: PreTrainedModel, batches: TrainBatches, accelerator: Accelerator, losses: Losses) -> float:
+def seconds_per_step(model: Any, batches: TrainBatches, accelerator: Accelerator, losses: Losses) -> float:
     """Seconds of forward and backward over the micro-batches of the first step: of two tries, as the first warms up.
 
     Leaves the weights as they are and no gradients behind; the optimizer's own time is not in it.

@@ -58,13 +58,26 @@ class Scorer(Protocol):
 class Objective(Protocol):
     """Encoded rows, batches and the loss of one run."""
 
-    name: str
-    unit: str  # what throughput is counted in
     rows: dict[str, Any]  # split -> encoded rows
-    scorer: Scorer
-    auto_class: type
     notes: list[str]
-    criterion: Callable[..., torch.Tensor] | None  # (outputs, batch) -> summed losses; None: the model's own loss
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit(self) -> str:
+        """What throughput is counted in."""
+
+    @property
+    def scorer(self) -> Scorer: ...
+
+    @property
+    def auto_class(self) -> Any:
+        """The Auto class of the models that can be trained."""
+
+    @property
+    def criterion(self) -> Callable[..., torch.Tensor] | None:
+        """(outputs, batch, *, label_smoothing) -> the losses of a batch, summed; None: the model's own loss."""
 
     @property
     def processor(self) -> Any:
