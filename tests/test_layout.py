@@ -283,7 +283,12 @@ def test_no_configuration_file_postpones_its_annotations():
 CLASSES = {node.name: node for path in GUARDED for node in tree_of(path).body if isinstance(node, ast.ClassDef)}
 MOST_METHODS = 24
 # Attributes that a base class of another library gives birth to.
-BORN_ELSEWHERE = {"TaskTrainer": {"model", "model_wrapped", "optimizer"}}
+CACHE_LAYER = {"keys", "values", "device", "dtype"}  # of transformers' CacheLayerMixin
+BORN_ELSEWHERE = {
+    "TaskTrainer": {"model", "model_wrapped", "optimizer"},
+    "RecurrentState": CACHE_LAYER,
+    "ConvolutionCacheLayer": CACHE_LAYER,
+}
 
 
 def lineage(node: ast.ClassDef) -> list[ast.ClassDef]:

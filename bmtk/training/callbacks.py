@@ -14,7 +14,6 @@ from .averaging import WeightAverage
 from .gradients import gradient_norm
 from .history import History
 from .signals import Stopped, StopRequest
-from .trainer_patches import SetEpoch  # noqa: F401  TEMPORARY: tests/tasks import it from here
 
 PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test/"}
 NOT_RECORDED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
