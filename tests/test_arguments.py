@@ -16,6 +16,7 @@ from bmtk.arguments import (
     RunArguments,
     RunConfig,
     changed_settings,
+    chosen_fields,
     clean_errors,
     field_help,
     model_fields,
@@ -179,6 +180,12 @@ def test_an_unknown_model_type_names_ours_and_what_is_near():
         ValueError, match=r"model_type='bm_transfromer' is unknown; ours are bm_.*near: bm_transformer"
     ):
         model_fields("bm_transfromer")
+
+
+def test_the_text_of_a_dictionary_must_be_json():
+    architecture = model_fields("bm_transformer")(rope_parameters='{"rope_type": linear}')
+    with pytest.raises(UserError, match=r'rope_parameters=\{"rope_type": linear\} is not valid JSON: Expecting value'):
+        chosen_fields(architecture)
 
 
 def test_a_preset_says_which_family_a_new_model_is_of():
