@@ -1,4 +1,4 @@
-"""What there is: the heads of every family, and the parameters of every preset, as `bmtk models` shows them.
+"""The heads of every family and the parameters of every preset, as `bmtk models` lists them.
 
 Heads and presets are read from the configuration classes.  A preset's parameters are counted on the meta device, with
 the head that the published number was counted with.
@@ -14,9 +14,9 @@ from bmtk.models import FAMILIES
 
 @dataclass(frozen=True)
 class Published:
-    """How many parameters a preset's model is known to have, with which head, and from where; None: nobody says.
+    """Published number of parameters of a preset, with its head and source; None: no number is published.
 
-    Where ours has more or fewer, `source` tells why.
+    If ours has more or fewer, `source` explains the difference.
     """
 
     auto_class: str
@@ -57,7 +57,7 @@ PUBLISHED = {
 
 
 def catalogue() -> dict[str, dict]:
-    """Family -> {"heads": Auto class -> class, "presets": name -> its parameters, and what they are compared with}."""
+    """Family -> {"heads": Auto class -> class, "presets": name -> its parameters and their published number}."""
     return {
         family.model_type: {
             "heads": {auto_class: reference.split(".")[1] for auto_class, reference in family.heads.items()},
@@ -94,7 +94,7 @@ def table(found: dict[str, dict]) -> str:
 
 
 def _compared(preset: dict) -> str:
-    """The published number as it relates to ours, and where it comes from."""
+    """The published number, its difference from ours, and its source."""
     known = preset["published"]
     if known is None:
         return preset["source"]

@@ -81,7 +81,7 @@ def test_the_table_holds_every_registered_pair_of_family_and_head():
 
 @contextmanager
 def poisoned_memory():
-    """Memory that nobody wrote to reads NaN."""
+    """Uninitialized memory reads as NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
