@@ -41,7 +41,7 @@ the same. The token comes from `hf auth login` or HF_TOKEN.
 CONVERT = """\
 Convert a pretrained model of transformers to a bmtk model with the same weights and the same outputs.
 
-MODEL is a folder or a Hub name: BERT, ConvNeXt, GPT-2, Llama, Mistral, Qwen2, Qwen3, ResNet, ViT.
+MODEL is a folder or a name on the Hub: BERT, ConvNeXt, GPT-2, Llama, Mistral, Qwen2, Qwen3, ResNet, ViT.
 Its tokenizer or image processor is saved with it. The outputs of both models are compared first. If a setting or
 weight has no counterpart, the command names it and saves nothing.
 """
