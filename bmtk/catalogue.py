@@ -1,4 +1,4 @@
-"""The heads of every family and the parameters of every preset, as `bmtk models` lists them.
+"""What there is: the heads of every family, and the parameters of every preset, as `bmtk models` shows them.
 
 Heads and presets are read from the configuration classes.  A preset's parameters are counted on the meta device, with
 the head that the published number was counted with.
@@ -14,9 +14,9 @@ from bmtk.models import FAMILIES
 
 @dataclass(frozen=True)
 class Published:
-    """Published number of parameters of a preset, with its head and source; None: no number is published.
+    """How many parameters a preset's model is known to have, with which head, and from where; None: nobody says.
 
-    If ours has more or fewer, `source` explains the difference.
+    Where ours has more or fewer, `source` tells why.
     """
 
     auto_class: str
@@ -57,7 +57,7 @@ PUBLISHED = {
 
 
 def catalogue() -> dict[str, dict]:
-    """Family -> {"heads": Auto class -> class, "presets": name -> its parameters and their published number}."""
+    """Family -> {"heads": Auto class -> class, "presets": name -> its parameters, and what they are compared with}."""
     return {
         family.model_type: {
             "heads": {auto_class: reference.split(".")[1] for auto_class, reference in family.heads.items()},
@@ -94,7 +94,7 @@ def table(found: dict[str, dict]) -> str:
 
 
 def _compared(preset: dict) -> str:
-    """The published number, its difference from ours, and its source."""
+    """The published number as it relates to ours, and where it comes from."""
     known = preset["published"]
     if known is None:
         return preset["source"]
