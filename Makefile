@@ -18,6 +18,7 @@ test: lint
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Exact tested versions come from constraints.txt; the stamp makes a second call start at once.
 .venv/.installed: pyproject.toml constraints.txt

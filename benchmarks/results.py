@@ -22,7 +22,7 @@ from bmtk.hub.formatting import (
     is_quality,
     split_metric,
 )
-from bmtk.hub.run_record import read_run
+from bmtk.hub.run_record import RunRecord
 from bmtk.tasks import TASKS
 
 SAME = frozenset(("seed", "output_dir", "overwrite_output_dir", "corpus_dir"))  # may differ within a row
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="folders of runs; default: all in outputs/")
     folders = parser.parse_args(argv).folders or sorted(Path("outputs").glob("*"))
-    runs = [read_run(folder) for folder in folders if (folder / "run.json").is_file()]
+    runs = [RunRecord.read(folder) for folder in folders if (folder / "run.json").is_file()]
     if not runs:
         raise SystemExit("no run.json in these folders; run a recipe first, or name the folders of finished runs")
     rows = sorted(filter(None, map(row_of, grouped(runs))))
@@ -45,48 +45,48 @@ def main(argv: list[str]) -> None:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
 
 
-def grouped(runs: list[dict]) -> list[list[dict]]:
+def grouped(runs: list[RunRecord]) -> list[list[RunRecord]]:
     """Runs with the same settings but for the seed."""
     groups = defaultdict(list)
     for run in runs:
-        settings = {key: value for key, value in run["config"].items() if key not in SAME}
-        groups[json.dumps([run["task"], settings], sort_keys=True, default=str)].append(run)
+        settings = {key: value for key, value in run.config.items() if key not in SAME}
+        groups[json.dumps([run.task, settings], sort_keys=True, default=str)].append(run)
     return list(groups.values())
 
 
-def row_of(runs: list[dict]) -> list[str] | None:
+def row_of(runs: list[RunRecord]) -> list[str] | None:
     """One line of the table, of the newest run of each seed; None for runs that measured nothing."""
-    newest = {seed_of(run): run for run in sorted(runs, key=lambda run: str(run.get("started_at")))}
+    newest = {seed_of(run): run for run in sorted(runs, key=lambda run: run.started_at)}
     measured = {split: [run for run in newest.values() if metrics_of(run, split)] for split in ("test", "validation")}
     split = next((split for split, found in measured.items() if found), None)
     if split is None:
         return None
     runs = sorted(measured[split], key=lambda run: (len(seed_of(run)), seed_of(run)))
     run, values = runs[0], [metrics_of(run, split) for run in runs]
-    seconds = [run["train_seconds"] for run in runs if run.get("train_seconds")]
-    speeds = [speed for run in runs if (speed := run.get("inference", {}).get("rows_per_second"))]
-    base, size = run["model"].get("base_model"), run["model"].get("num_parameters")
+    seconds = [run.train_seconds for run in runs if run.train_seconds]
+    speeds = [speed for run in runs if (speed := run.inference.get("rows_per_second"))]
+    base, size = run.model.base_model, run.model.num_parameters
     return [
-        run["task"],
-        escape_markdown(run["data"].get("name")),
-        f"{run['model'].get('class')}{f' from {base}' if base else ''}",
+        run.task,
+        escape_markdown(run.data.get("name")),
+        f"{run.model.class_name}{f' from {base}' if base else ''}",
         format_compact(size) if size else "",
         ", ".join(map(seed_of, runs)),
         split,
-        "; ".join(f"{name.replace('_', ' ')} {spread(values, name)}" for name in best_first(run["task"], values)),
+        "; ".join(f"{name.replace('_', ' ')} {spread(values, name)}" for name in best_first(run.task, values)),
         format_seconds(statistics.mean(seconds)) if seconds else "",
         format_number(statistics.mean(speeds)) if speeds else "",
-        ", ".join(str(run["environment"].get(key, "")) for key in ("hardware", "precision")),
+        ", ".join(str(run.environment.get(key, "")) for key in ("hardware", "precision")),
     ]
 
 
-def seed_of(run: dict) -> str:
-    return str(run["config"].get("seed", 42))
+def seed_of(run: RunRecord) -> str:
+    return str(run.config.get("seed", 42))
 
 
-def metrics_of(run: dict, split: str) -> dict[str, float]:
+def metrics_of(run: RunRecord, split: str) -> dict[str, float]:
     """What was measured on a split, by the metric's own name."""
-    named = {split_metric(key): value for key, value in run["metrics"].items() if is_quality(key) and is_number(value)}
+    named = {split_metric(key): value for key, value in run.metrics.items() if is_quality(key) and is_number(value)}
     return {name: value for (of, name), value in named.items() if of == split}
 
 

@@ -97,10 +97,15 @@ class RunArguments:
         return {"trust_remote_code": True} if self.trust_remote_code else {}
 
     @property
+    def is_plan(self) -> bool:
+        """Whether nothing is trained, so that a large corpus need not be read whole."""
+        return self.dry_run or self.find_lr
+
+    @property
     def reading(self) -> dict[str, object]:
         """Keyword arguments of a task: its model, and which splits of its data to read."""
         splits = ("train", "validation", *(() if self.skip_test else ("test",)))
-        return {"model": self.model, "splits": splits, **self.loading}
+        return {"model": self.model, "splits": splits, "is_plan": self.is_plan, **self.loading}
 
 
 class RunConfig:
@@ -177,6 +182,8 @@ def resolved_config(*instances: Any) -> dict[str, object]:
             value = getattr(instance, f.name)
             if "token" in f.name.split("_") and f.name.startswith("hub"):
                 continue  # an access token must not be written to a file
+            if f.name in getattr(instance, "derived_fields", ()):
+                continue  # decided by another field, which is recorded
             ours = f.name in inspect.get_annotations(type(instance))
             if not f.init or (foreign and value == _default(f) and not ours):
                 continue

@@ -1,10 +1,11 @@
-"""What there is: the heads of every family, and the parameters of every preset, as `bmtk models` shows them.
+"""The heads of every family, and the parameters of every preset, as `bmtk models` shows them.
 
 Heads and presets are read from the configuration classes.  A preset's parameters are counted on the meta device, with
 the head that the published number was counted with.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -14,9 +15,9 @@ from bmtk.models import FAMILIES
 
 @dataclass(frozen=True)
 class Published:
-    """How many parameters a preset's model is known to have, with which head, and from where; None: nobody says.
+    """The published number of parameters of a preset, with which head, and its source; None where none is published.
 
-    Where ours has more or fewer, `source` tells why.
+    Where ours has more or fewer, `source` gives the reason.
     """
 
     auto_class: str
@@ -56,8 +57,8 @@ PUBLISHED = {
 }
 
 
-def catalogue() -> dict[str, dict]:
-    """Family -> {"heads": Auto class -> class, "presets": name -> its parameters, and what they are compared with}."""
+def catalogue() -> dict[str, dict[str, Any]]:
+    """Family -> {"heads": Auto class -> class, "presets": name -> parameters, published number and source}."""
     return {
         family.model_type: {
             "heads": {auto_class: reference.split(".")[1] for auto_class, reference in family.heads.items()},
@@ -67,7 +68,7 @@ def catalogue() -> dict[str, dict]:
     }
 
 
-def _preset(family: type, name: str) -> dict:
+def _preset(family: Any, name: str) -> dict[str, Any]:
     published = PUBLISHED[name]
     with torch.device("meta"):
         model = getattr(transformers, published.auto_class).from_config(family.from_preset(name))
@@ -79,7 +80,7 @@ def _preset(family: type, name: str) -> dict:
     }
 
 
-def table(found: dict[str, dict]) -> str:
+def table(found: dict[str, dict[str, Any]]) -> str:
     """What `catalogue` returns, as two tables for a terminal."""
     auto_classes = list(dict.fromkeys(name for family in found.values() for name in family["heads"]))
     heads = [["Auto class", *found]]
@@ -93,8 +94,8 @@ def table(found: dict[str, dict]) -> str:
     return f"{_aligned(heads)}\n\n{_aligned(presets, right=2)}"
 
 
-def _compared(preset: dict) -> str:
-    """The published number as it relates to ours, and where it comes from."""
+def _compared(preset: dict[str, Any]) -> str:
+    """The published number, the difference of ours to it, and its source."""
     known = preset["published"]
     if known is None:
         return preset["source"]
@@ -103,7 +104,7 @@ def _compared(preset: dict) -> str:
 
 
 def _aligned(rows: list[list[str]], right: int | None = None) -> str:
-    """Columns as wide as their longest cell; the one at index `right` ends where it ends."""
+    """Columns as wide as their longest cell; the one at index `right` is right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -8,7 +8,6 @@ Data options default to those in the model's recipe.yaml; the command line overr
 """
 
 import dataclasses
-import json
 import logging
 import sys
 import time
@@ -22,10 +21,12 @@ from accelerate import Accelerator
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
+from bmtk.errors import UserError
+from bmtk.files import write_json
 from bmtk.hub import run_record, summary
 from bmtk.tasks import task_named
-from bmtk.training import finetuning
 from bmtk.training.evaluation import predict_all
+from bmtk.training.trained_model import TrainedModel
 
 OF_TRAINING = (
     "tokenizer",
@@ -58,24 +59,25 @@ class EvaluationArguments:
 
 
 def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, object]:
-    """The model and the rows; what is not said is taken from the run that made the model."""
+    """The model and the rows; what is left out is taken from the run that made the model."""
     values = arguments.RunConfig({}, argv)
     if values.get("config"):
         path = Path(str(values.get("config")))
         values = arguments.RunConfig(arguments.read_yaml(path), argv, path)
     if not values.get("model") and not {"-h", "--help"} & set(argv):
-        raise ValueError("model is not set: name the folder or Hub id of the model to evaluate")
+        raise UserError("model is not set: name the folder or Hub id of the model to evaluate")
     folder = Path(str(values.get("model")))
-    run = run_record.read_run(folder) if (folder / "run.json").is_file() else {}
-    task_class = task_named(values.get("task", run.get("task", "sequence_classification")))
+    is_ours = (folder / run_record.RUN_RECORD).is_file()
+    trained_for = run_record.RunRecord.read(folder).task if is_ours else "sequence_classification"
+    task = task_named(values.get("task", trained_for))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
-    known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
-    trained_on = Path(str(recipe.get("dataset"))).is_file() and not task_class.cuts_one_table
+    known = {f.name for f in dataclasses.fields(task.arguments)} - set(OF_TRAINING)
+    trained_on = Path(str(recipe.get("dataset"))).is_file() and not task.data.cuts_one_table
     if any(values.get(key) for key in SOURCES) or trained_on:
         known -= set(SOURCES)  # other rows; and a single file was trained on, unless the task cuts it
     values.file_values = {**{key: value for key, value in recipe.items() if key in known}, **values.file_values}
-    evaluation, data_args = values.bind([EvaluationArguments, task_class.arguments], description=__doc__)
-    evaluation.task = task_class.name
+    evaluation, data_args = values.bind([EvaluationArguments, task.arguments], description=__doc__)
+    evaluation.task = task.name
     return evaluation, data_args
 
 
@@ -84,37 +86,38 @@ def main(argv: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     evaluation, data_args = read_arguments(argv)
     loading = {"trust_remote_code": True} if evaluation.trust_remote_code else {}
-    trained = finetuning.TrainedModel(evaluation.model, **loading)
-    task = task_named(evaluation.task)(data_args, model=evaluation.model, splits=[evaluation.split], **loading)
-    if evaluation.split not in task.rows:
-        raise ValueError(f"the data have no labelled {evaluation.split} rows; choose another split, or name a file")
-    task.configure(trained.config, labels=trained.labels)
+    trained = TrainedModel(evaluation.model, **loading)
+    reading = {"model": evaluation.model, "splits": [evaluation.split], **loading}
+    data = task_named(evaluation.task).read(data_args, **reading)
+    if evaluation.split not in data.rows:
+        raise UserError(f"the data have no labelled {evaluation.split} rows; choose another split, or name a file")
+    objective = data.bind(trained.config, labels=trained.labels)
     accelerator = Accelerator()
-    model, rows = trained.load(task.auto_class).to(accelerator.device), task.rows[evaluation.split]
+    model, rows = trained.load(objective.auto_class).to(accelerator.device), objective.rows[evaluation.split]
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    batches = task.batches_in_order(rows, batch_size=evaluation.batch_size, **share)
+    batches = objective.batches_in_order(rows, batch_size=evaluation.batch_size, **share)
     num_batches = -(-len(rows) // evaluation.batch_size // accelerator.num_processes)
     started = time.perf_counter()
-    predictions = predict_all(model, batches, accelerator, task.predict, num_batches=num_batches)
+    predictions = predict_all(model, batches, accelerator, objective.scorer.predict, num_batches=num_batches)
     speed = len(rows) / (time.perf_counter() - started)
     if accelerator.is_main_process:
-        metrics = {f"{evaluation.split}/{name}": value for name, value in task.score(predictions, rows).items()}
-        print("".join(f"note: {line}\n" for line in task.notes), end="")
-        print(task.table(predictions, rows))
-        told = [(key.replace("/", " ").replace("_", " "), value) for key, value in metrics.items()]
-        print(summary.text_table([*told, ("rows per second", speed)]))
-        print(f"written to {write_metrics(evaluation, task, metrics, speed)}")
+        scores = objective.scorer.score(predictions, rows)
+        metrics = {f"{evaluation.split}/{name}": value for name, value in scores.items()}
+        print("".join(f"note: {line}\n" for line in objective.notes), end="")
+        print(objective.scorer.table(predictions, rows))
+        lines = [(key.replace("/", " ").replace("_", " "), value) for key, value in metrics.items()]
+        print(summary.text_table([*lines, ("rows per second", speed)]))
+        print(f"written to {write_metrics(evaluation, objective.data_record(), metrics, speed)}")
 
 
-def write_metrics(evaluation: EvaluationArguments, task, metrics: dict[str, float], speed: float) -> Path:
+def write_metrics(
+    evaluation: EvaluationArguments, data: dict[str, object], metrics: dict[str, float], speed: float
+) -> Path:
     folder = Path(evaluation.model)
     path = Path(evaluation.output or (folder if folder.is_dir() else Path.cwd()) / "metrics.json")
-    content = {"model": evaluation.model, "task": evaluation.task, "data": task.facts(), "metrics": metrics}
+    content = {"model": evaluation.model, "task": evaluation.task, "data": data, "metrics": metrics}
     content["inference"] = {"rows_per_second": speed}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({"at": run_record.now(), **content}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_json(path, {"at": run_record.now(), **content})
     return path
 
 

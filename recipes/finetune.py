@@ -20,30 +20,39 @@ from transformers import set_seed
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
+from bmtk.errors import UserError
 from bmtk.hub import run_record, summary
-from bmtk.hub.finalize import finalize_run
+from bmtk.hub.finalize import FinishedRun, finalize_run
+from bmtk.hub.run_record import ModelRecord
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
-from bmtk.training import finetuning
+from bmtk.training import finetuning_arguments
 from bmtk.training.adapters import AdapterArguments, adapt
 from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
+from bmtk.training.finetuning_arguments import FineTuningArguments, loop_arguments, resolve_defaults
 from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.profiling import seconds_per_step
+from bmtk.training.resume import checkpoint_to_resume
 from bmtk.training.run_folder import CHECKPOINTS, held
 from bmtk.training.signals import deferred_signals
+from bmtk.training.starting_weights import starting_config, starting_weights
+from bmtk.training.trainer import TaskTrainer, build_trainer, evaluate, save
+from bmtk.training.trainer_names import without_replaced
+from bmtk.training.updates import Losses
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
 def read_arguments(argv: list[str]) -> list:
-    """What config file and command line say: run, data, Trainer, adapter and architecture of a new model."""
+    """The settings of config file and command line: run, data, Trainer, adapter and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="sequence_classification/sst2")
-    task_class = task_named(values.get("task", "sequence_classification"))
+    values.file_values = without_replaced(values.file_values, values.cli_values)
+    task = task_named(values.get("task", "sequence_classification"))
     model_type = arguments.model_type_of(values)
     architecture = arguments.model_fields(model_type)
-    groups = [arguments.RunArguments, task_class.arguments, finetuning.FineTuningArguments, AdapterArguments]
+    groups = [arguments.RunArguments, task.arguments, FineTuningArguments, AdapterArguments]
     bound = values.bind([*groups, SearchArguments, architecture], description=__doc__)
-    bound[0].task, bound[0].model_type = task_class.name, model_type
+    bound[0].task, bound[0].model_type = task.name, model_type
     return bound
 
 
@@ -51,89 +60,87 @@ def main(argv: list[str]) -> None:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()  # of files; Trainer's own bar stays
     run, data_args, args, adapter, search, architecture = read_arguments(argv)
-    task_class, settings = task_named(run.task), [run, data_args, args, adapter, architecture]
+    task, groups = task_named(run.task), [run, data_args, args, adapter, architecture]
     if search.search:
-        return search_settings(search, settings, task_class, recipe=__file__, log=print)
-    is_main = args.process_index == 0
-    started_at = run_record.now()
+        return search_settings(search, groups, task, recipe=__file__, log=print)
+    is_main, started_at = args.process_index == 0, run_record.now()
     with args.main_process_first():
-        task = task_class(data_args, seed=args.seed, **run.reading)
+        data = task.read(data_args, seed=args.seed, **run.reading)
     set_seed(args.seed)
-    model = build_model(run, task, adapter, arguments.chosen_fields(architecture))
-    finetuning.settle(args, task)
-    config = arguments.resolved_config(*settings)
+    objective, model = start(run, data, adapter, arguments.chosen_fields(architecture))
+    resolve_defaults(args, objective)
+    settings = arguments.resolved_config(*groups)
     if is_main:
-        print("".join(f"note: {line}\n" for line in task.notes), end="", flush=True)
+        print("".join(f"note: {line}\n" for line in objective.notes), end="", flush=True)
     if run.find_lr:
-        return print(suggest_rate(task, model, finetuning.loop_arguments(args), Accelerator()))
+        return print(suggest_rate(objective, model, loop_arguments(args), Accelerator()))
     if run.dry_run:
-        return print(plan(config, task, model, args))
+        return print(plan(settings, objective, model, args))
 
     folder = Path(args.output_dir)
-    free_keys = finetuning.FREE_KEYS | arguments.FREE_RUN_KEYS | task_class.free_keys
+    free_keys = finetuning_arguments.FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys
     check = {"overwrite": args.overwrite_output_dir, "resume": args.may_resume, "free_keys": free_keys}
     signals = deferred_signals(second_stops_at_once=args.world_size == 1)
-    with held(folder, config, is_main=is_main, **check), signals as request:
-        history = RecordHistory(folder, unit=task.unit)
+    with held(folder, settings, is_main=is_main, **check), signals as request:
+        history = RecordHistory(folder, unit=objective.unit)
         callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
-        trainer = finetuning.build_trainer(model, task, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
+        trainer = build_trainer(model, objective, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
         trainer.accelerator.wait_for_everyone()  # what the main process deletes is gone
-        checkpoint = finetuning.checkpoint_to_resume(folder, args.resume_from_checkpoint)
+        checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)
         if checkpoint and is_main:
             print(f"going on from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)
-        results = finetuning.evaluate(trainer, task)
-        finetuning.save(trainer, folder, merge=adapter.merge_adapter)
+        results = evaluate(trainer)
+        save(trainer, folder, merge=adapter.merge_adapter)
         if is_main:
-            finalize_run(
-                folder,
-                run=run,
-                task=task,
-                config=config,
-                accelerator=trainer.accelerator,
-                log=print,
+            finished = FinishedRun(
                 recipe="finetune",
+                config=settings,
+                environment=run_record.environment_record(trainer.accelerator),
                 started_at=started_at,
                 train_seconds=history.seconds,
                 model=model_record(trainer, run, adapter),
                 throughput=history.throughput,
-                **vars(results),
+                results=results,
             )
+            finalize_run(folder, run=run, objective=objective, finished=finished, log=print)
         trainer.accelerator.wait_for_everyone()
 
 
-def build_model(run, task, adapter, chosen):
-    """The model that training starts from: pretrained under the task's head, or new; with its adapter."""
+def start(run, data, adapter, chosen) -> tuple:
+    """The objective, and the model that training starts from: pretrained under its head, or new; with its adapter."""
     if adapter.purpose and not run.model:
-        raise ValueError(f"{adapter.purpose} a pretrained model; name one with model")
-    model = finetuning.starting_model(run, task, chosen, quantize=adapter.quantize)
+        raise UserError(f"{adapter.purpose} a pretrained model; name one with model")
+    config = starting_config(run, data, chosen)
+    objective = data.bind(config)
+    model = starting_weights(objective, config, run, quantize=adapter.quantize)
     if not run.model:
-        task.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
-    return adapt(model, adapter, task_type=task.peft_task_type)
+        objective.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
+    return objective, adapt(model, adapter, task_type=data.task.peft_task_type)
 
 
-def model_record(trainer, run, adapter) -> dict[str, object]:
+def model_record(trainer: TaskTrainer, run: arguments.RunArguments, adapter: AdapterArguments) -> ModelRecord:
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     saved_as = "adapter" if adapter.adapter and not adapter.merge_adapter else "model"
-    return {**run_record.model_record(model, base_model=run.model, adapter=adapter.adapter), "saved_as": saved_as}
+    origin = {"base_model": run.model, "adapter": adapter.adapter, "saved_as": saved_as}
+    return run_record.model_record(model, **origin)
 
 
-def plan(config, task, model, args) -> str:
-    """What a run would be, timed by a rehearsal of its first step."""
-    num_rows, share = len(task.rows["train"]), args.per_device_train_batch_size * args.gradient_accumulation_steps
-    sizes = {"batch_size": share, "micro_batch_size": args.per_device_train_batch_size, "seed": args.seed}
-    batches = task.train_batches(**sizes)
-    steps = finetuning.total_steps(args, num_rows)
-    step_rows = share * args.world_size
-    losses = {**task.losses, "criterion": finetuning.criterion_of(task, args)}
+def plan(settings, objective, model, args) -> str:
+    """The run without training it, timed by a rehearsal of its first step."""
+    num_rows = round(len(objective.rows["train"]) / objective.sampled_share)
+    sizes = {"batch_size": args.rows_per_step, "micro_batch_size": args.per_device_train_batch_size}
+    batches = objective.train_batches(**sizes, seed=args.seed)
+    steps, step_rows = args.total_steps(num_rows), args.rows_per_step * args.world_size
+    losses = Losses.of(objective, label_smoothing=args.label_smoothing_factor)
     return summary.run_plan(
-        config,
+        settings,
         model,
         steps=steps,
         epochs=steps * step_rows / num_rows,
-        per_step=round(step_rows * task.units_per_row("train")),
-        unit=task.unit,
-        seconds_per_step=seconds_per_step(model, batches, Accelerator(), **losses),
+        per_step=round(step_rows * objective.units_per_row("train")),
+        unit=objective.unit,
+        seconds_per_step=seconds_per_step(model, batches, Accelerator(), losses),
     )
 
 

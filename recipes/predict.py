@@ -23,10 +23,11 @@ from transformers import set_seed
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
+from bmtk.errors import UserError
 from bmtk.hub import run_record
 from bmtk.tasks import task_named
 from bmtk.tasks.inference import PictureFolder, PredictionFile, read_inputs
-from bmtk.training import finetuning
+from bmtk.training.trained_model import TrainedModel
 from bmtk.training.updates import on_device
 
 # Data settings of a training run that do not concern rows to be predicted.
@@ -69,18 +70,19 @@ class PredictionArguments:
 def read_arguments(argv: list[str]) -> tuple[PredictionArguments, object]:
     """The model and the rows; how rows are read is taken from the run that made the model."""
     values = arguments.RunConfig({}, argv)
-    if not {"-h", "--help"} & set(argv):
-        for key, what in (("model", "the folder or Hub id of a model"), ("input", "the file or folder to read")):
-            if not values.get(key):
-                raise ValueError(f"{key} is not set: name {what}")
+    needed = {"model": "the folder or Hub id of a model", "input": "the file or folder to read"}
+    unset = [] if {"-h", "--help"} & set(argv) else [key for key in needed if not values.get(key)]
+    if unset:
+        raise UserError(f"{unset[0]} is not set: name {needed[unset[0]]}")
     folder = Path(str(values.get("model")))
-    run = run_record.read_run(folder) if (folder / "run.json").is_file() else {}
-    task_class = task_named(values.get("task", run.get("task", "sequence_classification")))
+    is_ours = (folder / run_record.RUN_RECORD).is_file()
+    trained_for = run_record.RunRecord.read(folder).task if is_ours else "sequence_classification"
+    task = task_named(values.get("task", trained_for))
     recipe = arguments.read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
-    known = {f.name for f in dataclasses.fields(task_class.arguments)} - set(OF_TRAINING)
+    known = {f.name for f in dataclasses.fields(task.arguments)} - set(OF_TRAINING)
     values.file_values = {key: value for key, value in recipe.items() if key in known}
-    prediction, data_args = values.bind([PredictionArguments, task_class.arguments], description=__doc__)
-    prediction.task = task_class.name
+    prediction, data_args = values.bind([PredictionArguments, task.arguments], description=__doc__)
+    prediction.task = task.name
     return prediction, data_args
 
 
@@ -93,25 +95,34 @@ def main(argv: list[str]) -> None:
     table = read_inputs(args.input)
     output = PredictionFile(args.output)
     pictures = PictureFolder(args.pictures, task_named(args.task)) if args.pictures else None
-    trained = finetuning.TrainedModel(args.model, **loading)
-    task = task_named(args.task)(data_args, model=args.model, splits=(), **loading)
-    task.configure(trained.config, labels=trained.labels)
-    table = task.usable(table, "input")
+    trained = TrainedModel(args.model, **loading)
+    data = task_named(args.task).read(data_args, model=args.model, splits=(), **loading)
+    objective = data.bind(trained.config, labels=trained.labels)
+    table = data.readable_rows(table, "input")
     accelerator = Accelerator()
-    model = trained.load(task.auto_class).to(accelerator.device).eval()
-    rows = task.encode_inputs(table)
-    batches = task.batches_in_order(rows, batch_size=args.batch_size)
+    model = trained.load(objective.auto_class).to(accelerator.device).eval()
+    rows = objective.encode_inputs(table)
+    batches = objective.batches_in_order(rows, batch_size=args.batch_size)
+    scorer = objective.scorer
     set_seed(args.seed)
     with output, tqdm(total=len(rows), desc="predicting", unit="row") as bar:
         for batch in batches:
-            predictions = task.predict(model, on_device(batch, accelerator.device))
-            for index, prediction in enumerate(predictions, bar.n):
-                drawn = pictures and pictures.save(task.drawn(prediction, index, rows), index + 1, table[index])
-                for line in task.lines(prediction, index, rows, table):
-                    output.write({**line, "picture": drawn} if drawn else line)
+            predictions = scorer.predict(model, on_device(batch, accelerator.device))
+            write(predictions, bar.n, scorer, (rows, table), output, pictures)
             bar.update(len(predictions))
-    print("".join(f"note: {line}\n" for line in task.notes), end="")
+    print("".join(f"note: {line}\n" for line in objective.notes), end="")
     print(f"{output.count:,} predictions written to {output.path}")
+
+
+def write(
+    predictions, first: int, scorer, read: tuple, output: PredictionFile, pictures: PictureFolder | None
+) -> None:
+    """Write the lines of some predictions, of which the first is that of row `first`, and their pictures."""
+    rows, table = read
+    for index, prediction in enumerate(predictions, first):
+        drawn = pictures and pictures.save(scorer.annotated_image(prediction, index, rows), index + 1, table[index])
+        for line in scorer.lines(prediction, index, rows, table):
+            output.write({**line, "picture": drawn} if drawn else line)
 
 
 if __name__ == "__main__":

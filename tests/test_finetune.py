@@ -27,10 +27,11 @@ from transformers import (
 
 from bmtk.data.tables import read_table
 from bmtk.data.tokenizers import train_tokenizer
-from bmtk.tasks.sequence_classification import SequenceClassification
+from bmtk.tasks.objective import Objective
 from bmtk.training import callbacks
 from bmtk.training.adapters import AdapterArguments, add_adapter
-from bmtk.training.finetuning import check_whole_weights, choose_best_by
+from bmtk.training.finetuning_arguments import choose_best_by
+from bmtk.training.trainer import check_whole_weights
 from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +174,24 @@ def test_the_projects_adamw_steps_as_trainers_own_where_nothing_is_decayed(tmp_p
     changed = {name for name in theirs if not torch.allclose(decayed[name], theirs[name], rtol=1e-4)}
     assert "model.layers.0.self_attn.q_proj.weight" in changed
     assert json.loads((shared / "run_config.json").read_text())["optimizer"] == "adamw"
+
+
+def test_the_vocabulary_of_the_own_loop_trains_what_trainers_names_train(tmp_path):
+    shared = ["--num_train_steps", "4", "--batch_size", "8", "--micro_batch_size", "4", "--schedule", "constant"]
+    trainers = ["--max_steps", "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    trainers += ["--lr_scheduler_type", "constant_with_warmup"]
+    one = run(tmp_path / "one", *shared, "--eval_steps", "2", "--save_steps", "2", "--precision", "fp32")
+    steps = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2"]
+    other = run(tmp_path / "other", *trainers, *steps)
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert [row["step"] for row in history(one) if "validation/loss" in row] == [2, 4]
+    assert sorted(path.name for path in (one / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    config = facts(one)["config"]
+    assert (config["batch_size"], config["micro_batch_size"], config["schedule"]) == (8, 4, "constant")
+    assert not {"per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"} & set(config)
+    recipe = one / "recipe.yaml"
+    finetune.main(["--config", str(recipe), "--output_dir", str(tmp_path / "again"), "--disable_tqdm", "true"])
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
 
 
 def test_layers_of_trainers_own_optimizer_move_by_their_depth(tmp_path):
@@ -446,7 +465,7 @@ def test_lora_learns_and_leaves_an_adapter(adapter, undecided, tmp_path):
     evaluate.main(["--model", str(adapter), "--output", str(tmp_path / "metrics.json")])
     again = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert again["test/loss"] == pytest.approx(run_facts["metrics"]["test/loss"], abs=1e-6)
-    next_command = SequenceClassification.next_command(None, adapter)
+    next_command = Objective.next_command(None, adapter)
     assert next_command == f"accelerate launch recipes/evaluate.py --model {adapter}"
 
 
@@ -529,7 +548,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_no_model(tmp_path
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
-    run(tmp_path / "run", "--dry_run", "--gradient_accumulation_steps", "2")
+    run(tmp_path / "run", "--dry_run", "--batch_size", "32", "--micro_batch_size", "16")
     printed = capsys.readouterr().out
     for pattern in (
         r"parameters +39,106 \(39,106 trained\)",
@@ -580,6 +599,8 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
             r"metric_for_best_model='macro_f2' is not measured; choose one of loss, accuracy, macro_f1, or leave it "
             r"out for accuracy$",
         ),
+        (["--num_train_steps", "3", "--max_steps", "4"], r"num_train_steps=3 and max_steps=4 contradict each other"),
+        (["--batch_size", "9", "--micro_batch_size", "2"], r"micro_batch_size=2 does not divide the 9 rows of an opt"),
         (["--merge_adapter"], r"merge_adapter needs an adapter: set adapter to lora"),
         (["--max_length", "65"], r"max_length=65 exceeds the model's limit of 64 tokens"),
         (["--num_attention_heads", "3"], r"hidden_size=32 is not a multiple of num_attention_heads=3"),
@@ -624,7 +645,7 @@ def test_a_language_model_is_finetuned_evaluated_and_asked_by_the_same_recipes(p
     argv = ["--model", str(pretrained), *files, "--learning_rate", "3e-3"]
     settings = ["--context_length", "32", "--num_train_epochs", "4", "--disable_tqdm", "true"]
     config = tmp_path / "lm.yaml"
-    config.write_text("task: causal_lm\nprompts: [To be]\nsample_tokens: 8\n")
+    config.write_text("task: causal_lm\nprompts: [To be]\nsample_tokens: 8\nleakage: allow\n")
     folder = tmp_path / "run"
     finetune.main(["--config", str(config), *argv, *settings, "--output_dir", str(folder)])
     metrics = facts(folder)["metrics"]

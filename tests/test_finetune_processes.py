@@ -40,8 +40,8 @@ def write_rows(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def runs(folder: Path, *, data: Path, batch_size: int) -> list[list[str]]:
-    common = f"--preset smoke --disable_tqdm true --per_device_train_batch_size {batch_size} {SHORT}"
+def runs(folder: Path, *, data: Path) -> list[list[str]]:
+    common = f"--preset smoke --disable_tqdm true --batch_size 8 {SHORT}"
     return [
         [*f"{common} {case.format(data=data)}".split(), "--output_dir", f"{folder / name}"]
         for name, case in CASES.items()
@@ -50,11 +50,11 @@ def runs(folder: Path, *, data: Path, batch_size: int) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
-    """Of all runs on one process, and on two with batches half as large, started once."""
+    """Of all runs on one process, and on two that share the same batches, started once."""
     folder = tmp_path_factory.mktemp("processes")
     one, two, listed = folder / "one", folder / "two", folder / "runs.json"
     write_rows(folder)
-    listed.write_text(json.dumps(runs(two, data=folder, batch_size=4)), encoding="utf-8")
+    listed.write_text(json.dumps(runs(two, data=folder)), encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -66,7 +66,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     before = Path.cwd()
     os.chdir(ROOT)
     try:
-        for argv in runs(one, data=folder, batch_size=8):
+        for argv in runs(one, data=folder):
             finetune.main(argv)
     finally:
         os.chdir(before)

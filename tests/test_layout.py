@@ -17,7 +17,7 @@ BMTK = ROOT / "bmtk"
 MODELS = BMTK / "models"
 UPLOADED = sorted(path for path in MODELS.glob("*.py") if path.name != "__init__.py")
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-IGNORED = {".venv", ".git", "__pycache__", "build", "dist", "outputs", ".pytest_cache", ".ruff_cache"}
+IGNORED = {".venv", ".git", "__pycache__", "build", "dist", "outputs", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
 
 GROUND_FLOOR = {"errors", "files", "settings"}  # any room but models may import them
 # Room -> the rooms it may import from, besides itself.  What is not listed is forbidden.
@@ -276,12 +276,84 @@ def test_no_configuration_file_postpones_its_annotations():
         assert "__future__.annotations" not in imported_modules(path), shown(path)
 
 
+# Classes -------------------------------------------------------------------------------------------------------------
+
+CLASSES = {node.name: node for path in GUARDED for node in tree_of(path).body if isinstance(node, ast.ClassDef)}
+MOST_METHODS = 24
+# Attributes that a base class of another library gives birth to.
+BORN_ELSEWHERE = {"TaskTrainer": {"model", "model_wrapped", "optimizer"}}
+
+
+def lineage(node: ast.ClassDef) -> list[ast.ClassDef]:
+    """The class and those of the project that it inherits from."""
+    names = [ast.unparse(base).split("[")[0] for base in node.bases]
+    return [node, *(ancestor for name in names if name in CLASSES for ancestor in lineage(CLASSES[name]))]
+
+
+def assigned_to_self(function: ast.AST) -> set[str]:
+    return {
+        node.attr
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+
+
+def born(node: ast.ClassDef) -> set[str]:
+    """Attributes of the class body and of the constructor."""
+    found = set(BORN_ELSEWHERE.get(node.name, ()))
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name in ("__init__", "__post_init__", "__new__"):
+            found |= assigned_to_self(item)
+        elif isinstance(item, ast.AnnAssign):
+            found.add(item.target.id)
+        elif isinstance(item, ast.Assign):
+            found |= {target.id for target in item.targets if isinstance(target, ast.Name)}
+        elif isinstance(item, ast.FunctionDef) and item.decorator_list:
+            found.add(item.name)  # a property with a setter
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_no_attribute_is_born_outside_a_constructor(name):
+    """What an object has can be read in one place; that it is not known yet is a None, with its type."""
+    known = set().union(*(born(ancestor) for ancestor in lineage(CLASSES[name])))
+    assert assigned_to_self(CLASSES[name]) - known == set()
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_a_class_is_one_thing(name):
+    methods = [item for item in CLASSES[name].body if isinstance(item, ast.FunctionDef)]
+    assert len(methods) <= MOST_METHODS
+
+
 # Recipes -------------------------------------------------------------------------------------------------------------
+
+
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+
+
+def num_statements(node: ast.AST) -> int:
+    """Statements inside of a function or a file, with those in its blocks."""
+    return sum(isinstance(child, ast.stmt) for child in ast.walk(node)) - isinstance(node, ast.stmt)
+
+
+def nesting(node: ast.AST) -> int:
+    """How many blocks lie within each other."""
+    return max((nesting(child) + isinstance(child, BLOCKS) for child in ast.iter_child_nodes(node)), default=0)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=shown)
 def test_a_recipe_is_a_short_straight_line(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
+    functions = [node for node in tree_of(path).body if isinstance(node, ast.FunctionDef)]
+    assert "main" in {function.name for function in functions}
+    assert {function.name for function in functions if num_statements(function) > 40} == set()
+    assert {function.name for function in functions if nesting(function) > 2} == set()
+    assert sum(num_statements(function) for function in functions) <= 75
+    loops = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.For | ast.While)]
+    counting = [ast.unparse(loop).splitlines()[0] for loop in loops if "range(" in ast.unparse(loop).splitlines()[0]]
+    assert [loop for loop in loops if isinstance(loop, ast.While)] == counting == [], (
+        "a loop over steps or epochs belongs to bmtk/training"
+    )
 
 
 def code_lines(path: Path) -> list[str]:

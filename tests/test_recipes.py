@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer, pipeline
 from bmtk.arguments import changed_settings, chosen_fields, read_yaml, resolved_config
 from bmtk.tasks import task_named
 from bmtk.training.evaluation import predict_all
-from bmtk.training.finetuning import starting_model
+from bmtk.training.starting_weights import starting_config, starting_weights
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
@@ -127,13 +127,14 @@ NO_GOAL = re.compile(r"tokens|(seasonal_)?naive_\w+|mean_colour_mae")  # a count
 def test_a_task_names_the_metrics_that_it_measures(config, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run, data_args, *_, architecture = recipe_of(config).read_arguments(["--config", str(config)])
-    task = task_named(run.task)(data_args, folder=tmp_path, **run.reading)
-    model = starting_model(run, task, chosen_fields(architecture))
-    rows = task.rows["validation"]
-    predictions = predict_all(model, task.batches_in_order(rows, batch_size=64), Accelerator(), task.preview)
-    measured = {name for name in task.score(predictions, rows) if not NO_GOAL.fullmatch(name)}
-    assert set(task.metrics) == measured
-    assert task.main_metric in measured
+    data = task_named(run.task).read(data_args, folder=tmp_path, **run.reading)
+    config = starting_config(run, data, chosen_fields(architecture))
+    objective = data.bind(config)
+    model, scorer, rows = starting_weights(objective, config, run), objective.scorer, objective.rows["validation"]
+    predictions = predict_all(model, objective.batches_in_order(rows, batch_size=64), Accelerator(), scorer.preview)
+    measured = {name for name in scorer.score(predictions, rows) if not NO_GOAL.fullmatch(name)}
+    assert set(scorer.metrics) == measured
+    assert scorer.main_metric in measured
 
 
 def test_a_killed_run_goes_on_to_the_very_same_weights(pretrained, tmp_path):

@@ -1,42 +1,36 @@
 """The batches of any optimizer step, for any number of processes, looked up rather than replayed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from bmtk.data.shuffle import permuted_index
+from bmtk.errors import UserError
 
-
-class Rows(Protocol):
-    """What batches are made of: a number of rows, and a dict of tensors for any list of them.
-
-    `epochs` holds the pass over the data in which each row is asked for: what is drawn at random for a row (a mask, a
-    crop) is a function of the row and its epoch, so that no restart changes it.
-    """
-
-    def __len__(self) -> int: ...
-    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]: ...
+from .rows import Indices, Rows
+from .shuffle import permuted_index
 
 
 class CollatedRows:
     """The rows of a map-style data set and what makes a batch of them, as `Rows`.
 
-    A data set that draws at random has `set_epoch`, as those that accelerate's loaders know; only in training is it
-    told the epoch, and draws.
+    A data set that draws at random has `set_epoch`, which accelerate's loaders call, too; it is called in training
+    only, so that evaluations draw nothing.
     """
 
-    def __init__(self, examples, collate: Callable[[list], dict], *, is_training: bool = False):
+    def __init__(
+        self, examples: Any, collate: Callable[[list[Any]], dict[str, torch.Tensor]], *, is_training: bool = False
+    ):
         self.examples, self.collate = examples, collate
         self.draws = is_training and hasattr(examples, "set_epoch")
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
-        rows = []
+    def batch(self, indices: Indices, epochs: Indices) -> dict[str, torch.Tensor]:
+        rows: list[Any] = []
         for epoch, places in groupby(zip(epochs, indices, strict=True), key=lambda place: int(place[0])):
             if self.draws:
                 self.examples.set_epoch(epoch)
@@ -44,8 +38,8 @@ class CollatedRows:
             rows += self._fetch(numbers)
         return self.collate(rows)
 
-    def _fetch(self, indices: list[int]) -> list:
-        """At once, where the data set can."""
+    def _fetch(self, indices: list[int]) -> list[Any]:
+        """The rows themselves, in one call if the data set offers it."""
         if hasattr(self.examples, "__getitems__"):
             return self.examples.__getitems__(indices)
         return [self.examples[index] for index in indices]
@@ -57,10 +51,10 @@ class GlobalBatches:
     The order is endless: epoch after epoch, each with its own shuffle of all rows. Step s takes its rows
     [s * batch_size, (s + 1) * batch_size), across the end of an epoch if need be, and each rank takes an equal,
     contiguous share of them. So the rows of a step depend on (seed, step) alone, and resuming costs nothing.
-    Raises: ValueError if there are no rows, or sizes and ranks do not fit together.
+    Raises: UserError if there are no rows, or the sizes do not fit together; ValueError for a rank out of range.
     """
 
-    carries_state = False  # whether a row goes on where the same row of the step before ended
+    carries_state = False  # whether a row continues the same row of the previous step
 
     def __init__(
         self,
@@ -73,17 +67,17 @@ class GlobalBatches:
         world_size: int = 1,
         shuffle: bool = True,
     ):
-        """`batch_size` rows a step on all processes together, `micro_batch_size` a forward (0: the whole share)."""
+        """`batch_size` rows per step over all processes, `micro_batch_size` per forward pass (0: the whole share)."""
         if len(rows) == 0:
-            raise ValueError("there are no rows to make batches of; the corpus is empty")
+            raise UserError("there are no rows to make batches of; the corpus is empty")
         _check_rank(rank, world_size)
         if batch_size < 1 or batch_size % world_size != 0:
-            raise ValueError(
+            raise UserError(
                 f"batch_size={batch_size} must be a multiple of the number of processes, {world_size}; "
                 f"the nearest one above is {max(1, -(-batch_size // world_size)) * world_size}"
             )
         if micro_batch_size < 0:
-            raise ValueError(f"micro_batch_size={micro_batch_size} must be 0 (the whole share) or more rows")
+            raise UserError(f"micro_batch_size={micro_batch_size} must be 0 (the whole share) or more rows")
         self.rows = rows
         self.batch_size = batch_size
         self.seed = seed
@@ -94,7 +88,7 @@ class GlobalBatches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimizer steps in which every row is seen once: not a whole number when a batch spans two epochs."""
+        """Optimizer steps per epoch: not a whole number when a batch spans two epochs."""
         return len(self.rows) / self.batch_size
 
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,11 +114,11 @@ def sequential_batches(
 
     Ranks hold contiguous shares that differ by one row at most, so the last batch may be smaller, one rank may have
     one batch more than another, and with fewer rows than ranks some have none.
-    Raises: ValueError if batch_size < 1 or the rank is not one of the processes.
+    Raises: UserError if batch_size < 1; ValueError for a rank out of range.
     """
     _check_rank(rank, world_size)
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1 row")
+        raise UserError(f"batch_size={batch_size} must be at least 1 row")
     first, last = len(rows) * rank // world_size, len(rows) * (rank + 1) // world_size
     shares = (range(i, min(i + batch_size, last)) for i in range(first, last, batch_size))
     return (rows.batch(share, [0] * len(share)) for share in shares)

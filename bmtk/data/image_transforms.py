@@ -1,7 +1,7 @@
-"""Augmentation of images: training rows that are never twice the same.  C channels, H x W pixels, uint8.
+"""Augmentation of images, drawn anew in every epoch.  C channels, H x W pixels, uint8.
 
-Everything is drawn from a generator that the caller seeds with (seed, epoch, row): what becomes of a row depends on
-nothing else, so neither workers nor processes nor a restart change what is learned.
+Everything is drawn from a generator that the caller seeds with (seed, epoch, row), so that neither the number of
+workers or processes nor a restart changes what is learned.
 
 Sources: crops and flips, Krizhevsky et al. 2012; RandAugment, Cubuk et al. 2019, arXiv:1909.13719; random erasing,
 Zhong et al. 2017, arXiv:1708.04896; mixup, Zhang et al. 2018, arXiv:1710.09412; CutMix, Yun et al. 2019,
@@ -11,13 +11,15 @@ arXiv:1905.04899.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 import torch
 from PIL import ImageEnhance, ImageOps
 from torch.nn import functional as F
+
+from bmtk.errors import UserError
 
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # of red, green and blue (ITU-R BT.601)
 ERASED_AREAS, ERASED_ASPECTS = (0.02, 1 / 3), (0.3, 3.3)  # Zhong et al., section 4.2; aspects: table 6
@@ -28,7 +30,7 @@ DEGREES, SHIFT, SIZE, COLOUR = (
     0.3,
 )  # at strength 1; shifts in parts of the image
 TRIES = 10  # rectangles drawn until one fits into the image
-GREY = 128  # what comes in from beyond an edge
+GREY = 128  # colour of what comes in from beyond an edge
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,23 @@ class Augmentation:
     random_crop: int = 0  # pixels that the image may move, along each side; its edges are mirrored
     horizontal_flip: bool = False  # of every second image
     rand_augment: int = 0  # transformations
-    rand_augment_magnitude: float = 0.3  # 0: next to nothing, 1: as strong as they get
+    rand_augment_magnitude: float = 0.3  # strength of each: from 0, almost none, to 1, the strongest
     colour_jitter: float = 0.0  # brightness, contrast and saturation are multiplied by 1 - this to 1 + this
     random_erasing: float = 0.0  # probability that a rectangle becomes noise
     mixup: float = 0.0  # both parameters of the Beta distribution of an image's share in a mixture of two
     cutmix: float = 0.0  # likewise of an image's share, where a rectangle of it is replaced by that of another
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("random_crop", "rand_augment", "mixup", "cutmix"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 (0: not at all)")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 (0 turns it off)")
         for name in ("rand_augment_magnitude", "colour_jitter", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range; choose 0 <= {name} <= 1")
+                raise UserError(f"{name}={getattr(self, name)} is out of range; choose 0 <= {name} <= 1")
 
     @property
     def mixes(self) -> bool:
-        """Whether an image becomes one of two labels."""
+        """Whether two images are mixed into one with two labels."""
         return bool(self.mixup or self.cutmix)
 
     def __call__(self, image: np.ndarray, draw: np.random.Generator) -> np.ndarray:
@@ -72,7 +74,7 @@ class Augmentation:
         return image
 
     def mixed(self, image: np.ndarray, other: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, float]:
-        """A mixture of two images, and the share that the first has in it; of both kinds, each every second time."""
+        """A mixture of two images and the share of the first in it; if both kinds are on, either is equally likely."""
         if not self.cutmix or (self.mixup and draw.random() < 0.5):
             share = draw.beta(self.mixup, self.mixup)
             return np.rint(share * image + (1 - share) * other).astype(np.uint8), share
@@ -82,11 +84,13 @@ class Augmentation:
 def moved(image: np.ndarray, down: int, right: int) -> np.ndarray:
     """The image, moved by whole pixels; what comes in is mirrored at the edge.
 
-    Raises: ValueError if nothing of the image would be left.
+    Raises: UserError if nothing of the image would be left.
     """
     _, height, width = image.shape
     if abs(down) >= height or abs(right) >= width:
-        raise ValueError(f"random_crop of {max(abs(down), abs(right))} pixels is too much for {height} x {width}")
+        raise UserError(
+            f"random_crop of {max(abs(down), abs(right))} pixels is too large for an image of {height} x {width}"
+        )
     return image[:, _mirrored(height, down)[:, None], _mirrored(width, right)]
 
 
@@ -124,7 +128,7 @@ def erased(image: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 
 
 def pasted(image: np.ndarray, other: np.ndarray, draw: np.random.Generator, share: float) -> tuple[np.ndarray, float]:
-    """The image with a rectangle of about 1 - share of it out of another; and the share that is left, exactly."""
+    """The image with a rectangle of about 1 - `share` of its area from another, and the exact share that is left."""
     _, height, width = image.shape
     spans = []
     for length in (height, width):
@@ -152,7 +156,7 @@ def _affine(picture: PIL.Image.Image, *matrix: float) -> PIL.Image.Image:
     return picture.transform(picture.size, PIL.Image.Transform.AFFINE, matrix, nearest, fillcolor=fill)
 
 
-def _enhance(kind: type) -> Callable:
+def _enhance(kind: Callable[[PIL.Image.Image], Any]) -> Callable[[PIL.Image.Image, float], PIL.Image.Image]:
     return lambda picture, strength: kind(picture).enhance(1 + 0.9 * strength)
 
 
@@ -179,8 +183,8 @@ TRANSFORMATIONS = (
 
 
 class BatchTransform(NamedTuple):
-    """What is done to an image: `matrix` (2, 3) leads from places in the new image to places in the old one (from -1
-    to 1); then a channel c becomes gain[c] * c + shift[c]; stacked, with a first axis B."""
+    """The change of an image, or of B of them stacked: `matrix` (2, 3) maps positions in the new image to positions in
+    the old one (both from -1 to 1); then channel c becomes gain[c] * c + shift[c]."""
 
     matrix: torch.Tensor
     gain: torch.Tensor
@@ -188,7 +192,7 @@ class BatchTransform(NamedTuple):
 
 
 def draw_batch_transform(strength: float, draw: np.random.Generator) -> BatchTransform:
-    """Changes of one image, evenly distributed up to the largest."""
+    """A change of one image, each part of it uniform up to its largest."""
     angle = math.radians(DEGREES) * strength * draw.uniform(-1, 1)
     size = math.exp(SIZE * strength * draw.uniform(-1, 1))
     move = 2 * SHIFT * strength * draw.uniform(-1, 1, 2)

@@ -3,23 +3,25 @@
 import math
 from collections.abc import Collection, Iterable, Sequence
 
+from bmtk.errors import UserError
+
 
 def label_name(value: object, names: Sequence[str] | None, where: str) -> str:
     """The label as a word: a string as it is, an integer by `names` if these are given, else as its digits.
 
-    Raises: ValueError, naming the place `where`, for a missing value, a fraction, or a number that has no name.
+    Raises: UserError, naming the place `where`, for a missing value, a fraction, or a number that has no name.
     """
     if isinstance(value, float) and value.is_integer():  # how a column of integers with a gap is read
         value = int(value)
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        raise ValueError(f"{where} is empty; label the row or take it out")
+        raise UserError(f"{where} is empty; label the row or take it out")
     if isinstance(value, float):
-        raise ValueError(f"{where} holds {value}; a label is a string or an integer")
+        raise UserError(f"{where} holds {value}; a label is a string or an integer")
     name = str(value)
     if not names or name in names:
         return name
     if not is_integer(name) or not 0 <= int(name) < len(names):
-        raise ValueError(
+        raise UserError(
             f"{where} holds {name!r}, which is neither one of label_names ({some(names)}) nor the number of one"
         )
     return names[int(name)]
@@ -51,11 +53,11 @@ def agreed_labels(
     """The labels of a model in order, and the id of each name: what it knows already, else `names`, those of the data.
 
     `found` are the names in all rows.
-    Raises: ValueError if a model that is not trained any more knows none of them.
+    Raises: UserError if a model that is not trained any more knows none of them.
     """
     ids = ids_of_known(found, known)
     if ids is None and known and not is_trained:
-        raise ValueError(f"the data has labels {some(names)}, and the model knows others: {some(known)}")
+        raise UserError(f"the data has labels {some(names)}, and the model knows others: {some(known)}")
     labels = list(known if ids else names)
     return labels, ids or {name: index for index, name in enumerate(labels)}
 

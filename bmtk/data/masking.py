@@ -4,14 +4,13 @@ B rows, L positions.  Source: Devlin et al. 2018, arXiv:1810.04805, sec. 3.1 and
 release of their code (2019).
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bmtk.data.epoch_dataset import EpochDataset
-from bmtk.data.packing import IGNORED, PackedRows
+from .epoch_dataset import EpochDataset
+from .packing import IGNORE_INDEX, PackedRows
+from .rows import Indices
 
 BLANKS = ("\u0120", "\u2581")  # how byte-level and SentencePiece tokenizers write the blank that a token begins with
 MASKED, RANDOM = 0.8, 0.1  # shares of the hidden tokens that become the mask token, and any other; the rest stays
@@ -23,12 +22,12 @@ def draws(seed: int, epoch: int, row: int) -> np.random.Generator:
 
 
 class MaskedTokens(EpochDataset):
-    """Packed rows of which some tokens are to be guessed; `batch(...)` is int64 tensors (B, L).
+    """Packed rows with some tokens masked, to be predicted; `batch(...)` is int64 tensors (B, L).
 
     `labels`: the tokens that were hidden, -100 elsewhere.  `input_ids`: a hidden token is the mask token (80 %), any
     ordinary token (10 %) or itself (10 %); special tokens are never hidden.  `position_ids` as in PackedRows.
-    Of n ordinary tokens, as many are hidden as `probability` n, rounded, and at least one; with `whole_words` the last
-    word may exceed that.  A DataLoader, whose batches know no epoch, is told it by `set_epoch`.
+    Of n ordinary tokens, `probability` * n are hidden, rounded, and at least one; with `whole_words` the last word may
+    exceed that.  For a DataLoader, which passes no epochs, `set_epoch` sets it.
     """
 
     def __init__(
@@ -50,14 +49,14 @@ class MaskedTokens(EpochDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, indices: Indices) -> dict[str, torch.Tensor]:
         """What a DataLoader asks for: a batch already, which a collator leaves as it is."""
         return self.batch(indices, [self.epoch] * len(indices))
 
-    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: Indices, epochs: Indices) -> dict[str, torch.Tensor]:
         batch = self.rows[indices]
         ids = batch["input_ids"].numpy().copy()
-        labels = np.full_like(ids, IGNORED)
+        labels = np.full_like(ids, IGNORE_INDEX)
         for i, (row, epoch) in enumerate(zip(indices, epochs, strict=True)):
             draw = draws(self.seed, epoch, row)
             hidden = self._hidden(ids[i], draw)
@@ -67,7 +66,7 @@ class MaskedTokens(EpochDataset):
         return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), **kept}
 
     def _hidden(self, ids: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-        """Places (N,) of a row (L,) whose tokens are to be guessed: words in random order until there are enough."""
+        """Positions (N,) in a row (L,) that are hidden: words in random order until there are enough."""
         places = np.flatnonzero(~self.is_special[ids])
         if not len(places):
             return places
@@ -94,17 +93,17 @@ class MaskedTokens(EpochDataset):
 
 
 def word_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each token (V,) can go on with the word before it, and whether the word may go on after it.
+    """Whether each token (V,) can continue the word before it, and whether that word may continue after it.
 
     A word is a run of letters and digits; of WordPiece tokenizers, a token and those with ## that follow it.
     """
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_tokens)
     if any(token.startswith("##") for token in tokens):
         return np.array([t.startswith("##") for t in tokens]), np.array([t not in special for t in tokens])
     begins, ends = [], []
     for token_id, token in enumerate(tokens):
-        text = "" if token in special else tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        text = "" if token in special else str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
         begins.append(text[:1].isalnum() and not token.startswith(BLANKS))
         ends.append(text[-1:].isalnum())
     return np.array(begins), np.array(ends)

@@ -1,16 +1,17 @@
 """Images and recordings: folders of them as rows, and their decoding, with errors that name the row.
 
-A folder is read as the field's tools read it: `class/file`, or files with a `metadata.csv` or `metadata.jsonl` beside
-them whose column `file_name` names them (other columns are theirs).  Values stay undecoded, {"bytes", "path"}, until
-a row is needed, so that one broken file costs one row and not the whole run.
+A folder is laid out as for ImageFolder and AudioFolder of `datasets`: `class/file`, or files with a `metadata.csv` or
+`metadata.jsonl` beside them whose column `file_name` names them (its other columns are kept).  Values stay undecoded,
+{"bytes", "path"}, until a row is needed, so that one broken file costs one row and not the whole run.
 """
 
 import contextlib
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -20,11 +21,15 @@ import PIL.ImageOps
 import soundfile
 import soxr
 
+from bmtk.errors import UserError
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)
-ON_CORRUPT = ("stop", "skip")  # what may be done about a file that cannot be read
+ON_CORRUPT = ("stop", "skip")  # what to do about a file that cannot be read
+Found = TypeVar("Found")
 METADATA = ("metadata.jsonl", "metadata.csv")
+Media = Mapping[str, Any]  # {"bytes", "path"}: one of them, or a path that is kept for error messages
 FILE_NAME = "file_name"  # the column of metadata that names a file
 
 
@@ -40,11 +45,11 @@ def has_media(folder: Path) -> bool:
 def media_rows(folder: Path, files: Sequence[Path]) -> datasets.Dataset:
     """A row for each file: `image` or `audio`, and the columns of metadata, or `label`, the name of its own folder.
 
-    Raises: ValueError for a mixture of kinds, or metadata that name files that are not there.
+    Raises: UserError for a mixture of kinds, or metadata that name files that are not there.
     """
     kinds = {"image" if path.suffix.lower() in IMAGE_SUFFIXES else "audio" for path in files}
     if len(kinds) != 1:
-        raise ValueError(f"{folder} holds {' and '.join(sorted(kinds)) or 'no'} files; give a folder of one kind")
+        raise UserError(f"{folder} holds {' and '.join(sorted(kinds)) or 'no'} files; give a folder of one kind")
     (kind,) = kinds
     tables = [path for name in METADATA for path in sorted(folder.rglob(name))]
     if tables:
@@ -54,15 +59,16 @@ def media_rows(folder: Path, files: Sequence[Path]) -> datasets.Dataset:
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names if name != kind}
     else:
-        paths = files
+        paths = list(files)
         is_sorted_by_class = all(path.parent != folder for path in files)
         columns = {"label": [path.parent.name for path in files]} if is_sorted_by_class else {}
     values = [{"bytes": None, "path": str(path)} for path in paths]
     return datasets.Dataset.from_dict({kind: values, **columns})
 
 
-def _metadata(table: Path) -> list[dict[str, object]]:
+def _metadata(table: Path) -> list[dict[str, Any]]:
     """The rows of one file of metadata, with `file_name` as a path."""
+    rows: list[dict[str, Any]]
     with table.open(encoding="utf-8-sig", newline="") as file:
         if table.suffix == ".csv":
             rows = list(csv.DictReader(file))
@@ -70,12 +76,14 @@ def _metadata(table: Path) -> list[dict[str, object]]:
             rows = [json.loads(line) for line in file if line.strip()]
     for number, row in enumerate(rows, 1):
         if FILE_NAME not in row:
-            raise ValueError(
+            raise UserError(
                 f"{table}, row {number}: no column {FILE_NAME}, which names the file; there is {list(row)}"
             )
         row[FILE_NAME] = table.parent / row[FILE_NAME]
         if not row[FILE_NAME].is_file():
-            raise ValueError(f"{table}, row {number}: {row[FILE_NAME]} does not exist; mend the name or drop the row")
+            raise UserError(
+                f"{table}, row {number}: {row[FILE_NAME]} does not exist; correct the name or remove the row"
+            )
     return rows
 
 
@@ -93,14 +101,16 @@ def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
     return rows
 
 
-def decode_image(value: dict[str, object], where: str) -> PIL.Image.Image:
-    """The image of a row, the right way up.  Raises: ValueError that says `where` and what is wrong with it."""
+def decode_image(value: Media, where: str) -> PIL.Image.Image:
+    """The image of a row, the right way up.  Raises: UserError that says `where` and what is wrong with it."""
     with _opened(value, where) as image:
         image.load()
-        return PIL.ImageOps.exif_transpose(image)  # cameras note how they were held; pipelines go by it, too
+        return PIL.ImageOps.exif_transpose(
+            image
+        )  # cameras record how they were held, and transformers' pipelines apply it, too
 
 
-def image_size(value: dict[str, object], where: str) -> tuple[int, int]:
+def image_size(value: Media, where: str) -> tuple[int, int]:
     """Width and height of the image of a row the right way up; nothing is decoded.  Raises: as `decode_image`."""
     with _opened(value, where) as image:
         is_on_its_side = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
@@ -108,12 +118,12 @@ def image_size(value: dict[str, object], where: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(value: dict[str, object], where: str) -> Iterator[PIL.Image.Image]:
+def _opened(value: Media, where: str) -> Iterator[PIL.Image.Image]:
     try:
         with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
             yield image
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{where} is not an image that can be read: {_named(value)}{error}") from error
+        raise UserError(f"{where} is not an image that can be read: {_named(value)}{error}") from error
 
 
 def in_colour(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -123,44 +133,44 @@ def in_colour(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def image_header(value: dict[str, object]) -> tuple[tuple[int, int], str, bool]:
+def image_header(value: Media) -> tuple[tuple[int, int], str, bool]:
     """Width and height, Pillow's mode, and whether it may be transparent, of an image that can be read."""
     with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
         return image.size, image.mode, image.has_transparency_data
 
 
-def decode_audio(value: dict[str, object], where: str, *, sampling_rate: int) -> np.ndarray:
+def decode_audio(value: Media, where: str, *, sampling_rate: int) -> np.ndarray:
     """The samples of a recording, one channel at `sampling_rate` Hz, float32 in [-1, 1].
 
-    Raises: ValueError that says `where` and what is wrong with it.
+    Raises: UserError that says `where` and what is wrong with it.
     """
     samples, rate = _read_audio(value, where, lambda source: soundfile.read(source, dtype="float32", always_2d=True))
     samples = samples.mean(axis=1)  # of (N, channels)
     if not len(samples):
-        raise ValueError(f"{where} is a recording without a sample: {_named(value)}leave it out")
+        raise UserError(f"{where} is a recording without a sample: {_named(value)}leave it out")
     return samples if rate == sampling_rate else resampled(samples, rate, sampling_rate)
 
 
-def audio_seconds(value: dict[str, object], where: str) -> float:
-    """How long a recording says it is; its samples are not read.  Raises: as `decode_audio`, what its head shows."""
+def audio_seconds(value: Media, where: str) -> float:
+    """Length of a recording according to its header; samples are not read.  Raises: as `decode_audio`."""
     info = _read_audio(value, where, soundfile.info)
     if not info.frames:
-        raise ValueError(f"{where} is a recording without a sample: {_named(value)}leave it out")
+        raise UserError(f"{where} is a recording without a sample: {_named(value)}leave it out")
     return info.frames / info.samplerate
 
 
-def _read_audio(value: dict[str, object], where: str, read):
+def _read_audio(value: Media, where: str, read: Callable[[Any], Found]) -> Found:
     try:
         return read(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
     except (OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{where} is not a recording that can be read: {_named(value)}{error}") from error
+        raise UserError(f"{where} is not a recording that can be read: {_named(value)}{error}") from error
 
 
 def resampled(samples: np.ndarray, rate: float, wanted: float) -> np.ndarray:
-    """Samples (N,) of `rate` Hz at `wanted` Hz: what is above half of either is filtered out."""
+    """Samples (N,) of `rate` Hz at `wanted` Hz; frequencies above half of either rate are filtered out."""
     return soxr.resample(samples, rate, wanted).astype(np.float32)
 
 
-def _named(value: object) -> str:
-    path = value.get("path") if isinstance(value, dict) else None
+def _named(value: Media) -> str:
+    path = value.get("path") if isinstance(value, dict) else None  # a row may hold anything
     return f"{path}: " if path else ""

@@ -1,17 +1,18 @@
-"""Rows of one length, cut from the stored documents so that every token is learned from exactly once per epoch.
+"""Rows of one length, cut from the stored documents so that every token is a target exactly once per epoch.
 
 B rows, L context length. Documents are laid end to end and cut every L tokens; a row reads one token more, as the
 target of its last position. No token is dropped and none is padded but at the very end.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
-from bmtk.data.token_store import TokenStore
+from bmtk.errors import UserError
 
-IGNORED = -100  # the label that losses skip
+from .rows import Indices
+from .token_store import TokenStore
+
+IGNORE_INDEX = -100  # label of a position without a loss; the default of torch.nn.functional.cross_entropy
 
 
 class PackedRows:
@@ -23,39 +24,39 @@ class PackedRows:
     `position_ids`: count from 0 at the start of the row, of every document in it, and of the padding. They are
     what keeps documents apart, and are left out of a batch without such a start inside a row: plain causal attention
     is faster.
-    Raises: ValueError if context_length < 1.
+    Raises: UserError if context_length < 1.
     """
 
     def __init__(self, store: TokenStore, context_length: int):
         if context_length < 1:
-            raise ValueError(f"context_length={context_length} must be at least 1 token per row")
+            raise UserError(f"context_length={context_length} must be at least 1 token per row")
         self.store = store
         self.context_length = context_length
 
     def __len__(self) -> int:
         return -(-(self.store.num_tokens - 1) // self.context_length)
 
-    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: Indices, epochs: Indices) -> dict[str, torch.Tensor]:
         """Rows are the same in all epochs."""
         return self[indices]
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, indices: Indices) -> dict[str, torch.Tensor]:
         """What a DataLoader asks for: a batch already, which a collator leaves as it is."""
         return self[indices]
 
-    def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, indices: Indices) -> dict[str, torch.Tensor]:
         return self.read(indices)
 
-    def read(self, indices: Sequence[int], *, goes_on: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """A batch of rows; `goes_on` (B,) says for each whether the reader still knows what stands before it.
+    def read(self, indices: Indices, *, goes_on: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        """A batch of rows; `goes_on` (B,) marks those whose reader still holds the state of what precedes them.
 
         Of such rows, `position_ids` are 0 only where a document begins.
         """
         tokens, is_start = self._read(indices)
-        labels = np.where(is_start[:, 1:], IGNORED, tokens[:, 1:])  # (B, L)
-        labels[labels < 0] = IGNORED  # padding
+        targets = np.where(is_start[:, 1:], IGNORE_INDEX, tokens[:, 1:])  # (B, L)
+        targets[targets < 0] = IGNORE_INDEX  # padding
         input_ids = np.where(tokens < 0, self.store.pad_token_id, tokens)[:, :-1]
-        labels = torch.from_numpy(labels)
+        labels = torch.from_numpy(targets)
         batch = {"input_ids": torch.from_numpy(input_ids), "labels": labels, "shift_labels": labels}
         begins = is_start[:, :-1]
         if goes_on is not None:
@@ -64,7 +65,7 @@ class PackedRows:
             batch["position_ids"] = torch.from_numpy(_count_from_starts(begins, goes_on))
         return batch
 
-    def _read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, indices: Indices) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (B, L + 1), -1 where there is none, and whether a document (or the padding) starts there."""
         length, store = self.context_length, self.store
         tokens = np.full((len(indices), length + 1), -1, np.int64)
@@ -83,7 +84,7 @@ class PackedRows:
 def _count_from_starts(is_start: np.ndarray, goes_on: np.ndarray | None) -> np.ndarray:
     """Distance to the last True at or before each column: (B, L) bool to int64.
 
-    Without one, to the first column; in a row that goes on, to the one before that.
+    Where there is none, to the first column; in a row that goes on, to the column before the first.
     """
     column = np.arange(is_start.shape[1])
     before = 0 if goes_on is None else -goes_on[:, None].astype(np.int64)

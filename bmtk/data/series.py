@@ -1,11 +1,13 @@
 """Numbers over time: series read from tables, and what follows from their time stamps.  C columns."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
+
+from bmtk.errors import UserError
 
 MISSING_WORDS = {"", "nan", "na", "n/a", "null", "none", "-"}
 GAPS_SHOWN = 3
@@ -34,7 +36,7 @@ class Series:
         return len(self.values)
 
     def extended(self, steps: int) -> "Series":
-        """With so many steps more, whose values are missing."""
+        """With `steps` more steps, whose values are missing."""
         times = None if self.times is None else self.times.append(times_after(self.times, steps))
         return replace(self, values=np.pad(self.values, ((0, steps), (0, 0)), constant_values=np.nan), times=times)
 
@@ -43,7 +45,7 @@ class Series:
 
 
 def numeric_columns(table: Dataset, others: Collection[str]) -> tuple[list[str], list[str]]:
-    """Columns besides `others` of which at least half of the cells are numbers, and those of which fewer are."""
+    """Columns besides `others` in which at least half of the cells are numbers, and the remaining ones."""
     names = [name for name in table.column_names if name not in others]
     numeric = [name for name in names if np.isfinite(_numbers(table[name])).mean() >= 0.5]
     return numeric, [name for name in names if name not in numeric]
@@ -60,30 +62,30 @@ def read_series(
 ) -> tuple[list[Series], list[str]]:
     """A series for each name in `id_column` (one, if there is none), in order of time; and what is odd, in words.
 
-    Raises: ValueError for a time stamp that is none, for a column without numbers, and for gaps unless there may be
+    Raises: UserError for an invalid time stamp, for a column without numbers, and for gaps unless there may be
     any.
     """
     values, notes = np.stack([_numbers(table[name]) for name in columns], axis=1), []
     if gaps := _gaps(table, columns, values):
         notes.append(f"{where}: {gaps}")
         if not may_have_gaps:
-            raise ValueError(
+            raise UserError(
                 f"{notes[0]}.  missing_values=fill reads the value before a gap, missing_values=mask tells the model"
             )
         if empty := [name for name, column in zip(columns, values.T, strict=True) if np.isnan(column).all()]:
-            raise ValueError(f"{where}: {', '.join(empty)} holds no number at all; leave it out of target_columns")
+            raise UserError(f"{where}: {', '.join(empty)} holds no number at all; leave it out of target_columns")
     times = _times(table[time_column], f"{where}: {time_column}") if time_column else None
     series = _by_name(table[id_column] if id_column else None, times, values)
     return series, notes + [f"{where}: {note}" for one in series for note in irregularities(one)]
 
 
-def _numbers(cells) -> np.ndarray:
+def _numbers(cells: Iterable[object]) -> np.ndarray:
     numbers = pd.to_numeric(pd.Series(list(cells), dtype=object), errors="coerce").to_numpy(np.float64)
     return np.where(np.isfinite(numbers), numbers, np.nan)
 
 
 def _gaps(table: Dataset, columns: Sequence[str], values: np.ndarray) -> str:
-    """How many values are missing, and what stands in the first places instead."""
+    """How many values are missing, and what the first such cells hold."""
     places = np.argwhere(np.isnan(values))
     if not len(places):
         return ""
@@ -96,20 +98,20 @@ def _gaps(table: Dataset, columns: Sequence[str], values: np.ndarray) -> str:
     return f"{len(places):,} of {values.size:,} values are no numbers ({', '.join(found)}{more})"
 
 
-def _times(cells, column: str) -> pd.DatetimeIndex:
-    cells = pd.Series(list(cells), dtype=object)
+def _times(values: Iterable[object], column: str) -> pd.DatetimeIndex:
+    cells = pd.Series(list(values), dtype=object)
     stamps = pd.to_datetime(cells, errors="coerce", utc=True)
     wrong = np.flatnonzero(stamps.isna())
     if len(wrong):
-        raise ValueError(
+        raise UserError(
             f"{column} of row {wrong[0] + 1} holds {cells[wrong[0]]!r}, no time stamp such as 2024-01-31 18:00:00 "
             f"({len(wrong):,} of {len(stamps):,} rows); time_column=none reads the rows in their order"
         )
     return pd.DatetimeIndex(stamps).tz_localize(None)
 
 
-def _by_name(names, times: pd.DatetimeIndex | None, values: np.ndarray) -> list[Series]:
-    names = np.array([""] * len(values) if names is None else [str(name) for name in names])
+def _by_name(ids: Iterable[object] | None, times: pd.DatetimeIndex | None, values: np.ndarray) -> list[Series]:
+    names = np.array([""] * len(values) if ids is None else [str(name) for name in ids])
     series = []
     for name in dict.fromkeys(names.tolist()):
         rows = np.flatnonzero(names == name)
@@ -123,7 +125,7 @@ def _by_name(names, times: pd.DatetimeIndex | None, values: np.ndarray) -> list[
 
 
 def regular_step(times: pd.DatetimeIndex) -> pd.DateOffset | None:
-    """What lies between any two time stamps: a length, or so many months (on one day of them, or their last)."""
+    """The step between any two time stamps: a length, or a number of months (on one day of the month, or its last)."""
     lengths = (times[1:] - times[:-1]).unique()
     if len(lengths) == 1 and lengths[0] > NO_TIME:
         return pd.tseries.frequencies.to_offset(lengths[0])
@@ -136,14 +138,14 @@ def regular_step(times: pd.DatetimeIndex) -> pd.DateOffset | None:
 
 
 def usual_step(times: pd.DatetimeIndex) -> pd.DateOffset:
-    """The step between time stamps, or the commonest length between two of them; a day if there is none."""
+    """The step between time stamps, or the most common one; a day if there is none."""
     lengths = pd.Series(times[1:] - times[:-1])
     lengths = lengths[lengths > NO_TIME]
     return regular_step(times) or pd.tseries.frequencies.to_offset(lengths.mode()[0] if len(lengths) else DAY)
 
 
 def irregularities(series: Series) -> list[str]:
-    """What is odd about the time stamps, in words."""
+    """Irregularities of the time stamps, in words."""
     times, name = series.times, f" of {series.name}" if series.name else ""
     if times is None or len(times) < 2 or regular_step(times):
         return []
@@ -166,7 +168,7 @@ def times_after(times: pd.DatetimeIndex, steps: int) -> pd.DatetimeIndex:
 
 
 def usual_season(times: pd.DatetimeIndex | None) -> int:
-    """Steps of a day; of a week, if a step is a day; of a year, if it is a month; else 1."""
+    """Steps per day; per week if a step is a day, per year if it is a month; else 1."""
     if times is None:
         return 1
     length = (times[0] + usual_step(times) * 12 - times[0]) / 12
@@ -185,9 +187,9 @@ def calendar_features(times: pd.DatetimeIndex, names: Sequence[str]) -> np.ndarr
 
 
 def bounds(num_steps: int, shares: Sequence[float]) -> list[tuple[int, int]]:
-    """First and last step (exclusive) of the consecutive parts that `shares` of a series, or so many rows, make."""
-    ends = np.cumsum(shares) if max(shares) > 1 else np.cumsum(shares) * num_steps
-    ends = [int(round(end, 6)) for end in ends]
+    """First and last step (exclusive) of consecutive parts, given as `shares` of the series or as numbers of rows."""
+    exact = np.cumsum(shares) if max(shares) > 1 else np.cumsum(shares) * num_steps
+    ends = [int(round(end, 6)) for end in exact.tolist()]  # rounded first: 0.7 + 0.1 + 0.2 is a little less than 1
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
@@ -199,12 +201,12 @@ def scaling_of(
     Of the observed values in all (series, first, last).  The error is the scale of MASE (Hyndman & Koehler 2006); 0:
     unknown.
 
-    Raises: ValueError for a column without numbers.
+    Raises: UserError for a column without numbers.
     """
     parts = [series.values[first:last] for series, first, last in ranges]
     values = np.concatenate(parts)
     if empty := [name for name, column in zip(columns, values.T, strict=True) if np.isnan(column).all()]:
-        raise ValueError(f"no training row has a number in {', '.join(empty)}; leave it out of target_columns")
+        raise UserError(f"no training row has a number in {', '.join(empty)}; leave it out of target_columns")
     errors = np.concatenate([np.abs(part[season:] - part[:-season]) for part in parts])
     std = np.nanstd(values, axis=0)
     return {
@@ -215,7 +217,7 @@ def scaling_of(
 
 
 def shared_steps(one: Sequence[tuple[Series, int, int]], others: Sequence[tuple[Series, int, int]]) -> list[str]:
-    """The steps that both have, with equal name, time and values; without time stamps none is known."""
+    """The steps in both, with equal name, time and values; none without time stamps, which identify a step."""
     seen = {step for part in others for step in _steps(*part)}
     return [f"{name} {time}".strip() for part in one for name, time, row in _steps(*part) if (name, time, row) in seen]
 

@@ -6,12 +6,21 @@ generators"). It mixes well enough to shuffle data; it keeps no secrets.
 """
 
 from math import isqrt
+from typing import overload
 
 import numpy as np
 
 NUM_ROUNDS = 8
 WORD = 0xFFFFFFFFFFFFFFFF
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: SplitMix64's step
+
+
+@overload
+def permuted_index(position: int, *, num_rows: int, seed: int, epoch: int) -> int: ...
+
+
+@overload
+def permuted_index(position: np.ndarray, *, num_rows: int, seed: int, epoch: int | np.ndarray) -> np.ndarray: ...
 
 
 def permuted_index(

@@ -11,6 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bmtk.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -24,13 +30,14 @@ class Texts:
     """Documents that can be iterated again and again, in the same order.
 
     `name` is what error messages call them; `fingerprint` changes whenever the documents may have changed (it is made
-    of file names, sizes and modification times, so asking for it costs no reading). Blank documents are left out.
-    Raises: ValueError while iterating, if there is no document at all, or a file is not what its name says.
+    of file names, sizes and modification times, so nothing is read for it). Blank documents are left out.
+    Raises: UserError while iterating, if there is no document at all, or a file is not what its name says.
     """
 
     name: str
     fingerprint: str
     parts: tuple[Callable[[], Iterator[str]], ...]
+    num_bytes: int | None = None  # of the files; None if they are not counted
 
     def __iter__(self) -> Iterator[str]:
         is_empty = True
@@ -40,7 +47,22 @@ class Texts:
                     is_empty = False
                     yield text
         if is_empty:
-            raise ValueError(f"the corpus {self.name} is empty: it holds no document with a visible character")
+            raise UserError(f"the corpus {self.name} is empty: it holds no document with a visible character")
+
+    def without(self, is_left_out: Callable[[str], bool], *, mark: str) -> "Texts":
+        """Without the documents that `is_left_out`; `mark` changes whenever other documents are."""
+        fingerprint = hashlib.sha256(f"{self.fingerprint} without {mark}".encode()).hexdigest()
+        return Texts(self.name, fingerprint, (lambda: (text for text in self if not is_left_out(text)),))
+
+    def head(self, num_characters: int) -> list[str]:
+        """The first documents, the last of them cut, with `num_characters` together; all if they have fewer."""
+        found, left = [], num_characters
+        for text in self:
+            found.append(text[:left])
+            left -= len(text)
+            if left <= 0:
+                break
+        return found
 
 
 def read_texts(
@@ -52,18 +74,19 @@ def read_texts(
 ) -> Texts:
     """Find the documents of a file, a folder, a Hub data set (`owner/name` or `owner/name:config`), or a list of them.
 
-    `split` chooses among the files of a folder (`train.txt`, `train-00001.parquet`, `train/...`; a folder without any
-    such names is all "train") and the splits of a Hub data set; a file named directly is read whole, whatever `split`
-    says. `text_column` is the key or column of .jsonl, .csv, .parquet and Hub rows. `sample_by` makes one document of
-    each .txt file ("document") or of each of its lines ("line").
-    Raises: FileNotFoundError for a path that is not there; ValueError for everything else that cannot be read.
+    `split` selects the files of a folder (`train.txt`, `train-00001.parquet`, `train/...`; all files of a folder
+    without such names are "train") or the split of a Hub data set; a file named directly is always read whole.
+    `text_column` is the key or column of .jsonl, .csv, .parquet and Hub rows. `sample_by` makes one document of each
+    .txt file ("document") or of each of its lines ("line").
+    Raises: FileNotFoundError for a path that is not there; UserError for everything else that cannot be read.
     """
     if sample_by not in SAMPLE_BY:
-        raise ValueError(f"sample_by={sample_by!r} is unknown; choose one of {SAMPLE_BY}")
+        raise UserError(f"sample_by={sample_by!r} is unknown; choose one of {SAMPLE_BY}")
     sources = [source] if isinstance(source, str | Path) else list(source)
     if not sources:
-        raise ValueError("source is an empty list; name at least one file, folder or Hub data set")
-    parts, marks = [], []
+        raise UserError("source is an empty list; name at least one file, folder or Hub data set")
+    parts: list[Callable[[], Iterator[str]]] = []
+    marks: list[object] = []  # what changes when the documents do
     for item in map(str, sources):
         if Path(item).expanduser().exists() or _looks_like_a_path(item):
             files = _files(Path(item).expanduser(), split)
@@ -75,11 +98,13 @@ def read_texts(
             marks.append(mark)
     description = json.dumps([marks, text_column, sample_by])
     name = f"{', '.join(map(str, sources))} (split {split!r})"
-    return Texts(name, hashlib.sha256(description.encode()).hexdigest(), tuple(parts))
+    sizes = [mark[1] if isinstance(mark, list) else None for mark in marks]
+    num_bytes = None if None in sizes else sum(sizes)
+    return Texts(name, hashlib.sha256(description.encode()).hexdigest(), tuple(parts), num_bytes)
 
 
 def has_split(source: str, split: str) -> bool:
-    """Whether the folder `source` has files named after `split`; other sources are not looked into."""
+    """Whether the folder `source` has files named after `split`; False for other sources."""
     folder, wanted = Path(source).expanduser(), SPLIT_NAMES.get(split, (split,))
     files = (path for path in folder.rglob("*") if path.suffix in SUFFIXES) if folder.is_dir() else ()
     return any(_is_named_after(path.relative_to(folder), wanted) for path in files)
@@ -105,14 +130,14 @@ def _files(path: Path, split: str) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"source={str(path)!r} does not exist (looked in {Path.cwd()})")
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"source={str(path)!r} ends in {path.suffix!r}; known file types are {', '.join(SUFFIXES)}")
+        raise UserError(f"source={str(path)!r} ends in {path.suffix!r}; known file types are {', '.join(SUFFIXES)}")
     return [path]
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
     files = sorted(f for f in folder.rglob("*") if f.suffix in SUFFIXES and f.is_file())
     if not files:
-        raise ValueError(f"source={str(folder)!r} holds no file that ends in {', '.join(SUFFIXES)}")
+        raise UserError(f"source={str(folder)!r} holds no file that ends in {', '.join(SUFFIXES)}")
     wanted = SPLIT_NAMES.get(split, (split,))
     chosen = [f for f in files if _is_named_after(f.relative_to(folder), wanted)]
     known = [name for names in SPLIT_NAMES.values() for name in names]
@@ -120,7 +145,7 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
         return files
     if not chosen:
         there = ", ".join(str(f.relative_to(folder)) for f in files[:8]) + (", ..." if len(files) > 8 else "")
-        raise ValueError(f"split={split!r} is not in {folder}: no file is named after {wanted}; there are {there}")
+        raise UserError(f"split={split!r} is not in {folder}: no file is named after {wanted}; there are {there}")
     return chosen
 
 
@@ -130,7 +155,7 @@ def _is_named_after(path: Path, names: Sequence[str]) -> bool:
     return stem in names or (len(path.parts) > 1 and path.parts[0] in names)
 
 
-def _file_mark(path: Path) -> list:
+def _file_mark(path: Path) -> list[str | int]:
     facts = path.stat()
     return [path.name, facts.st_size, facts.st_mtime_ns]
 
@@ -152,7 +177,7 @@ def _read_txt(path: Path, sample_by: str) -> Iterator[str]:
             else:
                 yield from (line.removesuffix("\n") for line in file)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first, for example with iconv") from error
+        raise UserError(f"{path} is not UTF-8 text ({error}); convert it first, for example with iconv") from error
 
 
 def _read_jsonl(path: Path, text_column: str) -> Iterator[str]:
@@ -164,9 +189,9 @@ def _read_jsonl(path: Path, text_column: str) -> Iterator[str]:
             try:
                 row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
             except ValueError as error:  # of JSON or of UTF-8
-                raise ValueError(f"{where}: not a line of JSON ({error})") from error
+                raise UserError(f"{where}: not a line of JSON ({error})") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+                raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
             _check_column(text_column, list(row), where)
             yield _checked_text(row[text_column], text_column, where)
 
@@ -181,13 +206,13 @@ def _read_csv(path: Path, text_column: str) -> Iterator[str]:
             column = header.index(text_column)
             for row in rows:
                 if row and len(row) != len(header):
-                    raise ValueError(
+                    raise UserError(
                         f"{path}, line {rows.line_num}: the row has {len(row)} fields, the header {len(header)}; "
                         "quote the fields that hold commas"
                     )
                 yield row[column] if row else ""
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a CSV file in UTF-8 ({error})") from error
+        raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
@@ -196,7 +221,7 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
     try:
         table = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file ({error})") from error
+        raise UserError(f"{path} is not a Parquet file ({error})") from error
     with table:
         _check_column(text_column, table.schema_arrow.names, path)
         for batch in table.iter_batches(batch_size=ROWS_PER_READ, columns=[text_column]):
@@ -211,14 +236,14 @@ def _hub_part(item: str, split: str, text_column: str) -> tuple[Callable[[], Ite
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"source={item!r} is no file or folder here, and loading its split {split!r} from the Hub failed: {error}"
         ) from error
     _check_column(text_column, rows.column_names, item)
     return partial(_read_rows, rows.select_columns([text_column]), text_column, item), f"{item} {rows._fingerprint}"
 
 
-def _read_rows(rows, text_column: str, where: str) -> Iterator[str]:
+def _read_rows(rows: "datasets.Dataset", text_column: str, where: str) -> Iterator[str]:
     for batch in rows.iter(batch_size=ROWS_PER_READ):
         for value in batch[text_column]:
             yield _checked_text(value, text_column, where)
@@ -226,7 +251,7 @@ def _read_rows(rows, text_column: str, where: str) -> Iterator[str]:
 
 def _check_column(text_column: str, columns: list[str], where: str | Path) -> None:
     if text_column not in columns:
-        raise ValueError(f"text_column={text_column!r} is not in {where}; the columns there are {columns}")
+        raise UserError(f"text_column={text_column!r} is not in {where}; the columns there are {columns}")
 
 
 def _checked_text(value: object, text_column: str, where: str | Path) -> str:
@@ -234,9 +259,9 @@ def _checked_text(value: object, text_column: str, where: str | Path) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: text_column={text_column!r} holds {type(value).__name__}, expected text")
+        raise UserError(f"{where}: text_column={text_column!r} holds {type(value).__name__}, expected text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: the text is not Unicode ({error}); repair or drop it") from error
+        raise UserError(f"{where}: the text is not Unicode ({error}); repair or remove it") from error
     return value

@@ -1,4 +1,4 @@
-"""Span corruption: parts of a row are cut out and are to be written, as a function of (seed, epoch, row) alone.
+"""Span corruption: spans of a row are replaced by sentinels and predicted, as a function of (seed, epoch, row) alone.
 
 B rows, L tokens of a packed row.  Source: Raffel et al. 2020, arXiv:1910.10683, sec. 3.1.4 and 3.3.4.
 """
@@ -9,17 +9,20 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from bmtk.data.epoch_dataset import EpochDataset
-from bmtk.data.packing import IGNORED, PackedRows
+from bmtk.errors import UserError
+
+from .epoch_dataset import EpochDataset
+from .packing import IGNORE_INDEX, PackedRows
+from .rows import Indices
 
 
 class CorruptedSpans(EpochDataset):
     """Packed rows for an encoder-decoder; `batch(...)` is int64 tensors, padded to the longest row.
 
     `input_ids` and `attention_mask`: the row with a sentinel in place of each span.  `labels`: each sentinel followed
-    by its span, then the end token; -100 behind it.  Every measured or trained row is corrupted anew in every epoch; a
-    DataLoader, whose batches know no epoch, is told it by `set_epoch`.
-    Raises: ValueError for a density that is no share, spans shorter than a token, or too few sentinels for a row.
+    by its span, then the end token, padded with -100.  Every row is corrupted anew in every epoch; for a
+    DataLoader, which passes no epochs, `set_epoch` sets it.
+    Raises: UserError for a density outside (0, 1), spans shorter than a token, or too few sentinels for a row.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class CorruptedSpans(EpochDataset):
         seed: int,
     ):
         if not 0 < noise_density < 1 or mean_span_length < 1:
-            raise ValueError(
+            raise UserError(
                 f"noise_density={noise_density} must be between 0 and 1, "
                 f"mean_span_length={mean_span_length} at least 1"
             )
@@ -42,7 +45,7 @@ class CorruptedSpans(EpochDataset):
         self.noise_density, self.mean_span_length = noise_density, mean_span_length
         needed = num_spans(rows.context_length, noise_density, mean_span_length)[1]
         if len(sentinels) < needed:
-            raise ValueError(
+            raise UserError(
                 f"a row of {rows.context_length} tokens has {needed} spans, the tokenizer {len(sentinels)} sentinels; "
                 "lower noise_density or context_length, or raise mean_span_length"
             )
@@ -50,11 +53,11 @@ class CorruptedSpans(EpochDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, indices: Indices) -> dict[str, torch.Tensor]:
         """What a DataLoader asks for: a batch already, which a collator leaves as it is."""
         return self.batch(indices, [self.epoch] * len(indices))
 
-    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: Indices, epochs: Indices) -> dict[str, torch.Tensor]:
         sources, targets = [], []
         for row, epoch in zip(indices, epochs, strict=True):
             start = int(row) * self.rows.context_length
@@ -67,20 +70,20 @@ class CorruptedSpans(EpochDataset):
         return {
             "input_ids": pad_sequence(sources, batch_first=True, padding_value=self.store.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(source) for source in sources], batch_first=True),
-            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX),
         }
 
 
 def num_spans(length: int, noise_density: float, mean_span_length: float) -> tuple[int, int]:
-    """How many of `length` tokens are cut out, and in how many spans; a token stays before each span."""
+    """How many of `length` tokens are removed, and in how many spans; at least one token is kept before each span."""
     num_noise = min(max(1, round(length * noise_density)), max(0, length - 1))
     return num_noise, min(max(1, round(num_noise / mean_span_length)), num_noise, length - num_noise)
 
 
 def noise_mask(length: int, noise_density: float, mean_span_length: float, draw: np.random.Generator) -> np.ndarray:
-    """Which tokens (length,) are cut out: kept and cut spans take turns, a kept one first, a cut one last."""
+    """Which tokens (length,) are removed: kept and removed spans alternate, a kept one first, a removed one last."""
     num_noise, spans = num_spans(length, noise_density, mean_span_length)
-    if not spans:  # nothing can be cut out of one token
+    if not spans:  # nothing can be removed from one token
         return np.zeros(length, bool)
     lengths = np.stack([_parts(length - num_noise, spans, draw), _parts(num_noise, spans, draw)], axis=1)
     return np.repeat(np.tile([False, True], spans), lengths.reshape(-1))

@@ -6,8 +6,11 @@ For data sets of examples (a text and its label); corpora of documents are read 
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
+
+from bmtk.errors import UserError
 
 from .media import MEDIA_SUFFIXES, has_media, media_files, media_rows, undecoded
 from .sources import SPLIT_NAMES
@@ -25,23 +28,23 @@ def read_splits(
 
     `dataset` is a folder (files or sub-folders named after the splits), a single file (all of it is the first of
     `splits`), or a Hub id `owner/name`, with `:config` after it if need be.
-    Raises: FileNotFoundError for a path that is not there; ValueError for everything else that cannot be read.
+    Raises: FileNotFoundError for a path that is not there; UserError for everything else that cannot be read.
     """
     found = {}
     if dataset is not None and any(not files.get(split) for split in splits):
         found = _local_splits(dataset, splits) if _is_local(dataset) else _hub_splits(dataset)
     for split in splits:
-        if files.get(split):
-            found[split] = read_table([Path(name).expanduser() for name in files[split]])
+        if names := files.get(split):
+            found[split] = read_table([Path(name).expanduser() for name in names])
     if not any(split in found for split in splits):
-        raise ValueError(f"there are no {' or '.join(splits)} rows; name a file with {splits[0]}_file")
+        raise UserError(f"there are no {' or '.join(splits)} rows; name a file with {splits[0]}_file")
     return {split: found[split] for split in splits if split in found}
 
 
 def read_all(source: str, *, option: str) -> datasets.Dataset:
     """Every row of a table file, a folder of them, an image or recording, or a folder of these; splits play no role.
 
-    Raises: FileNotFoundError if there is no such path (`option` named it), ValueError if it cannot be read.
+    Raises: FileNotFoundError if there is no such path (`option` named it), UserError if it cannot be read.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -52,7 +55,7 @@ def read_all(source: str, *, option: str) -> datasets.Dataset:
         return media_rows(path, media_files(path))
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
     if not files:
-        raise ValueError(f"{option}={str(path)!r} holds no table ({', '.join(SUFFIXES)}), image or recording")
+        raise UserError(f"{option}={str(path)!r} holds no table ({', '.join(SUFFIXES)}), image or recording")
     return read_table(files)
 
 
@@ -63,12 +66,12 @@ def read_table(paths: Sequence[Path]) -> datasets.Dataset:
             raise FileNotFoundError(f"data file {path} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
     names, suffixes = ", ".join(map(str, paths)), sorted({path.suffix for path in paths})
     if len(suffixes) > 1 or suffixes[0] not in SUFFIXES:
-        raise ValueError(
+        raise UserError(
             f"{names}: cannot read files that end in {', '.join(suffixes)}; "
             f"give files of one kind among {', '.join(SUFFIXES)}"
         )
     if any(path.stat().st_size == 0 for path in paths):
-        raise ValueError(f"{names}: an empty file has no rows")
+        raise UserError(f"{names}: an empty file has no rows")
     if suffixes[0] in DELIMITERS:
         return datasets.concatenate_datasets([_read_csv(path, DELIMITERS[path.suffix]) for path in paths])
     return undecoded(_load(BUILDERS[suffixes[0]], where=names, data_files=[str(path) for path in paths])["train"])
@@ -81,12 +84,12 @@ def _read_csv(path: Path, delimiter: str) -> datasets.Dataset:
             lines = csv.reader(file, delimiter=delimiter, strict=True)
             columns, *rows = (line for line in lines if line)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a table in UTF-8 with a header line ({error})") from error
+        raise UserError(f"{path} is not a table in UTF-8 with a header line ({error})") from error
     if not rows:
-        raise ValueError(f"{path} has no rows, only the columns {', '.join(columns)}")
+        raise UserError(f"{path} has no rows, only the columns {', '.join(columns)}")
     for number, row in enumerate(rows, 1):
         if len(row) != len(columns):
-            raise ValueError(
+            raise UserError(
                 f"{path}, row {number}: {len(row)} cells where the header has {len(columns)} "
                 f"({', '.join(columns)}); put a text that holds a {delimiter!r} in double quotes"
             )
@@ -104,9 +107,9 @@ def one_table(dataset: str | None) -> list[Path]:
 
 
 def check_column(rows: datasets.Dataset, column: str, *, option: str, where: str) -> None:
-    """Raise ValueError, listing the columns there are, if `column` (which `option` asked for) is not in `rows`."""
+    """Raise UserError, listing the columns there are, if `column` (which `option` asked for) is not in `rows`."""
     if column not in rows.column_names:
-        raise ValueError(
+        raise UserError(
             f"{option}={column!r} is not in the {where} data; its columns are {', '.join(rows.column_names)}"
         )
 
@@ -130,7 +133,7 @@ def _local_splits(dataset: str, splits: Sequence[str]) -> dict[str, datasets.Dat
     found = {split: [file for file in files if _belongs(file.relative_to(path), split)] for split in SPLIT_NAMES}
     if not any(found.values()):
         there = ", ".join(str(file.relative_to(path)) for file in files[:8]) or "none of these kinds"
-        raise ValueError(
+        raise UserError(
             f"dataset={str(path)!r} holds no file named after train, validation or test ({', '.join(SUFFIXES)}); "
             f"there is: {there}; name the files with train_file and validation_file"
         )
@@ -161,7 +164,7 @@ def _hub_splits(dataset: str) -> dict[str, datasets.Dataset]:
     return {names[name]: undecoded(rows) for name, rows in loaded.items() if name in names}
 
 
-def _load(*args: str, where: str, **options) -> datasets.DatasetDict:
+def _load(*args: str, where: str, **options: Any) -> datasets.DatasetDict:
     shows_progress = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:
@@ -169,8 +172,8 @@ def _load(*args: str, where: str, **options) -> datasets.DatasetDict:
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = error.__cause__ or error
         if "corresponds to no data" in str(reason):
-            raise ValueError(f"{where} has no rows") from error
-        raise ValueError(f"{where} cannot be read: {type(reason).__name__}: {reason}") from error
+            raise UserError(f"{where} has no rows") from error
+        raise UserError(f"{where} cannot be read: {type(reason).__name__}: {reason}") from error
     finally:
         if shows_progress:
             datasets.enable_progress_bars()

@@ -4,6 +4,7 @@ Source: Iyyer et al. 2015, "Deep unordered composition rivals syntactic methods"
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -27,13 +28,13 @@ class TokenDropout(EpochDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> dict:
+    def __getitem__(self, row: int) -> dict[str, Any]:
         return self.__getitems__([row])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict]:
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return [self._hide(index, row) for index, row in zip(indices, self.rows.__getitems__(indices), strict=True)]
 
-    def _hide(self, index: int, row: dict) -> dict:
+    def _hide(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
         draw = np.random.default_rng([self.seed, self.epoch, index])
         ids = row["input_ids"]
         is_nested = bool(ids) and isinstance(ids[0], list)

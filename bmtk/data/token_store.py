@@ -5,23 +5,25 @@ A store is a folder of three files. `tokens.bin` holds the ids of all documents 
 While it is being written it stands beside its final place, in `<directory>.partial`.
 """
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from bmtk.data.sources import Texts, text_fingerprint
-from bmtk.data.tokenizers import has_newline_cuts, pieces, tokenizer_fingerprint
+from bmtk.errors import UserError
+from bmtk.files import flush, move_folder, sha256, write_json
+
+from .sources import Texts, text_fingerprint
+from .tokenizers import has_newline_cuts, pieces, tokenizer_fingerprint
 
 FORMAT = 1
 OFFSET = np.dtype("<i8")
@@ -35,7 +37,7 @@ class TokenStore:
 
     `tokens` (num_tokens,) uint16 or uint32 and `offsets` (num_documents + 1,) int64 are memory maps; `num_bytes` is
     the size of the texts in UTF-8, for bits per byte.
-    Raises: FileNotFoundError if there is no store; ValueError if it is damaged.
+    Raises: FileNotFoundError if there is no store; UserError if it is damaged.
     """
 
     def __init__(self, directory: str | Path):
@@ -50,7 +52,7 @@ class TokenStore:
         self.tokens = np.memmap(self.directory / "tokens.bin", manifest["dtype"], mode="r")
         self.offsets = np.memmap(self.directory / "offsets.bin", OFFSET, mode="r")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
         return TokenStore, (self.directory,)  # a process that receives the store maps the files anew
 
     def document(self, index: int) -> np.ndarray:
@@ -58,10 +60,10 @@ class TokenStore:
         return self.tokens[int(self.offsets[index]) : int(self.offsets[index + 1])]
 
     def verify(self) -> None:
-        """Read everything and compare it with the manifest. Raises: ValueError naming the file that differs."""
+        """Read everything and compare it with the manifest. Raises: UserError naming the file that differs."""
         for name, facts in _read_manifest(self.directory)["files"].items():
-            if _sha256(self.directory / name) != facts["sha256"]:
-                raise ValueError(f"{self.directory / name} is damaged: its sha256 is not the manifest's; {REMEDY}")
+            if sha256(self.directory / name) != facts["sha256"]:
+                raise UserError(f"{self.directory / name} is damaged: its sha256 is not the manifest's; {REMEDY}")
 
 
 def build_token_store(
@@ -69,10 +71,10 @@ def build_token_store(
 ) -> TokenStore:
     """Tokenise `texts` into `directory`, or open what is there if it came from the same texts and tokenizer.
 
-    Text that spells a special token is tokenised as ordinary characters. What was interrupted is taken up where it
-    stopped; another store in the folder is replaced; processes that call this at once wait for the first.
-    Raises: ValueError if there is no document, or the tokenizer has neither bos nor eos token; FileExistsError if
-    `directory` holds something else than a store.
+    Text that spells a special token is tokenised as ordinary characters. An interrupted build is
+    resumed; another store in the folder is replaced; processes that call this at once wait for the first.
+    Raises: UserError if there is no document, or the tokenizer has neither bos nor eos token; FileExistsError if
+    `directory` holds something other than a store.
     """
     directory = Path(directory)
     identity = {
@@ -89,14 +91,15 @@ def build_token_store(
         partial = directory.with_name(f"{directory.name}.partial")
         try:
             _write_store(texts, tokenizer, partial, identity)
-        except ValueError:  # bad texts will change, and their fingerprint with them: nothing to take up again
+        except ValueError:  # corrected texts have another fingerprint, so this part could never be resumed
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _move_into_place(partial, directory)
+        move_folder(partial, directory)
+        (directory / "progress.json").unlink()
     return TokenStore(directory)
 
 
-def _read_manifest(directory: Path) -> dict:
+def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory} holds no token store: there is no {path.name}; build it first")
@@ -104,16 +107,16 @@ def _read_manifest(directory: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: it is not the manifest of a token store; {REMEDY}") from error
+        raise UserError(f"{path} is damaged: it is not the manifest of a token store; {REMEDY}") from error
     for name, facts in files.items():
         file = directory / name
         found = file.stat().st_size if file.exists() else None
         if found != facts["size"]:
-            raise ValueError(f"{file} is damaged: it has {found} bytes, the manifest says {facts['size']}; {REMEDY}")
+            raise UserError(f"{file} is damaged: it has {found} bytes, the manifest says {facts['size']}; {REMEDY}")
     return manifest
 
 
-def _open_if_same(directory: Path, identity: dict) -> TokenStore | None:
+def _open_if_same(directory: Path, identity: dict[str, Any]) -> TokenStore | None:
     """The store in `directory` if it is whole and has this identity; None if one may be written there."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return None
@@ -130,7 +133,9 @@ def _open_if_same(directory: Path, identity: dict) -> TokenStore | None:
     return None
 
 
-def _write_store(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folder: Path, identity: dict) -> None:
+def _write_store(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folder: Path, identity: dict[str, Any]
+) -> None:
     bos, eos = _document_ends(tokenizer)
     encode = _document_encoder(tokenizer)
     dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
@@ -140,7 +145,7 @@ def _write_store(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folde
             writer.append([[bos, *ids, eos] for ids in encode(batch)], sum(len(text.encode()) for text in batch))
             logger.info("tokenised %d documents, %d tokens", writer.num_documents, writer.num_tokens)
         if writer.num_documents == 0:
-            raise ValueError("cannot store an empty corpus; give at least one document")
+            raise UserError("cannot store an empty corpus; give at least one document")
         writer.finish(pad_token_id=pad)
 
 
@@ -148,12 +153,12 @@ def _document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Ids of the tokens around a document; a tokenizer with one of the two uses it for both."""
     ends = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
     if not ends:
-        raise ValueError("the tokenizer has neither bos nor eos token; set one of them: documents stand between them")
+        raise UserError("the tokenizer has neither bos nor eos token; set one of them: it separates documents")
     return ends[0], ends[-1]
 
 
 def _document_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
-    """A function from texts to ids without special tokens, on all cores, that leaves `tokenizer` as it is."""
+    """A function from texts to ids without special tokens, on all cores; `tokenizer` itself is not changed."""
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -184,18 +189,18 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class _Writer:
-    """Appends documents to an unfinished store, and takes up one that was interrupted.
+    """Appends documents to an unfinished store, and resumes one that was interrupted.
 
-    What `progress.json` counts is safely on disk; bytes after that are cut off when writing goes on.
+    What `progress.json` counts is flushed to the disk before it is counted; later bytes are cut off on resume.
     """
 
-    def __init__(self, folder: Path, identity: dict, dtype: np.dtype):
+    def __init__(self, folder: Path, identity: dict[str, Any], dtype: np.dtype):
         self.folder, self.dtype = folder, dtype
         self.counts = {**identity, "num_documents": 0, "num_tokens": 0, "num_bytes": 0}
         found = _read_progress(folder / "progress.json")
         if all(found.get(key) == value for key, value in identity.items()):
             self.counts = found
-            logger.info("going on after %d documents that are already tokenised", self.num_documents)
+            logger.info("resuming after %d documents that are already tokenised", self.num_documents)
         else:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -210,7 +215,7 @@ class _Writer:
     def num_tokens(self) -> int:
         return self.counts["num_tokens"]
 
-    def _open(self, name: str, size: int):
+    def _open(self, name: str, size: int) -> BinaryIO:
         file = (self.folder / name).open("ab")
         file.truncate(size)
         return file
@@ -221,57 +226,27 @@ class _Writer:
         self.offsets.write((ends - lengths).astype(OFFSET).tobytes())
         self.tokens.write(np.array([i for ids in documents for i in ids], self.dtype).tobytes())
         for file in (self.tokens, self.offsets):
-            _flush(file)
+            file.flush()
+            flush(Path(file.name))
         self.counts["num_documents"] += len(documents)
         self.counts["num_tokens"] = int(ends[-1])
         self.counts["num_bytes"] += num_bytes
-        _write_json(self.folder / "progress.json", self.counts)
+        write_json(self.folder / "progress.json", self.counts)
 
     def finish(self, *, pad_token_id: int) -> None:
         self.offsets.write(np.array([self.num_tokens], OFFSET).tobytes())
         files = {}
         for file in (self.tokens, self.offsets):
-            _flush(file)
+            file.flush()
             path = Path(file.name)
-            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
         facts = {"dtype": self.dtype.str, "pad_token_id": pad_token_id, "files": files}
-        _write_json(self.folder / "manifest.json", {**self.counts, **facts})
+        write_json(self.folder / "manifest.json", {**self.counts, **facts})
 
     def close(self) -> None:
         self.tokens.close()
         self.offsets.close()
 
 
-def _read_progress(path: Path) -> dict:
+def _read_progress(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    beside = path.with_suffix(".new")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        _flush(file)
-    beside.replace(path)
-
-
-def _flush(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _move_into_place(partial: Path, directory: Path) -> None:
-    old = directory.with_name(f"{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    (directory / "progress.json").unlink()
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,11 +1,11 @@
 """Training of tokenizers, and their identity.
 
 `byte_bpe`: byte-level byte-pair encoding, lossless on any text.
-Source: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, GPT-2 (on bytes); the way words are told
-apart follows GPT-4's (numbers in groups of three, a newline ends a word), with combining marks counted as letters,
-and no word longer than about 64 characters.
+Source: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, GPT-2 (on bytes); the split into
+words follows GPT-4's (numbers in groups of three, a newline ends a word), with combining marks counted as letters, and
+no word longer than about 64 characters.
 `char`: one token per Unicode character, lossless on the characters it was trained on.
-`word`: what stands between blanks is a token, and so is the end of a line; for text that was cut into words before.
+`word`: what stands between blanks is a token, and so is the end of a line; for text that is already tokenised.
 `uncased_word`: lower-cased words, punctuation marks and Han characters, a token each; for classifiers of small data.
 """
 
@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from bmtk.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
@@ -50,14 +52,14 @@ def train_tokenizer(
     """Train a tokenizer whose one special token `<|endoftext|>` (id 0) is bos, eos and pad.
 
     `kind` is "byte_bpe" (at most `vocab_size` tokens; fewer if the text has no more pairs to merge), "char" (a token
-    per character), "word" or "uncased_word" (the most frequent ones); all but the first have `<unk>` for what they do
-    not know. With `lower_case` it reads every text in lower case, with `adds_end` it ends every text with
+    per character), "word" or "uncased_word" (the most frequent ones); all but the first have `<unk>` for what is not
+    in their vocabulary. With `lower_case` every text is read in lower case, with `adds_end` every text ends with
     `<|endoftext|>`; `with_mask` adds `<mask>`, as `mask_token` makes it. The result depends on the texts only, not on
     the number of threads.
-    Raises: ValueError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
+    Raises: UserError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is unknown; choose one of {sorted(KINDS)}")
+        raise UserError(f"kind={kind!r} is unknown; choose one of {sorted(KINDS)}")
     mask = [mask_token(words_hold_blanks=kind == "byte_bpe")] if with_mask else []
     special = [_special(END_OF_TEXT), *mask]
     tokenizer = KINDS[kind](map(str.lower, texts) if lower_case else texts, vocab_size, special)
@@ -83,7 +85,7 @@ def mask_token(*, words_hold_blanks: bool) -> AddedToken:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash everything that decides which ids a text gets: not padding and truncation, which calls of it switch on."""
+    """Hash everything that decides which ids a text gets; not padding and truncation, which each call may change."""
     if tokenizer.is_fast:
         facts = json.loads(tokenizer.backend_tokenizer.to_str())
         del facts["padding"], facts["truncation"]
@@ -94,7 +96,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a long text where no token of a tokenizer with `has_newline_cuts` reaches across.
+    """Cut a long text where no token of a tokenizer with `has_newline_cuts` spans the cut.
 
     That is after a newline with a visible character on both sides: GPT-2 and GPT-4 both end a word there, and neither
     looks back or ahead from there. Pieces have at least `PIECE_CHARACTERS` characters, but for the last.
@@ -131,7 +133,7 @@ def _byte_bpe(model: models.BPE) -> Tokenizer:
 
 def _train_byte_bpe(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
     if vocab_size < NUM_BYTES + len(special):
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} is too small for kind='byte_bpe'; it needs at least {NUM_BYTES + len(special)} "
             f"({NUM_BYTES} bytes and {', '.join(map(str, special))})"
         )
@@ -147,13 +149,13 @@ def _train_byte_bpe(texts: Iterable[str], vocab_size: int, special: list[AddedTo
 
 
 def _train_char(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
-    characters = set()
+    characters: set[str] = set()
     for text in _at_least_one(texts):
         characters.update(text)
     special = _with_unknown(special)
     tokens = [*map(str, special), *sorted(characters)]
     if len(tokens) > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} is too small for kind='char': the text has {len(characters)} different "
             f"characters; set vocab_size to at least {len(tokens)}, or use kind='byte_bpe'"
         )
@@ -182,7 +184,7 @@ def _with_most_frequent_words(
     tokenizer: Tokenizer, texts: Iterable[str], vocab_size: int, special: list[AddedToken]
 ) -> Tokenizer:
     if vocab_size <= len(special):
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} is too small for a kind of words; it needs at least {len(special) + 1} "
             f"({', '.join(map(str, special))} and a word)"
         )
@@ -191,7 +193,7 @@ def _with_most_frequent_words(
     # The trainer counts a special token that the text spells as a word once more, and leaves a hole in the ids.
     ids = tokenizer.get_vocab()
     names = list(map(str, special))
-    words = sorted(ids.keys() - set(names), key=ids.get)
+    words = sorted(ids.keys() - set(names), key=ids.__getitem__)
     tokenizer.model = models.WordLevel({token: i for i, token in enumerate(names + words)}, unk_token=UNKNOWN)
     return tokenizer
 
@@ -210,7 +212,7 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
         is_empty = is_empty and not text
         yield text
     if is_empty:
-        raise ValueError("cannot train a tokenizer on an empty corpus; give at least one document with text")
+        raise UserError("cannot train a tokenizer on an empty corpus; give at least one document with text")
 
 
 KINDS = {"byte_bpe": _train_byte_bpe, "char": _train_char, "word": _train_word, "uncased_word": _train_uncased_word}

@@ -12,11 +12,12 @@ import pandas as pd
 import torch
 
 from .epoch_dataset import EpochDataset
+from .rows import Indices
 from .series import Series, calendar_features
 
 
 @dataclass
-class Windows(torch.utils.data.Dataset):
+class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Every window of `context` + `horizon` steps whose forecast lies in given ranges of some series.
 
     A row is a window with all its columns or, if `alone`, one column of it: row w * C + c is column c of window w.
@@ -41,17 +42,17 @@ class Windows(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {name: value[0] for name, value in self.batch([index]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """What torch's loaders ask for: rows that are a batch already."""
+    def __getitems__(self, indices: Indices) -> dict[str, torch.Tensor]:
+        """What a DataLoader asks for: a batch already, which a collator leaves as it is."""
         return self.batch(indices)
 
     def batch(
-        self, indices: Sequence[int], epochs: Sequence[int] = (), *, pace: np.ndarray | None = None
+        self, indices: Indices, epochs: Indices = (), *, pace: np.ndarray | None = None
     ) -> dict[str, torch.Tensor]:
         """past_* (B, T, C or F), future_* (B, H, C or F), masks only where something is missing.
 
-        `pace` (B,), at most 1, is how far in time each row goes on from step to step, before and after the last one of
-        its context; what lies between two steps is interpolated.
+        `pace` (B,), at most 1, is the time between two steps of each row, counted from the last step of its context;
+        values between two steps are interpolated.
         """
         windows, column = np.asarray(indices), None
         if self.alone:
@@ -112,10 +113,10 @@ class ChangedWindows(EpochDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, indices: Indices) -> dict[str, torch.Tensor]:
         return self.batch(indices, [self.epoch] * len(indices))
 
-    def batch(self, indices: Sequence[int], epochs: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, indices: Indices, epochs: Indices) -> dict[str, torch.Tensor]:
         draws = [
             np.random.default_rng([self.seed, int(epoch), int(index)])
             for epoch, index in zip(epochs, indices, strict=True)
@@ -164,7 +165,7 @@ def windows_of(
         if has_future:
             starts.append(steps + np.arange(max(first, context), last - horizon + 1))
         else:
-            starts.append([steps + len(series)])
+            starts.append(np.array([steps + len(series)]))
             series = series.extended(horizon)
         parts.append(series)
         steps += len(series)

@@ -1,4 +1,4 @@
-"""What of a run folder may leave the machine: an allow-list of files, their checks, and a search for tokens."""
+"""What may be uploaded from a run folder: an allow-list of files, their checks, and a search for access tokens."""
 
 import ast
 import json
@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from bmtk.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX, "adapter_model.safetensors")
@@ -28,13 +31,13 @@ ALLOWED = (*WEIGHTS, *TOKENIZER, *PROCESSOR, *BESIDE_TOKENIZER, *CONFIGS, *PAPER
 TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{20,}")  # the shape of an access token of the Hub
 
 
-class PublishError(ValueError):
-    """What stops a publication, in words for the person who asked for it."""
+class PublishError(UserError):
+    """A reason why a model cannot be published."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What goes to the Hub (name there -> path here), and the names of `directory` that stay."""
+    """The files to upload (name on the Hub -> local path), and the names in `directory` that are left out."""
 
     directory: Path
     files: dict[str, Path]
@@ -73,7 +76,7 @@ def read_bundle(directory: str | Path) -> Bundle:
     return Bundle(directory, {name: directory / name for name in sorted(files)}, tuple(left_out))
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} where there is no file.  Raises: PublishError where the file is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -82,7 +85,7 @@ def read_json(path: Path) -> dict:
 
 
 def code_files(directory: Path) -> tuple[set[str], list[str]]:
-    """The *.py files that `auto_map` names, the siblings they import, and what is wrong with them."""
+    """The *.py files that `auto_map` names, the siblings they import, and the problems with them."""
     files, problems = set(), []
     for holder in ("config.json", "tokenizer_config.json", *PROCESSOR):
         auto_map = read_json(directory / holder).get("auto_map", {})
@@ -131,7 +134,7 @@ def with_siblings(directory: Path, name: str) -> set[str]:
 
 
 def model_problems(directory: Path, files: set[str]) -> list[str]:
-    """What a folder with a whole model lacks: a config that everybody can load, a tokenizer."""
+    """Problems of a folder with a whole model: a config that others cannot load, no tokenizer."""
     config = read_json(directory / "config.json")
     if not config:
         return ["no config.json (nor adapter_config.json): pass the folder that save_pretrained wrote"]
@@ -148,7 +151,7 @@ def model_problems(directory: Path, files: set[str]) -> list[str]:
     elif config.get("model_type") not in CONFIG_MAPPING_NAMES:
         problems.append(
             f"model_type {config.get('model_type')!r} is not one of transformers' own and config.json has no "
-            "auto_map, so nobody could load it; import bmtk, from_pretrained, save_pretrained again"
+            "auto_map, so it could not be loaded; import bmtk, from_pretrained, save_pretrained again"
         )
     if "vocab_size" in config and not files.intersection((*TOKENIZER, *PROCESSOR)):
         problems.append("no tokenizer; save it beside the model with tokenizer.save_pretrained(folder)")
@@ -156,17 +159,17 @@ def model_problems(directory: Path, files: set[str]) -> list[str]:
 
 
 def adapter_problems(directory: Path, files: set[str]) -> list[str]:
-    """What a PEFT folder lacks; its weights are checked with everybody's."""
+    """Problems of a PEFT folder besides those of `weight_problems`."""
     problems = []
     if not read_json(directory / "adapter_config.json").get("base_model_name_or_path"):
-        problems.append("adapter_config.json names no base_model_name_or_path, so nobody could load the adapter")
+        problems.append("adapter_config.json names no base_model_name_or_path, so the adapter could not be loaded")
     if "adapter_model.safetensors" not in files:
         problems.append("no adapter_model.safetensors; save the adapter with peft's save_pretrained")
     return problems
 
 
 def weight_problems(directory: Path, files: set[str]) -> list[str]:
-    """No weights, pickled weights, shards that the index names and nobody wrote, files cut short."""
+    """No weights, pickled weights, shards that the index names and that are missing, files cut short."""
     problems = []
     shards = set(read_json(directory / INDEX).get("weight_map", {}).values())
     problems += [f"{name} is named by {INDEX} and missing" for name in sorted(shards - files)]
@@ -190,12 +193,12 @@ def refuse_tokens(bundle: Bundle, active_token: str | None) -> None:
     if holders:
         raise PublishError(
             f"{', '.join(holders)} in {bundle.directory} hold what looks like an access token; nothing was sent. "
-            "Take it out, and revoke that token at https://huggingface.co/settings/tokens if the file was ever shared"
+            "Remove it, and revoke that token at https://huggingface.co/settings/tokens if the file was ever shared"
         )
 
 
 def holds_token(path: Path, active_token: str | None) -> bool:
-    """Text files are searched whole; of a safetensors file only its header, where text can stand."""
+    """Whether a file holds a token; of a safetensors file only the header is searched, which may hold text."""
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else -1
         if header < 0:

@@ -1,8 +1,8 @@
-"""Write the model card of a run: a README.md with Hub front matter, made of the run's own facts and nothing else.
+"""Write the model card of a run: a README.md with Hub front matter, made from the records of the run only.
 
-The facts are `run.json` (what was run, on what, with which result) and `history.jsonl` (one line per log). Any of
-their keys may be missing; what is there is shown. Their texts are of unknown origin, so they are scrubbed when read
-(secrets, user names in paths, control characters) and escaped when written.
+The records are `run.json` (settings, data, results) and `history.jsonl` (one line per log). Any of their keys may be
+missing; what is there is shown. Their texts are of unknown origin, so they are redacted when read (secrets, user names
+in paths, control characters) and escaped when written.
 """
 
 import json
@@ -14,7 +14,9 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from bmtk.hub.formatting import (
+from bmtk.files import write_text
+
+from .formatting import (
     SPEEDS,
     escape_markdown,
     fence,
@@ -32,17 +34,10 @@ from bmtk.hub.formatting import (
     speed_of,
     split_metric,
 )
-from bmtk.hub.run_record import read_history, read_run, scrub_text
+from .redaction import scrub_text
+from .run_record import RunRecord, TaskDescription, read_history
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-# What a run says of its task under "about", where it says nothing.
-UNKNOWN_TASK = {
-    "pipeline_tag": None,
-    "auto_class": "AutoModel",
-    "noun": "model",
-    "limits": "It was evaluated on the data named above only.",
-}
 
 PROCEDURE = (
     *("optimizer", "optim", "learning_rate", "muon_learning_rate", "schedule", "lr_scheduler_type", "warmup_steps"),
@@ -54,85 +49,83 @@ LICENCES = frozenset(
     "apache-2.0 mit bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 agpl-3.0 "
     "lgpl-3.0 mpl-2.0 openrail unlicense".split()
 )
-LOCAL_FOLDERS = frozenset("bmtk data datasets examples models outputs recipes tests".split())  # not taken for owners
+LOCAL_FOLDERS = frozenset(
+    "bmtk data datasets examples models outputs recipes tests".split()
+)  # not the owner in a Hub id
 DATA_SUFFIXES = frozenset(".txt .csv .tsv .json .jsonl .parquet".split())
-NEEDS = {"muon_learning_rate": ("optimizer", "muon"), "decay_fraction": ("schedule", "wsd")}  # else it has no effect
+NEEDS = {
+    "muon_learning_rate": ("optimizer", "muon"),
+    "decay_fraction": ("schedule", "wsd"),
+}  # else without effect
 
 
 def write_card(directory: str | Path, *, repo_id: str | None = None) -> Path:
-    """Write `<directory>/README.md` from the run's facts and return its path; `repo_id` is named in the examples.
+    """Write `<directory>/README.md` from the run's records and return its path; `repo_id` is named in the examples.
 
-    Raises: FileNotFoundError or ValueError when `run.json` is missing or is not a JSON object.
+    Raises: FileNotFoundError or UserError when `run.json` is missing or is not a JSON object.
     """
-    run = read_run(directory)
+    run = RunRecord.read(directory)
     last_step = max((row["step"] for row in read_history(directory)), default=None)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(md=escape_markdown, fence=fence)
-    about = {**UNKNOWN_TASK, **run["about"]}
     text = environment.get_template("card.md").render(
         front_matter=front_matter(run, repo_id or run_title(run)).to_yaml(),
         title=repo_id.split("/")[-1] if repo_id else run_title(run),
         run=run,
         description=describe(run),
         status=run_status(run, last_step),
-        has_own_code=str(run["model"].get("model_type", "")).startswith("bm_"),
-        example=usage_example(about, repo_id or local_name(directory), run["samples"]),
+        has_own_code=(run.model.model_type or "").startswith("bm_"),
+        example=usage_example(run.description, repo_id or local_name(directory), run.samples),
         metrics=[row[1:] for row in metric_rows(run)],
         data=data_rows(run),
         procedure=procedure_rows(run),
         environment=environment_rows(run),
-        limits=about["limits"],
+        limits=run.description.limits,
     )
     path = Path(directory) / "README.md"
-    path.write_text(re.sub(r"\n{3,}", "\n\n", text), encoding="utf-8", newline="\n")
+    write_text(path, re.sub(r"\n{3,}", "\n\n", text))
     return path
 
 
-def run_title(run: dict) -> str:
+def run_title(run: RunRecord) -> str:
     """Name of the model and its data in one line."""
-    name = run["model"].get("class") or run["model"].get("model_type") or "Model"
-    data = run["data"].get("name")
-    return one_line(f"{name} on {data}" if data else name)
+    name = run.model.class_name or run.model.model_type or "Model"
+    return one_line(f"{name} on {run.data_name}" if run.data_name else name)
 
 
-def describe(run: dict) -> str:
+def describe(run: RunRecord) -> str:
     """Say in one sentence what the model is and where it comes from."""
-    model, data = run["model"], run["data"]
-    size = model.get("num_parameters")
-    size = f" with {format_compact(size)} parameters" if size else ""
-    noun = run["about"].get("noun", UNKNOWN_TASK["noun"])
-    adapter = (
-        f" with a {'LoRA' if model['adapter'] == 'lora' else model['adapter']} adapter" if model.get("adapter") else ""
-    )
-    base = model.get("base_model")
-    origin = f"fine-tuned{adapter} from {base}" if base else "trained from scratch"
-    name = f" on {data['name']}" if data.get("name") else ""
+    model, noun = run.model, run.description.noun
+    size = f" with {format_compact(model.num_parameters)} parameters" if model.num_parameters else ""
+    adapter = f" with a {'LoRA' if model.adapter == 'lora' else model.adapter} adapter" if model.adapter else ""
+    origin = f"fine-tuned{adapter} from {model.base_model}" if model.base_model else "trained from scratch"
+    name = f" on {run.data_name}" if run.data_name else ""
     article = "An" if noun.startswith(tuple("aeiou")) else "A"
     return one_line(f"{article} {noun}{size}, {origin}{name}.")
 
 
-def run_status(run: dict, last_step: float | None) -> str:
+def run_status(run: RunRecord, last_step: float | None) -> str:
     """Say what is missing when the run did not reach its end; empty when it did."""
-    config = run["config"]
+    config = run.config
     planned = next((config[key] for key in ("num_train_steps", "max_steps") if is_positive(config.get(key))), None)
     gap = config["logging_steps"] if is_positive(config.get("logging_steps")) else 1
     where = f" at step {last_step:,.0f}" if last_step is not None else " before its first log line"
-    if planned and (last_step or 0) + max(gap, 1) <= planned and (last_step is not None or not run["metrics"]):
-        verb = "Stopped" if run["metrics"] else "Interrupted"
+    if planned and (last_step or 0) + max(gap, 1) <= planned and (last_step is not None or not run.metrics):
+        verb = "Stopped" if run.metrics else "Interrupted"
         return f"{verb}{where} of {planned:,.0f}."
-    return "" if run["metrics"] else f"Not finished: no final evaluation was recorded; the log ends{where}."
+    return "" if run.metrics else f"Not finished: no final evaluation was recorded; the log ends{where}."
 
 
-def metric_rows(run: dict) -> list[tuple[str, str, str]]:
+def metric_rows(run: RunRecord) -> list[tuple[str, str, str]]:
     """Return (key, label, shown value) of every metric but the speed of the evaluation, in the run's own order."""
-    named = ((key, value) for key, value in run["metrics"].items() if is_number(value))
+    named = ((key, value) for key, value in run.metrics.items() if is_number(value))
     named = ((key, value) for key, value in named if split_metric(key)[1] not in SPEEDS)
     return [(key, metric_label(key), format_number(value)) for key, value in named]
 
 
-def data_rows(run: dict) -> list[tuple[str, str]]:
+def data_rows(run: RunRecord) -> list[tuple[str, str]]:
     """Return (split, sizes) for each split that the run describes."""
-    splits = ((name, run["data"].get(name)) for name in ("train", "validation", "test"))
+    splits = ((name, run.data.get(name)) for name in ("train", "validation", "test"))
     sized = ((name, split) for name, split in splits if isinstance(split, dict))
     return [
         (
@@ -145,40 +138,39 @@ def data_rows(run: dict) -> list[tuple[str, str]]:
     ]
 
 
-def procedure_rows(run: dict) -> list[tuple[str, str]]:
-    """Return the hyper-parameters that a reader needs to judge or repeat the run, then its time and speed."""
-    config, speed = run["config"], run["throughput"]
+def procedure_rows(run: RunRecord) -> list[tuple[str, str]]:
+    """Return the hyper-parameters needed to judge or repeat the run, then its time and speed."""
+    config = run.config
     rows = [
         (key, show(config[key]))
         for key in PROCEDURE
         if config.get(key) is not None and (key not in NEEDS or config.get(NEEDS[key][0]) in (None, NEEDS[key][1]))
     ]
-    if is_number(run.get("train_seconds")):
-        rows.append(("training time", format_seconds(run["train_seconds"])))
-    if measured := speed_of(speed):
-        rows.append((measured[0], format_compact(measured[1])))
-    if is_number(speed.get("mfu")):
-        rows.append(("model FLOPs utilisation", f"{100 * speed['mfu']:.1f} %"))
+    if run.train_seconds is not None:
+        rows.append(("training time", format_seconds(run.train_seconds)))
+    if speed := speed_of(run.throughput):
+        rows.append((speed[0], format_compact(speed[1])))
+    if run.mfu is not None:
+        rows.append(("model FLOPs utilisation", f"{100 * run.mfu:.1f} %"))
     return rows
 
 
-def environment_rows(run: dict) -> list[tuple[str, str]]:
+def environment_rows(run: RunRecord) -> list[tuple[str, str]]:
     """Return the named facts of the machine and its software; never shell variables (their names are upper case)."""
-    facts = run["environment"].items()
+    facts = run.environment.items()
     return [(key, show(value)) for key, value in facts if not key.isupper() and not isinstance(value, (dict, list))]
 
 
 # ------------------------------------------------------------------------------------------------ front matter
 
 
-def front_matter(run: dict, model_name: str) -> ModelCardData:
+def front_matter(run: RunRecord, model_name: str) -> ModelCardData:
     """Return the Hub metadata that the run knows; what it does not know is left out."""
-    model, data = run["model"], run["data"]
-    tag = run["about"].get("pipeline_tag")
-    base, dataset = hub_id(model.get("base_model")), hub_id(data.get("source"), needs_owner=True)
-    tags = ["bmtk", *(slug(item) for item in (model.get("model_type"), model.get("adapter")) if item)]
-    licence = slug(run.get("license") or run["config"].get("license") or "").lower()
-    language = data.get("language")
+    tag = run.description.pipeline_tag
+    base, dataset = hub_id(run.model.base_model), hub_id(run.data.get("source"), needs_owner=True)
+    tags = ["bmtk", *(slug(item) for item in (run.model.model_type, run.model.adapter) if item)]
+    licence = slug(run.license or run.config.get("license") or "").lower()
+    language = run.data.get("language")
     return ModelCardData(
         language=language if re.fullmatch(r"[a-z]{2,3}", str(language)) else None,
         license=(licence if licence in LICENCES else "other") if licence else None,
@@ -188,16 +180,16 @@ def front_matter(run: dict, model_name: str) -> ModelCardData:
         tags=tags,
         datasets=[dataset] if dataset else None,
         base_model=base,
-        base_model_relation=("adapter" if model.get("adapter") else "finetune") if base else None,
+        base_model_relation=("adapter" if run.model.adapter else "finetune") if base else None,
         model_name=one_line(model_name).split("/")[-1],
         eval_results=list(eval_results(run, tag or "other", dataset)) or None,
     )
 
 
-def eval_results(run: dict, task_type: str, dataset: str | None) -> Iterator[EvalResult]:
+def eval_results(run: RunRecord, task_type: str, dataset: str | None) -> Iterator[EvalResult]:
     """Yield one model-index entry per finite metric (the Hub cannot store NaN)."""
-    name = one_line(run["data"].get("name") or dataset or "unnamed")
-    for key, value in run["metrics"].items():
+    name = one_line(run.data_name or dataset or "unnamed")
+    for key, value in run.metrics.items():
         if is_quality(key) and is_number(value) and math.isfinite(value):
             split, metric = split_metric(key)
             yield EvalResult(
@@ -227,13 +219,13 @@ def local_name(directory: str | Path) -> str:
     return Path(directory).name if name.startswith(("/", "~")) else name
 
 
-def usage_example(about: dict, name: str, samples: list[dict]) -> dict[str, str]:
+def usage_example(about: TaskDescription, name: str, samples: list[dict[str, str]]) -> dict[str, str]:
     """Return the lines of the loading example: imports, then the call with `{remote}` for trust_remote_code."""
-    tag, auto_class = about["pipeline_tag"], about["auto_class"]
+    tag, auto_class = about.pipeline_tag, about.auto_class
     lines = [f"name = {json.dumps(name)}  # this repository, or a folder that holds it"]
     lines += [f"model = {auto_class}.from_pretrained(name{{remote}})"]
     imported = f"from transformers import {auto_class}"
-    if processor := about.get("processor_class", "AutoTokenizer"):
+    if processor := about.processor_class:
         variable = "tokenizer" if processor == "AutoTokenizer" else "processor"
         lines += [f"{variable} = {processor}.from_pretrained(name{{remote}})"]
         imported += f", {processor}"

@@ -1,13 +1,12 @@
-"""From pretrained models of transformers to ours, with the same outputs: `bmtk convert MODEL DIR`.
+"""Convert pretrained models of transformers to ours, with the same outputs: `bmtk convert MODEL DIR`.
 
 What is not in SOURCES is refused by name, and a converted model is compared with its source before it is saved.
 """
 
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,6 +14,9 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import cached_file
+
+from bmtk.errors import UserError
+from bmtk.files import replacing_folder
 
 from .convert_sources import SOURCES, Source
 
@@ -24,7 +26,7 @@ LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done: classes, the Auto class that loads `directory`, what else is in it.
+    """The result: classes, the Auto class that loads `directory`, the processors saved beside the model.
 
     `difference` is the largest of the outputs, over the largest output.
     """
@@ -41,12 +43,12 @@ class Conversion:
 def convert(model: str, directory: str | Path, *, auto_class: str | None = None) -> Conversion:
     """Save the pretrained `model` (a folder or Hub name) as one of ours, with its tokenizer or image processor.
 
-    `auto_class` (such as "AutoModel") keeps only that part of it.  Raises: ValueError naming what cannot be converted,
+    `auto_class` (such as "AutoModel") keeps only that part of it.  Raises: UserError naming what cannot be converted,
     or a `directory` that holds something; OSError for a model without weights.  Then nothing was saved.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is not an empty folder; remove it, or choose another")
+        raise UserError(f"{directory} exists and is not an empty folder; remove it, or choose another")
     source = _source(model)
     theirs_config = AutoConfig.from_pretrained(model)
     auto_class = _auto_class(theirs_config, source, auto_class)
@@ -57,11 +59,13 @@ def convert(model: str, directory: str | Path, *, auto_class: str | None = None)
         ours.config.image_size = _image_size(processors) or ours.config.image_size
     difference = largest_difference(ours, theirs)
     if not difference <= LARGEST_DIFFERENCE.get(theirs.dtype, 0.0):
-        raise ValueError(
+        raise UserError(
             f"{model} was converted, but its outputs differ by {difference:.1e} of their size: it has a setting that "
             "convert does not know; nothing was saved"
         )
-    _save([ours, *processors], directory)
+    with replacing_folder(directory) as beside:
+        for part in (ours, *processors):
+            part.save_pretrained(beside)
     return Conversion(
         directory, type(theirs).__name__, type(ours).__name__, auto_class, ours.num_parameters(), difference,
         tuple(type(processor).__name__ for processor in processors),
@@ -69,7 +73,7 @@ def convert(model: str, directory: str | Path, *, auto_class: str | None = None)
 
 
 def converted(theirs: PreTrainedModel, auto_class: str) -> PreTrainedModel:
-    """Our model with the weights of `theirs`; every weight of both must find its partner."""
+    """Our model with the weights of `theirs`; every weight of either must have its counterpart."""
     source = SOURCES[theirs.config.model_type]
     weights, unmapped = translate(theirs.state_dict(), source)
     if auto_class == "AutoModel":
@@ -84,26 +88,27 @@ def converted(theirs: PreTrainedModel, auto_class: str) -> PreTrainedModel:
     problems = [f"{name} has no place" for name in unmapped + sorted(weights.keys() - wanted.keys())]
     problems += [f"{name} is missing" for name in sorted(wanted.keys() - weights.keys())]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{type(theirs).__name__} cannot be converted to {type(ours).__name__}: {_shortened(problems)}"
         )
     ours.load_state_dict({name: weights[name].reshape(tensor.shape) for name, tensor in wanted.items()})
     return ours
 
 
-def _build(theirs: PreTrainedModel, auto_class: str, source: Source, more: dict) -> PreTrainedModel:
-    """Our model of their shape.  Raises: ValueError where our configuration refuses a value of theirs."""
+def _build(theirs: PreTrainedModel, auto_class: str, source: Source, more: dict[str, Any]) -> PreTrainedModel:
+    """Our model of their shape.  Raises: UserError where our configuration refuses a value of theirs."""
     fields = {**_shared_fields(theirs.config), **source.fields(theirs.config), **more}
     try:
         config = AutoConfig.for_model(source.family, **fields)
     except StrictDataclassError as error:
-        raise ValueError(f"this {theirs.config.model_type!r} cannot be converted: {error}") from error
+        raise UserError(f"this {theirs.config.model_type!r} cannot be converted: {error}") from error
     return getattr(transformers, auto_class).from_config(config, dtype=theirs.dtype).eval()
 
 
 def translate(state: dict[str, torch.Tensor], source: Source) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Their weights under our names, and the names that no pattern knows."""
-    weights, unmapped = {}, []
+    weights: dict[str, torch.Tensor] = {}
+    unmapped = []
     for full_name, tensor in state.items():
         name = full_name.removeprefix(source.prefix)
         found = ((re.fullmatch(pattern, name), ours) for pattern, ours in source.weights.items())
@@ -146,28 +151,29 @@ def _source(model: str) -> Source:
     try:
         model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
     except (OSError, HFValidationError) as error:
-        raise ValueError(f"{model} is neither a folder here nor a model that the Hub gives: {error}") from error
+        raise UserError(f"{model} is neither a folder here nor a model that the Hub gives: {error}") from error
     if model_type is None:
-        raise ValueError(f"{model} has no config.json that names a model_type; pass what save_pretrained wrote")
+        raise UserError(f"{model} has no config.json that names a model_type; pass what save_pretrained wrote")
     if model_type not in SOURCES:
-        raise ValueError(f"{model} is a {model_type!r}; convert knows {', '.join(sorted(SOURCES))}")
+        raise UserError(f"{model} is a {model_type!r}; convert knows {', '.join(sorted(SOURCES))}")
     return SOURCES[model_type]
 
 
 def _auto_class(config: PreTrainedConfig, source: Source, wanted: str | None) -> str:
     """The Auto class that is `wanted`, or that of the checkpoint, by its class's name."""
-    family = transformers.MODEL_MAPPING[type(config)].__name__.removesuffix("Model")
+    trunk: Any = transformers.MODEL_MAPPING[type(config)]
+    family = trunk.__name__.removesuffix("Model")
     known = {family + suffix: auto_class for suffix, auto_class in source.heads.items()}
     if wanted is not None:
         if wanted not in known.values():
-            raise ValueError(
+            raise UserError(
                 f"auto_class={wanted!r} cannot be made of a {config.model_type!r}; choose "
                 f"{' or '.join(known.values())}"
             )
         return wanted
     architecture = (config.architectures or ["(no architecture)"])[0]
     if architecture not in known:
-        raise ValueError(
+        raise UserError(
             f"{architecture} cannot be converted, but {', '.join(known)} can; to keep a part of it, say which: "
             f"auto_class={' or '.join(known.values())}"
         )
@@ -175,18 +181,18 @@ def _auto_class(config: PreTrainedConfig, source: Source, wanted: str | None) ->
 
 
 def _check_settings(config: PreTrainedConfig, source: Source) -> None:
-    """Raises: ValueError naming every setting that our model does not have."""
+    """Raises: UserError naming every setting that our model does not have."""
     problems = [
         f"{name}={getattr(config, name)!r} (only {' or '.join(map(repr, values))})"
         for name, values in source.allowed.items()
         if hasattr(config, name) and getattr(config, name) not in values
     ]
     if problems:
-        raise ValueError(f"this {config.model_type!r} cannot be converted: {'; '.join(problems)}")
+        raise UserError(f"this {config.model_type!r} cannot be converted: {'; '.join(problems)}")
 
 
 def _load(model: str, auto_class: str) -> PreTrainedModel:
-    """Their model, of saved weights only.  Raises: ValueError naming those that it lacks, which would be random.
+    """Their model, of saved weights only.  Raises: UserError naming those that it lacks, which would be random.
 
     Some checkpoints come without the pooler that AutoModel would add.
     """
@@ -196,23 +202,23 @@ def _load(model: str, auto_class: str) -> PreTrainedModel:
     if auto_class == "AutoModel" and missing and all(name.startswith("pooler.") for name in missing):
         return from_pretrained(model, dtype="auto", add_pooling_layer=False).eval()
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{model} has no weights for the {type(theirs).__name__} that auto_class={auto_class!r} asks for: "
             f"{_shortened(missing)}; convert what it has (AutoModel keeps the trunk), and fine-tune that"
         )
     return theirs.eval()
 
 
-def _shared_fields(config: PreTrainedConfig) -> dict:
-    """What every configuration calls by the same name."""
+def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Fields that have the same name in every configuration."""
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "id2label", "label2id")
     fields = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
     return fields | ({"problem_type": config.problem_type} if config.problem_type else {})
 
 
-def _processors(model: str) -> list:
+def _processors(model: str) -> list[Any]:
     """Tokenizer and image processor, as far as they are there: what they do stays the same, so they stay theirs."""
-    loaders = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}
+    loaders: dict[str, Any] = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}
     return [
         loader.from_pretrained(model)
         for file_name, loader in loaders.items()
@@ -220,24 +226,14 @@ def _processors(model: str) -> list:
     ]
 
 
-def _image_size(processors: list) -> int | None:
+def _image_size(processors: list[Any]) -> int | None:
     """Pixels per side of what an image processor among them makes."""
     for processor in processors:
         if isinstance(processor, BaseImageProcessor):
-            size = processor.crop_size if processor.do_center_crop else processor.size
+            settings: Any = processor  # the base class declares none of what follows
+            size = settings.crop_size if settings.do_center_crop else settings.size
             return size.get("height") or size.get("shortest_edge")
     return None
-
-
-def _save(parts: list, directory: Path) -> None:
-    """Everything or nothing: written beside `directory`, then renamed."""
-    partial = directory.absolute().with_name(f".{directory.absolute().name}.{os.getpid()}.partial")
-    try:
-        for part in parts:
-            part.save_pretrained(partial)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _shortened(problems: list[str]) -> str:

@@ -57,7 +57,7 @@ BERT = {
     r"classifier\.(\w+)": r"score.\1",
     r"qa_outputs\.(\w+)": r"qa_outputs.\1",
 }
-GPT2 = {
+GPT2: dict[str, str | tuple[str, ...]] = {
     r"wte\.weight": "model.stem.embed_tokens.weight",
     r"wpe\.weight": "model.stem.embed_positions.weight",
     r"h\.(\d+)\.ln_1\.(\w+)": r"model.layers.\1.attention_norm.\2",

@@ -1,9 +1,12 @@
 """What can be converted: for every model type of transformers, its settings, the fields they become, its weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedConfig
+
+from bmtk.errors import UserError
 
 from .convert_maps import (
     BERT,
@@ -34,30 +37,30 @@ class Source:
 
     family: str
     prefix: str
-    fields: Callable[[PreTrainedConfig], dict]
-    weights: dict[str, str | tuple[str, ...]]
+    fields: Callable[[PreTrainedConfig], dict[str, Any]]
+    weights: Mapping[str, str | tuple[str, ...]]
     heads: dict[str, str]
-    allowed: dict[str, tuple] = field(default_factory=dict)
+    allowed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     transposed: str = "(?!)"
     constants: dict[str, float] = field(default_factory=dict)
     any_size: bool = False
 
 
-def _named(theirs: PreTrainedConfig, names: dict[str, str]) -> dict:
+def _named(theirs: PreTrainedConfig, names: dict[str, str]) -> dict[str, Any]:
     """Fields whose `names` are ours and theirs."""
     return {ours: getattr(theirs, name) for ours, name in names.items()}
 
 
 def _side(theirs: PreTrainedConfig, name: str) -> int:
-    """A size in pixels that they write as one number or as two.  Raises: ValueError if the two differ."""
+    """A size in pixels that they write as one number or as two.  Raises: UserError if the two differ."""
     size = getattr(theirs, name)
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) > 1:
-        raise ValueError(f"this {theirs.model_type!r} cannot be converted: {name}={size} is not square")
+        raise UserError(f"this {theirs.model_type!r} cannot be converted: {name}={size} is not square")
     return sides.pop()
 
 
-def _bert_fields(theirs: PreTrainedConfig) -> dict:
+def _bert_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
     dropout = theirs.hidden_dropout_prob if theirs.classifier_dropout is None else theirs.classifier_dropout
     return {
         **CLASSIC_SETTINGS, **_named(theirs, BERT_SETTINGS), "norm_position": "post", "embedding_norm": True,
@@ -65,17 +68,17 @@ def _bert_fields(theirs: PreTrainedConfig) -> dict:
     }  # fmt: skip
 
 
-def _vit_fields(theirs: PreTrainedConfig) -> dict:
+def _vit_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
     sides = {name: _side(theirs, name) for name in ("image_size", "patch_size")}
     classic = {**CLASSIC_SETTINGS, **_named(theirs, VIT_SETTINGS)}
     return {**classic, **sides, "input_type": "pixels", "classifier_pooling": "first"}
 
 
-def _gpt2_fields(theirs: PreTrainedConfig) -> dict:
+def _gpt2_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
     return {**CLASSIC_SETTINGS, **_named(theirs, GPT2_SETTINGS)}
 
 
-def _llama_fields(theirs: PreTrainedConfig) -> dict:
+def _llama_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
     fields = {name: getattr(theirs, name) for name in LLAMA_SETTINGS}
     has_bias = {"qwen2": True, "mistral": False}.get(theirs.model_type)
     return {
@@ -88,7 +91,7 @@ def _llama_fields(theirs: PreTrainedConfig) -> dict:
     }
 
 
-def _resnet_fields(theirs: PreTrainedConfig) -> dict:
+def _resnet_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
     """Their configuration tells no image size; 224 is what they were all trained with, unless a processor tells."""
     first = 2 if theirs.downsample_in_first_stage else 1
     return {
@@ -97,7 +100,7 @@ def _resnet_fields(theirs: PreTrainedConfig) -> dict:
     }  # fmt: skip
 
 
-def _convnext_fields(theirs: PreTrainedConfig) -> dict:
+def _convnext_fields(theirs: PreTrainedConfig) -> dict[str, Any]:
     """All norms have the 1e-6 of the paper's code, which theirs have but for the last one's `layer_norm_eps`."""
     sides = {name: _side(theirs, name) for name in ("image_size", "patch_size")}
     return {
@@ -106,7 +109,7 @@ def _convnext_fields(theirs: PreTrainedConfig) -> dict:
     }  # fmt: skip
 
 
-def _llama(**allowed: tuple) -> Source:
+def _llama(**allowed: tuple[object, ...]) -> Source:
     return Source(
         family="bm_transformer",
         prefix="model.",

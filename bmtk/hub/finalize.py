@@ -1,41 +1,127 @@
-"""The end of every run: its facts, card, report and resolved config beside the weights, then the push."""
+"""The end of every run: its record, card, report and resolved config beside the weights, then the push."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import yaml
 
-from bmtk.hub.card import write_card
-from bmtk.hub.publish import publish
-from bmtk.hub.report import write_report
-from bmtk.hub.run_record import environment_record, scrub, write_run_record
-from bmtk.hub.summary import run_summary
+from bmtk.files import write_text
+
+from .card import write_card
+from .publish import publish
+from .redaction import scrub
+from .report import write_report
+from .run_record import ModelRecord, RunRecord, bmtk_version, launch_command
+from .summary import run_summary
+
+
+class RunSettings(Protocol):
+    """What is read of the settings of a run."""
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def push_to_hub(self) -> str | None:
+        """The repository to publish to, USER/NAME; None: nothing is published."""
+
+    @property
+    def private(self) -> bool: ...
+
+
+class MainMetric(Protocol):
+    """What is read of a scorer."""
+
+    @property
+    def main_metric(self) -> str: ...
+
+
+class DescribedObjective(Protocol):
+    """What is read of the objective of a run."""
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """The kind of model in words: the fields of `TaskDescription` that are not its defaults."""
+
+    @property
+    def scorer(self) -> MainMetric: ...
+
+    @property
+    def decided_settings(self) -> Mapping[str, Any]:
+        """The settings that the data have decided."""
+
+    def data_record(self) -> Mapping[str, Any]:
+        """Name, source and sizes of the data."""
+
+    def next_command(self, folder: Path) -> str:
+        """A command that uses the model in `folder`."""
+
+
+class FinalResults(Protocol):
+    """What is read of the evaluation at the end of a run."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+    @property
+    def samples(self) -> list[dict[str, str]]: ...
+
+    @property
+    def figures(self) -> list[dict[str, str]]: ...
+
+    @property
+    def inference(self) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a recipe knows of a run when its training has ended."""
+
+    recipe: str
+    config: Mapping[str, Any]  # resolved settings
+    environment: Mapping[str, Any]  # as `environment_record` gives it
+    started_at: str
+    train_seconds: float
+    model: ModelRecord
+    throughput: Mapping[str, float]
+    results: FinalResults
 
 
 def finalize_run(
-    folder: Path,
-    *,
-    run,
-    task,
-    config: dict[str, object],
-    accelerator,
-    log: Callable[[str], None],
-    **facts: object,
+    folder: Path, *, run: RunSettings, objective: DescribedObjective, finished: FinishedRun, log: Callable[[str], None]
 ) -> None:
-    """Write run.json, recipe.yaml, README.md and report.html, show the summary, and publish where `run` says so.
+    """Write run.json, recipe.yaml, README.md and report.html, show the summary, and publish where `run` asks for it.
 
-    `run` has `task`, `push_to_hub` and `private`; `task` has `about`, `main_metric`, `facts()` and
-    `next_command(folder)`, and in `settled` what the data decided of `config`.
+    Called by the main process, after the model is saved in `folder`.
+    Raises: PublishError if the model cannot be published; the files are written then.
     """
-    config = {**config, **task.settled}
+    config = {**finished.config, **objective.decided_settings}
     chosen = scrub({key: value for key, value in config.items() if value is not None})
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    environment = environment_record(accelerator)
-    about = {**task.about, "main_metric": task.main_metric}
-    described = {"task": run.task, "about": about, "data": task.facts(), "config": config}
-    write_run_record(folder, **described, environment=environment, **facts)
+    write_text(folder / "recipe.yaml", yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
+    results = finished.results
+    record = RunRecord(
+        task=run.task,
+        bmtk_version=bmtk_version(),
+        command=launch_command(),
+        about={**objective.about, "main_metric": objective.scorer.main_metric},
+        data=objective.data_record(),
+        config=config,
+        environment=finished.environment,
+        recipe=finished.recipe,
+        started_at=finished.started_at,
+        train_seconds=finished.train_seconds,
+        model=finished.model,
+        throughput=finished.throughput,
+        metrics=results.metrics,
+        samples=results.samples,
+        inference=results.inference,
+        figures=results.figures,
+    )
+    record.write(folder)
     write_card(folder)
     write_report(folder)
-    log(run_summary(folder, next_command=task.next_command(folder)))
+    log(run_summary(folder, next_command=objective.next_command(folder)))
     if run.push_to_hub:
         publish(folder, run.push_to_hub, private=run.private, log=log)

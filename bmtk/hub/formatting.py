@@ -1,12 +1,14 @@
-"""How metrics, numbers, durations and foreign texts are put into words, in Markdown and elsewhere."""
+"""How metrics, numbers, durations and texts of unknown origin are written, in Markdown and elsewhere."""
 
 import json
 import math
 import re
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 SPEEDS = frozenset("epoch runtime samples_per_second steps_per_second model_preparation_time".split())
-BASELINES = ("naive_", "seasonal_naive_", "mean_colour_")  # how metrics begin that are of a guess without a model
-# Parts of a metric's name that are not spelled as they are written there.
+BASELINES = ("naive_", "seasonal_naive_", "mean_colour_")  # prefixes of metrics of a baseline without a model
+# Parts of a metric's name that are shown with another spelling.
 SPELLED = {
     **{part: part.upper() for part in "ap bleu cer f1 mae mape mase mse rmse smape wer".split()},
     **{"chrf": "chrF", "macro": "macro-", "map": "mAP", "micro": "micro-", "r2": "R²", "top5": "top-5"},
@@ -14,36 +16,36 @@ SPELLED = {
 COUNTS = frozenset("tokens rows items samples documents".split())  # how much was evaluated
 
 
-def escape_markdown(value) -> str:
+def escape_markdown(value: object) -> str:
     """Return one line of Markdown that shows `value` literally, in a paragraph or in a table cell."""
     text = re.sub(r"([\\`*\[\]|#~$!])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", one_line(value))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def fence(value, language: str = "text") -> str:
+def fence(value: object, language: str = "text") -> str:
     """Return a fenced code block which no run of backticks in `value` can close."""
     longest = max((len(run) for run in re.findall("`+", str(value))), default=0)
     ticks = "`" * max(3, longest + 1)
     return f"{ticks}{language}\n{value}\n{ticks}"
 
 
-def one_line(value) -> str:
+def one_line(value: object) -> str:
     """Return `value` as a text without line breaks, at most 200 characters long."""
     text = " ".join(str(value).split())
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def slug(value) -> str:
+def slug(value: object) -> str:
     """Return `value` as an identifier of letters, digits, dots, dashes and underscores."""
     return re.sub(r"[^\w.-]+", "-", one_line(value), flags=re.ASCII).strip("-")
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether `value` is a JSON number (NaN is; true and false are not)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_positive(value) -> bool:
+def is_positive(value: object) -> TypeGuard[float]:
     """Whether `value` is a number above zero."""
     return is_number(value) and value > 0
 
@@ -55,12 +57,12 @@ def split_metric(key: str) -> tuple[str, str]:
 
 
 def is_quality(key: str) -> bool:
-    """Whether a metric says how good the model is, rather than how fast or on how much it was evaluated."""
+    """Whether a metric measures the quality of the model, rather than the speed or the size of the evaluation."""
     return split_metric(key)[1] not in SPEEDS | COUNTS
 
 
 def is_baseline(key: str) -> bool:
-    """Whether a metric is of what the model is compared with, and not of the model."""
+    """Whether a metric is that of a baseline, which the model is compared with."""
     return split_metric(key)[1].startswith(BASELINES)
 
 
@@ -71,8 +73,8 @@ def metric_label(key: str) -> str:
     return f"{split.capitalize()} {words}" if split else words[:1].upper() + words[1:]
 
 
-def speed_of(throughput: dict) -> tuple[str, float] | None:
-    """Return what was measured ("tokens per second") and how much of it; None where no speed was recorded."""
+def speed_of(throughput: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Return the unit of a speed ("tokens per second") and its value; None where no speed was recorded."""
     found = ((key, value) for key, value in throughput.items() if key.endswith("_per_second") and is_number(value))
     return next(((key.replace("_", " "), value) for key, value in found), None)
 
@@ -108,7 +110,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def show(value) -> str:
+def show(value: object) -> str:
     """Return a configuration value as it would be typed."""
     if isinstance(value, str):
         return value

@@ -1,6 +1,6 @@
-"""Publish a saved model: check the folder, push what may be pushed, prove that it loads; only then say "published".
+"""Publish a saved model: check the folder, push what may be pushed, verify that it loads; only then log "published".
 
-A token comes from the environment or the login (`hf auth login`) and goes nowhere but to the Hub.
+The token comes from the environment or the login (`hf auth login`) and is sent only to the Hub.
 """
 
 import json
@@ -13,22 +13,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from bmtk.hub.bundle import TOKEN, Bundle, PublishError, is_allowed, read_bundle, read_json, refuse_tokens
-from bmtk.hub.card import write_card
-from bmtk.hub.verification import prove, record
+from .bundle import TOKEN, Bundle, PublishError, is_allowed, read_bundle, read_json, refuse_tokens
+from .card import write_card
+from .verification import record_outputs, verify
 
 logger = logging.getLogger(__name__)
 
 TRANSIENT = (408, 412, 429, 500, 502, 503, 504)  # 412: somebody else's commit came first
 PAUSES = (0.5, 1.0, 2.0)  # seconds before each new attempt
 NEUTRAL = {".gitattributes", "README.md", "LICENSE"}  # what a repository may hold before a model is in it
-LOGIN = "log in with `hf auth login`, or set HF_TOKEN; tokens are made at https://huggingface.co/settings/tokens"
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN; create a token at https://huggingface.co/settings/tokens"
 
 Log = Callable[[str], None]
 
@@ -47,7 +48,7 @@ def publish(
 
     private: for a new repository; refused where the repository exists and is public.
     revision: branch to commit to, made if missing; None is the main branch.
-    dry_run: check and list the files; ask nobody and send nothing.
+    dry_run: check and list the files; nothing is sent, and the Hub is not asked.
     Raises: PublishError, in words for the user; its text never holds a token.
     """
     with tempfile.TemporaryDirectory(prefix="bmtk-publish-") as folder, plain_words(repo_id):
@@ -61,15 +62,15 @@ def publish(
             log(f"dry run: nothing was sent to {url}")
             return url
         if get_token() is None:
-            raise PublishError(f"nobody is logged in to the Hub; {LOGIN}")
+            raise PublishError(f"not logged in to the Hub; {LOGIN}")
         base = adapter_base(bundle) if bundle.is_adapter else None
-        can_prove = base is not None or not bundle.is_adapter
-        if can_prove:
+        can_verify = base is not None or not bundle.is_adapter
+        if can_verify:
             record_here(bundle, room, base)
         pushed = patiently(lambda: push(bundle, repo_id, private, revision, commit_message), log)
         log(f"pushed to {url}, commit {pushed.sha}")
-        if can_prove:
-            prove_there(room, pushed, needs_token=pushed.private or bundle.is_adapter, log=log)
+        if can_verify:
+            verify_there(room, pushed, needs_token=pushed.private or bundle.is_adapter, log=log)
         log(conclusion(bundle, url, base))
         return url
 
@@ -139,14 +140,14 @@ def adapter_base(bundle: Bundle) -> str | None:
 
 def record_here(bundle: Bundle, room: Path, base: str | None) -> None:
     try:
-        record(bundle.directory, room, base)
+        record_outputs(bundle.directory, room, base)
     except Exception as error:  # the model's own code runs here and may raise anything
         reason = redact(f"{type(error).__name__}: {error}")
         raise PublishError(f"{bundle.directory} does not load here, so nothing was sent: {reason}") from error
 
 
 def push(bundle: Bundle, repo_id: str, private: bool, revision: str | None, message: str) -> ModelInfo:
-    """Make the repository if need be and commit the bundle; what an older bundle left there goes.  Safe to repeat."""
+    """Create the repository if needed and commit the bundle; files of an older bundle are deleted.  Safe to repeat."""
     api = HfApi(token=get_token())
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     if revision:
@@ -155,11 +156,12 @@ def push(bundle: Bundle, repo_id: str, private: bool, revision: str | None, mess
     if private and not before.private:
         raise PublishError(f"{repo_id} exists and is public; make it private in its settings, or leave out `private`")
     refuse_other_content(api, before, bundle)
-    there = {sibling.rfilename for sibling in before.siblings}
+    there = {sibling.rfilename for sibling in before.siblings or ()}
     stale = sorted(name for name in there - set(bundle.files) - NEUTRAL if is_allowed(name))
-    operations = [CommitOperationAdd(name, path) for name, path in bundle.files.items()]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    operations += [CommitOperationAdd(name, path) for name, path in bundle.files.items()]
     operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
-    options = {"commit_message": message, "revision": revision, "parent_commit": before.sha}
+    options: dict[str, Any] = {"commit_message": message, "revision": revision, "parent_commit": before.sha}
     try:
         before.sha = api.create_commit(repo_id, operations, **options).oid
     except json.JSONDecodeError:  # validate-yaml reads its answer before looking at the status
@@ -171,7 +173,7 @@ def push(bundle: Bundle, repo_id: str, private: bool, revision: str | None, mess
 
 def refuse_other_content(api: HfApi, there: ModelInfo, bundle: Bundle) -> None:
     """Raise PublishError unless the repository is new, or holds a model or adapter of the same type."""
-    names = {sibling.rfilename for sibling in there.siblings} - NEUTRAL
+    names = {sibling.rfilename for sibling in there.siblings or ()} - NEUTRAL
     holder, key = ("adapter_config.json", "peft_type") if bundle.is_adapter else ("config.json", "model_type")
     what = "no model"
     if holder in names:
@@ -183,37 +185,38 @@ def refuse_other_content(api: HfApi, there: ModelInfo, bundle: Bundle) -> None:
         what = f"{key} {theirs!r}"
     if names:
         raise PublishError(
-            f"{there.id} exists and holds other content ({what}: {', '.join(sorted(names)[:4])}); it was left alone. "
+            f"{there.id} exists and holds other content ({what}: {', '.join(sorted(names)[:4])}); it was not changed. "
             "Choose another name, or empty that repository first"
         )
 
 
-def prove_there(room: Path, pushed: ModelInfo, needs_token: bool, log: Log) -> None:
+def verify_there(room: Path, pushed: ModelInfo, needs_token: bool, log: Log) -> None:
     """Raise PublishError unless a clean process gets from the Hub what this one got from the folder."""
     log("loading it back in a clean process without bmtk ...")
-    findings = prove(room, pushed.id, pushed.sha, get_token() if needs_token else None)
+    assert pushed.sha  # create_commit has set it
+    findings = verify(room, pushed.id, pushed.sha, get_token() if needs_token else None)
     if findings:
         lines = "\n".join(f"  - {redact(line)}" for line in findings)
         raise PublishError(
-            f"the files are at {constants.ENDPOINT}/{pushed.id}, commit {pushed.sha}, but not proven: loaded back "
+            f"the files are at {constants.ENDPOINT}/{pushed.id}, commit {pushed.sha}, but not verified: loaded back "
             f"without bmtk they do not give what the folder gives.\n{lines}\n"
-            "Do not rely on that repository until this is mended"
+            "Do not rely on that repository until this is fixed"
         )
 
 
 def conclusion(bundle: Bundle, url: str, base: str | None) -> str:
-    """The last line of the log: published, with what it rests on, or what could not be proven."""
+    """The last line of the log: published, and what was verified, or why it could not be."""
     if not bundle.is_adapter:
         return f"published: {url} (loads without bmtk, with the same outputs)"
     named = read_json(bundle.directory / "adapter_config.json")["base_model_name_or_path"]
     if base is None:
-        return f"pushed, not proven: the adapter at {url} needs its base model {named}, which cannot be reached here"
+        return f"pushed, not verified: the adapter at {url} needs its base model {named}, which cannot be reached here"
     advice = f"; its base {named} is a folder of this machine: publish that too, or nobody else can load the adapter"
     return f"published: {url} (loads without bmtk, with the same outputs){advice if Path(base).is_dir() else ''}"
 
 
 def patiently(action: Callable[[], ModelInfo], log: Log) -> ModelInfo:
-    """Repeat what failed for a passing reason: no answer or half of one, a server in trouble, a commit overtaken."""
+    """Repeat what failed for a transient reason: no or half an answer, a server error, a concurrent commit."""
     for pause in PAUSES:
         try:
             return action()
@@ -244,17 +247,17 @@ def plain_words(repo_id: str) -> Iterator[None]:
 
 
 def explain(error: HfHubHTTPError, repo_id: str) -> str:
-    """What a refusal of the Hub means here and what to do."""
+    """The meaning of an error of the Hub, and what to do about it."""
     status = error.response.status_code
     remedies = {
         401: f"the Hub does not accept the token; {LOGIN}",
         403: f"the token may not write to {repo_id}; use a token with write access to {repo_id.split('/')[0]!r}, or "
         "publish under your own name",
-        404: f"{repo_id} is not there, or the token may not see it; check the name, the branch and the token's rights",
+        404: f"{repo_id} does not exist, or the token may not read it; check the name, the branch and the token",
     }
-    trouble = "the Hub is in trouble; run the same command again later" if status >= 500 else "the Hub refused"
-    said = error.server_message or str(error).strip().splitlines()[0]
-    return f"{remedies.get(status, trouble)} (the Hub answered {status}: {said})"
+    trouble = "the Hub has a server error; run the same command again later" if status >= 500 else "the Hub refused"
+    answer = error.server_message or str(error).strip().splitlines()[0]
+    return f"{remedies.get(status, trouble)} (the Hub answered {status}: {answer})"
 
 
 def redact(text: str) -> str:

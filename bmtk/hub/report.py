@@ -2,7 +2,7 @@
 
 The page loads nothing and runs nothing (its content security policy forbids both). Charts are drawn here: a plot is
 an SVG stretched over a box of percentages, with strokes that do not scale, and its labels are HTML text at the same
-percentages; so they stay legible on a telephone, on paper and in the dark.
+percentages, so that they stay legible on a phone, on paper and in dark mode.
 """
 
 import base64
@@ -11,11 +11,29 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
-from bmtk.hub import card, formatting, run_record
+from bmtk.files import write_text
+
+from .card import TEMPLATES, data_rows, describe, environment_rows, metric_rows, procedure_rows, run_status, run_title
+from .formatting import (
+    format_compact,
+    format_number,
+    format_seconds,
+    is_baseline,
+    is_number,
+    is_quality,
+    metric_label,
+    plural,
+    show,
+    speed_of,
+    split_metric,
+)
+from .redaction import scrub_text
+from .run_record import RunRecord, read_history
 
 MAX_DRAWN = 1200  # points of one line; a longer one is drawn by the extremes of each stretch
 MAX_DOTS = 60  # points that are drawn and named one by one
@@ -27,84 +45,80 @@ NOT_A_CHART = {"loss", "perplexity", "bits_per_byte"}  # drawn first; functions 
 def write_report(directory: str | Path) -> Path:
     """Write `<directory>/report.html` from `run.json` and `history.jsonl` there and return its path.
 
-    Raises: FileNotFoundError or ValueError when `run.json` is missing or is not a JSON object.
+    Raises: FileNotFoundError or UserError when `run.json` is missing or is not a JSON object.
     """
-    run = run_record.read_run(directory)
+    run = RunRecord.read(directory)
     history = Curves(directory)
-    loader = FileSystemLoader(card.TEMPLATES)
+    loader = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.get_template("report.html").render(
         run=run,
-        title=card.run_title(run),
-        title_parts=re.split(r"(?<=[a-z])(?=[A-Z])", card.run_title(run)),
+        title=run_title(run),
+        title_parts=re.split(r"(?<=[a-z])(?=[A-Z])", run_title(run)),
         verdict=verdict(run, history.last_step),
-        status=card.run_status(run, history.last_step),
+        status=run_status(run, history.last_step),
         tiles=tiles(run),
         charts=charts(run, history),
-        metrics=[row[1:] for row in card.metric_rows(run)],
-        figures=[figure for figure in map(embed_figure, run["figures"]) if figure],
-        data=card.data_rows(run),
+        metrics=[row[1:] for row in metric_rows(run)],
+        figures=[figure for figure in map(embed_figure, run.figures) if figure],
+        data=data_rows(run),
         model=model_rows(run),
-        procedure=card.procedure_rows(run),
-        environment=card.environment_rows(run),
-        config=[(key, formatting.show(value)) for key, value in run["config"].items()],
+        procedure=procedure_rows(run),
+        environment=environment_rows(run),
+        config=[(key, show(value)) for key, value in run.config.items()],
     )
     path = Path(directory) / "report.html"
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_text(path, text)
     return path
 
 
 # ----------------------------------------------------------------------------------------------------- the words
 
 
-def verdict(run: dict, last_step: float | None) -> str:
+def verdict(run: RunRecord, last_step: float | None) -> str:
     """Say in one sentence how long the model was trained, on what machine and how well it does."""
-    steps = f" for {last_step:,.0f} {formatting.plural('steps', last_step)}" if last_step is not None else ""
-    seconds = run.get("train_seconds")
-    time = f" in {formatting.format_seconds(seconds)}" if formatting.is_number(seconds) else ""
-    hardware = run["environment"].get("hardware")
-    place = f" on {hardware}" if hardware else ""
+    steps = f" for {last_step:,.0f} {plural('steps', last_step)}" if last_step is not None else ""
+    time = f" in {format_seconds(run.train_seconds)}" if run.train_seconds is not None else ""
+    place = f" on {run.hardware}" if run.hardware else ""
     results = ", ".join(f"{label[:1].lower()}{label[1:]} {shown}" for _, label, shown in ranked_metrics(run)[:2])
-    sentence = card.describe(run).rstrip(".") + f"{steps}{time}{place}"
+    sentence = describe(run).rstrip(".") + f"{steps}{time}{place}"
     return f"{sentence}: {results}." if results else f"{sentence}."
 
 
-def ranked_metrics(run: dict) -> list[tuple[str, str, str]]:
-    """Return (key, label, shown value) of what says how good a model is: by interest, and of one metric by SPLITS."""
-    rows = [
-        row for row in card.metric_rows(run) if formatting.is_quality(row[0]) and not formatting.is_baseline(row[0])
-    ]
-    interest = [run.get("about", {}).get("main_metric"), *TILES]
+def ranked_metrics(run: RunRecord) -> list[tuple[str, str, str]]:
+    """Return (key, label, shown value) of the metrics of quality: the main one first, then TILES; each by SPLITS."""
+    rows = [row for row in metric_rows(run) if is_quality(row[0]) and not is_baseline(row[0])]
+    interest = [run.description.main_metric, *TILES]
 
-    def rank(row: tuple[str, str, str]) -> tuple[int, int]:
+    def rank(row: tuple[str, str, str]) -> tuple[int, ...]:
         return tuple(
             known.index(part) if part in known else len(known)
-            for part, known in zip(reversed(formatting.split_metric(row[0])), (interest, SPLITS), strict=True)
+            for part, known in zip(reversed(split_metric(row[0])), (interest, SPLITS), strict=True)
         )
 
     return sorted(rows, key=rank)
 
 
-def tiles(run: dict) -> list[tuple[str, str]]:
+def tiles(run: RunRecord) -> list[tuple[str, str]]:
     """Return (large figure, its name): at most three metrics of the same rows, the time and the speed."""
-    ranked = [(formatting.split_metric(key)[0], shown, label) for key, label, shown in ranked_metrics(run)]
+    ranked = [(split_metric(key)[0], shown, label) for key, label, shown in ranked_metrics(run)]
     found = [(shown, label) for split, shown, label in ranked if split == ranked[0][0]][:3]
-    if formatting.is_number(run.get("train_seconds")):
-        found.append((formatting.format_seconds(run["train_seconds"]), "Training time"))
-    if speed := formatting.speed_of(run["throughput"]):
-        found.append((formatting.format_compact(speed[1]), speed[0].capitalize()))
+    if run.train_seconds is not None:
+        found.append((format_seconds(run.train_seconds), "Training time"))
+    if speed := speed_of(run.throughput):
+        found.append((format_compact(speed[1]), speed[0].capitalize()))
     return found
 
 
-def model_rows(run: dict) -> list[tuple[str, str]]:
+def model_rows(run: RunRecord) -> list[tuple[str, str]]:
     """Return the model's facts as a table."""
     names = {"num_parameters": "parameters", "base_model": "base model", "model_type": "model type"}
-    named = ((names.get(key, key), value) for key, value in run["model"].items() if value is not None)
-    return [(k, formatting.format_number(v) if formatting.is_number(v) else formatting.show(v)) for k, v in named]
+    named = ((names.get(key, key), value) for key, value in run.model.to_json().items() if value is not None)
+    return [(k, format_number(v) if is_number(v) else show(v)) for k, v in named]
 
 
-def embed_figure(figure: dict) -> dict | None:
-    """Return title and data URI of a figure; None when it is not what it claims to be.
+def embed_figure(figure: dict[str, Any]) -> dict[str, Any] | None:
+    """Return title and data URI of a figure; None when it is neither an SVG nor a PNG.
 
     An SVG shown as an image runs no script, loads nothing and shares no ids or styles with the page, whoever drew it.
     """
@@ -118,7 +132,7 @@ def embed_figure(figure: dict) -> dict | None:
     except (KeyError, TypeError, ValueError):
         return None
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return {"title": run_record.scrub_text(str(figure.get("title", "Figure"))), "source": source} if valid else None
+    return {"title": scrub_text(str(figure.get("title", "Figure"))), "source": source} if valid else None
 
 
 # --------------------------------------------------------------------------------------------------- the numbers
@@ -132,10 +146,10 @@ class Curves:
 
     def __init__(self, directory: str | Path):
         self.columns: dict[str, dict[float, float]] = {}
-        for row in run_record.read_history(directory):
+        for row in read_history(directory):
             for key, value in row.items():
                 value = math.nan if value in ("NaN", "nan") else value
-                if key != "step" and formatting.is_number(value):
+                if key != "step" and is_number(value):
                     self.columns.setdefault(key, {})[row["step"]] = value
         steps = [step for column in self.columns.values() for step in column]
         self.first_step, self.last_step = min(steps, default=None), max(steps, default=None)
@@ -148,11 +162,7 @@ class Curves:
 
     def validation_keys(self) -> list[str]:
         """Return the columns that were measured on the validation data, except speeds."""
-        return [
-            key
-            for key in self.columns
-            if formatting.split_metric(key)[0] == "validation" and formatting.is_quality(key)
-        ]
+        return [key for key in self.columns if split_metric(key)[0] == "validation" and is_quality(key)]
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -229,9 +239,9 @@ def format_ticks(values: Sequence[float], *, log: bool = False) -> list[str]:
     """Return the labels of the ticks of one axis, all with the same number of decimals."""
     largest = max(map(abs, values), default=0)
     if log:
-        return [f"{value:g}" if value < 1e4 else formatting.format_compact(value).replace(" ", "") for value in values]
+        return [f"{value:g}" if value < 1e4 else format_compact(value).replace(" ", "") for value in values]
     if largest >= 1e4:
-        return [formatting.format_compact(value).replace(" ", "") for value in values]
+        return [format_compact(value).replace(" ", "") for value in values]
     exponent = math.floor(math.log10(largest)) if 0 < largest < 1e-2 else 0
     scaled = [value / 10.0**exponent for value in values]
     decimals = next(n for n in range(12) if n == 11 or all(abs(round(v, n) - v) < 1e-6 for v in scaled))
@@ -299,12 +309,12 @@ class Chart:
     note: str
 
 
-def charts(run: dict, history: Curves) -> list[Chart]:
+def charts(run: RunRecord, history: Curves) -> list[Chart]:
     """Return the charts that the history has values for, the loss first."""
     validation = history.validation_keys()
-    losses = tuple(key for key in validation if formatting.split_metric(key)[1] == "loss")
+    losses = tuple(key for key in validation if split_metric(key)[1] == "loss")
     speeds = [key for key in history.columns if key.endswith("_per_second") and "/" not in key]
-    unit = run["about"].get("loss_unit", "nats")
+    unit = run.description.loss_unit
     panels = [
         Panel("Loss", unit, ("loss",), losses, wide=True),
         Panel("Learning rate", "", ("learning_rate",), from_zero=True, is_smooth=False),
@@ -312,10 +322,8 @@ def charts(run: dict, history: Curves) -> list[Chart]:
         *(Panel("Throughput", key.replace("_", " "), (key,), from_zero=True) for key in speeds),
         Panel("Model FLOPs utilisation", "%", ("mfu",), from_zero=True, scale=100),
     ]
-    others = (key for key in validation if formatting.split_metric(key)[1] not in NOT_A_CHART)
-    panels += [
-        Panel(formatting.metric_label(key), validation=(key,)) for key in others if not formatting.is_baseline(key)
-    ]
+    others = (key for key in validation if split_metric(key)[1] not in NOT_A_CHART)
+    panels += [Panel(metric_label(key), validation=(key,)) for key in others if not is_baseline(key)]
     logged = history.columns.keys()
     found = [draw(panel, history) for panel in panels if logged & {*panel.train, *panel.validation}]
     return found[:1] + second_half(panels[0], history) + found[1:]
@@ -342,6 +350,8 @@ def draw(panel: Panel, history: Curves) -> Chart:
             found.append(("raw", "each log line", steps[shown], values[shown]))
             name, values = "train, smoothed", smooth(values)
         found.append((css, name, steps[shown], values[shown]))
+    assert history.first_step is not None  # as something was logged
+    assert history.last_step is not None
     x_axis = step_axis(max(history.first_step, panel.since), history.last_step)
     y_axis = value_axis(np.concatenate([line[3] for line in found]), from_zero=panel.from_zero)
     lines = [draw_line(*line, x_axis, y_axis) for line in found]
@@ -363,11 +373,11 @@ def draw_line(css: str, name: str, steps: np.ndarray, values: np.ndarray, x_axis
     dots = [
         (
             f"M{x[i]:.2f} {y[i]:.2f}h.01",
-            f"step {steps[kept][i]:,.0f}: {formatting.format_number(float(values[kept][i]))}",
+            f"step {steps[kept][i]:,.0f}: {format_number(float(values[kept][i]))}",
         )
         for i in np.flatnonzero(named)
     ]
-    return Line(css, name, formatting.format_number(float(values[-1])), path, dots)
+    return Line(css, name, format_number(float(values[-1])), path, dots)
 
 
 def find_breaks(columns: list[tuple[np.ndarray, np.ndarray]], x_axis: Axis) -> tuple[list[float], str]:
@@ -392,4 +402,4 @@ def token_ticks(history: Curves, x_axis: Axis) -> list[tuple[float, str]]:
         return []
     values = [value for value in Axis(0.0, float(tokens[-1])).values(6) if value >= tokens[0]]
     places = x_axis.place(np.interp(values, tokens, steps)).tolist()
-    return list(zip(places, [formatting.format_compact(value).replace(" ", "") for value in values], strict=True))
+    return list(zip(places, [format_compact(value).replace(" ", "") for value in values], strict=True))

@@ -1,119 +1,199 @@
-"""The facts of a run, in `run.json` and `history.jsonl`: what the report, the card and the terminal are made of.
+"""The record of a run, `run.json` and `history.jsonl`: what the report, the card and the terminal are made of.
 
-Their texts are of unknown origin (names of data, samples, command lines), so secrets, user names in paths and control
-characters are scrubbed when they are written, and again when they are read.
+Its texts are of unknown origin (names of data, samples, command lines), so secrets, user names in paths and control
+characters are redacted when it is written, and again when it is read.
 """
 
 import json
 import math
 import os
 import platform
-import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
-SECRET = re.compile(
-    r"(?<![A-Za-z0-9])(?:(?:hf_(?:oauth_|jwt_)?|api_org_|gh[opsur]_)[A-Za-z0-9]{10,}|(?:sk-|github_pat_)[\w-]{16,})",
-    re.ASCII,
-)
-SECRET_NAME = r"(?:\w*(?:hub|hf|api|auth|access)[_-]?token|token|\w*(?:password|passwd|secret|api[_-]?key))"
-SECRET_ASSIGNED = re.compile(rf"(?i)(--{SECRET_NAME}[\s=]+|\b{SECRET_NAME}=)(\"[^\"]*\"|'[^']*'|\S+)")
-USER_HOME = re.compile(r"(?<![\w.~-])(?:/home/|/Users/|[A-Za-z]:\\Users\\)[^/\\\s\"']+|(?<![\w./~-])/root\b(?!-)")
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-REDACTED = "[redacted]"
+from bmtk.errors import UserError
+from bmtk.files import write_json
+
+from .formatting import is_number, plural
+from .redaction import scrub, scrub_command
+
+RUN_RECORD = "run.json"
 
 
-def environment_record(accelerator) -> dict[str, object]:
-    """Versions, hardware and launch shape of this process."""
-    libraries = {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate")}
-    return {
-        "python": platform.python_version(),
-        **libraries,
-        "bmtk": version("big-model-toolkit"),
-        "hardware": hardware(),
-        "num_processes": accelerator.num_processes,
-        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-    }
+@dataclass(frozen=True)
+class TaskDescription:
+    """What the card and the report say of a kind of model; the defaults hold where a run does not say it."""
+
+    pipeline_tag: str | None = None
+    auto_class: str = "AutoModel"
+    processor_class: str | None = "AutoTokenizer"
+    noun: str = "model"
+    limits: str = "It was evaluated on the data named above only."
+    loss_unit: str = "nats"
+    main_metric: str | None = None
+
+    @classmethod
+    def of(cls, about: Mapping[str, object]) -> "TaskDescription":
+        """Read the section "about" of a run; what no field can hold is passed over."""
+        texts = {f.name: text for f in fields(cls) if isinstance(text := about.get(f.name), str)}
+        has_no_processor = about.get("processor_class", "") is None
+        return replace(cls(**texts), processor_class=None) if has_no_processor else cls(**texts)
 
 
-def hardware() -> str:
-    """The device that trains, as a person would name it."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
-    return f"{cores} CPU cores" + (f", {threads} of them used" if threads < cores else "")
+@dataclass(frozen=True)
+class ModelRecord:
+    """Class, type, size and origin of a model: the section "model"."""
+
+    class_name: str | None = None
+    model_type: str | None = None
+    num_parameters: float | None = None
+    base_model: str | None = None  # what it was fine-tuned from
+    adapter: str | None = None  # kind of adapter that was trained
+    saved_as: str | None = None  # "model" or "adapter", where it could be either
+    other: Mapping[str, object] = field(default_factory=dict)  # what another version of bmtk has written besides
+
+    @classmethod
+    def from_json(cls, section: Mapping[str, object]) -> "ModelRecord":
+        """Read the section; a value of the wrong kind counts as none."""
+        texts = {name: _text_or_none(section.get(_key(name))) for name in cls._names() if name != "num_parameters"}
+        size = section.get("num_parameters")
+        other = {key: value for key, value in section.items() if key not in map(_key, cls._names())}
+        return cls(**texts, num_parameters=_number_or_none(size), other=other)
+
+    def to_json(self) -> dict[str, object]:
+        """The section as it stands in the file."""
+        known = {_key(name): getattr(self, name) for name in self._names() if name != "saved_as" or self.saved_as}
+        return {**known, **self.other}
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [f.name for f in fields(cls) if f.name != "other"]
 
 
-def model_record(model, *, base_model: str | None = None, adapter: str | None = None) -> dict[str, object]:
-    """Class, type and size of a model."""
-    return {
-        "class": type(model).__name__,
-        "model_type": model.config.model_type,
-        "num_parameters": model.num_parameters(),  # counts what is packed by quantisation, too
-        "base_model": base_model,
-        "adapter": adapter,
-    }
+def _key(name: str) -> str:
+    return "class" if name == "class_name" else name  # a field cannot have a keyword's name
 
 
-def launch_command() -> str:
-    """The command line that repeats this run."""
-    script = Path(sys.argv[0])
-    if script.is_absolute() and script.is_relative_to(Path.cwd()):
-        script = script.relative_to(Path.cwd())
-    return shlex.join(["accelerate", "launch", str(script), *sys.argv[1:]])
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of `run.json`, in the order of the file.
+
+    Sections that each task or device fills in its own way are mappings; what is in them may be missing.
+    """
+
+    bmtk_version: str = ""
+    command: str = ""  # that repeats the run
+    task: str = ""
+    about: Mapping[str, object] = field(default_factory=dict)  # see TaskDescription
+    data: Mapping[str, Any] = field(default_factory=dict)  # name, source, licence; sizes of each split
+    config: Mapping[str, Any] = field(default_factory=dict)  # every setting of the run
+    environment: Mapping[str, Any] = field(default_factory=dict)  # see `environment_record`
+    recipe: str = ""
+    started_at: str = ""
+    train_seconds: float | None = None  # without evaluations and checkpoints
+    model: ModelRecord = field(default_factory=ModelRecord)
+    throughput: Mapping[str, Any] = field(default_factory=dict)  # "<units>_per_second" of training, "mfu"
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # "<split>/<metric>"
+    samples: list[dict[str, str]] = field(default_factory=list)  # "prompt" and "text"
+    inference: Mapping[str, Any] = field(default_factory=dict)  # speed over the test rows
+    figures: list[dict[str, Any]] = field(default_factory=list)  # "title", and "svg" or "png_base64"
+    license: str = ""  # of the model; only where somebody has written it into the file
+
+    @classmethod
+    def read(cls, directory: str | Path) -> "RunRecord":
+        """Read `run.json` of a run folder, redacted; whatever else it holds, sections have the kinds named above.
+
+        Raises: FileNotFoundError, or UserError for a file that is not a JSON object.
+        """
+        path = Path(directory) / RUN_RECORD
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing; give the output folder of a training run, which holds {RUN_RECORD}"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); restore it or run the recipe again") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path} holds a JSON {type(content).__name__}, not an object; run the recipe again")
+        return cls.from_json(content)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "RunRecord":
+        """Read the content of a `run.json` of any version or origin, redacted."""
+        figures = content.get("figures")  # binary or markup: never shown as text, so not scrubbed
+        run = scrub({key: value for key, value in content.items() if key != "figures"})
+        samples = run.get("samples") if isinstance(run.get("samples"), list) else []
+        texts = ("bmtk_version", "recipe", "started_at", "license")
+        sections = ("about", "data", "config", "environment", "throughput", "metrics", "inference")
+        plain: dict[str, Any] = {name: str(run.get(name) or "") for name in texts}
+        plain |= {name: _section(run, name) for name in sections}
+        return cls(
+            task=str(run.get("task")),
+            command=scrub_command(str(run.get("command") or "")),
+            train_seconds=_number_or_none(run.get("train_seconds")),
+            model=ModelRecord.from_json(_section(run, "model")),
+            samples=[
+                {key: str(sample.get(key) or "") for key in ("prompt", "text")}
+                for sample in samples
+                if isinstance(sample, dict)
+            ],
+            figures=[figure for figure in figures if isinstance(figure, dict)] if isinstance(figures, list) else [],
+            **plain,
+        )
+
+    def write(self, directory: str | Path) -> Path:
+        """Write `run.json` into a run folder, redacted, and return its path."""
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "license" or self.license}
+        figures = content.pop("figures")  # markup and pictures of our own making
+        content["model"] = self.model.to_json()
+        redacted = scrub(json.loads(json.dumps(content, default=str)))
+        path = Path(directory) / RUN_RECORD
+        write_json(path, {**redacted, "command": scrub_command(self.command), "figures": figures})
+        return path
+
+    @property
+    def description(self) -> TaskDescription:
+        """What kind of model it is, in words."""
+        return TaskDescription.of(self.about)
+
+    @property
+    def data_name(self) -> str | None:
+        name = self.data.get("name")
+        return str(name) if name else None
+
+    @property
+    def hardware(self) -> str | None:
+        name = self.environment.get("hardware")
+        return str(name) if name else None
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation of the training, between 0 and 1."""
+        return _number_or_none(self.throughput.get("mfu"))
 
 
-def write_run_record(directory: str | Path, **facts: object) -> Path:
-    """Write `run.json`, beside its final place first."""
-    path = Path(directory) / "run.json"
-    figures = facts.pop("figures", [])  # markup and pictures of our own making
-    command = {"bmtk_version": version("big-model-toolkit"), "command": scrub_command(launch_command())}
-    content = {**command, **scrub(json.loads(json.dumps(facts, default=str))), "figures": figures}
-    beside = path.with_suffix(".json.new")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
-    return path
+def _section(run: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return run[name] if isinstance(run.get(name), dict) else {}
 
 
-def now() -> str:
-    """The time, in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+def _text_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
-def read_run(directory: str | Path) -> dict:
-    """Return the scrubbed `run.json`: the sections are always dictionaries, `samples` and `figures` always lists."""
-    path = Path(directory) / "run.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; give the output folder of a training run, which holds run.json")
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it or run the recipe again") from error
-    if not isinstance(run, dict):
-        raise ValueError(f"{path} holds a JSON {type(run).__name__}, not an object; run the recipe again")
-    figures = run.pop("figures", [])  # binary or markup: never shown as text, so not scrubbed
-    run = {**scrub(run), "command": scrub_command(str(run.get("command") or ""))}
-    run["task"] = str(run.get("task"))
-    for section in ("about", "model", "data", "config", "metrics", "throughput", "environment"):
-        run[section] = run[section] if isinstance(run.get(section), dict) else {}
-    samples = run["samples"] if isinstance(run.get("samples"), list) else []
-    run["samples"] = [
-        {key: str(sample.get(key) or "") for key in ("prompt", "text")}
-        for sample in samples
-        if isinstance(sample, dict)
-    ]
-    run["figures"] = [figure for figure in figures if isinstance(figure, dict)] if isinstance(figures, list) else []
-    return run
+def _number_or_none(value: Any) -> float | None:
+    return value if is_number(value) else None
 
 
-def read_history(directory: str | Path) -> Iterator[dict]:
+def read_history(directory: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of `history.jsonl` that have a step; a line cut short by an interruption is passed over."""
     path = Path(directory) / "history.jsonl"
     if not path.is_file():
@@ -128,31 +208,67 @@ def read_history(directory: str | Path) -> Iterator[dict]:
                 yield row
 
 
-def scrub(value):
-    """Return JSON `value` without secrets, names of users in paths, absolute working paths and control characters."""
-    if isinstance(value, dict):
-        is_secret = re.compile(rf"(?i){SECRET_NAME}").fullmatch
-        return {
-            scrub_text(key): REDACTED if is_secret(key) and isinstance(item, str) and item else scrub(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [scrub(item) for item in value]
-    return scrub_text(value) if isinstance(value, str) else value
+# What this process can say of a run ---------------------------------------------------------------------------------
 
 
-def scrub_command(command: str) -> str:
-    """Redact what options such as --hub_token carry, besides what `scrub_text` does."""
-    return SECRET_ASSIGNED.sub(rf"\1{REDACTED}", scrub_text(command))
+class Launch(Protocol):
+    """What is read of an Accelerator."""
+
+    @property
+    def num_processes(self) -> int: ...
+
+    @property
+    def mixed_precision(self) -> str: ...
 
 
-def scrub_text(text: str) -> str:
-    """Redact access tokens, shorten paths (relative to here, else to ~) and replace what cannot be printed."""
-    text = UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = SECRET.sub(REDACTED, text)
-    text = re.sub(r"(://)[^/\s@]+:[^/\s@]+@", rf"\1{REDACTED}@", text)
-    for place, short in ((Path.cwd(), ""), (Path.home(), "~/")):
-        if place != Path(place.anchor):
-            inside = rf"(?<![\w.~-]){re.escape(str(place))}"
-            text = re.sub(rf"{inside}(?![\w./-])", short.rstrip("/") or ".", re.sub(rf"{inside}/", short, text))
-    return USER_HOME.sub("~", text)
+def environment_record(accelerator: Launch) -> dict[str, object]:
+    """Versions, hardware and launch shape of this process."""
+    libraries = {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate")}
+    return {
+        "python": platform.python_version(),
+        **libraries,
+        "bmtk": bmtk_version(),
+        "hardware": hardware(),
+        "num_processes": accelerator.num_processes,
+        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+    }
+
+
+def bmtk_version() -> str:
+    return version("big-model-toolkit")
+
+
+def hardware() -> str:
+    """The device that trains, as a person would name it."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    return f"{cores} CPU {plural('cores', cores)}" + (f", {threads} of them used" if threads < cores else "")
+
+
+def model_record(
+    model: Any, *, base_model: str | None = None, adapter: str | None = None, saved_as: str | None = None
+) -> ModelRecord:
+    """Class, type and size of a model."""
+    return ModelRecord(
+        class_name=type(model).__name__,
+        model_type=model.config.model_type,
+        num_parameters=model.num_parameters(),  # counts the weights that quantisation packs, too
+        base_model=base_model,
+        adapter=adapter,
+        saved_as=saved_as,
+    )
+
+
+def launch_command() -> str:
+    """The command line that repeats this run."""
+    script = Path(sys.argv[0])
+    if script.is_absolute() and script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
+    return shlex.join(["accelerate", "launch", str(script), *sys.argv[1:]])
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

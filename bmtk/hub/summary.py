@@ -1,22 +1,23 @@
 """What the terminal shows when a run ends: samples, a table of the run, where it is, and what to type next."""
 
 from pathlib import Path
+from typing import Any
 
-from bmtk.hub.formatting import format_number, format_seconds, is_number, metric_label, speed_of
-from bmtk.hub.run_record import read_run
+from .formatting import format_number, format_seconds, is_number, metric_label, speed_of
+from .run_record import RunRecord
 
 
 def run_summary(directory: str | Path, *, next_command: str) -> str:
     """The end of a run in words, from its `run.json`."""
-    run, directory = read_run(directory), Path(directory)
-    samples = [f"--- sample ---\n{sample['prompt']}{sample['text']}\n" for sample in run["samples"]]
+    run, directory = RunRecord.read(directory), Path(directory)
+    samples = [f"--- sample ---\n{sample['prompt']}{sample['text']}\n" for sample in run.samples]
     rows = [
-        *((metric_label(name), value) for name, value in run["metrics"].items()),
-        ("parameters", run["model"].get("num_parameters")),
-        ("training time", format_seconds(run.get("train_seconds") or 0.0)),
-        *filter(None, [speed_of(run["throughput"])]),
-        ("MFU", f"{mfu:.1%}" if (mfu := run["throughput"].get("mfu")) is not None else None),
-        ("test rows per second", run.get("inference", {}).get("rows_per_second")),
+        *((metric_label(name), value) for name, value in run.metrics.items()),
+        ("parameters", run.model.num_parameters),
+        ("training time", format_seconds(run.train_seconds or 0.0)),
+        *filter(None, [speed_of(run.throughput)]),
+        ("MFU", f"{run.mfu:.1%}" if run.mfu is not None else None),
+        ("test rows per second", run.inference.get("rows_per_second")),
         ("checkpoint", directory),
         ("report", directory / "report.html"),
     ]
@@ -24,9 +25,9 @@ def run_summary(directory: str | Path, *, next_command: str) -> str:
 
 
 def run_plan(
-    config: dict, model, *, steps: int, epochs: float, per_step: int, unit: str, seconds_per_step: float
+    config: dict[str, Any], model: Any, *, steps: int, epochs: float, per_step: int, unit: str, seconds_per_step: float
 ) -> str:
-    """What a run would be: its resolved config, its size, and how long it would take on this machine."""
+    """The plan of a run: its resolved config, its size, and how long it would take on this machine."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = [
         ("model", type(model).__name__),
@@ -41,7 +42,7 @@ def run_plan(
 
 
 def text_table(rows: list[tuple[str, object]]) -> str:
-    """Two columns; numbers with four significant digits, and without a row what is not known."""
+    """Two columns; numbers have four significant digits, and rows without a value are left out."""
     rows = [(name, value) for name, value in rows if value is not None]
     width = max(len(name) for name, _ in rows)
     shown = ((name, format_number(value) if is_number(value) else value) for name, value in rows)

@@ -1,8 +1,8 @@
-"""The proof of a publication: what was pushed gives the same outputs in a clean process that cannot import bmtk.
+"""Verification of a publication: a clean process that cannot import bmtk gets the same outputs from the Hub.
 
-The publishing process calls `record` (what the folder on disk gives) and `prove`. `prove` starts this very file in a
-new interpreter with an empty home; there `main` loads the repository at the exact commit and compares. So this file
-imports nothing of bmtk.
+The publishing process calls `record_outputs` (what the folder on disk gives) and `verify`. `verify` starts this very
+file in a new interpreter with an empty home; there `main` loads the repository at the exact commit and compares. So
+this file imports nothing of bmtk.
 """
 
 import json
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from importlib.abc import MetaPathFinder
 from pathlib import Path
+from typing import Any
 
 TOLERANCE = 1e-5  # largest absolute difference of an output, on the same machine
 SAMPLE = "Was it a cat I saw? 12 + 30 = 42;\n\tnaïve — 你好 🙂"
@@ -26,7 +27,7 @@ TASK_CLASSES = {
 KEPT_SETTINGS = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DOWNLOAD_TIMEOUT")
 
 
-def record(directory: Path, room: Path, base: str | None = None) -> None:
+def record_outputs(directory: Path, room: Path, base: str | None = None) -> None:
     """Load the folder here, run it on seeded inputs, and leave inputs, outputs and facts in `room`.
 
     base: for an adapter, its base model, as a path or Hub id; None for a whole model.
@@ -41,7 +42,7 @@ def record(directory: Path, room: Path, base: str | None = None) -> None:
         "tokenizer": bool(names & {"tokenizer.json", "tokenizer_config.json"}),
         "processor": bool(names & {"preprocessor_config.json", "processor_config.json"}),
     }
-    inputs = {}
+    inputs: dict[str, Any] = {}
     facts, outputs = observe(str(directory), plan, inputs)
     room.mkdir(parents=True, exist_ok=True)
     (room / "plan.json").write_text(json.dumps({"plan": plan, "facts": facts}), encoding="utf-8")
@@ -49,7 +50,9 @@ def record(directory: Path, room: Path, base: str | None = None) -> None:
     save_file(outputs, room / "outputs.safetensors")
 
 
-def observe(source: str, plan: dict, inputs: dict, revision: str | None = None) -> tuple[dict, dict]:
+def observe(
+    source: str, plan: dict[str, Any], inputs: dict[str, Any], revision: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything that a user of `source` would see: facts (JSON) and the first output of every model (tensors).
 
     inputs: what the models are run on; filled with seeded values if empty.
@@ -58,7 +61,8 @@ def observe(source: str, plan: dict, inputs: dict, revision: str | None = None) 
     import transformers
 
     pinned = {"trust_remote_code": True, **({"revision": revision} if revision else {})}
-    facts, outputs = {}, {}
+    facts: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     if plan["tokenizer"]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **pinned)
         ids = tokenizer(SAMPLE)["input_ids"]
@@ -76,7 +80,7 @@ def observe(source: str, plan: dict, inputs: dict, revision: str | None = None) 
     return facts, outputs
 
 
-def model_loaders(source: str, pinned: dict, facts: dict) -> dict:
+def model_loaders(source: str, pinned: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """{Auto class: loader} for AutoModel and the saved head; every class that `auto_map` names must resolve."""
     from transformers import AutoConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -90,7 +94,7 @@ def model_loaders(source: str, pinned: dict, facts: dict) -> dict:
     return {name: (lambda *given, name=name: whole_model(name, *given)) for name in dict.fromkeys(names)}
 
 
-def head_auto_class(config, auto_map: dict) -> str:
+def head_auto_class(config: Any, auto_map: dict[str, Any]) -> str:
     """The Auto class that gives the architecture in config.json: by `auto_map`, or by transformers' own tables."""
     from transformers.models.auto import modeling_auto
 
@@ -106,7 +110,7 @@ def head_auto_class(config, auto_map: dict) -> str:
     raise ValueError(f"no Auto class of transformers gives {architecture}, the architecture in config.json")
 
 
-def whole_model(auto_name: str, source: str, plan: dict, pinned: dict):
+def whole_model(auto_name: str, source: str, plan: dict[str, Any], pinned: dict[str, Any]) -> Any:
     """A model through its Auto class.  Raises: ValueError if a head was saved without some of its weights."""
     import transformers
 
@@ -116,7 +120,7 @@ def whole_model(auto_name: str, source: str, plan: dict, pinned: dict):
     return model
 
 
-def adapted_model(source: str, plan: dict, pinned: dict):
+def adapted_model(source: str, plan: dict[str, Any], pinned: dict[str, Any]) -> Any:
     """The base model with the adapter on top."""
     import transformers
     from peft import PeftConfig, PeftModel
@@ -138,7 +142,7 @@ def adapter_labels(directory: Path) -> int | None:
         return file.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
-def seeded_inputs(model) -> dict:
+def seeded_inputs(model: Any) -> dict[str, Any]:
     """Random inputs of one row for the model's main input, the same for every process."""
     import torch
 
@@ -153,11 +157,13 @@ def seeded_inputs(model) -> dict:
         return {"pixel_values": torch.randn(1, config.num_channels, height, width, generator=draw)}
     if model.main_input_name == "input_values":
         return {"input_values": torch.randn(1, 16000, generator=draw)}
-    raise ValueError(f"no seeded input is known for main_input_name={model.main_input_name!r}, so nothing is proven")
+    raise ValueError(
+        f"no seeded input is known for main_input_name={model.main_input_name!r}, so nothing can be verified"
+    )
 
 
-def prove(room: Path, repo_id: str, commit: str, token: str | None) -> list[str]:
-    """Load the repository at `commit` in a clean process and return what differs; an empty list is the proof.
+def verify(room: Path, repo_id: str, commit: str, token: str | None) -> list[str]:
+    """Load the repository at `commit` in a clean process and return what differs: nothing, if it is verified.
 
     token: given to the process's environment only; None loads it as anybody would.
     """
@@ -188,12 +194,14 @@ def clean_environment(room: Path, token: str | None) -> dict[str, str]:
 class WithoutBmtk(MetaPathFinder):
     """Refuses to import bmtk, installed or not."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname.split(".")[0] in ("bmtk", "bmtk_cli"):
-            raise ModuleNotFoundError(f"No module named {fullname!r} (this process proves that it is not needed)")
+            raise ModuleNotFoundError(f"No module named {fullname!r} (this process verifies that it is not needed)")
 
 
-def compare(expected_facts: dict, facts: dict, expected: dict, outputs: dict) -> list[str]:
+def compare(
+    expected_facts: dict[str, Any], facts: dict[str, Any], expected: dict[str, Any], outputs: dict[str, Any]
+) -> list[str]:
     """What differs, one line each."""
     findings = [
         f"{name}: {facts.get(name)} on the Hub, {value} in the folder"
@@ -214,9 +222,9 @@ def main(repo_id: str, commit: str) -> None:
     sys.meta_path.insert(0, WithoutBmtk())
     from safetensors.torch import load_file
 
-    told = json.loads(Path("plan.json").read_text(encoding="utf-8"))
-    facts, outputs = observe(repo_id, told["plan"], load_file("inputs.safetensors"), commit)
-    findings = compare(told["facts"], facts, load_file("outputs.safetensors"), outputs)
+    expected = json.loads(Path("plan.json").read_text(encoding="utf-8"))
+    facts, outputs = observe(repo_id, expected["plan"], load_file("inputs.safetensors"), commit)
+    findings = compare(expected["facts"], facts, load_file("outputs.safetensors"), outputs)
     Path("findings.json").write_text(json.dumps(findings), encoding="utf-8")
 
 

@@ -1,11 +1,16 @@
-"""Metrics: functions of predictions and truth, without a model or a task; and all of them as modules of evaluate."""
+"""Metrics: functions of predictions and references, independent of models and tasks, and also modules of evaluate."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .metric import BmtkMetric
 
 
-def load(name: str, **options: object):
+def load(name: str, **options: Any) -> "BmtkMetric":
     """The metric of this name: `compute(predictions=..., references=...)`, after any number of `add_batch`.
 
     `options` are those of evaluate's modules (process_id, num_process, experiment_id).
-    Raises: ValueError that lists the metrics there are.
+    Raises: UserError that lists the known metrics.
     """
     from .metric import BmtkMetric  # evaluate takes a second to import, and no task needs it
 

@@ -1,8 +1,9 @@
-"""How well boxes with labels were found.  T overlaps, K labels; a box is [left, top, width, height]."""
+"""COCO average precision of detected boxes.  T overlaps, K labels; a box is [left, top, width, height]."""
 
 import contextlib
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -11,13 +12,15 @@ from pycocotools.cocoeval import COCOeval
 MOST_FOUND = 100  # boxes of an image that count, the best first, as in COCO
 
 
-def average_precisions(truth: Sequence[dict], predictions: Sequence[dict], num_labels: int) -> np.ndarray:
+def average_precisions(
+    truth: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any]], num_labels: int
+) -> np.ndarray:
     """COCO's AP (T, K) at overlaps (IoU) of 0.50, 0.55, ..., 0.95; NaN for a label that no image holds.
 
     Both are images of the same order: {"boxes", "labels"}, the predictions with "scores".
     Source: pycocotools; an AP is the mean precision at the recalls 0, 0.01, ..., 1.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         measured = COCOeval(_coco(truth, num_labels), _coco(predictions, num_labels), "bbox")
         measured.params.areaRng, measured.params.areaRngLbl = [[0, 1e10]], ["all"]
         measured.params.maxDets = [MOST_FOUND]
@@ -27,7 +30,7 @@ def average_precisions(truth: Sequence[dict], predictions: Sequence[dict], num_l
     return np.where(precision[:, 0] < 0, np.nan, precision.mean(1))
 
 
-def _coco(images: Sequence[dict], num_labels: int) -> COCO:
+def _coco(images: Sequence[dict[str, Any]], num_labels: int) -> COCO:
     objects = [
         {"image_id": number, "bbox": list(box), "category_id": label, "area": box[2] * box[3], "iscrowd": 0, **score}
         for number, image in enumerate(images)
@@ -43,7 +46,7 @@ def _coco(images: Sequence[dict], num_labels: int) -> COCO:
     return index
 
 
-def _scores(image: dict) -> list[dict[str, float]]:
+def _scores(image: dict[str, Any]) -> list[dict[str, float]]:
     return [{"score": score} for score in image["scores"]] if "scores" in image else [{}] * len(image["boxes"])
 
 

@@ -1,7 +1,7 @@
-"""Entities in tagged sentences: what IOB1, IOB2 and BIOES tags say, and how well two readings agree.
+"""Entities in sentences tagged with IOB1, IOB2 or BIOES, and precision, recall and F1 of two taggings.
 
-The rules are those of the CoNLL-2003 scorer (conlleval), which read all three schemes and forgive what no scheme
-allows, such as an I- tag where nothing has begun: there an entity begins.
+The rules are those of the CoNLL-2003 scorer (conlleval), which read all three schemes and tolerate what no scheme
+allows: an I- tag without a preceding entity begins one.
 """
 
 from collections import Counter
@@ -46,7 +46,9 @@ def agreement(truths: Sequence[Sequence[Entity]], found: Sequence[Sequence[Entit
 
     `truths` and `found` hold the entities of each sentence; rows are how many there are in truth.
     """
-    in_truth, in_found, in_both = Counter(), Counter(), Counter()
+    in_truth: Counter[str] = Counter()
+    in_found: Counter[str] = Counter()
+    in_both: Counter[str] = Counter()
     for one, other in zip(truths, found, strict=True):
         for counts, spans in ((in_truth, one), (in_found, other), (in_both, set(one) & set(other))):
             for *_, kind in spans:

@@ -4,11 +4,12 @@ Arrays are (W, H, C), truth NaN where missing: such steps count nowhere.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 
-def column_errors(forecast: np.ndarray, truth: np.ndarray, scaling: Mapping[str, Sequence[float]]) -> dict:
+def column_errors(forecast: np.ndarray, truth: np.ndarray, scaling: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Each (C,): squared and absolute errors, of standardised values and in units of the data; MASE.
 
     MASE: absolute error over that of the seasonal naive forecast in the training data, NaN where this is 0

@@ -1,4 +1,4 @@
-"""How well the labels of rows were found.  N rows, K labels."""
+"""Precision, recall, F1 and accuracy of classification.  N rows, K labels."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -7,7 +7,7 @@ from sklearn.metrics import average_precision_score
 
 
 def ratios(hits: int, rows: int, calls: int) -> dict[str, float]:
-    """Of `calls` cases that were found and `rows` that there are, `hits` being both; 0 where a ratio has no cases."""
+    """Precision, recall and F1 of `calls` predicted and `rows` true cases with `hits` in common; 0 without cases."""
     precision, recall, f1 = hits / max(calls, 1), hits / max(rows, 1), 2 * hits / max(rows + calls, 1)
     return {"rows": int(rows), "precision": float(precision), "recall": float(recall), "f1": float(f1)}
 
@@ -36,12 +36,12 @@ def one_label_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, floa
 
 
 def top_accuracy(truth: Sequence[int], best: Sequence[Sequence[int]]) -> float:
-    """Share of the rows whose label (N,) is among those that were thought best of (N, k)."""
+    """Share of the rows whose label (N,) is among their k best predictions (N, k)."""
     return float(np.mean([label in labels for label, labels in zip(truth, best, strict=True)]))
 
 
 def several_labels_scores(truth: np.ndarray, found: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Of rows with any number of labels: `truth` and `found` (N, K), bool; `scores` (N, K), the higher the surer.
+    """Multi-label classification: `truth` and `found` (N, K), bool; `scores` (N, K), higher for more certain labels.
 
     map: the mean average precision over the labels that occur in truth.
     """

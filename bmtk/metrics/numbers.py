@@ -1,11 +1,11 @@
-"""How far predicted numbers are from true ones."""
+"""Errors and correlations of regression."""
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 
 def regression_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Errors and correlations of (N,); NaN is what is not defined, because one of both is the same number N times."""
+    """Errors and correlations of (N,); a correlation or R² of constant numbers is NaN."""
     truth, predicted = np.asarray(truth, np.float64), np.asarray(predicted, np.float64)
     error, spread = predicted - truth, ((truth - truth.mean()) ** 2).sum()
     varies = min(np.ptp(truth), np.ptp(predicted)) > 0

@@ -1,4 +1,4 @@
-"""How well texts agree with what they should be, and how well a text was foreseen."""
+"""Error rates of transcripts, BLEU and chrF of translations, perplexity and bits per byte of language models."""
 
 import math
 from collections.abc import Sequence
@@ -7,16 +7,17 @@ import jiwer
 from sacrebleu.metrics import BLEU, CHRF
 
 
-def error_rates(said: Sequence[str], heard: Sequence[str]) -> dict[str, float]:
-    """Word and character errors over the length of what was said, summed over all rows; share of rows without any."""
-    exact = sum(one == other for one, other in zip(said, heard, strict=True)) / len(said)
-    return {"wer": jiwer.wer(list(said), list(heard)), "cer": jiwer.cer(list(said), list(heard)), "exact_match": exact}
+def error_rates(references: Sequence[str], transcripts: Sequence[str]) -> dict[str, float]:
+    """Word and character error rates, over the total length of the references; share of transcripts without error."""
+    truth, found = list(references), list(transcripts)
+    exact = sum(one == other for one, other in zip(truth, found, strict=True)) / len(truth)
+    return {"wer": jiwer.wer(truth, found), "cer": jiwer.cer(truth, found), "exact_match": exact}
 
 
 def translation_scores(
     texts: Sequence[str], references: Sequence[str], *, tokenizer: str = "13a", lower_case: bool = False
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """BLEU and chrF of a corpus, and their signatures; figures with different ones do not compare."""
+    """BLEU and chrF of a corpus, and their signatures; scores with different signatures are not comparable."""
     metrics = {"bleu": BLEU(tokenize=tokenizer, lowercase=lower_case), "chrf": CHRF(lowercase=lower_case)}
     scores = {name: metric.corpus_score(list(texts), [list(references)]).score for name, metric in metrics.items()}
     return scores, {name: str(metric.get_signature()) for name, metric in metrics.items()}
@@ -29,10 +30,10 @@ def sentence_chrf(texts: Sequence[str], references: Sequence[str], *, lower_case
 
 
 def perplexity(loss: float) -> float:
-    """Of nats per token."""
+    """exp(`loss`), of a loss in nats per token; the loss is capped where a float would overflow."""
     return math.exp(min(loss, 700.0))
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Of the loss of a whole text, which no tokenizer makes better or worse."""
+    """Bits per byte from the summed loss of a whole text: comparable between tokenizers, unlike perplexity."""
     return nats / math.log(2) / num_bytes

@@ -40,9 +40,6 @@ def register() -> None:
 def register_image_processor() -> None:
     BmImageProcessor.register_for_auto_class()
     for config_class in IMAGE_FAMILIES:
-        try:
-            transformers.AutoImageProcessor.register(
-                config_class, image_processor_classes={"pil": BmImageProcessor}, exist_ok=True
-            )
-        except ImportError:  # transformers 5.17 makes AutoImageProcessor a dummy object where torchvision is missing
-            return
+        transformers.AutoImageProcessor.register(
+            config_class, image_processor_classes={"pil": BmImageProcessor}, exist_ok=True
+        )

@@ -1,1 +1,1 @@
-"""Hyper-parameter search: a recipe run again and again with other values, each time as a process of its own."""
+"""Hyper-parameter search: a recipe run many times with different values, each time in a process of its own."""

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 import yaml
 
-from bmtk.hub.run_record import read_run
+from bmtk.files import write_text
+from bmtk.hub.run_record import RunRecord
 from bmtk.training.history import History
 from bmtk.training.run_folder import CHECKPOINTS, locked
 from bmtk.training.signals import Stopped, StopRequest
@@ -24,27 +26,27 @@ OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER
 
 
 class TrialFailed(Exception):
-    """A trial ended without a value; the text says why."""
+    """A trial ended without a value; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class RecipeTrials:
-    """Runs `recipe` with `settings` and what a trial changes in them; its value is that of a validation metric."""
+    """Runs `recipe` with `settings`, changed by each trial; the value of a trial is a validation metric."""
 
     recipe: str
     settings: Mapping[str, object]
     folder: Path
-    metric: str  # as history.jsonl and run.json call it: "validation/accuracy"
+    metric: str  # its name in history.jsonl and run.json: "validation/accuracy"
     request: StopRequest
 
     def folder_of(self, number: int) -> Path:
         return self.folder / f"{number:04d}"
 
     def __call__(self, trial: optuna.Trial) -> float:
-        """Run a trial, or go on with it.
+        """Run a trial, or resume it.
 
         Raises: TrialFailed; optuna.TrialPruned if it was worse than the median of those before, at the same
-        evaluation; Stopped if it was asked to stop; ValueError if another process is still at it.
+        evaluation; Stopped if it was asked to stop; UserError if another process still runs it.
         """
         folder = self.folder_of(trial.number)
         with locked(folder):  # a search that was killed may have left its trial running
@@ -53,8 +55,8 @@ class RecipeTrials:
         command = [sys.executable, self.recipe, "--config", str(folder / SETTINGS)]
         alone = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
         with (folder / LOG).open("ab") as log:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-            child = subprocess.Popen(command, env=alone, start_new_session=True, **streams)  # Ctrl-C is told below
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+            child = subprocess.Popen(command, env=alone, start_new_session=True, **streams)  # gets signals below
             is_pruned = self._watch(child, trial, History(folder))
         if is_pruned:
             raise optuna.TrialPruned
@@ -64,17 +66,17 @@ class RecipeTrials:
             raise TrialFailed(_reason(folder / LOG, child.returncode))
         return self._value(folder)
 
-    def _watch(self, child: subprocess.Popen, trial: optuna.Trial, history: History) -> bool:
-        """Wait for the end of `child`, pass a signal on, and stop it early if it does not look well: then True."""
-        is_told = is_pruned = False
+    def _watch(self, child: subprocess.Popen[bytes], trial: optuna.Trial, history: History) -> bool:
+        """Wait for the end of `child` and pass signals on; stop it early and return True if the trial is hopeless."""
+        is_signalled = is_pruned = False
         while child.returncode is None:
             try:
                 child.wait(SECONDS_BETWEEN_LOOKS)
             except subprocess.TimeoutExpired:
-                if self.request.signal_number and not is_told:
+                if self.request.signal_number and not is_signalled:
                     child.send_signal(self.request.signal_number)
-                    is_told = True
-                elif not is_told and not is_pruned and self._is_hopeless(trial, history):
+                    is_signalled = True
+                elif not is_signalled and not is_pruned and self._is_hopeless(trial, history):
                     child.terminate()
                     is_pruned = True
         return is_pruned
@@ -91,7 +93,7 @@ class RecipeTrials:
         return 0 < len(values) < last and trial.should_prune()
 
     def _value(self, folder: Path) -> float:
-        metrics = read_run(folder)["metrics"]
+        metrics = RunRecord.read(folder).metrics
         if self.metric not in metrics:
             raise TrialFailed(f"{self.metric} was not measured, only {', '.join(metrics) or 'nothing'}")
         if not math.isfinite(metrics[self.metric]):
@@ -108,14 +110,12 @@ class RecipeTrials:
 
 def write_settings(path: Path, settings: Mapping[str, object]) -> None:
     """Write a config file, whole or not at all."""
-    beside = path.with_suffix(".partial")
-    beside.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
 
 def _reason(log: Path, status: int) -> str:
-    """The error that a run ended with, as its output tells it."""
+    """The error that a run ended with, from its output."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     errors = [line for line in lines if line.startswith("error")] or [line for line in lines if line]
-    told = errors[-1] if errors and status > 0 else f"ended by signal {-status}" if status < 0 else "no output"
-    return f"{told} (exit status {status}; see {log})"
+    reason = errors[-1] if errors and status > 0 else f"ended by signal {-status}" if status < 0 else "no output"
+    return f"{reason} (exit status {status}; see {log})"

@@ -1,17 +1,18 @@
 """Audio classification: one label for a whole recording.  Accuracy and macro-F1 over all predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForAudioClassification
+from transformers import AutoModelForAudioClassification, PreTrainedConfig
 
-from .recordings import RecordingArguments, RecordingRows, RecordingTask
-from .row_classification import RowClassification, RowClassificationArguments
-from .task import Prediction
+from .label_types import LabelType
+from .recordings import RecordingArguments, RecordingData, RecordingObjective, RecordingRows, worst_spectrograms
+from .row_classification import RowClassificationArguments, RowLabels, RowScorer
+from .task import Criterion, Prediction, Task
 
 
 @dataclass
@@ -20,46 +21,48 @@ class AudioClassificationArguments(RecordingArguments, RowClassificationArgument
 
     _argument_group_name = "data of audio_classification"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_recordings()
 
 
-class AudioClassification(RecordingTask, RowClassification):
-    """Recordings and their labels."""
+class AudioClassificationData(RecordingData):
+    """Columns "audio" (undecoded), "seconds" and "label"."""
 
-    name = "audio_classification"
-    about: ClassVar[dict[str, str]] = {
-        "pipeline_tag": "audio-classification",
-        "auto_class": "AutoModelForAudioClassification",
-        "processor_class": "AutoFeatureExtractor",
-        "noun": "audio classifier",
-        "limits": "It knows only the labels it was trained with, and gives one of them to every recording, silence "
-        "included; its scores are not calibrated probabilities.",
-    }
-    arguments = AudioClassificationArguments
-    auto_class = AutoModelForAudioClassification
-
-    @property
-    def processor(self):
-        return self.extractor
+    def __init__(self, task: Task, args: AudioClassificationArguments, **reading: Any):
+        self.labels = RowLabels(args)
+        super().__init__(task, args, **reading)
+        self.labels.find_names(self.rows)
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
-        """Columns "audio" (undecoded), "seconds" and "label"."""
-        labels = self.read_labels(table, where) if labelled else None
+        labels = self.labels.read(table, where, self.notes) if labelled else None
         if labelled and labels is None:
             return None
         rows, kept = self.read_recordings(table, where, labelled=labelled)
-        return rows.add_column("label", [labels[row] for row in kept]) if labelled else rows
+        return rows if labels is None else rows.add_column("label", [labels[row] for row in kept])
+
+    @property
+    def label_type(self) -> LabelType:
+        return self.labels.kind
+
+
+class AudioClassificationObjective(RecordingObjective):
+    """Recordings become features, and their labels `labels`."""
+
+    data: AudioClassificationData
+
+    def __init__(self, data: AudioClassificationData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
+        super().__init__(data, config)
+        self.labels = data.labels.bind_to(config, data, labels=labels)
 
     def encode(self, rows: Dataset, where: str) -> RecordingRows:
         if "label" in rows.column_names:
-            labels = self.targets(rows["label"], where)
+            labels = self.labels.targets(rows["label"], where)
             rows = rows.remove_columns("label").add_column("labels", labels)
-        return self.rows_of(rows, where)
+        return self.recording_rows(rows, where)
 
-    def collator(self):
-        def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             batch = self.padded(rows)
             if "labels" in rows[0]:
                 batch["labels"] = torch.tensor([row["labels"] for row in rows])
@@ -67,7 +70,41 @@ class AudioClassification(RecordingTask, RowClassification):
 
         return collate
 
-    def figures(self, predictions: Sequence[Prediction], rows) -> list[dict[str, str]]:
-        """The confusion matrix, and the recordings with the largest loss."""
+    def num_items(self, batch: Mapping[str, Any]) -> int:
+        """Rows, or of several labels each row's every label."""
+        return self.labels.kind.num_items(batch["labels"])
+
+    @property
+    def criterion(self) -> Criterion:
+        return self.labels.criterion
+
+    def data_record(self) -> dict[str, object]:
+        return {**super().data_record(), "labels": self.labels.names}
+
+
+class AudioClassificationScorer(RowScorer):
+    """Also the spectrograms of the recordings with the largest loss."""
+
+    def figures(self, predictions: Sequence[Prediction], rows: RecordingRows) -> list[dict[str, str]]:
         worst = np.argsort([-p["loss"] for p in predictions], kind="stable").tolist()
-        return [*super().figures(predictions, rows), *self.shown_recordings(rows, worst, predictions)]
+        verdicts = [self.verdict(prediction) for prediction in predictions]
+        return [*super().figures(predictions, rows), *worst_spectrograms(rows, worst, verdicts)]
+
+
+TASK = Task(
+    name="audio_classification",
+    auto_class=AutoModelForAudioClassification,
+    about={
+        "pipeline_tag": "audio-classification",
+        "auto_class": "AutoModelForAudioClassification",
+        "processor_class": "AutoFeatureExtractor",
+        "noun": "audio classifier",
+        "limits": "It knows only the labels it was trained with, and gives one of them to every recording, silence "
+        "included; its scores are not calibrated probabilities.",
+    },
+    arguments=AudioClassificationArguments,
+    data=AudioClassificationData,
+    objective=AudioClassificationObjective,
+    scorer=AudioClassificationScorer,
+    unit="recordings",
+)

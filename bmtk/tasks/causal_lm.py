@@ -1,25 +1,27 @@
 """Causal language modelling: predict the next token of packed text.  Loss in nats per token; also bits per byte."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from bmtk.data.batches import GlobalBatches
-from bmtk.data.packing import PackedRows
+from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.tbptt import TBPTTBatches
 from bmtk.data.token_store import TokenStore
+from bmtk.errors import UserError
 from bmtk.metrics.texts import bits_per_byte, perplexity
 from bmtk.settings import setting
 
-from .corpora import CorpusArguments, CorpusTask
-from .task import Prediction, mean_loss
+from .corpora import CorpusArguments, CorpusData, CorpusObjective, CorpusScorer
+from .scorer import mean_loss
+from .task import Prediction, Task
 
 
 @dataclass
@@ -40,37 +42,18 @@ class CausalLMArguments(CorpusArguments):
         "backpropagation through time)",
     )
 
-    def __post_init__(self):
+    free_keys: ClassVar[frozenset[str]] = CorpusArguments.free_keys | {"prompts", "sample_tokens"}
+
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.eval_context_length is not None and self.eval_context_length < 1:
-            raise ValueError(f"eval_context_length={self.eval_context_length} must be at least 1 token")
+            raise UserError(f"eval_context_length={self.eval_context_length} must be at least 1 token")
 
-
-class CausalLM(CorpusTask):
-    """Packed text, its perplexity, and samples.  To predict is to write: rows of prompts get their continuations."""
-
-    name = "causal_lm"
-    arguments = CausalLMArguments
-    auto_class = AutoModelForCausalLM
-    peft_task_type = "CAUSAL_LM"
-    padding_side = "left"  # so that prompts end together
-    about: ClassVar[dict[str, str]] = {
-        "pipeline_tag": "text-generation",
-        "auto_class": "AutoModelForCausalLM",
-        "noun": "causal language model",
-        "loss_unit": "nats per token",
-        "limits": "It continues text in the manner of its training data. What it writes may be false, offensive or "
-        "copied from that data; it was not trained to follow instructions or to refuse.",
-    }
-    metrics = (*CorpusTask.metrics, "bits_per_byte")
-    free_keys = CorpusTask.free_keys | {"prompts", "sample_tokens"}
-
-    @classmethod
-    def incomparable(cls, args: CausalLMArguments, metric: str) -> dict[str, str]:
+    def settings_that_change(self, metric: str) -> dict[str, str]:
         """Bits per byte are the same for all tokenizers; `eval_context_length` makes context_length training's own."""
-        found = super().incomparable(args, metric)
+        found = super().settings_that_change(metric)
         found["eval_context_length"] = found["context_length"]
-        if args.eval_context_length:
+        if self.eval_context_length:
             del found["context_length"]
         else:
             found["context_length"] += "; set eval_context_length, and it may be"
@@ -80,38 +63,63 @@ class CausalLM(CorpusTask):
 
     @property
     def longest_row(self) -> int:
-        return max(self.args.context_length, self.args.eval_context_length or 0)
+        return max(self.context_length, self.eval_context_length or 0)
 
-    def rows_of(self, store: TokenStore, split: str) -> PackedRows:
+
+class CausalLMObjective(CorpusObjective):
+    """Packed text.  Rows without labels are prompts."""
+
+    padding_side = "left"  # so that prompts end together
+
+    @property
+    def keeps_order(self) -> bool:
+        return self.args.carry_state
+
+    def packed(self, store: TokenStore, split: str) -> PackedRows:
         is_measured = split != "train" and self.args.eval_context_length
         return PackedRows(store, self.args.eval_context_length if is_measured else self.args.context_length)
 
-    @property
-    def has_own_order(self) -> bool:
-        return self.args.carry_state
-
-    def train_batches(self, **sizes) -> GlobalBatches:
+    def train_batches(self, **sizes: int) -> GlobalBatches:
         return TBPTTBatches(self.rows["train"], **sizes) if self.args.carry_state else super().train_batches(**sizes)
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
-        return rows.map(lambda batch: self.processor(batch["text"], add_special_tokens=False), batched=True)
+        return rows.map(lambda batch: self.tokenizer(batch["text"], add_special_tokens=False), batched=True)
 
-    def prepare_to_save(self, model) -> None:
+    def prepare_to_save(self, model: PreTrainedModel) -> None:
         """Let `generate()` and `pipeline()` sample by default: the likeliest text of a small model repeats itself."""
         model.generation_config.update(do_sample=True, temperature=0.8, top_p=0.95)
-        model.generation_config.pad_token_id = self.processor.pad_token_id
+        model.generation_config.pad_token_id = self.tokenizer.pad_token_id
 
-    def predict(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
+    def first_words(self, count: int = 8) -> str:
+        """The beginning of the text that is measured on: a prompt where the settings have none."""
+        store = self.rows["validation" if "validation" in self.rows else "test"].store
+        return self.tokenizer.decode(store.document(0)[1 : 1 + count])
+
+    def next_command(self, directory: Path) -> str:
+        prompt = json.dumps((self.args.prompts or [self.first_words()])[0])
+        return (
+            f'python -c "import bmtk; from transformers import pipeline; '
+            f"print(pipeline('text-generation', model='{directory}')({prompt.replace(chr(34), chr(39))}, "
+            f"max_new_tokens=100)[0]['generated_text'])\""
+        )
+
+
+class CausalLMScorer(CorpusScorer):
+    """To predict is to write: rows of prompts get their continuations."""
+
+    metrics = (*CorpusScorer.metrics, "bits_per_byte")
+
+    def predict(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> list[Prediction]:
         """Loss and number of predicted tokens of each row; of rows without labels, what the model goes on with."""
         if "shift_labels" not in batch:
             return [{"text": text} for text in self._continuations(model, batch)]
         inputs = {name: value for name, value in batch.items() if name in ("input_ids", "position_ids")}
         logits = model(**inputs, use_cache=False).logits.float()
         losses = F.cross_entropy(logits.transpose(1, 2), batch["shift_labels"], reduction="none").sum(-1)
-        items = (batch["shift_labels"] != -100).sum(-1)
+        items = (batch["shift_labels"] != IGNORE_INDEX).sum(-1)
         return [{"loss": loss, "items": n} for loss, n in zip(losses.tolist(), items.tolist(), strict=True)]
 
-    def score(self, predictions: Sequence[Prediction], rows) -> dict[str, float]:
+    def score(self, predictions: Sequence[Prediction], rows: Any) -> dict[str, float]:
         """Mean loss over the whole text, its perplexity and bits per byte."""
         loss, tokens = mean_loss(predictions), sum(p["items"] for p in predictions)
         return {
@@ -124,31 +132,40 @@ class CausalLM(CorpusTask):
     def describe(self, prediction: Prediction) -> dict[str, object]:
         return {"prediction": prediction["text"]}
 
-    def written(self, model, *, seed: int) -> list[dict[str, str]]:
+    def generated_samples(self, model: torch.nn.Module, *, seed: int) -> list[dict[str, str]]:
         """What the model writes after each prompt, drawn with the generation settings that are saved with it."""
         if not self.args.sample_tokens:
             return []
-        prompts = self.args.prompts or [self._first_words()]
+        prompts = self.args.prompts or [self.objective.first_words()]
         set_seed(seed)
         return [{"prompt": prompt, "text": self._continue(model, prompt)} for prompt in prompts]
 
-    def next_command(self, directory: Path) -> str:
-        prompt = json.dumps((self.args.prompts or [self._first_words()])[0])
-        return (
-            f'python -c "import bmtk; from transformers import pipeline; '
-            f"print(pipeline('text-generation', model='{directory}')({prompt.replace(chr(34), chr(39))}, "
-            f"max_new_tokens=100)[0]['generated_text'])\""
-        )
-
-    def _first_words(self, count: int = 8) -> str:
-        store = self.rows["validation" if "validation" in self.rows else "test"].store
-        return self.processor.decode(store.document(0)[1 : 1 + count])
-
-    def _continue(self, model, prompt: str) -> str:
-        inputs = self.processor(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    def _continue(self, model: Any, prompt: str) -> str:
+        inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
         return self._continuations(model, inputs)[0]
 
     @torch.no_grad()
-    def _continuations(self, model, inputs) -> list[str]:
+    def _continuations(self, model: Any, inputs: Mapping[str, Any]) -> list[str]:
         output = model.generate(**inputs, max_new_tokens=self.args.sample_tokens, min_new_tokens=1)
-        return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+TASK = Task(
+    name="causal_lm",
+    auto_class=AutoModelForCausalLM,
+    about={
+        "pipeline_tag": "text-generation",
+        "auto_class": "AutoModelForCausalLM",
+        "noun": "causal language model",
+        "loss_unit": "nats per token",
+        "limits": "It continues text in the manner of its training data. What it writes may be false, offensive or "
+        "copied from that data; it was not trained to follow instructions or to refuse.",
+    },
+    arguments=CausalLMArguments,
+    data=CorpusData,
+    objective=CausalLMObjective,
+    scorer=CausalLMScorer,
+    main_metric="loss",
+    unit="tokens",
+    peft_task_type="CAUSAL_LM",
+)

@@ -2,38 +2,51 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from bmtk.data.batches import Rows
+from bmtk.data.decontamination import TOLERATED_SHARE, SharedLines
 from bmtk.data.masking import BLANKS
-from bmtk.data.packing import PackedRows
+from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.sources import Texts, has_split, read_texts
-from bmtk.data.tables import SPLITS, check_column
+from bmtk.data.tables import check_column
 from bmtk.data.token_store import TokenStore, build_token_store
 from bmtk.data.tokenizers import KINDS, mask_token, train_tokenizer
+from bmtk.errors import UserError
+from bmtk.files import write_json
 from bmtk.settings import setting
 
+from .objective import Objective
+from .scorer import Scorer
 from .task import Task
+from .task_data import LEAKAGE, SourceArguments, TaskData
 from .texts import pad_texts
+
+SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus is not tokenised yet
 
 
 @dataclass
-class CorpusArguments:
+class CorpusArguments(SourceArguments):
     """Which text, which tokenizer, how much context."""
 
     dataset: str | None = setting(None, "folder or Hub id (owner/name) with a train and a validation split")
     train_file: list[str] | None = setting(None, "training text: .txt, .jsonl, .csv or .parquet files, or folders")
     validation_file: list[str] | None = setting(None, "validation text, likewise")
     test_file: list[str] | None = setting(None, "text of the final test, likewise; default: that of dataset, if any")
+    # None stands for stop, so that runs from before this setting existed can be resumed.
+    leakage: str | None = setting(  # type: ignore[assignment]
+        None,
+        "training text that is also validation or test text: stop (the default), drop (leave out its documents) or "
+        "allow",
+    )
     text_column: str = setting("text", "column that holds the text (.jsonl, .csv, .parquet, Hub)")
     sample_by: str = setting("document", "make one document of each .txt file ('document') or of each 'line'")
-    data_name: str | None = setting(None, "what the model card calls the data; default: the source's own name")
-    data_licence: str | None = setting(None, "licence of the data, for the model card")
     tokenizer: str = setting(
         "byte_bpe", "byte_bpe, char, word or uncased_word: train one; or folder or Hub id of a finished one"
     )
@@ -41,50 +54,15 @@ class CorpusArguments:
     context_length: int = setting(256, "tokens per row")
     corpus_dir: str | None = setting(None, "folder for the tokenised text; default: <output_dir>/corpus")
 
-    def __post_init__(self):
+    free_keys: ClassVar[frozenset[str]] = SourceArguments.free_keys | {"corpus_dir"}
+
+    def __post_init__(self) -> None:
+        if self.leakage not in (None, *LEAKAGE):
+            raise UserError(f"leakage={self.leakage!r} is unknown; choose one of {', '.join(LEAKAGE)}")
         if self.context_length < 1:
-            raise ValueError(f"context_length={self.context_length} must be at least 1 token")
+            raise UserError(f"context_length={self.context_length} must be at least 1 token")
 
-
-class CorpusTask(Task):
-    """A task whose rows are cut from tokenised text.  Tokenises into `folder` what is not there yet.
-
-    `model` is the model that training goes on with: its own tokenizer is read, never a new one.
-    """
-
-    unit = "tokens"
-    # Settings that change what is shown, not what is learned: they may differ when a run is resumed.
-    free_keys = frozenset(("corpus_dir", "data_name", "data_licence"))
-    metrics = ("loss", "perplexity")
-    main_metric = "loss"
-    padding_side: ClassVar[str] = "right"  # of texts that are not packed
-    needs_mask: ClassVar[bool] = False  # whether the tokenizer must have a token that hides another
-
-    def __init__(
-        self,
-        args: CorpusArguments,
-        *,
-        model: str | None = None,
-        splits: Sequence[str] = SPLITS,
-        seed: int = 42,
-        folder: Path | None = None,
-        **loading: object,
-    ):
-        self.args, self.model, self.seed, self.loading = args, model, seed, loading
-        self.notes: list[str] = []
-        if "train" in splits:
-            self._check_sources()
-        if folder is None and not args.corpus_dir:
-            self.temporary = tempfile.TemporaryDirectory()  # goes with the task
-            folder = Path(self.temporary.name)
-        corpus = Path(args.corpus_dir) if args.corpus_dir else folder / "corpus"
-        texts = {split: self._texts(split) for split in splits if self._has(split)}
-        self.processor = self._tokenizer(texts.get("train"), corpus / "tokenizer")
-        stores = {split: build_token_store(part, self.processor, corpus / split) for split, part in texts.items()}
-        self.rows = {split: self.rows_of(store, split) for split, store in stores.items()}
-
-    @classmethod
-    def incomparable(cls, args: CorpusArguments, metric: str) -> dict[str, str]:
+    def settings_that_change(self, metric: str) -> dict[str, str]:
         return {
             **dict.fromkeys(("text_column", "sample_by"), "decides which texts are measured"),
             **dict.fromkeys(
@@ -93,9 +71,38 @@ class CorpusTask(Task):
             "context_length": "decides how much text the model has to go by where it is measured",
         }
 
-    def rows_of(self, store: TokenStore, split: str) -> PackedRows:
-        """The rows of a split."""
-        return PackedRows(store, self.args.context_length)
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that the model reads."""
+        return self.context_length
+
+
+class CorpusData(TaskData):
+    """Texts and their tokenizer.  `rows` has the documents of each split; they are tokenised when they are bound.
+
+    `model` is the model that training goes on with: its own tokenizer is read, never a new one.
+    For a plan, a corpus that is not tokenised yet is read in part: `sampled_share` is the part of the training
+    text that was read.
+    """
+
+    needs_mask: ClassVar[bool] = False  # whether the tokenizer must have a token that hides another
+
+    def __init__(self, task: Task, args: CorpusArguments, **reading: Any):
+        self.sampled_share = 1.0
+        self.temporary: tempfile.TemporaryDirectory[str] | None = None  # goes with the data
+        super().__init__(task, args, **reading)
+        self.tokenizer = self._tokenizer()
+
+    @property
+    def corpus(self) -> Path:
+        """The folder of the tokenizer and the token stores."""
+        if self.args.corpus_dir:
+            return Path(self.args.corpus_dir)
+        if self.folder is not None:
+            return self.folder / "corpus"
+        if self.temporary is None:
+            self.temporary = tempfile.TemporaryDirectory()
+        return Path(self.temporary.name)
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
         """Texts to predict from, as column "text"."""
@@ -103,123 +110,145 @@ class CorpusTask(Task):
         return Dataset.from_dict({"text": [str(text or "") for text in table[self.args.text_column]]})
 
     @property
-    def longest_row(self) -> int:
-        """Tokens of the longest row that the model reads."""
-        return self.args.context_length
-
-    @property
     def config_fields(self) -> dict[str, object]:
         return {
-            "vocab_size": len(self.processor),
-            "max_position_embeddings": self.longest_row,
-            "bos_token_id": self.processor.bos_token_id,
-            "eos_token_id": self.processor.eos_token_id,
-            "pad_token_id": self.processor.pad_token_id,
+            "vocab_size": len(self.tokenizer),
+            "max_position_embeddings": self.args.longest_row,
+            "bos_token_id": self.tokenizer.bos_token_id,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "pad_token_id": self.tokenizer.pad_token_id,
         }
 
-    def configure(self, config, *, labels: Sequence[str] = ()) -> None:
-        """Raise ValueError if the model cannot read the rows."""
-        limit = getattr(config, "max_position_embeddings", None)
-        if self.rows and limit is not None and self.longest_row > limit:
-            raise ValueError(
-                f"context_length={self.longest_row} exceeds max_position_embeddings={limit}; "
-                "lower it, or use a model with a larger limit"
-            )
-        if len(self.processor) > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(self.processor)} tokens, the model knows vocab_size={config.vocab_size}; "
-                "use the model's own tokenizer (tokenizer: <the model's folder>)"
-            )
-
-    def batch_rows(self, rows, *, is_training: bool = False) -> PackedRows:
-        return super().batch_rows(rows) if isinstance(rows, Dataset) else rows
-
-    def collator(self):
-        """Leaves batches of packed rows as they are; pads texts to the longest of them."""
-
-        def collate(rows):
-            if isinstance(rows, dict):
-                return rows
-            texts = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows]
-            return pad_texts(self.processor, texts, padding_side=self.padding_side)
-
-        return collate
-
-    @staticmethod
-    def num_items(batch):
-        """Predicted tokens of a batch."""
-        return (batch["labels"] != -100).sum()
-
-    num_units = num_items
-
-    def units_per_row(self, split: str) -> float:
-        return self.args.context_length
-
-    def facts(self) -> dict[str, object]:
+    def source_record(self) -> dict[str, object]:
         args = self.args
         source = ", ".join(args.train_file or []) or args.dataset or ", ".join(args.test_file or [])
         return {
             "name": args.data_name or Path(source).name,
             "source": source,
             "licence": args.data_licence,
-            "tokenizer": f"{self.model or args.tokenizer}, {len(self.processor)} tokens",
-            **self.sizes(),
+            "tokenizer": f"{self.model or args.tokenizer}, {len(self.tokenizer)} tokens",
         }
 
-    def sizes(self) -> dict[str, dict[str, int]]:
-        stores = {split: rows.store for split, rows in self.rows.items()}
-        return {
-            split: {"documents": store.num_documents, "tokens": store.num_tokens, "bytes": store.num_bytes}
-            for split, store in stores.items()
-        }
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def _read(self, splits: Sequence[str]) -> dict[str, Any]:
+        if "train" in splits:
+            self._check_sources()
+        texts = {split: self._texts(split) for split in splits if self._has(split)}
+        return {split: self._sample(part, split) for split, part in texts.items()} if self.is_plan else texts
 
     def _check_sources(self) -> None:
         if not self.args.dataset and not self.args.train_file:
-            raise ValueError("no training text: set dataset (a folder or Hub id), or train_file and validation_file")
+            raise UserError("no training text: set dataset (a folder or Hub id), or train_file and validation_file")
         if not self.args.dataset and not self.args.validation_file:
-            raise ValueError(
+            raise UserError(
                 "validation_file is not set: name a text that is not trained on, or a dataset with a validation split"
             )
 
     def _has(self, split: str) -> bool:
-        files = {"train": self.args.train_file, "validation": self.args.validation_file, "test": self.args.test_file}
-        if files[split]:
+        if self.args.files[split]:
             return True
         return self.args.dataset is not None and (split != "test" or has_split(self.args.dataset, split))
 
     def _texts(self, split: str) -> Texts:
-        files = {"train": self.args.train_file, "validation": self.args.validation_file, "test": self.args.test_file}
-        source = files[split] or self.args.dataset
+        source = self.args.files[split] or self.args.dataset
         return read_texts(source, split=split, text_column=self.args.text_column, sample_by=self.args.sample_by)
 
-    def _tokenizer(self, texts: Texts | None, folder: Path) -> PreTrainedTokenizerBase:
-        """The named tokenizer, or one trained on the training text (kept in `folder`, and kept only for this text)."""
-        if self.model and Path(self.model).is_dir() and not (Path(self.model) / "config.json").is_file():
-            raise ValueError(
-                f"model={self.model!r} is a folder without config.json; give one that holds a saved model"
+    def _sample(self, texts: Texts, split: str) -> Texts | list[str]:
+        """For a plan: all of a corpus that is small or tokenised already, else its beginning."""
+        if (texts.num_bytes or SAMPLE_CHARACTERS + 1) <= SAMPLE_CHARACTERS or self.is_tokenised(texts, split):
+            return texts
+        sample = texts.head(SAMPLE_CHARACTERS)
+        num_bytes = sum(len(text.encode()) for text in sample)
+        if split == "train" and texts.num_bytes:
+            self.sampled_share = min(1.0, num_bytes / texts.num_bytes)
+            self.notes.append(
+                f"the plan reads the first {num_bytes / 1e6:.1f} MB of {texts.num_bytes / 1e6:,.1f} MB of training "
+                "text: vocabulary, steps and time are estimates"
             )
+        elif split == "train":
+            self.notes.append(
+                f"the plan reads the first {num_bytes / 1e6:.1f} MB of the training text, whose size is not known: "
+                "its epochs are of that much text"
+            )
+        return sample
+
+    def is_tokenised(self, texts: Texts, split: str) -> bool:
+        manifest = self.corpus / split / "manifest.json"
+        if not manifest.is_file():
+            return False
+        return json.loads(manifest.read_text(encoding="utf-8")).get("source_fingerprint") == texts.fingerprint
+
+    def _keep_apart(self) -> None:
+        """See to it that no text is trained on that is measured on; the answer for the same files is remembered."""
+        measured = {split: texts for split, texts in self.rows.items() if split != "train"}
+        if "train" not in self.rows or not measured or self.args.leakage == "allow" or self._is_known_to_be_apart():
+            return
+        shared = SharedLines(self.rows["train"], measured)
+        if shared.share <= TOLERATED_SHARE:
+            self._remember_apart()
+            return
+        found = (
+            f"{shared.share:.0%} of the {' and '.join(shared.splits)} text, in lines of 32 characters or more, is "
+            f"also in the training text (for example {shared.example[:80]!r})"
+        )
+        if self.args.leakage != "drop":
+            options = ("dataset", "train_file", "validation_file", "test_file")
+            sources = ", ".join(f"{name}={value}" for name in options if (value := getattr(self.args, name)))
+            raise UserError(
+                f"{sources}: {found}; leakage=drop leaves its documents out of training, leakage=allow trains on them"
+            )
+        train = self.rows["train"]
+        mark = "\n".join(self._split_marks())
+        kept = train.without(shared.has_line_of, mark=mark) if isinstance(train, Texts) else train
+        if not any(True for text in train if not shared.has_line_of(text)):
+            raise UserError(f"{found}; nothing would be left to train on")
+        self.rows["train"] = kept
+        self.notes.append(f"{found}: the documents that hold it are left out of training")
+
+    def _split_marks(self) -> list[str]:
+        return [f"{split} {texts.fingerprint}" for split, texts in self.rows.items() if isinstance(texts, Texts)]
+
+    def _is_known_to_be_apart(self) -> bool:
+        stamp = self.corpus / "apart.json"
+        return stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == self._split_marks()
+
+    def _remember_apart(self) -> None:
+        if self.is_plan:
+            return
+        write_json(self.corpus / "apart.json", self._split_marks())
+
+    # ------------------------------------------------------------------------------------------------ tokenizer
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """The named tokenizer, or one trained on the training text (and kept only for this text)."""
+        if self.model and Path(self.model).is_dir() and not (Path(self.model) / "config.json").is_file():
+            raise UserError(f"model={self.model!r} is a folder without config.json; give one that holds a saved model")
         finished = self.model if self.args.tokenizer in KINDS else self.args.tokenizer
         if finished:
             return self._with_mask(AutoTokenizer.from_pretrained(finished, **self.loading), finished)
+        texts = self.rows.get("train")
         if texts is None:
-            raise ValueError(f"tokenizer={self.args.tokenizer} needs a training text; name a finished tokenizer")
+            raise UserError(f"tokenizer={self.args.tokenizer} needs a training text; name a finished tokenizer")
         kind = {"kind": self.args.tokenizer, "vocab_size": self.args.vocab_size, "with_mask": self.needs_mask}
-        identity = {**kind, "texts": texts.fingerprint}
+        identity = {**kind, "texts": texts.fingerprint if isinstance(texts, Texts) else None}
+        folder = self.corpus / "tokenizer"
         stamp = folder / "trained_on.json"
         if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == identity:
             return AutoTokenizer.from_pretrained(folder)
         tokenizer = train_tokenizer(texts, **kind)
-        tokenizer.model_max_length = self.longest_row
-        tokenizer.save_pretrained(folder)
-        stamp.write_text(json.dumps(identity), encoding="utf-8")
+        tokenizer.model_max_length = self.args.longest_row
+        if not self.is_plan:
+            tokenizer.save_pretrained(folder)
+            write_json(stamp, identity)
         return tokenizer
 
     def _with_mask(self, tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-        """A finished tokenizer, with a mask token if need be.  Raises: ValueError if a trained model lacks one."""
+        """A finished tokenizer, with a mask token if need be.  Raises: UserError if a trained model lacks one."""
         if not self.needs_mask or tokenizer.mask_token is not None:
             return tokenizer
         if self.model:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer of {name} has no mask token, so that model was not trained to fill one in; start from "
                 "a masked language model, or from scratch with tokenizer: <that folder>"
             )
@@ -229,3 +258,93 @@ class CorpusTask(Task):
             f"the tokenizer has no mask token: {tokenizer.mask_token} (id {tokenizer.mask_token_id}) is new"
         )
         return tokenizer
+
+
+class CorpusObjective(Objective):
+    """Rows are cut from tokenised text.  Tokenises into the corpus folder what is not there yet."""
+
+    data: CorpusData
+    padding_side: ClassVar[str] = "right"  # of texts that are not packed
+
+    def __init__(self, data: CorpusData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
+        super().__init__(data, config, labels=labels)
+        self.tokenizer = data.tokenizer
+        limit = getattr(config, "max_position_embeddings", None)
+        if data.rows and limit is not None and self.args.longest_row > limit:
+            raise UserError(
+                f"context_length={self.args.longest_row} exceeds max_position_embeddings={limit}; "
+                "lower it, or use a model with a larger limit"
+            )
+        if len(self.tokenizer) > config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model knows vocab_size={config.vocab_size}; "
+                "use the model's own tokenizer (tokenizer: <the model's folder>)"
+            )
+        # A plan keeps its tokens outside of the run's folder, unless it only opens what is there.
+        self.scratch = tempfile.TemporaryDirectory() if data.is_plan else None
+
+    @property
+    def processor(self) -> PreTrainedTokenizerBase:
+        return self.tokenizer
+
+    def encode_splits(self) -> None:
+        for split, texts in self.data.rows.items():
+            is_sample = self.scratch is not None and not (
+                isinstance(texts, Texts) and self.data.is_tokenised(texts, split)
+            )
+            folder = Path(self.scratch.name) if self.scratch is not None and is_sample else self.data.corpus
+            self.rows[split] = self.packed(build_token_store(texts, self.tokenizer, folder / split), split)
+
+    def packed(self, store: TokenStore, split: str) -> Any:
+        """The rows of a split."""
+        return PackedRows(store, self.args.context_length)
+
+    def batch_rows(self, rows: Any, *, is_training: bool = False) -> Rows:
+        return super().batch_rows(rows) if isinstance(rows, Dataset) else rows
+
+    def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Leaves batches of packed rows as they are; pads texts to the longest of them."""
+
+        def collate(rows: Any) -> dict[str, Any]:
+            if isinstance(rows, dict):
+                return rows
+            texts = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows]
+            return pad_texts(self.tokenizer, texts, padding_side=self.padding_side)
+
+        return collate
+
+    def num_items(self, batch: Mapping[str, Any]) -> Any:
+        """Predicted tokens of a batch."""
+        return (batch["labels"] != IGNORE_INDEX).sum()
+
+    def num_units(self, batch: Mapping[str, Any]) -> Any:
+        return self.num_items(batch)
+
+    def units_per_row(self, split: str) -> float:
+        return self.args.context_length
+
+    @property
+    def sampled_share(self) -> float:
+        return self.data.sampled_share
+
+    def sizes(self) -> dict[str, dict[str, float]]:
+        stores = {split: rows.store for split, rows in self.rows.items()}
+        return {
+            split: {"documents": store.num_documents, "tokens": store.num_tokens, "bytes": store.num_bytes}
+            for split, store in stores.items()
+        }
+
+
+class CorpusScorer(Scorer):
+    """Loss and perplexity of tokens."""
+
+    metrics: Sequence[str] = ("loss", "perplexity")
+
+    def __init__(self, objective: CorpusObjective):
+        super().__init__(objective)
+        self.args, self.tokenizer = objective.args, objective.tokenizer
+
+    def measured_store(self) -> TokenStore:
+        """The text that samples are taken from: of the validation rows, else of the test rows."""
+        rows = self.objective.rows
+        return rows["validation" if "validation" in rows else "test"].store

@@ -1,6 +1,6 @@
 """Connectionist temporal classification: losses of single rows, and decoding.
 
-B rows, L positions, S labels, V tokens.  A path says a token or the blank at each position; it stands for the labels
+B rows, L positions, S labels, V tokens.  A path has a token or the blank at each position; it stands for the labels
 that are left when repetitions are merged and blanks dropped (Graves et al. 2006).
 """
 
@@ -11,9 +11,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from bmtk.data.packing import IGNORE_INDEX
+
+Prefix = tuple[int, ...]  # labels that a text begins with
+
 
 def positions_needed(labels: Sequence[int]) -> int:
-    """The least positions whose paths can stand for `labels`: a blank must part equal neighbours.
+    """The fewest positions whose paths can stand for `labels`: equal neighbours need a blank between them.
 
     >>> positions_needed([7, 7, 5])
     4
@@ -22,13 +26,13 @@ def positions_needed(labels: Sequence[int]) -> int:
 
 
 def row_losses(logits: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor, blank: int) -> torch.Tensor:
-    """Negative log-likelihood (B,) of labels (B, S), padded by -100, given logits (B, L, V) of `lengths` (B,).
+    """Negative log-likelihood (B,) of labels (B, S), padded by IGNORE_INDEX, given logits (B, L, V) of `lengths` (B,).
 
     Infinite for a row whose labels need more positions than it has.
     """
     log_probabilities = logits.float().log_softmax(-1).transpose(0, 1)
-    sizes = (labels != -100).sum(-1)
-    targets = labels.masked_fill(labels == -100, blank)
+    sizes = (labels != IGNORE_INDEX).sum(-1)
+    targets = labels.masked_fill(labels == IGNORE_INDEX, blank)
     return F.ctc_loss(log_probabilities, targets, lengths, sizes, blank=blank, reduction="none")
 
 
@@ -44,9 +48,10 @@ def prefix_beam_search(log_probabilities: np.ndarray, blank: int, width: int) ->
     After each position the `width` likeliest beginnings are kept; with all of them the result is exact.
     Source: Hannun et al. 2014, arXiv:1408.2873, algorithm 1, without a language model.
     """
-    beams = {(): (0.0, -np.inf)}  # beginning -> log-likelihood of its paths that end in the blank, in its last token
+    # Beginning of the labels -> log-likelihood of its paths that end in the blank, and in its last token.
+    beams: dict[Prefix, tuple[float, float]] = {(): (0.0, -np.inf)}
     for row in log_probabilities.astype(np.float64):
-        grown: dict[tuple, list[float]] = {}
+        grown: dict[Prefix, list[float]] = {}
         for prefix, (in_blank, in_token) in beams.items():
             either = np.logaddexp(in_blank, in_token)
             stays = grown.setdefault(prefix, [-np.inf, -np.inf])
@@ -54,14 +59,15 @@ def prefix_beam_search(log_probabilities: np.ndarray, blank: int, width: int) ->
             for token, value in enumerate(row):
                 if token == blank:
                     continue
-                if prefix and token == prefix[-1]:  # said on, or said again after a blank
+                if prefix and token == prefix[-1]:  # its repetition, or the same token again after a blank
                     stays[1] = np.logaddexp(stays[1], in_token + value)
                     before = in_blank
                 else:
                     before = either
                 longer = grown.setdefault((*prefix, token), [-np.inf, -np.inf])
                 longer[1] = np.logaddexp(longer[1], before + value)
-        likeliest = sorted(grown, key=lambda prefix: np.logaddexp(*grown[prefix]), reverse=True)
-        beams = {prefix: tuple(grown[prefix]) for prefix in likeliest[:width]}
+        totals = {prefix: np.logaddexp(ends[0], ends[1]) for prefix, ends in grown.items()}
+        likeliest = sorted(totals, key=totals.__getitem__, reverse=True)
+        beams = {prefix: (grown[prefix][0], grown[prefix][1]) for prefix in likeliest[:width]}
     best = next(iter(beams))
     return list(best), float(np.logaddexp(*beams[best]))

@@ -1,9 +1,9 @@
-"""Forecasts of many windows: a table, and pictures of some.  W windows, H steps, C columns, Q quantiles.
+"""Forecasts of many windows: naive ones, a table, and figures.  W windows, H steps, C columns, Q quantiles.
 
 Arrays are (W, H, C), truth NaN where missing: such steps count nowhere.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,8 +12,14 @@ from bmtk.data.windows import Windows
 
 from .figures import as_svg
 
-MOST_COLUMNS = 3  # of a picture
-PAST_SHOWN = 2  # forecast lengths of context before a forecast, in a picture
+MOST_COLUMNS = 3  # of a figure
+PAST_SHOWN = 2  # forecast lengths of context before a forecast, in a figure
+
+
+def naive_forecasts(rows: Windows, season: int) -> dict[str, np.ndarray]:
+    """Forecasts that need no model: the last value, and the last season if the context holds one, over and over."""
+    seasonal = {"seasonal_naive": rows.repeated(season)} if 1 < season <= rows.context else {}
+    return {"naive": rows.repeated(1), **seasonal}
 
 
 def table_of_columns(errors: Mapping[str, np.ndarray], columns: Sequence[str]) -> str:
@@ -25,7 +31,7 @@ def table_of_columns(errors: Mapping[str, np.ndarray], columns: Sequence[str]) -
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ figures
 
 
 def best_median_worst(forecast: np.ndarray, truth: np.ndarray) -> dict[str, int]:
@@ -36,7 +42,7 @@ def best_median_worst(forecast: np.ndarray, truth: np.ndarray) -> dict[str, int]
     return {"best": int(order[0]), "median": int(order[len(order) // 2]), "worst": int(order[-1])}
 
 
-def picture_of_windows(
+def figure_of_windows(
     forecast: np.ndarray,
     quantiles: np.ndarray | None,
     rows: Windows,
@@ -71,12 +77,12 @@ def picture_of_windows(
     return as_svg(figure, "Forecasts and truth: the best, the median and the worst window")
 
 
-def _in_units(scaling: Mapping[str, Sequence[float]], column: int):
+def _in_units(scaling: Mapping[str, Sequence[float]], column: int) -> Callable[[np.ndarray], np.ndarray]:
     mean, std = scaling["mean"][column], scaling["std"][column]
     return lambda values: values * std + mean
 
 
-def picture_of_steps(forecasts: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, str]:
+def figure_of_steps(forecasts: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, str]:
     """Mean squared error of each step ahead, of the model and of the naive forecasts."""
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()

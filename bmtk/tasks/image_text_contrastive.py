@@ -6,9 +6,9 @@ The loss of a pair is a comparison with the whole batch, so batch_size is a part
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,24 +16,27 @@ import yaml
 from datasets import Dataset
 from matplotlib.figure import Figure
 from torch.nn import functional as F
-from transformers import AutoModel, VisionTextDualEncoderConfig, VisionTextDualEncoderProcessor
+from transformers import AutoModel, PreTrainedConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.image_transforms import BatchTransform, apply_batch_transform, draw_batch_transform
 from bmtk.data.masking import draws
 from bmtk.data.tables import check_column
+from bmtk.errors import UserError
 from bmtk.metrics.retrieval import retrieval_scores
 from bmtk.settings import setting
 
 from .figures import as_png
-from .images import ImageArguments, ImageRows, ImageTask
-from .task import DataArguments, Prediction, Task, build_config, known_fields
-from .texts import TextArguments, TextTask
+from .images import ImageArguments, ImageRows, image_processor_for, rows_with_images, undecoded_images
+from .scorer import Scorer
+from .task import Criterion, Prediction, Task
+from .task_data import DataArguments, build_config, known_fields
+from .texts import TextArguments, TextData, TextObjective
 
-TOP = (1, 5)  # a hit is among so many best
-WAYS, MEASURED = ("image_to_text", "text_to_image"), (*(f"recall_at_{k}" for k in TOP), "mean_rank")
-SHOWN, SHOWN_BEST = 6, 5  # captions of the report's figure, images that are found for each
+TOP = (1, 5)  # recall is measured among this many nearest
+DIRECTIONS, MEASURED = ("image_to_text", "text_to_image"), (*(f"recall_at_{k}" for k in TOP), "mean_rank")
+SHOWN, SHOWN_BEST = 6, 5  # captions in the figure of the report, and the nearest images of each
 KEPT_BYTES = 2**30  # of training images that are decoded once
 
 
@@ -57,65 +60,47 @@ class ImageTextContrastiveArguments(ImageArguments, TextArguments, DataArguments
     projection_dim: int = setting(128, "width in which images and texts are compared")
     logit_scale_init_value: float = setting(2.6592, "logarithm of the factor on cosines where it starts")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_lengths()
         if self.image_augmentation < 0:
-            raise ValueError(f"image_augmentation={self.image_augmentation} must be at least 0")
+            raise UserError(f"image_augmentation={self.image_augmentation} must be at least 0")
+
+    def settings_that_change(self, metric: str) -> dict[str, str]:
+        return {**super().settings_that_change(metric), "caption_column": "decides which captions are to be found"}
 
 
-class ImageTextContrastive(TextTask, ImageTask):
-    """Images and captions.  A prediction is the place of both in the common space; measured is who finds whom."""
+class ImageTextContrastiveData(TextData):
+    """Columns "image" (undecoded) and "captions", a list of texts; rows without a caption are left out."""
 
-    name = "image_text_contrastive"
-    about: ClassVar[dict[str, str]] = {
-        "pipeline_tag": "zero-shot-image-classification",
-        "auto_class": "AutoModel",
-        "noun": "image-text dual encoder",
-        "limits": "It compares images with texts like those of its training data; a high score says that a text is "
-        "nearer than others, not that it is true. Towers of bmtk's own families need `import bmtk` to be loaded.",
-    }
-    arguments = ImageTextContrastiveArguments
-    auto_class = AutoModel
-    unit = "images"
     inputs = ("image",)
-    metrics = ("loss", *(f"{way}_{name}" for way in WAYS for name in MEASURED))
-    main_metric = "image_to_text_recall_at_1"
-    whole_steps = True
 
-    @classmethod
-    def incomparable(cls, args: ImageTextContrastiveArguments, metric: str) -> dict[str, str]:
-        return {"caption_column": "decides which captions are to be found"}
+    def readable_rows(self, table: Dataset, where: str) -> Dataset:
+        return rows_with_images(table, where, self.args, self.notes)
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
-        """Columns "image" (undecoded) and "captions", a list of texts; rows without a caption are left out."""
         columns = [self.args.caption_column, *(self.args.other_caption_columns or ())]
         for number, name in enumerate(columns):
             option = "other_caption_columns" if number else "caption_column"
             check_column(table, name, option=option, where=where)
         texts = [["" if text is None else str(text) for text in table[name]] for name in columns]
         captions = [[first, *filter(str.strip, others)] for first, *others in zip(*texts, strict=True)]
-        rows = Dataset.from_dict({"image": self.read_images(table, where), "captions": captions})
+        images = undecoded_images(table, where, self.args.image_column)
+        rows = Dataset.from_dict({"image": images, "captions": captions})
         return self.keep_rows_with_text(rows, [c[0] for c in captions], option="caption_column", where=where)
 
     def training_texts(self) -> list[str]:
         return [text for captions in self.rows["train"]["captions"] for text in captions]
 
-    def prepare(self) -> None:
-        super().prepare()
-        self.tokenizer = self.processor
-
-    # ------------------------------------------------------------------------------------------------ towers
-
     def new_config(
         self, model_type: str, chosen: Mapping[str, object], *, preset: str | None = None
     ) -> VisionTextDualEncoderConfig:
-        """Two towers; fields of one of them have no place outside of `vision_config` and `text_config`."""
-        chosen = [*chosen, *(["preset_model"] if preset else [])]
-        if chosen:
-            raise ValueError(
-                f"{', '.join(chosen)}: there are two towers; put what is meant for one of them into vision_config or "
-                "text_config"
+        """Two towers; fields of one of them are set in `vision_config` and `text_config` alone."""
+        misplaced = [*chosen, *(["preset_model"] if preset else [])]
+        if misplaced:
+            raise UserError(
+                f"{', '.join(misplaced)}: there are two towers; put what is meant for one of them into "
+                "vision_config or text_config"
             )
         args = self.args
         vision = self._tower("vision", {"input_type": "pixels"})
@@ -123,58 +108,70 @@ class ImageTextContrastive(TextTask, ImageTask):
         sizes = {"projection_dim": args.projection_dim, "logit_scale_init_value": args.logit_scale_init_value}
         return VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, **sizes)
 
-    def _tower(self, kind: str, from_data: Mapping[str, object]):
+    def _tower(self, kind: str, from_data: Mapping[str, object]) -> PreTrainedConfig:
         model_type, given = getattr(self.args, f"{kind}_model_type"), getattr(self.args, f"{kind}_config")
         if model_type not in CONFIG_MAPPING:
-            raise ValueError(
-                f"{kind}_model_type={model_type!r} is unknown; choose bm_cnn, bm_rnn, bm_transformer, ..."
-            )
+            raise UserError(f"{kind}_model_type={model_type!r} is unknown; choose bm_cnn, bm_rnn, bm_transformer, ...")
         try:
             chosen = yaml.safe_load(given or "{}")
         except yaml.YAMLError as error:
-            raise ValueError(f"{kind}_config is not YAML: {error}") from error
+            raise UserError(f"{kind}_config is not YAML: {error}") from error
         if not isinstance(chosen, dict):
-            raise ValueError(
-                f"{kind}_config={given!r} must be a mapping: '{{hidden_size: 128, num_hidden_layers: 2}}'"
-            )
+            raise UserError(f"{kind}_config={given!r} must be a mapping: '{{hidden_size: 128, num_hidden_layers: 2}}'")
         known = known_fields(CONFIG_MAPPING[model_type])
         for name in chosen:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise ValueError(f"{kind}_config: a {model_type} has no field '{name}'{hint}")
+                raise UserError(f"{kind}_config: a {model_type} has no field '{name}'{hint}")
         return build_config(model_type, from_data, chosen)
 
-    def configure(self, config, **options) -> None:
-        """Make the processor of both towers.  Raises: ValueError for a model of another kind."""
-        if not hasattr(config, "vision_config") or not hasattr(config, "text_config"):
-            raise ValueError(f"a {config.model_type} is not two towers; leave model out to make a new one")
-        self.processor = self.tokenizer
-        self.fit_tokenizer(config.text_config)
-        self.processor = VisionTextDualEncoderProcessor(self.image_processor(config.vision_config), self.tokenizer)
-        Task.configure(self, config, **options)
 
-    # ------------------------------------------------------------------------------------------------ rows
+class ImageTextContrastiveObjective(TextObjective):
+    """Images become `pixel_values`, one caption of each `input_ids`; equal captions share a number in `labels`."""
+
+    needs_whole_batch = True
+
+    def __init__(self, data: ImageTextContrastiveData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
+        """Raises: UserError for a model of another kind."""
+        if not hasattr(config, "vision_config") or not hasattr(config, "text_config"):
+            raise UserError(f"a {config.model_type} is not two towers; leave model out to make a new one")
+        super().__init__(data, config)
+        images = image_processor_for(config.vision_config, data.model, **data.loading)
+        self._processor = VisionTextDualEncoderProcessor(images, self.tokenizer)
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        return self.config.text_config
+
+    @property
+    def processor(self) -> VisionTextDualEncoderProcessor:  # type: ignore[override]  # of both towers
+        return self._processor
 
     def encode(self, rows: Dataset, where: str) -> "Pairs":
-        captions, cut = list(rows["captions"]), 0
-        tokens = []
+        captions, num_cut, tokens = list(rows["captions"]), 0, []
         for texts in captions:
             whole = self.tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
-            cut += len(whole[0]) > self.longest
+            num_cut += len(whole[0]) > self.longest
             tokens.append(self.tokenizer(texts, truncation=True, max_length=self.longest)["input_ids"])
-        if cut:
-            self.notes.append(f"{cut:,} of {len(rows):,} {where} captions are longer than {self.longest} tokens: cut")
-        strength = self.args.image_augmentation if where == "train" else 0.0
+        if num_cut:
+            self.notes.append(
+                f"{num_cut:,} of {len(rows):,} {where} captions are longer than {self.longest} tokens: cut"
+            )
         images = ImageRows(rows.select_columns("image"), where)
         return Pairs(
-            self, images, [texts[0] for texts in captions], tokens, is_training=where == "train", strength=strength
+            images,
+            [texts[0] for texts in captions],
+            tokens,
+            image_processor=self.processor.image_processor,
+            seed=self.data.seed if where == "train" else None,
+            strength=self.args.image_augmentation,
         )
 
-    def collator(self):
+    def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Pads the texts of a batch; changes the images of a training batch all at once."""
 
-        def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
             pixels = torch.stack([row["pixels"] for row in rows])
             if "changes" in rows[0]:
                 pixels = apply_batch_transform(
@@ -186,36 +183,31 @@ class ImageTextContrastive(TextTask, ImageTask):
 
         return collate
 
-    def pixels_of(self, image) -> torch.Tensor:
-        """(C, H, W) of one decoded image."""
-        return self.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
+    @property
+    def criterion(self) -> Criterion:
+        return contrastive_loss
 
-    def num_units(self, batch) -> int:
+    def num_units(self, batch: Mapping[str, Any]) -> int:
         return len(batch["labels"])
 
     def units_per_row(self, split: str) -> float:
         return 1.0
 
-    def sizes(self) -> dict[str, dict[str, int]]:
+    def sizes(self) -> dict[str, dict[str, float]]:
         return {split: {"images": len(rows), "captions": len(set(rows.captions))} for split, rows in self.rows.items()}
 
-    # ------------------------------------------------------------------------------------------------ results
+    def example_input(self) -> str:
+        return "'an_image.png', candidate_labels=['a cat', 'a dog'], hypothesis_template='{}'"
 
-    def criterion(self, outputs, batch: Mapping[str, torch.Tensor], *, label_smoothing: float = 0.0) -> torch.Tensor:
-        """Cross-entropy of each image among the captions and of each caption among the images, halved; summed.
 
-        `labels` (B,) are equal for equal captions: such pairs are no negatives of each other.
-        """
-        logits, labels = outputs["logits_per_image"].float(), batch["labels"]
-        same = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-        logits, own = logits.masked_fill(same, torch.finfo(logits.dtype).min), torch.arange(len(labels)).to(labels)
-        options = {"reduction": "sum", "label_smoothing": label_smoothing}
-        return (F.cross_entropy(logits, own, **options) + F.cross_entropy(logits.T, own, **options)) / 2
+class ImageTextContrastiveScorer(Scorer):
+    """A prediction holds the embeddings of image and caption; metrics measure which of them are nearest."""
 
-    def predict(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
+    metrics = ("loss", *(f"{direction}_{name}" for direction in DIRECTIONS for name in MEASURED))
+
+    def predict(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> list[Prediction]:
         """The unit vectors (P,) of image and caption, and their cosine."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        outputs = model(**inputs)
+        outputs = model(**self.objective.inputs_of(batch))
         images, texts = (F.normalize(outputs[f"{kind}_embeds"].float(), dim=-1) for kind in ("image", "text"))
         scale = model.logit_scale.exp().item()
         return [
@@ -223,23 +215,23 @@ class ImageTextContrastive(TextTask, ImageTask):
             for image, text in zip(images.cpu().numpy(), texts.cpu().numpy(), strict=True)
         ]
 
-    def score(self, predictions: Sequence[Prediction], rows) -> dict[str, float]:
-        """Among all rows: how often the own caption (or image) is the nearest or among 5, and its mean place.
+    def score(self, predictions: Sequence[Prediction], rows: "Pairs") -> dict[str, float]:
+        """Among all rows: how often the own caption (or image) is the nearest or among 5, and its mean rank.
 
         `loss` is that of the whole split as one batch: it grows with the number of rows.
         """
         images, texts, names = embeddings(predictions, rows)
         scale, metrics, loss = predictions[0]["scale"], {}, 0.0
-        for kind, queries, found in zip(WAYS, (images, texts), (texts, images), strict=True):
-            places, losses = ranks(queries, found, names, scale)
+        for direction, queries, found in zip(DIRECTIONS, (images, texts), (texts, images), strict=True):
+            positions, losses = ranks(queries, found, names, scale)
             loss += losses.mean() / 2
-            metrics |= {f"{kind}_{name}": value for name, value in retrieval_scores(places, TOP).items()}
+            metrics |= {f"{direction}_{name}": value for name, value in retrieval_scores(positions, TOP).items()}
         return {"loss": float(loss), **metrics}
 
     def describe(self, prediction: Prediction) -> dict[str, object]:
         return {"prediction": round(prediction["cosine"], 6)}
 
-    def samples(self, predictions: Sequence[Prediction], rows, count: int = 6) -> list[dict[str, str]]:
+    def samples(self, predictions: Sequence[Prediction], rows: "Pairs", count: int = 6) -> list[dict[str, str]]:
         """Captions of images from all over the split, and the captions that are nearest to these images."""
         images, texts, _ = embeddings(predictions, rows)
         samples = []
@@ -250,26 +242,39 @@ class ImageTextContrastive(TextTask, ImageTask):
             )
         return samples
 
-    def figures(self, predictions: Sequence[Prediction], rows) -> list[dict[str, str]]:
+    def figures(self, predictions: Sequence[Prediction], rows: "Pairs") -> list[dict[str, str]]:
         """Captions and the images that are nearest to them, the own one framed."""
         images, texts, names = embeddings(predictions, rows)
         shown = np.linspace(0, len(predictions) - 1, min(SHOWN, len(predictions))).astype(int)
         figure = Figure(figsize=(1.3 * SHOWN_BEST, 1.55 * len(shown)))
         grid = figure.subplots(len(shown), SHOWN_BEST, squeeze=False)
-        for places, row in zip(grid, shown, strict=True):
+        for cells, row in zip(grid, shown, strict=True):
             best = np.argsort(-(images @ texts[row]), kind="stable")[:SHOWN_BEST]
-            places[0].set_title(rows.captions[row], loc="left", fontsize=9)
-            for axes in places:
+            cells[0].set_title(rows.captions[row], loc="left", fontsize=9)
+            for axes in cells:
                 axes.set(xticks=[], yticks=[])
-            for axes, index in zip(places, best, strict=False):
+            for axes, index in zip(cells, best, strict=False):
                 axes.imshow(rows.images[int(index)]["image"].convert("RGBA"))
                 is_own = names[index] == names[row]
                 axes.spines[:].set(color="tab:green" if is_own else "lightgrey", linewidth=3 if is_own else 1)
         figure.subplots_adjust(hspace=0.35, wspace=0.08)
         return [as_png(figure, "Captions and the images nearest to them (framed: its own)")]
 
-    def example_input(self) -> str:
-        return "'an_image.png', candidate_labels=['a cat', 'a dog'], hypothesis_template='{}'"
+
+def contrastive_loss(
+    outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Cross-entropy of each image among the captions and of each caption among the images, halved; summed.
+
+    `labels` (B,) are equal for equal captions: such pairs are not negatives of each other.
+    """
+    logits, labels = outputs["logits_per_image"].float(), batch["labels"]
+    same = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    logits, own = logits.masked_fill(same, torch.finfo(logits.dtype).min), torch.arange(len(labels)).to(labels)
+    both = [
+        F.cross_entropy(scores, own, reduction="sum", label_smoothing=label_smoothing) for scores in (logits, logits.T)
+    ]
+    return (both[0] + both[1]) / 2
 
 
 class Pairs(EpochDataset, torch.utils.data.Dataset):
@@ -278,9 +283,19 @@ class Pairs(EpochDataset, torch.utils.data.Dataset):
     A row: `pixels` (C, H, W), `input_ids`, `caption` (a number that equal captions share), `changes`.
     """
 
-    def __init__(self, task, images: ImageRows, captions, tokens, *, is_training: bool, strength: float):
-        self.task, self.images, self.captions, self.tokens = task, images, captions, tokens
-        self.is_training, self.strength = is_training, strength
+    def __init__(
+        self,
+        images: ImageRows,
+        captions: Sequence[str],
+        tokens: Sequence[list[list[int]]],
+        *,
+        image_processor: Any,
+        seed: int | None,
+        strength: float,
+    ):
+        """`tokens` are those of all texts of a row, its caption first.  Without a seed, nothing is drawn."""
+        self.images, self.captions, self.tokens = images, captions, tokens
+        self.image_processor, self.seed, self.strength = image_processor, seed, strength
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
         self.names = np.array([numbers[caption] for caption in captions])
         self.kept: dict[int, torch.Tensor] = {}
@@ -288,21 +303,23 @@ class Pairs(EpochDataset, torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> dict:
+    def __getitem__(self, row: int) -> dict[str, Any]:
         texts, changes = self.tokens[row], {}
         text = texts[0]
-        if self.is_training:
-            draw = draws(self.task.seed, self.epoch, row)
+        if self.seed is not None:
+            draw = draws(self.seed, self.epoch, row)
             text = texts[draw.integers(len(texts))]
             if self.strength:
                 changes["changes"] = draw_batch_transform(self.strength, draw)
         return {"pixels": self._pixels(row), "input_ids": text, "caption": int(self.names[row]), **changes}
 
     def _pixels(self, row: int) -> torch.Tensor:
+        """(C, H, W), kept in memory only for training rows, which are read again in every epoch."""
         if row in self.kept:
             return self.kept[row]
-        pixels = self.task.pixels_of(self.images[row]["image"])
-        if self.is_training and pixels.nbytes * len(self) <= KEPT_BYTES:
+        image = self.images[row]["image"]
+        pixels: torch.Tensor = self.image_processor([image], return_tensors="pt")["pixel_values"][0]
+        if self.seed is not None and pixels.nbytes * len(self) <= KEPT_BYTES:
             self.kept[row] = pixels
         return pixels
 
@@ -312,19 +329,40 @@ def embeddings(predictions: Sequence[Prediction], rows: Pairs) -> tuple[np.ndarr
     return np.stack([p["image"] for p in predictions]), np.stack([p["text"] for p in predictions]), rows.names
 
 
-def ranks(queries, found, names, scale: float, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """The place (N,) of each query's own match among all N, from 1 on, and its cross-entropy (N,) in nats.
+def ranks(
+    queries: np.ndarray, found: np.ndarray, names: np.ndarray, scale: float, block: int = 1024
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rank (N,) of each query's own match among all N, from 1 on, and its cross-entropy (N,) in nats.
 
-    What belongs to an equal caption is not counted; what is exactly as near as the own match is counted before it.
+    Pairs with an equal caption are not counted; what is exactly as near as the own match is counted before it.
     """
-    places, losses = [], []
+    positions, losses = [], []
     for start in range(0, len(queries), block):
         rows = np.arange(start, min(start + block, len(queries)))
         cosines = queries[rows] @ found.T  # (block, N)
         own = cosines[np.arange(len(rows)), rows]
         others = names[rows, None] != names
-        places.append(1 + ((cosines >= own[:, None]) & others).sum(1))
+        positions.append(1 + ((cosines >= own[:, None]) & others).sum(1))
         gaps = np.where(others, scale * (cosines - own[:, None]).astype(np.float64), -np.inf)
         top = np.maximum(gaps.max(1), 0)
         losses.append(top + np.log(np.exp(-top) + np.exp(gaps - top[:, None]).sum(1)))
-    return np.concatenate(places), np.concatenate(losses)
+    return np.concatenate(positions), np.concatenate(losses)
+
+
+TASK = Task(
+    name="image_text_contrastive",
+    auto_class=AutoModel,
+    about={
+        "pipeline_tag": "zero-shot-image-classification",
+        "auto_class": "AutoModel",
+        "noun": "image-text dual encoder",
+        "limits": "It compares images with texts like those of its training data; a high score says that a text is "
+        "nearer than others, not that it is true. Towers of bmtk's own families need `import bmtk` to be loaded.",
+    },
+    arguments=ImageTextContrastiveArguments,
+    data=ImageTextContrastiveData,
+    objective=ImageTextContrastiveObjective,
+    scorer=ImageTextContrastiveScorer,
+    main_metric="image_to_text_recall_at_1",
+    unit="images",
+)

@@ -4,23 +4,26 @@ B images, C channels, H x W pixels.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.image_transforms import Augmentation
 from bmtk.data.media import ON_CORRUPT, decode_image, image_header, in_colour
 from bmtk.data.tables import check_column
+from bmtk.errors import UserError
 from bmtk.settings import setting
 
-from .task import Task
+from .objective import Objective
+from .task_data import SourceArguments, TaskData
 
 SURVEYED = 1000  # rows whose sizes and kinds are noted, and whose pixels are averaged where not all are in memory
 AT_ONCE = 256  # rows that are decoded together
@@ -32,15 +35,18 @@ class ImageArguments:
     """Where the images are, and what is made of them."""
 
     image_column: str = setting("image", "column of the image")
-    on_corrupt: str = setting("stop", "images that cannot be read: stop, or skip (leave their rows out, and say so)")
+    on_corrupt: str = setting("stop", "images that cannot be read: stop, or skip (leave their rows out, with a note)")
     cache_megabytes: int = setting(
-        1024, "a split's images are decoded once if they fit into so much memory, else every time"
+        1024, "megabytes of memory: a split's images are decoded once if they fit into it, else every time"
     )
 
-    def __post_init__(self):
+    # Memory changes no result.
+    free_keys: ClassVar[frozenset[str]] = SourceArguments.free_keys | {"cache_megabytes"}
+
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.on_corrupt not in ON_CORRUPT:
-            raise ValueError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}")
+            raise UserError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}")
 
 
 @dataclass
@@ -48,111 +54,79 @@ class AugmentedImageArguments(ImageArguments):
     """Also what is done to each image in training; evaluation sees them as they are."""
 
     random_crop: int = setting(
-        0, "training images move by up to so many pixels along each side, mirrored at the edges"
+        0, "training images move by up to this many pixels along each side, mirrored at the edges"
     )
     horizontal_flip: bool = setting(False, "mirror every second training image")
     rand_augment: int = setting(0, "transformations of each training image, drawn from 14 (RandAugment)")
     rand_augment_magnitude: float = setting(0.3, "their strength, from 0 to 1")
     colour_jitter: float = setting(0.0, "brightness, contrast and saturation change by up to this share")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.augmentation = Augmentation(
             **{f.name: getattr(self, f.name) for f in fields(Augmentation) if f.name in vars(self)}
         )
 
 
-class ImageTask(Task):
-    """A task whose rows become `pixel_values`.  Its rows, as `read_rows` gives them, hold images undecoded."""
+class ImageData(TaskData):
+    """Rows of undecoded images."""
 
-    unit = "images"
     inputs = ("image",)
-    free_keys = frozenset((*Task.free_keys, "cache_megabytes"))
-    processor = None  # made for the model's configuration by `configure`
 
-    def usable(self, table: Dataset, where: str) -> Dataset:
-        """The rows whose image can be read, if those that cannot shall be skipped."""
-        if self.args.on_corrupt != "skip":
-            return table
-        bad = {}
-        for row, value in enumerate(self.read_images(table, where)):
-            try:
-                decode_image(value, f"{where} row {row + 1}")
-            except ValueError as error:
-                bad[row] = str(error)
-        if not bad:
-            return table
-        if len(bad) == len(table):
-            raise ValueError(f"no image of the {where} data can be read: {bad[0]}")
-        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-        self.notes.append(f"{len(bad):,} of {len(table):,} rows left out: {'; '.join(list(bad.values())[:3])}{more}")
-        return table.select([row for row in range(len(table)) if row not in bad])
+    def readable_rows(self, table: Dataset, where: str) -> Dataset:
+        return rows_with_images(table, where, self.args, self.notes)
 
-    def read_images(self, table: Dataset, where: str) -> list[dict]:
-        """Undecoded images.  Raises: ValueError if the column is not there, or holds something else."""
-        name = self.args.image_column
-        check_column(table, name, option="image_column", where=where)
-        values = table[name][:]
-        for row, value in enumerate(values, 1):
-            if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
-                raise ValueError(
-                    f"image_column={name!r} of {where} row {row} holds a {type(value).__name__}, no image"
-                )
-        return values
-
-    def configure(self, config, **options) -> None:
-        """Make the processor: the model's own, or for a new model one of the size and channels of `config`."""
-        self.processor, self._scale = self.image_processor(config), None
-        super().configure(config, **options)
-
-    def image_processor(self, config):
-        """The model's own, or a new one; palettes and greys become red, green and blue unless it says otherwise."""
-        processor = self._processor(config)
-        if getattr(processor, "do_convert_rgb", False) is None:
-            processor.do_convert_rgb = True
-        return processor
+    def read_images(self, table: Dataset, where: str) -> list[dict[str, Any]]:
+        return undecoded_images(table, where, self.args.image_column)
 
     @property
     def has_processor(self) -> bool:
-        """Whether the model brings one."""
-        return self.model is not None and (not Path(self.model).is_dir() or _has_processor(Path(self.model)))
+        """Whether the model brings an image processor."""
+        return has_image_processor(self.model)
 
-    def _processor(self, config):
-        if self.has_processor:
-            return AutoImageProcessor.from_pretrained(self.model, backend="pil", **self.loading)
-        if type(config) not in IMAGE_PROCESSOR_MAPPING:
-            raise ValueError(f"no image processor belongs to a {config.model_type}; is it a model of images?")
-        processor_class = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]
-        if hasattr(processor_class, "for_config"):
-            return processor_class.for_config(config)
-        side, sizes = getattr(config, "image_size", None), processor_class.size or {}
-        fits = isinstance(side, int) and {"height", "width"} <= dict(sizes).keys()
-        return processor_class(size={"height": side, "width": side}) if fits else processor_class()
+
+class ImageObjective(Objective):
+    """Rows become `pixel_values`."""
+
+    data: ImageData
+
+    def __init__(self, data: ImageData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
+        super().__init__(data, config, labels=labels)
+        self.image_processor = image_processor_for(config, data.model, **data.loading)
+        self._scale: np.ndarray | None = None  # (C, 256): what each value of a pixel becomes, made on first use
+
+    @property
+    def processor(self) -> Any:
+        return self.image_processor
 
     def pixel_rows(self, rows: Dataset, where: str) -> "PixelRows":
         """Rows with `pixels`, decoded at once if a split fits into memory; those of training augmented."""
         limit = 0 if where == "input" else self.args.cache_megabytes * 10**6
         is_augmented = where == "train" and self.args.augmentation != Augmentation()
         augmentation = self.args.augmentation if is_augmented else None
-        found = PixelRows(ImageRows(rows, where), self.resized, limit=limit, augmentation=augmentation, seed=self.seed)
+        found = PixelRows(
+            ImageRows(rows, where), self.resized, limit=limit, augmentation=augmentation, seed=self.data.seed
+        )
         if where == "train":
             self.notes += [survey(rows, found.shape), found.whereabouts]
         return found
 
-    def resized(self, images: list) -> np.ndarray:
+    def resized(self, images: list[Any]) -> np.ndarray:
         """(B, C, H, W), uint8: what the processor makes of decoded images before it rescales and normalises them.
 
-        It is given colours, as pipelines do: most processors leave a greyscale image one channel.
+        Images are converted to colour first, as pipelines do: most processors leave a greyscale image one channel.
         """
         images = [in_colour(image) for image in images]
-        return self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        found = self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="np")
+        pixels: np.ndarray = found["pixel_values"]
+        return pixels
 
     def scaled(self, pixels: np.ndarray) -> torch.Tensor:
         """(B, C, H, W), float32: the rest of the processor's work, looked up value by value."""
         if self._scale is None:
             ramp = np.tile(np.arange(256, dtype=np.uint8), (pixels.shape[1], 1))[..., None]  # (C, 256, 1): an image
             steps = dict.fromkeys(("do_resize", "do_center_crop", "do_pad", "do_convert_rgb"), False)
-            image = self.processor(ramp, **steps, input_data_format="channels_first", return_tensors="np")
+            image = self.image_processor(ramp, **steps, input_data_format="channels_first", return_tensors="np")
             self._scale = image["pixel_values"][0, ..., 0].astype(np.float32)
         channels = [table[pixels[:, channel]] for channel, table in enumerate(self._scale)]
         return torch.from_numpy(np.stack(channels, axis=1))
@@ -160,14 +134,74 @@ class ImageTask(Task):
     def normalise_by(self, rows: "PixelRows") -> None:
         """Let the processor of a new model normalise by mean and standard deviation of the pixels in `rows`."""
         mean, deviation = rows.statistics()
-        self.processor.image_mean, self.processor.image_std, self._scale = mean, deviation, None
+        self.image_processor.image_mean, self.image_processor.image_std, self._scale = mean, deviation, None
         self.notes.append(f"pixels are normalised by those of the training images: mean {mean}, deviation {deviation}")
 
     def example_input(self) -> str:
         return "'an_image.png'"
 
 
-class ImageRows(torch.utils.data.Dataset):
+def rows_with_images(table: Dataset, where: str, args: ImageArguments, notes: list[str]) -> Dataset:
+    """The rows whose image can be read, if unreadable ones are to be skipped; a note counts those."""
+    if args.on_corrupt != "skip":
+        return table
+    bad = {}
+    for row, value in enumerate(undecoded_images(table, where, args.image_column)):
+        try:
+            decode_image(value, f"{where} row {row + 1}")
+        except ValueError as error:
+            bad[row] = str(error)
+    if not bad:
+        return table
+    if len(bad) == len(table):
+        raise UserError(f"no image of the {where} data can be read: {bad[0]}")
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    notes.append(f"{len(bad):,} of {len(table):,} rows left out: {'; '.join(list(bad.values())[:3])}{more}")
+    return table.select([row for row in range(len(table)) if row not in bad])
+
+
+def undecoded_images(table: Dataset, where: str, column: str) -> list[dict[str, Any]]:
+    """The images of a table.  Raises: UserError if the column does not exist, or holds something else."""
+    check_column(table, column, option="image_column", where=where)
+    values: list[dict[str, Any]] = table[column][:]
+    for row, value in enumerate(values, 1):
+        if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
+            raise UserError(f"image_column={column!r} of {where} row {row} holds a {type(value).__name__}, no image")
+    return values
+
+
+def has_image_processor(model: str | None) -> bool:
+    """Whether a model, a folder or Hub id, brings an image processor."""
+    return model is not None and (not Path(model).is_dir() or _has_processor(Path(model)))
+
+
+def image_processor_for(config: PreTrainedConfig, model: str | None, **loading: Any) -> Any:
+    """That of `model`, or a new one for the size and channels of `config`.
+
+    Palettes and greys become red, green and blue unless it is set otherwise.
+    """
+    processor = _image_processor(config, model, **loading)
+    if getattr(processor, "do_convert_rgb", False) is None:
+        processor.do_convert_rgb = True
+    return processor
+
+
+def _image_processor(config: PreTrainedConfig, model: str | None, **loading: Any) -> Any:
+    if has_image_processor(model):
+        # By name, because with torchvision installed transformers would choose that one, whose resizing differs.
+        return AutoImageProcessor.from_pretrained(model, backend="pil", **loading)  # type: ignore[no-untyped-call]
+    if type(config) not in IMAGE_PROCESSOR_MAPPING:
+        raise UserError(f"no image processor belongs to a {config.model_type}; is it a model of images?")
+    backends: Any = IMAGE_PROCESSOR_MAPPING[type(config)]  # annotated as a tuple, but it is a dict
+    processor_class = backends["pil"]
+    if hasattr(processor_class, "for_config"):
+        return processor_class.for_config(config)
+    side, sizes = getattr(config, "image_size", None), processor_class.size or {}
+    fits = isinstance(side, int) and {"height", "width"} <= dict(sizes).keys()
+    return processor_class(size={"height": side, "width": side}) if fits else processor_class()
+
+
+class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows whose image is decoded when it is asked for; errors name the row."""
 
     def __init__(self, rows: Dataset, where: str):
@@ -176,10 +210,10 @@ class ImageRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> dict:
+    def __getitem__(self, row: int) -> dict[str, Any]:
         return self.__getitems__([row])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         columns = self.rows[list(indices)]
         columns["image"] = [
             decode_image(value, f"the image of {self.where} row {index + 1}")
@@ -188,7 +222,7 @@ class ImageRows(torch.utils.data.Dataset):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-class PixelRows(EpochDataset, torch.utils.data.Dataset):
+class PixelRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
     """Rows with "pixels" (C, H, W), uint8, and every other column of `rows`.
 
     They are kept in memory if all of them take no more than `limit` bytes.  Augmented is a row only from the first
@@ -198,7 +232,16 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset):
 
     first_epoch = -1
 
-    def __init__(self, rows: ImageRows, resized, *, limit: int = 0, augmentation=None, seed: int = 0):
+    def __init__(
+        self,
+        rows: ImageRows,
+        resized: Callable[[list[Any]], np.ndarray],
+        *,
+        limit: int = 0,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ):
+        """`resized` makes pixels (B, C, H, W), uint8, of decoded images."""
         self.rows, self.resized = rows, resized
         self.augmentation, self.seed = augmentation, seed
         self.columns = {name: rows.rows[name][:] for name in rows.rows.column_names if name != "image"}
@@ -209,8 +252,8 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset):
     def _all(self) -> np.ndarray:
         kept = np.empty((len(self), *self.shape), dtype=np.uint8)
         for start in range(0, len(self), AT_ONCE):
-            places = range(start, min(start + AT_ONCE, len(self)))
-            kept[places.start : places.stop] = self._decoded(places)
+            indices = range(start, min(start + AT_ONCE, len(self)))
+            kept[indices.start : indices.stop] = self._decoded(indices)
         return kept
 
     def _decoded(self, indices: Sequence[int]) -> np.ndarray:
@@ -223,39 +266,38 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset):
         """(B, C, H, W), as they are without augmentation."""
         return self._decoded(indices) if self.kept is None else self.kept[list(indices)]
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         if self.augmentation is None or self.epoch < 0:
             return [self._row(index, pixels) for index, pixels in zip(indices, self.pixels(indices), strict=True)]
-        return [self._augmented(index) for index in indices]
+        return [self._augmented(index, self.augmentation) for index in indices]
 
-    def _row(self, index: int, pixels: np.ndarray) -> dict:
+    def _row(self, index: int, pixels: np.ndarray) -> dict[str, Any]:
         return {"pixels": pixels, **{name: values[index] for name, values in self.columns.items()}}
 
-    def _augmented(self, index: int) -> dict:
-        pixels, draw = self._changed(index)
-        if not self.augmentation.mixes:
+    def _augmented(self, index: int, augmentation: Augmentation) -> dict[str, Any]:
+        pixels, draw = self._changed(index, augmentation)
+        if not augmentation.mixes:
             return self._row(index, pixels)
         partner = int(draw.integers(len(self)))
-        other, _ = self._changed(partner)
-        pixels, share = self.augmentation.mixed(pixels, other, draw)
+        other, _ = self._changed(partner, augmentation)
+        pixels, share = augmentation.mixed(pixels, other, draw)
         return {**self._row(index, pixels), "other": self._row(partner, other), "share": share}
 
-    def _changed(self, index: int) -> tuple[np.ndarray, np.random.Generator]:
+    def _changed(self, index: int, augmentation: Augmentation) -> tuple[np.ndarray, np.random.Generator]:
         draw = np.random.default_rng((self.seed, self.epoch, index))
-        return self.augmentation(self.pixels([index])[0], draw), draw
+        return augmentation(self.pixels([index])[0], draw), draw
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, where 1 is white; of a part of the rows if not all are kept."""
         pixels = self.kept
         if pixels is None:
             pixels = self.pixels(np.linspace(0, len(self) - 1, min(len(self), SURVEYED)).astype(int).tolist())
-        counts = sum(
-            np.stack([np.bincount(part[:, channel].ravel(), minlength=256) for channel in range(pixels.shape[1])])
-            for part in np.array_split(pixels, -(-len(pixels) // AT_ONCE))
-        )  # (C, 256)
+        counts = np.zeros((pixels.shape[1], 256), dtype=int)
+        for part in np.array_split(pixels, -(-len(pixels) // AT_ONCE)):
+            counts += np.stack([np.bincount(channel.ravel(), minlength=256) for channel in part.swapaxes(0, 1)])
         values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
         mean = shares @ values
         deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
@@ -264,7 +306,7 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset):
 
     @property
     def whereabouts(self) -> str:
-        """Where the pixels are, in a sentence."""
+        """Where the pixels are kept, in a sentence."""
         size = f"{self.num_bytes / 1e6:,.1f} MB"
         if self.kept is not None:
             return f"the {len(self):,} {self.rows.where} images are decoded once and kept in memory ({size})"
@@ -276,21 +318,23 @@ def survey(rows: Dataset, shape: Sequence[int]) -> str:
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), SURVEYED)).astype(int)]["image"]
     sizes, modes, are_clear = zip(*map(image_header, chosen), strict=True)
     kinds = Counter(KINDS.get(mode, mode) for mode in modes).most_common()
-    said = [", ".join(f"{count / len(chosen):.1%} {kind}" if len(kinds) > 1 else kind for kind, count in kinds)]
+    parts = [", ".join(f"{count / len(chosen):.1%} {kind}" if len(kinds) > 1 else kind for kind, count in kinds)]
     if any(are_clear):
-        said.append(f"{sum(are_clear) / len(chosen):.1%} partly transparent, put on white (which pipelines do not do)")
+        parts.append(
+            f"{sum(are_clear) / len(chosen):.1%} partly transparent, put on white (which pipelines do not do)"
+        )
     (width, height), (_, model_height, model_width) = np.median(sizes, axis=0).astype(int), shape
     if len(set(sizes)) > 1:
-        said.append(f"{min(sizes)[0]} to {max(sizes)[0]} pixels wide, mostly about {width} x {height}")
+        parts.append(f"{min(sizes)[0]} to {max(sizes)[0]} pixels wide, mostly about {width} x {height}")
     else:
-        said.append(f"{width} x {height} pixels")
+        parts.append(f"{width} x {height} pixels")
     larger = sum(w > model_width or h > model_height for w, h in sizes) / len(chosen)
     smaller = sum(w < model_width and h < model_height for w, h in sizes) / len(chosen)
     if larger or smaller:
         shares = f"{larger:.1%} are made smaller and {smaller:.1%} larger"
-        said.append(f"the model reads {model_width} x {model_height}: {shares}")
+        parts.append(f"the model reads {model_width} x {model_height}: {shares}")
     looked_at = "" if len(chosen) == len(rows) else f" ({len(chosen):,} of {len(rows):,} looked at)"
-    return f"training images{looked_at}: {'; '.join(said)}"
+    return f"training images{looked_at}: {'; '.join(parts)}"
 
 
 def _has_processor(folder: Path) -> bool:

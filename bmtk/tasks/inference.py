@@ -2,11 +2,17 @@
 
 import csv
 import json
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, TextIO
 
 from datasets import Dataset
 
 from bmtk.data.tables import read_all
+from bmtk.errors import UserError
+from bmtk.files import replacing
+
+from .task import Task
 
 SUFFIXES = (".csv", ".jsonl")
 LONGEST_CELL = 1000  # characters of an input that are repeated beside its prediction
@@ -22,22 +28,26 @@ class PredictionFile:
 
     Opened as a context: what an error leaves unfinished is removed, and a former file stays as it was.
 
-    Raises: ValueError for another kind of file, FileNotFoundError if its folder is not there.
+    Raises: UserError for another kind of file, FileNotFoundError if its folder does not exist.
     """
 
     def __init__(self, path: str):
-        self.path, self.count, self.writer = Path(path), 0, None
+        self.path, self.count = Path(path), 0
         if self.path.suffix not in SUFFIXES:
-            raise ValueError(f"output={path!r} must end in one of {', '.join(SUFFIXES)}")
+            raise UserError(f"output={path!r} must end in one of {', '.join(SUFFIXES)}")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"the folder of output={path!r} does not exist; make it first")
-        self.beside = self.path.with_name(self.path.name + ".part")
+        self.opened = ExitStack()
+        self.file: TextIO | None = None
+        self.writer: csv.DictWriter[str] | None = None
 
     def __enter__(self) -> "PredictionFile":
-        self.file = self.beside.open("w", encoding="utf-8", newline="")
+        beside = self.opened.enter_context(replacing(self.path))
+        self.file = self.opened.enter_context(beside.open("w", encoding="utf-8", newline=""))
         return self
 
     def write(self, row: dict[str, object]) -> None:
+        assert self.file is not None, "only inside of the context"
         if self.path.suffix == ".jsonl":
             self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         else:
@@ -47,12 +57,8 @@ class PredictionFile:
             self.writer.writerow({key: _cell(value) for key, value in row.items()})
         self.count += 1
 
-    def __exit__(self, kind, error, trace) -> None:
-        self.file.close()
-        if kind is None:
-            self.beside.replace(self.path)
-        else:
-            self.beside.unlink()
+    def __exit__(self, *failure: Any) -> None:
+        self.opened.__exit__(*failure)
 
 
 class PictureFolder:
@@ -61,15 +67,15 @@ class PictureFolder:
     Raises: ValueError if the task draws nothing, or files of another run could be mistaken for this one's.
     """
 
-    def __init__(self, path: str, task_class: type):
+    def __init__(self, path: str, task: Task):
         self.path = Path(path)
-        if task_class.drawn is None:
-            raise ValueError(f"pictures={path!r}: there is nothing to draw for {task_class.name}; leave pictures out")
+        if not task.scorer.draws_images:
+            raise UserError(f"pictures={path!r}: there is nothing to draw for {task.name}; leave pictures out")
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(f"pictures={path!r} is not an empty folder; name another, or empty it")
+            raise UserError(f"pictures={path!r} is not an empty folder; name another, or empty it")
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def save(self, image, number: int, row: dict[str, object]) -> str:
+    def save(self, image: Any, number: int, row: dict[str, object]) -> str:
         """The path of the written file, a PNG."""
         names = (value["path"] for value in row.values() if isinstance(value, dict) and value.get("path"))
         name = "_".join([f"{number:05}", *(Path(path).stem for path in names)])
@@ -77,9 +83,9 @@ class PictureFolder:
         return str(self.path / f"{name}.png")
 
 
-def shown(row: dict[str, object]) -> dict[str, object]:
+def shown(row: dict[str, Any]) -> dict[str, object]:
     """What of an input row is repeated: texts (their beginnings), words, numbers, paths; not pixels or samples."""
-    shown = {}
+    shown: dict[str, object] = {}
     for name, value in row.items():
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             value = value["path"]

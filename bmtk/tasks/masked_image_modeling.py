@@ -4,23 +4,26 @@ Loss: mean absolute error of the pixels in hidden cells, as the model reads them
 the same every time, whatever the run's seed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from transformers import AutoModelForMaskedImageModeling
+from transformers import AutoModelForMaskedImageModeling, PreTrainedConfig
 
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.masking import draws, hidden_cells
+from bmtk.errors import UserError
 from bmtk.settings import setting
 
 from .figures import as_png
-from .images import AugmentedImageArguments, ImageTask, PixelRows
-from .task import DataArguments, Prediction, mean_loss
+from .images import AugmentedImageArguments, ImageData, ImageObjective, PixelRows
+from .scorer import Scorer, mean_loss
+from .task import Prediction, Task
+from .task_data import DataArguments
 
 MEASURED_SEED = 0  # of the masks of validation and test rows
 SHOWN = 6  # images of a split that the report shows
@@ -38,65 +41,47 @@ class MaskedImageModelingArguments(AugmentedImageArguments, DataArguments):
         None, "pixels per side of a cell that is hidden or seen; default: of one position of the model"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio} is not a share; choose between 0 and 1")
+            raise UserError(f"mask_ratio={self.mask_ratio} is not a share; choose between 0 and 1")
 
-
-class MaskedImageModeling(ImageTask):
-    """Images with hidden cells.  To predict is to paint them; it is told how far off the colours are."""
-
-    name = "masked_image_modeling"
-    arguments = MaskedImageModelingArguments
-    auto_class = AutoModelForMaskedImageModeling
-    about: ClassVar[dict[str, str]] = {
-        "pipeline_tag": "image-feature-extraction",
-        "auto_class": "AutoModelForMaskedImageModeling",
-        "noun": "masked image model",
-        "loss_unit": "",
-        "limits": "It is meant to be fine-tuned; what it paints is a blurred guess in the manner of its training "
-        "images, and shows nothing that is really there.",
-    }
-    metrics = ("loss", "mae")
-    main_metric = "loss"
-
-    @classmethod
-    def incomparable(cls, args: MaskedImageModelingArguments, metric: str) -> dict[str, str]:
-        """Architecture fields are among them: what is measured is the size of what the model reads."""
+    def settings_that_change(self, metric: str) -> dict[str, str]:
+        """Also fields of the architecture: metrics depend on how large the images are that the model reads."""
         names = ("mask_ratio", "mask_cell_size", "image_size")
-        of_cells = {} if args.mask_cell_size else {"patch_size": "is the size of a hidden cell; set mask_cell_size"}
-        return {**dict.fromkeys(names, "decides which pixels are to be painted"), **of_cells}
+        of_cells = {} if self.mask_cell_size else {"patch_size": "is the size of a hidden cell; set mask_cell_size"}
+        of_masks = dict.fromkeys(names, "decides which pixels are to be painted")
+        return {**super().settings_that_change(metric), **of_masks, **of_cells}
+
+
+class MaskedImageModelingData(ImageData):
+    """Column "image" (undecoded)."""
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
-        """Column "image" (undecoded)."""
         return Dataset.from_dict({"image": self.read_images(table, where)})
 
     @property
     def config_fields(self) -> dict[str, object]:
         return {**super().config_fields, "input_type": "pixels"}
 
-    def configure(self, config, **options) -> None:
-        """Raises: ValueError if the cells do not tile the images."""
-        side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        position = getattr(config, "stage_strides", [getattr(config, "patch_size", 1)])[-1]
-        cell = self.args.mask_cell_size or position
-        if cell < 1 or side % cell or side // cell < 2:
-            raise ValueError(
-                f"mask_cell_size={cell} does not cut images of {side} x {side} pixels into whole cells, two or more "
-                f"along a side; a position of this model is {position} pixels wide"
-            )
-        self.num_cells = (side // cell) ** 2
-        super().configure(config, **options)
+
+class MaskedImageModelingObjective(ImageObjective):
+    """Images become `pixel_values`, and `bool_masked_pos` (B, M) is true at hidden cells."""
+
+    data: MaskedImageModelingData
+
+    def __init__(self, data: MaskedImageModelingData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
+        super().__init__(data, config)
+        self.num_cells = num_cells(config, data.args.mask_cell_size)
 
     def encode(self, rows: Dataset, where: str) -> "MaskedImages":
-        seed = self.seed if where == "train" else MEASURED_SEED
+        seed = self.data.seed if where == "train" else MEASURED_SEED
         shown = () if where == "train" else np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)
         options = {"ratio": self.args.mask_ratio, "seed": seed, "shown": shown}
         return MaskedImages(self.pixel_rows(rows, where), self.num_cells, **options)
 
-    def collator(self):
-        def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
             hidden = torch.from_numpy(np.stack([row["hidden"] for row in rows])).bool()
             pixels = np.stack([row["pixels"] for row in rows])
             batch = {"pixel_values": self.scaled(pixels), "bool_masked_pos": hidden}
@@ -106,27 +91,39 @@ class MaskedImageModeling(ImageTask):
 
         return collate
 
-    @staticmethod
-    def num_items(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def num_items(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Hidden cells of a batch."""
-        return batch["bool_masked_pos"].sum()
+        count: torch.Tensor = batch["bool_masked_pos"].sum()
+        return count
 
-    def num_units(self, batch) -> int:
+    def num_units(self, batch: Mapping[str, Any]) -> int:
         return len(batch["pixel_values"])
 
-    # ------------------------------------------------------------------------------------------------ results
+    def normalisation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standard deviation and mean (C, 1, 1) by which the processor has normalised pixel_values."""
+        processor = self.image_processor
+        if not getattr(processor, "do_normalize", False):
+            return torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+        return torch.tensor(processor.image_std)[:, None, None], torch.tensor(processor.image_mean)[:, None, None]
 
-    def predict(self, model, batch: dict[str, torch.Tensor]) -> list[Prediction]:
-        """How far off the hidden pixels are, and how far the mean colour of the visible ones is.
+
+class MaskedImageModelingScorer(Scorer):
+    """To predict is to paint the hidden cells; a prediction is how far off the colours are."""
+
+    objective: MaskedImageModelingObjective
+    metrics = ("loss", "mae")
+
+    def predict(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> list[Prediction]:
+        """Errors of the hidden pixels, as painted and as the mean colour of the visible ones.
 
         `loss` is in the units of pixel_values; `error` and `mean_colour_error` in parts of the range of a pixel.
-        Images that the report shows bring their `picture`.
+        Predictions for images that the report shows have a `picture`.
         """
         pixels, cells = batch["pixel_values"].float(), batch["bool_masked_pos"]
         painted = model(pixel_values=batch["pixel_values"], bool_masked_pos=cells).reconstruction.float()
         hidden = pixels_of(cells, pixels)  # (B, 1, H, W)
         mean_colour = (pixels * ~hidden).sum((2, 3), keepdim=True) / (~hidden).sum((2, 3), keepdim=True)
-        std, mean = (value.to(pixels) for value in self._normalisation())
+        std, mean = (value.to(pixels) for value in self.objective.normalisation())
         losses = mean_error(painted, pixels, hidden) * cells.sum(1)
         errors = mean_error(painted * std, pixels * std, hidden)
         baselines = mean_error((mean_colour * std).expand_as(pixels), pixels * std, hidden)
@@ -142,7 +139,7 @@ class MaskedImageModeling(ImageTask):
             predictions[row]["picture"] = [as_image(stage) for stage in stages]
         return predictions
 
-    def score(self, predictions: Sequence[Prediction], rows) -> dict[str, float]:
+    def score(self, predictions: Sequence[Prediction], rows: Any) -> dict[str, float]:
         """Loss, and mean absolute error in parts of a pixel's range: of the model, and of each image's mean colour."""
         items = np.array([p["items"] for p in predictions])
 
@@ -157,7 +154,7 @@ class MaskedImageModeling(ImageTask):
             "mean_colour_error": round(prediction["mean_colour_error"], 6),
         }
 
-    def figures(self, predictions: Sequence[Prediction], rows) -> list[dict[str, str]]:
+    def figures(self, predictions: Sequence[Prediction], rows: Any) -> list[dict[str, str]]:
         shown = [p["picture"] for p in predictions if "picture" in p]
         if not shown:
             return []
@@ -165,17 +162,10 @@ class MaskedImageModeling(ImageTask):
         grid = figure.subplots(len(STAGES), len(shown), squeeze=False)
         for axes, stage, pictures in zip(grid, STAGES, zip(*shown, strict=True), strict=True):
             axes[0].set_ylabel(stage)
-            for place, picture in zip(axes, pictures, strict=True):
-                place.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-                place.set(xticks=[], yticks=[])
+            for cell, picture in zip(axes, pictures, strict=True):
+                cell.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                cell.set(xticks=[], yticks=[])
         return [as_png(figure, "Hidden cells and what the model paints there")]
-
-    def _normalisation(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Standard deviation and mean (C, 1, 1) that the processor has put into pixel_values."""
-        processor = self.processor
-        if not getattr(processor, "do_normalize", False):
-            return torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
-        return torch.tensor(processor.image_std)[:, None, None], torch.tensor(processor.image_mean)[:, None, None]
 
 
 class MaskedImages(EpochDataset, torch.utils.data.Dataset):
@@ -193,13 +183,29 @@ class MaskedImages(EpochDataset, torch.utils.data.Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
-        self.images.set_epoch(epoch)  # they are augmented, by other random numbers
+        self.images.set_epoch(epoch)  # they are augmented, with other random numbers
 
-    def __getitem__(self, row: int) -> dict:
+    def __getitem__(self, row: int) -> dict[str, Any]:
         (draw,) = draws(self.seed, self.epoch, row).spawn(1)
         hidden = hidden_cells(self.num_cells, self.ratio, draw)
         marks = {"is_shown": row in self.shown} if self.shown else {}
         return {**self.images[row], "hidden": hidden, **marks}
+
+
+def num_cells(config: PreTrainedConfig, cell_size: int | None) -> int:
+    """Cells of an image; `cell_size` is in pixels per side, by default that of one position of the model.
+
+    Raises: UserError if the cells do not tile the images.
+    """
+    side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    position = getattr(config, "stage_strides", [getattr(config, "patch_size", 1)])[-1]
+    cell = cell_size or position
+    if cell < 1 or side % cell or side // cell < 2:
+        raise UserError(
+            f"mask_cell_size={cell} does not cut images of {side} x {side} pixels into whole cells, two or more "
+            f"along a side; a position of this model is {position} pixels wide"
+        )
+    return (side // cell) ** 2
 
 
 def pixels_of(cells: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
@@ -218,3 +224,23 @@ def as_image(pixels: torch.Tensor) -> np.ndarray:
     """(C, H, W) from 0 to 1 as bytes (H, W, C), without the last axis if it is grey."""
     array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     return array[..., 0] if array.shape[-1] == 1 else array
+
+
+TASK = Task(
+    name="masked_image_modeling",
+    auto_class=AutoModelForMaskedImageModeling,
+    about={
+        "pipeline_tag": "image-feature-extraction",
+        "auto_class": "AutoModelForMaskedImageModeling",
+        "noun": "masked image model",
+        "loss_unit": "",
+        "limits": "It is meant to be fine-tuned; what it paints is a blurred guess in the manner of its training "
+        "images, and shows nothing that is really there.",
+    },
+    arguments=MaskedImageModelingArguments,
+    data=MaskedImageModelingData,
+    objective=MaskedImageModelingObjective,
+    scorer=MaskedImageModelingScorer,
+    main_metric="loss",
+    unit="images",
+)

@@ -1,22 +1,26 @@
 """What the tasks that read recordings share: a feature extractor, and recordings that are decoded when needed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoFeatureExtractor
+from transformers import AutoFeatureExtractor, PreTrainedConfig
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
+from bmtk.data.audio_transforms import AudioAugmentationArguments, changed_samples, masked_frames
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.media import ON_CORRUPT, audio_seconds, decode_audio
 from bmtk.data.tables import check_column
+from bmtk.errors import UserError
 from bmtk.settings import setting
 
-from .audio_augmentation import AudioAugmentationArguments, changed_samples, masked_frames
 from .figures import spectrograms
-from .task import Prediction, Task
+from .objective import Objective
+from .task_data import TaskData
 
 CACHED_BYTES = 1 << 30  # features kept of a split, at most
 SHOWN = 6  # recordings in a figure
@@ -24,10 +28,12 @@ SHOWN = 6  # recordings in a figure
 
 @dataclass
 class RecordingArguments(AudioAugmentationArguments):
-    """Where the recordings are, how they are heard, and what is done to them in training."""
+    """Where the recordings are, how a new model reads them, and what is done to them in training."""
 
     audio_column: str = setting("audio", "column of the recording")
-    sampling_rate: int = setting(16000, "samples per second that a new model hears; others are resampled")
+    sampling_rate: int = setting(
+        16000, "samples per second that a new model reads; recordings at other rates are resampled"
+    )
     frame_ms: float = setting(25.0, "milliseconds of sound that a frame of a new model holds")
     hop_ms: float = setting(10.0, "milliseconds from frame to frame of a new model")
     on_corrupt: str = setting(
@@ -37,27 +43,22 @@ class RecordingArguments(AudioAugmentationArguments):
     def check_recordings(self) -> None:
         self.check_augmentation()
         if self.on_corrupt not in ON_CORRUPT:
-            raise ValueError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}")
+            raise UserError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}")
         for name in ("frame_ms", "hop_ms"):
             if not getattr(self, name) * self.sampling_rate >= 1000:
-                raise ValueError(f"{name}={getattr(self, name)} is less than one sample at {self.sampling_rate} Hz")
+                raise UserError(f"{name}={getattr(self, name)} is less than one sample at {self.sampling_rate} Hz")
 
 
-class RecordingTask(Task):
-    """A task whose rows become `input_features` (or `input_values`).
+class RecordingData(TaskData):
+    """Rows of undecoded recordings: columns "audio" and "seconds"."""
 
-    `read_rows` gives columns "audio", undecoded, and "seconds".
-    """
-
-    unit = "recordings"
     inputs = ("audio",)
-    extractor = None  # made for the model's configuration by `configure`
 
     def read_recordings(self, table: Dataset, where: str, *, labelled: bool) -> tuple[Dataset, list[int]]:
         """Columns "audio" and "seconds" of the rows that can be read, and which those are.
 
-        Raises: ValueError if the column is not there or holds something else, or for an unreadable recording if
-        `on_corrupt` is stop.  A row without labels is never left out: who asks for its prediction wants an answer.
+        Raises: UserError if the column does not exist or holds something else, or for an unreadable recording if
+        `on_corrupt` is stop.  A row without labels is never left out: each row to be predicted needs an answer.
         """
         name = self.args.audio_column
         check_column(table, name, option="audio_column", where=where)
@@ -66,22 +67,22 @@ class RecordingTask(Task):
         for row, value in enumerate(values):
             if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
                 held = type(value).__name__
-                raise ValueError(f"audio_column={name!r} of {where} row {row + 1} holds a {held}, no recording")
+                raise UserError(f"audio_column={name!r} of {where} row {row + 1} holds a {held}, no recording")
             try:
                 seconds.append(self._seconds(value, f"the recording of {where} row {row + 1}"))
                 kept.append(row)
             except ValueError as error:
                 if not labelled or self.args.on_corrupt == "stop":
                     more = "; on_corrupt=skip leaves such rows out" if labelled else ""
-                    raise ValueError(f"{error}{more}") from error
+                    raise UserError(f"{error}{more}") from error
                 bad.append(str(error))
         if bad:
             self.notes.append(f"{len(bad):,} of {len(values):,} {where} rows are left out: {'; '.join(bad[:3])}")
         if not kept:
-            raise ValueError(f"audio_column={name!r} of the {where} data holds no recording that can be read")
+            raise UserError(f"audio_column={name!r} of the {where} data holds no recording that can be read")
         return Dataset.from_dict({"audio": [values[row] for row in kept], "seconds": seconds}), kept
 
-    def _seconds(self, value: dict, where: str) -> float:
+    def _seconds(self, value: dict[str, Any], where: str) -> float:
         seconds = audio_seconds(value, where)
         if self.args.on_corrupt == "skip":
             decode_audio(value, where, sampling_rate=self.args.sampling_rate)
@@ -91,32 +92,26 @@ class RecordingTask(Task):
     def config_fields(self) -> dict[str, object]:
         return {**super().config_fields, "input_type": "audio"}
 
-    def configure(self, config, **options) -> None:
-        """Make the feature extractor: the model's own, or for a new model one with the mel bands of `config`."""
-        self.extractor = self._extractor(config)
-        super().configure(config, **options)
 
-    def _extractor(self, config):
-        if self.model is not None and (not Path(self.model).is_dir() or _has_extractor(Path(self.model))):
-            return AutoFeatureExtractor.from_pretrained(self.model, **self.loading)
-        if type(config) not in FEATURE_EXTRACTOR_MAPPING:
-            raise ValueError(f"no feature extractor belongs to a {config.model_type}; is it a model of recordings?")
-        rate = self.args.sampling_rate
-        options = {"sampling_rate": rate}
-        if hasattr(config, "num_mel_bins"):  # else it reads samples
-            options |= {
-                "feature_size": config.num_mel_bins,
-                "frame_length": round(rate * self.args.frame_ms / 1000),
-                "hop_length": round(rate * self.args.hop_ms / 1000),
-            }
-        return FEATURE_EXTRACTOR_MAPPING[type(config)](**options)
+class RecordingObjective(Objective):
+    """Rows become `input_features` (or `input_values`)."""
 
-    def rows_of(self, rows: Dataset, where: str) -> "RecordingRows":
-        """Rows for the collator; training rows are changed from epoch to epoch if `args` say so."""
+    data: RecordingData
+
+    def __init__(self, data: RecordingData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
+        super().__init__(data, config, labels=labels)
+        self.extractor = extractor_for(config, data)
+
+    @property
+    def processor(self) -> Any:
+        return self.extractor
+
+    def recording_rows(self, rows: Dataset, where: str) -> "RecordingRows":
+        """Rows for the collator; training rows are changed from epoch to epoch as `args` are set."""
         changes = self.args if where == "train" else None
-        return RecordingRows(rows, where, extractor=self.extractor, changes=changes, seed=self.seed)
+        return RecordingRows(rows, where, extractor=self.extractor, changes=changes, seed=self.data.seed)
 
-    def padded(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def padded(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """What the model reads of such rows: padded, with a mask."""
         name = self.extractor.model_input_names[0]
         return dict(self.extractor.pad({name: [row[name] for row in rows]}, padding=True, return_tensors="pt"))
@@ -126,25 +121,42 @@ class RecordingTask(Task):
             split: {"rows": len(rows), "minutes": round(rows.seconds / 60, 1)} for split, rows in self.rows.items()
         }
 
-    def shown_recordings(
-        self, rows: "RecordingRows", worst: list[int], predictions: list[Prediction]
-    ) -> list[dict[str, str]]:
-        """A figure of the spectrograms of the `worst` rows, with what `verdict` says of them."""
-        chosen = worst[:SHOWN]
-        if not chosen:
-            return []
-        names = [f"row {row + 1}: {self.verdict(predictions[row]).strip()}" for row in chosen]
-        return [spectrograms([rows.recording(row) for row in chosen], names, self.extractor.sampling_rate)]
-
     def next_command(self, directory: Path) -> str:
-        """Not pipeline(): that would ask for ffmpeg, and not resample without torchaudio."""
+        """Not pipeline(): it needs ffmpeg, and does not resample without torchaudio."""
         return f"accelerate launch recipes/predict.py --model {directory} --input a_recording.wav"
 
 
-class RecordingRows(EpochDataset, torch.utils.data.Dataset):
+def extractor_for(config: PreTrainedConfig, data: RecordingData) -> Any:
+    """The model's own feature extractor, or a new one with the mel bands of `config`."""
+    args = data.args
+    if data.model is not None and (not Path(data.model).is_dir() or _has_extractor(Path(data.model))):
+        return AutoFeatureExtractor.from_pretrained(data.model, **data.loading)  # type: ignore[no-untyped-call]
+    if type(config) not in FEATURE_EXTRACTOR_MAPPING:
+        raise UserError(f"no feature extractor belongs to a {config.model_type}; is it a model of recordings?")
+    options = {"sampling_rate": args.sampling_rate}
+    if hasattr(config, "num_mel_bins"):  # else it reads samples
+        options |= {
+            "feature_size": config.num_mel_bins,
+            "frame_length": round(args.sampling_rate * args.frame_ms / 1000),
+            "hop_length": round(args.sampling_rate * args.hop_ms / 1000),
+        }
+    extractor_class: Any = FEATURE_EXTRACTOR_MAPPING[type(config)]
+    return extractor_class(**options)
+
+
+def worst_spectrograms(rows: "RecordingRows", worst: Sequence[int], verdicts: Sequence[str]) -> list[dict[str, str]]:
+    """A figure of the spectrograms of the first of the `worst` rows; `verdicts` has a sentence for each row."""
+    chosen = worst[:SHOWN]
+    if not chosen:
+        return []
+    names = [f"row {row + 1}: {verdicts[row].strip()}" for row in chosen]
+    return [spectrograms([rows.recording(row) for row in chosen], names, rows.extractor.sampling_rate)]
+
+
+class RecordingRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
     """Rows whose recording is decoded when it is asked for, and its features kept while they fit; errors name the row.
 
-    What `changes` asks for is a function of (seed, epoch, row).
+    What `changes` makes of a row is a function of (seed, epoch, row).
     """
 
     def __init__(
@@ -152,7 +164,7 @@ class RecordingRows(EpochDataset, torch.utils.data.Dataset):
         rows: Dataset,
         where: str,
         *,
-        extractor,
+        extractor: Any,
         changes: AudioAugmentationArguments | None = None,
         seed: int = 0,
     ):
@@ -160,12 +172,13 @@ class RecordingRows(EpochDataset, torch.utils.data.Dataset):
         self.others = rows.remove_columns(["audio", "seconds"])
         self.seconds = sum(rows["seconds"])
         self.changes, self.seed = changes, seed
-        self.kept, self.kept_bytes = {}, 0
+        self.kept: dict[int, np.ndarray] = {}  # features of rows
+        self.kept_bytes = 0
 
     def __len__(self) -> int:
         return len(self.recordings)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         others = self.others[index] if self.others.column_names else {}
         return {**others, self.extractor.model_input_names[0]: self.features(index)}
 
@@ -189,16 +202,16 @@ class RecordingRows(EpochDataset, torch.utils.data.Dataset):
             return found
         if found.ndim != 2:
             name = type(self.extractor).__name__
-            raise ValueError(f"time_masks and frequency_masks blank frames, and a {name} gives none; set them to 0")
+            raise UserError(f"time_masks and frequency_masks blank frames, and a {name} gives none; set them to 0")
         return masked_frames(found, changes, draw)
 
     @property
     def _rate(self) -> int:
-        return self.extractor.sampling_rate
+        return int(self.extractor.sampling_rate)
 
     def _extracted(self, samples: np.ndarray) -> np.ndarray:
         found = self.extractor(samples, sampling_rate=self._rate, return_tensors="np")
-        return found[self.extractor.model_input_names[0]][0]
+        return np.asarray(found[self.extractor.model_input_names[0]][0])
 
 
 def _has_extractor(folder: Path) -> bool:

@@ -1,16 +1,19 @@
 """Sequence classification: one label for a whole text.  Accuracy and macro-F1 over all predictions."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from bmtk.data.tables import check_column
 from bmtk.settings import setting
 
-from .row_classification import RowClassification, RowClassificationArguments
-from .texts import TextArguments, TextTask
+from .label_types import LabelType
+from .row_classification import RowClassificationArguments, RowLabels, RowScorer
+from .task import Criterion, Task
+from .texts import TextArguments, TextData, TextObjective
 
 
 @dataclass
@@ -21,53 +24,96 @@ class SequenceClassificationArguments(TextArguments, RowClassificationArguments)
 
     text_column: str = setting("text", "column of the text")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_lengths()
 
 
-class SequenceClassification(TextTask, RowClassification):
-    """Texts and their labels."""
+class SequenceClassificationData(TextData):
+    """Columns "text" and "label"."""
 
-    name = "sequence_classification"
-    about: ClassVar[dict[str, str]] = {
-        "pipeline_tag": "text-classification",
-        "auto_class": "AutoModelForSequenceClassification",
-        "noun": "text classifier",
-        "limits": "It knows only the labels it was trained with, and its scores are not calibrated probabilities. "
-        "Expect lower accuracy on text that differs from its training data.",
-    }
-    arguments = SequenceClassificationArguments
-    auto_class = AutoModelForSequenceClassification
-    peft_task_type = "SEQ_CLS"
     inputs = ("text",)
 
+    def __init__(self, task: Task, args: SequenceClassificationArguments, **reading: Any):
+        self.labels = RowLabels(args)
+        super().__init__(task, args, **reading)
+        self.labels.find_names(self.rows)
+
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
-        """Columns "text" and "label"; rows without text are left out, but not of those to be predicted."""
+        """Rows without text are left out, but not of those to be predicted."""
         check_column(table, self.args.text_column, option="text_column", where=where)
         texts = ["" if text is None else str(text) for text in table[self.args.text_column]]
         if not labelled:
             return Dataset.from_dict({"text": texts})
-        labels = self.read_labels(table, where)
+        labels = self.labels.read(table, where, self.notes)
         if labels is None:
             return None
         rows = Dataset.from_dict({"text": texts, "label": labels})
         return self.keep_rows_with_text(rows, texts, option="text_column", where=where)
 
     def training_texts(self) -> list[str]:
-        return self.rows["train"]["text"]
+        return list(self.rows["train"]["text"])
+
+    @property
+    def label_type(self) -> LabelType:
+        return self.labels.kind
+
+
+class SequenceClassificationObjective(TextObjective):
+    """Texts become `input_ids`, and their labels `labels`."""
+
+    data: SequenceClassificationData
+
+    def __init__(self, data: SequenceClassificationData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
+        super().__init__(data, config)
+        self.labels = data.labels.bind_to(config, data, labels=labels)
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
-        def encode(batch: dict[str, list]) -> dict[str, list]:
-            whole = self.processor(batch["text"], verbose=False, return_attention_mask=False)["input_ids"]
-            encoded = self.processor(batch["text"], truncation=True, max_length=self.longest)
+        def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+            whole = self.tokenizer(batch["text"], verbose=False, return_attention_mask=False)["input_ids"]
+            encoded = self.tokenizer(batch["text"], truncation=True, max_length=self.longest)
             return {**encoded, "length": list(map(len, whole))}
 
-        labels = self.targets(rows["label"], where) if "label" in rows.column_names else None
+        labels = self.labels.targets(rows["label"], where) if "label" in rows.column_names else None
         encoded = rows.map(encode, batched=True, remove_columns=rows.column_names)
-        self.say_what_was_cut(encoded["length"], where)
+        self.note_cut_texts(encoded["length"], where)
         encoded = encoded.remove_columns("length")
         return encoded if labels is None else encoded.add_column("labels", labels)
 
-    def shown(self, rows, row: int) -> str:
-        return self.processor.decode(rows[row]["input_ids"], skip_special_tokens=True).strip()
+    def num_items(self, batch: Mapping[str, Any]) -> int:
+        """Rows, or of several labels each row's every label."""
+        return self.labels.kind.num_items(batch["labels"])
+
+    @property
+    def criterion(self) -> Criterion:
+        return self.labels.criterion
+
+    def data_record(self) -> dict[str, object]:
+        return {**super().data_record(), "labels": self.labels.names}
+
+
+class SequenceClassificationScorer(RowScorer):
+    """Samples show the text."""
+
+    def shown(self, rows: Dataset, row: int) -> str:
+        text = self.objective.processor.decode(rows[row]["input_ids"], skip_special_tokens=True)
+        return str(text).strip()
+
+
+TASK = Task(
+    name="sequence_classification",
+    auto_class=AutoModelForSequenceClassification,
+    about={
+        "pipeline_tag": "text-classification",
+        "auto_class": "AutoModelForSequenceClassification",
+        "noun": "text classifier",
+        "limits": "It knows only the labels it was trained with, and its scores are not calibrated probabilities. "
+        "Expect lower accuracy on text that differs from its training data.",
+    },
+    arguments=SequenceClassificationArguments,
+    data=SequenceClassificationData,
+    objective=SequenceClassificationObjective,
+    scorer=SequenceClassificationScorer,
+    unit="tokens",
+    peft_task_type="SEQ_CLS",
+)

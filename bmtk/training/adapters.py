@@ -4,12 +4,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from bmtk.errors import UserError
 
 from .quantization import QUANTIZATIONS
 
@@ -41,30 +44,28 @@ class AdapterArguments:
         default=False, metadata={"help": "save a whole model with the update added to its weights, not the adapter"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.adapter not in (None, *ADAPTERS):
-            raise ValueError(
+            raise UserError(
                 f"adapter={self.adapter!r} is unknown; choose {' or '.join(ADAPTERS)}, or leave it out to train all "
                 "weights"
             )
         if self.quantize not in (None, *QUANTIZATIONS):
-            raise ValueError(
+            raise UserError(
                 f"quantize={self.quantize!r} is unknown; choose {' or '.join(QUANTIZATIONS)}, or leave it out"
             )
         if self.quantize and not self.adapter:
-            raise ValueError(f"quantize={self.quantize} leaves weights that cannot be trained: set adapter to lora")
+            raise UserError(f"quantize={self.quantize} leaves weights that cannot be trained: set adapter to lora")
         if self.quantize and self.merge_adapter:
-            raise ValueError(
-                f"merge_adapter would round the update to quantize={self.quantize}; leave one of them out"
-            )
+            raise UserError(f"merge_adapter would round the update to quantize={self.quantize}; leave one of them out")
         if self.lora_rank < 1:
-            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
+            raise UserError(f"lora_rank={self.lora_rank} must be at least 1")
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability; choose 0 <= lora_dropout < 1")
+            raise UserError(f"lora_dropout={self.lora_dropout} is not a probability; choose 0 <= lora_dropout < 1")
         if self.merge_adapter and self.adapter is None:
-            raise ValueError("merge_adapter needs an adapter: set adapter to lora")
+            raise UserError("merge_adapter needs an adapter: set adapter to lora")
         if self.freeze_backbone and self.adapter:
-            raise ValueError("freeze_backbone trains the head alone, adapter more than that; set one of them")
+            raise UserError("freeze_backbone trains the head alone, adapter more than that; set one of them")
 
     @property
     def purpose(self) -> str | None:
@@ -75,7 +76,7 @@ class AdapterArguments:
 
 
 def adapt(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PreTrainedModel | PeftModel:
-    """`model` as `args` have it: all of it trainable, its head alone, or an adapter."""
+    """Make trainable what `args` ask for: all of `model`, its head alone, or an adapter."""
     if args.freeze_backbone:
         freeze_backbone(model)
     return add_adapter(model, args, task_type=task_type) if args.adapter else model
@@ -84,18 +85,16 @@ def adapt(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | No
 def freeze_backbone(model: PreTrainedModel) -> None:
     """Leave only the head of `model` trainable; below it, dropout and statistics of norms rest as in evaluation.
 
-    Raises: ValueError if nothing would be left to train.
+    Raises: UserError if nothing would be left to train.
     """
     backbone = model.base_model
     backbone.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            f"freeze_backbone leaves nothing to train: a {type(model).__name__} has no weights of its own"
-        )
+        raise UserError(f"freeze_backbone leaves nothing to train: a {type(model).__name__} has no weights of its own")
     backbone.register_forward_pre_hook(_rest)  # before every forward: Trainer's train() is for the whole model
 
 
-def _rest(module: torch.nn.Module, inputs: tuple) -> None:
+def _rest(module: torch.nn.Module, inputs: object) -> None:
     module.eval()
 
 
@@ -104,23 +103,23 @@ def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: st
 
     They are added to linear layers, convolutions of one group, and the matrices of recurrent layers.
     Source: Hu et al. 2021, arXiv:2106.09685 (LoRA); on all layers: Dettmers et al. 2023, arXiv:2305.14314; Liu et al.
-    2024, arXiv:2402.09353 (DoRA).  Raises: ValueError for a trunk without matrices, or DoRA of recurrent layers.
+    2024, arXiv:2402.09353 (DoRA).  Raises: UserError for a trunk without matrices, or DoRA of recurrent layers.
     """
     heads = [
         name for name, module in model.named_children() if name != model.base_model_prefix and _has_weights(module)
     ]
     layers, matrices = adaptable(model.base_model)
     if not layers and not matrices:
-        raise ValueError(f"adapter={args.adapter}: a {type(model).__name__} has no matrices; leave adapter out")
+        raise UserError(f"adapter={args.adapter}: a {type(model).__name__} has no matrices; leave adapter out")
     if matrices and args.adapter == "dora":
-        raise ValueError("adapter=dora knows no recurrent layers; choose lora")
+        raise UserError("adapter=dora knows no recurrent layers; choose lora")
     if matrices and args.lora_dropout:
-        raise ValueError(f"lora_dropout={args.lora_dropout} does not reach recurrent matrices; leave it out")
+        raise UserError(f"lora_dropout={args.lora_dropout} does not reach recurrent matrices; leave it out")
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     config = LoraConfig(
         task_type=task_type,
         r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
+        lora_alpha=cast(Any, args.lora_alpha),  # a fraction works, too
         lora_dropout=args.lora_dropout,
         use_dora=args.adapter == "dora",
         target_modules=[prefix + name for name in layers],

@@ -1,12 +1,15 @@
 """The settings of one training run that the loop itself reads.
 
 The fields are simple types, so `transformers.HfArgumentParser` and a flat YAML file can both fill them.  Every field
-is checked when the object is made, and all problems are told in one message.
+is checked when the object is made, and one message names all problems.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from bmtk.errors import UserError
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -21,13 +24,20 @@ FREE_KEYS = frozenset(
 )
 
 
-def _setting(default, text: str):
+def _setting(default: object, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(kw_only=True)
 class SharedArguments:
-    """What the project's own loop and `transformers.Trainer` are told in the same words."""
+    """What both training recipes call by the same names.
+
+    None leaves a choice to the subclass: LoopArguments has defaults of its own, FineTuningArguments those of Trainer.
+    """
+
+    num_train_steps: int | None = _setting(None, "optimizer steps; -1: as many as num_train_epochs need")
+    batch_size: int | None = _setting(None, "rows per optimizer step, over all processes and micro-batches together")
+    micro_batch_size: int | None = _setting(None, "rows per process and forward pass; 0: the share of the process")
 
     muon_learning_rate: float = _setting(0.02, "peak learning rate of Muon")
     sgd_momentum: float = _setting(0.9, "share of the last update in SGD's next one (Nesterov); 0: none")
@@ -36,40 +46,72 @@ class SharedArguments:
         "a layer's learning rate is that of the one above it times this, the head's is the whole one; 1: all alike",
     )
     unfreeze_epochs: float = _setting(
-        0.0, "train the head alone for so many epochs, then the last layer too, and so on down; 0: all from the start"
+        0.0, "epochs in which the head alone is trained, before each further layer from the top joins; 0: train all"
     )
     l1_penalty: float = _setting(
-        0.0, "add so many times the sum of absolute values of decayed matrices to the loss; it is not in the loss told"
+        0.0, "factor of the sum of absolute values of decayed matrices, added to the loss but not to its logs; 0: none"
     )
     ema_decay: float = _setting(
-        0.0, "evaluate and save an exponential moving average of the weights that forgets so slowly (0.999); 0: none"
+        0.0, "decay (0.999) of an exponential moving average of the weights, which is evaluated and saved; 0: none"
     )
 
+    schedule: str | None = _setting(None, "learning rate over the run: constant, linear, cosine or wsd")
+    decay_fraction: float = _setting(0.2, "last part of the run in which wsd decays, as a fraction of all steps")
+
+    eval_steps: float | None = _setting(None, "steps between two evaluations; 0: at the end only")
+    save_steps: float | None = _setting(None, "steps between two checkpoints; 0: at the end only")
     early_stopping_patience: int = _setting(
-        0, "end the run after so many evaluations without a better main metric, and keep the best model; 0: never"
+        0, "end the run after this many evaluations without a better main metric, and keep the best model; 0: never"
+    )
+
+    precision: str | None = _setting(
+        None, "fp32, bf16 or fp16 autocast; auto: bf16 on GPUs and CPUs that have instructions for it, else fp32"
     )
 
     def wrong_settings(self) -> Iterator[str]:
-        """What does not fit, in sentences."""
-        for name in ("muon_learning_rate", "unfreeze_epochs", "l1_penalty", "early_stopping_patience"):
-            if not 0 <= vars(self)[name] < math.inf:
-                yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0"
+        """What is wrong with the values, in sentences."""
+        yield from self._wrong_shared_choices()
+        yield from _too_low(self, {"batch_size": 1, "micro_batch_size": 0, "eval_steps": 0, "save_steps": 0})
+        if self.num_train_steps is not None and self.num_train_steps < 1 and self.num_train_steps != -1:
+            yield f"num_train_steps={self.num_train_steps} is out of range; give at least 1, or -1 for whole epochs"
+        names = ("muon_learning_rate", "unfreeze_epochs", "l1_penalty", "early_stopping_patience", "decay_fraction")
+        yield from _too_low(self, dict.fromkeys(names, 0))
+        if self.decay_fraction > 1:
+            yield f"decay_fraction={self.decay_fraction} is a fraction; give a number from 0 to 1"
         if not 0 < self.layer_lr_decay <= 1:
             yield f"layer_lr_decay={self.layer_lr_decay} is out of range; give a number above 0, and at most 1"
         for name in ("sgd_momentum", "ema_decay"):
             if not 0 <= vars(self)[name] < 1:
                 yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0 and below 1"
 
+    def _wrong_shared_choices(self) -> Iterator[str]:
+        for name, allowed in {"schedule": SCHEDULES, "precision": PRECISIONS}.items():
+            value = vars(self)[name]
+            if value is not None and value not in allowed:
+                yield f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}"
 
-def check(problems: Iterable[str]):
-    """Raises: ValueError that tells all `problems`, if there are any."""
+
+def _too_low(args: object, at_least: Mapping[str, int]) -> Iterator[str]:
+    for name, lowest in at_least.items():
+        value = vars(args)[name]
+        if value is not None and not lowest <= value < math.inf:
+            yield f"{name}={value} is out of range; give a number of at least {lowest}"
+
+
+def check(problems: Iterable[str]) -> None:
+    """Raises: UserError that names all `problems`, if there are any."""
     if problems := list(problems):
-        raise ValueError("the training arguments do not fit:\n  " + "\n  ".join(problems))
+        raise UserError("the training arguments do not fit:\n  " + "\n  ".join(problems))
+
+
+def _shared(name: str, default: object) -> Any:
+    """A field of SharedArguments with a default of the loop's own."""
+    return field(default=default, metadata=SharedArguments.__dataclass_fields__[name].metadata)
 
 
 @dataclass
 class LoopArguments(SharedArguments):
-    """What the training loop is told: how long, how fast, how often, and where to."""
+    """The settings of the project's own loop: how long, how fast, how often, and where to."""
 
     _argument_group_name = "training"
 
@@ -77,10 +119,10 @@ class LoopArguments(SharedArguments):
     overwrite_output_dir: bool = _setting(False, "delete the run that output_dir holds, and start anew")
     seed: int = _setting(42, "seed of initial weights, data order and dropout")
 
-    num_train_steps: int = _setting(-1, "optimizer steps; -1: as many as num_train_epochs need")
+    num_train_steps: int = _shared("num_train_steps", -1)
     num_train_epochs: float = _setting(1.0, "passes over the training rows; read when num_train_steps is -1")
-    batch_size: int = _setting(32, "rows per optimizer step, over all processes and micro-batches together")
-    micro_batch_size: int = _setting(0, "rows per process and forward pass; 0: the whole share of the process")
+    batch_size: int = _shared("batch_size", 32)
+    micro_batch_size: int = _shared("micro_batch_size", 0)
 
     optimizer: str = _setting("adamw", "adamw, sgd, or muon (hidden matrices by Muon, everything else by AdamW)")
     learning_rate: float = _setting(1e-3, "peak learning rate of AdamW or SGD")
@@ -92,56 +134,46 @@ class LoopArguments(SharedArguments):
         1.0, "gradients longer than this (L2 norm of all of them) are scaled down; 0: never"
     )
 
-    schedule: str = _setting("cosine", "learning rate over the run: constant, linear, cosine or wsd")
+    schedule: str = _shared("schedule", "cosine")
     warmup_steps: float = _setting(0.02, "steps of linear warm-up; below 1: that fraction of the run")
-    decay_fraction: float = _setting(0.2, "last part of the run in which wsd decays, as a fraction of all steps")
     min_lr_ratio: float = _setting(0.0, "learning rate at the end of the decay, as a fraction of the peak")
 
     logging_steps: int = _setting(10, "steps between two lines of history.jsonl")
-    eval_steps: int = _setting(0, "steps between two evaluations; 0: at the end only")
-    save_steps: int = _setting(0, "steps between two checkpoints; 0: at the end only")
+    eval_steps: int = _shared("eval_steps", 0)
+    save_steps: int = _shared("save_steps", 0)
     save_total_limit: int = _setting(2, "newest checkpoints to keep; 0: all")
 
-    precision: str = _setting(
-        "auto", "fp32, bf16 or fp16 autocast; auto: bf16 on GPUs and CPUs that have instructions for it, else fp32"
-    )
+    precision: str = _shared("precision", "auto")
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass: less memory, slower")
     torch_compile: bool = _setting(False, "compile the model with torch.compile before the first step")
     nonfinite: str = _setting("stop", "a step whose loss or gradient is not finite is never applied: stop, or skip it")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check([*self._wrong_choices(), *self._wrong_numbers(), *self.wrong_settings()])
 
-    def _wrong_choices(self):
-        choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS, "nonfinite": NONFINITE}
-        for name, allowed in choices.items():
+    def _wrong_choices(self) -> Iterator[str]:
+        for name, allowed in {"optimizer": OPTIMIZERS, "nonfinite": NONFINITE}.items():
             value = vars(self)[name]
             if value not in allowed:
                 yield f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}"
 
-    def _wrong_numbers(self):
-        at_least = {"batch_size": 1, "logging_steps": 1, "micro_batch_size": 0, "eval_steps": 0, "save_steps": 0}
-        at_least |= {"save_total_limit": 0, "learning_rate": 0, "weight_decay": 0, "adam_epsilon": 0}
-        at_least |= {"max_grad_norm": 0, "warmup_steps": 0, "min_lr_ratio": 0, "decay_fraction": 0, "seed": 0}
-        for name, lowest in at_least.items():
-            if not lowest <= vars(self)[name] < math.inf:
-                yield f"{name}={vars(self)[name]} is out of range; give a number of at least {lowest}"
+    def _wrong_numbers(self) -> Iterator[str]:
+        at_least = {"logging_steps": 1, "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0}
+        at_least |= {"adam_epsilon": 0, "max_grad_norm": 0, "warmup_steps": 0, "min_lr_ratio": 0, "seed": 0}
+        yield from _too_low(self, at_least)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= vars(self)[name] < 1:
                 yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0 and below 1"
-        for name in ("decay_fraction", "min_lr_ratio"):
-            if vars(self)[name] > 1:
-                yield f"{name}={vars(self)[name]} is a fraction; give a number from 0 to 1"
+        if self.min_lr_ratio > 1:
+            yield f"min_lr_ratio={self.min_lr_ratio} is a fraction; give a number from 0 to 1"
         if self.early_stopping_patience and not self.eval_steps:
             yield f"early_stopping_patience={self.early_stopping_patience} needs evaluations; set eval_steps"
-        if self.num_train_steps < 1 and self.num_train_steps != -1:
-            yield f"num_train_steps={self.num_train_steps} is out of range; give at least 1, or -1 for whole epochs"
         if self.num_train_steps == -1 and not 0 < self.num_train_epochs < math.inf:
             yield f"num_train_epochs={self.num_train_epochs} is out of range; give a number above 0"
 
     @property
     def batching(self) -> dict[str, int]:
-        """What decides which rows make a step, and how they are cut."""
+        """Which rows make a step, and how they are cut: arguments of `Objective.train_batches`."""
         return {"batch_size": self.batch_size, "micro_batch_size": self.micro_batch_size, "seed": self.seed}
 
     def total_steps(self, steps_per_epoch: int | float) -> int:

@@ -3,11 +3,15 @@
 Source: Polyak & Juditsky 1992 (averaging); the warm-up of the decay is that of TensorFlow's ExponentialMovingAverage.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+
+from bmtk.errors import UserError
 
 AVERAGES = "averages.safetensors"  # the state's file in a checkpoint
 NUM_UPDATES = "num_updates"  # beside the averages in a state
@@ -16,7 +20,7 @@ NUM_UPDATES = "num_updates"  # beside the averages in a state
 class WeightAverage:
     """The average of trained weights: average <- d average + (1 - d) weights, with d = min(decay, (1 + t) / (10 + t)).
 
-    t counts the updates, so that the first weights, which nobody trained, are soon forgotten.  Averages are kept in
+    t counts the updates, so that the initial weights soon lose their influence.  Averages are kept in
     float32 at least.  Buffers are not averaged: a BatchNorm's statistics are those that the raw weights' maps gave.
     """
 
@@ -27,8 +31,8 @@ class WeightAverage:
         self.num_updates = torch.zeros((), dtype=torch.int64, device=next(iter(self.averages)).device)
 
     @torch.no_grad()
-    def update(self, *, unless: torch.Tensor | bool = False):
-        """Take the weights of one more update in, `unless` it was not applied; a tensor is not read by the host."""
+    def update(self, *, unless: torch.Tensor | bool = False) -> None:
+        """Add the weights after one more update, `unless` it was not applied; a tensor is not read by the host."""
         applied = ~unless if isinstance(unless, torch.Tensor) else not unless
         self.num_updates += applied
         t = self.num_updates.double()
@@ -38,7 +42,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model have the averages while the body runs, and its own weights again afterwards."""
+        """Put the averages into the model while the body runs, and its own weights again afterwards."""
         raw = [parameter.detach().clone() for parameter in self.averages]
         self.apply()
         try:
@@ -46,7 +50,7 @@ class WeightAverage:
         finally:
             _copy(self.averages, raw)
 
-    def apply(self):
+    def apply(self) -> None:
         """Put the averages into the model, for good."""
         _copy(self.averages, self.averages.values())
 
@@ -55,11 +59,11 @@ class WeightAverage:
         averages = {self.names[parameter]: average.contiguous() for parameter, average in self.averages.items()}
         return {**averages, NUM_UPDATES: self.num_updates}
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]):
-        """Take over a state made by `state_dict`.  Raises: ValueError if it is another model's."""
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over a state made by `state_dict`.  Raises: UserError if it is another model's."""
         if state.keys() != self.state_dict().keys():
             others = sorted(state.keys() ^ self.state_dict().keys())
-            raise ValueError(
+            raise UserError(
                 f"the averaged weights are those of another model: {', '.join(others[:3])}; resume with the model "
                 "that was saved"
             )
@@ -67,8 +71,16 @@ class WeightAverage:
         for parameter, average in self.averages.items():
             average.copy_(state[self.names[parameter]])
 
+    def save(self, folder: Path) -> None:
+        """Write the state into the folder of a checkpoint."""
+        save_file(self.state_dict(), folder / AVERAGES)
+
+    def load(self, folder: Path) -> None:
+        """Take over the state in the folder of a checkpoint."""
+        self.load_state_dict(load_file(folder / AVERAGES))
+
 
 @torch.no_grad()
-def _copy(targets, sources):
+def _copy(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)  # in place: a recurrent layer on a GPU has all its weights in one piece of memory

@@ -1,6 +1,6 @@
 """The batches of several processes that train together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from torch.utils.data import BatchSampler, Sampler
@@ -17,7 +17,7 @@ class EvenBatchSampler(BatchSampler):
     [[0, 1], [2, 3], [4], [5, 6]]
     """
 
-    def __init__(self, sampler: Sampler | range, batch_size: int, drop_last: bool, *, num_processes: int):
+    def __init__(self, sampler: Sampler[int] | Iterable[int], batch_size: int, drop_last: bool, *, num_processes: int):
         super().__init__(sampler, batch_size, drop_last)
         self.num_processes = num_processes
 

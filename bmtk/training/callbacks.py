@@ -1,34 +1,27 @@
 """What fine-tuning with `transformers.Trainer` shares with the project's own loop: history, guard, orderly stop."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bmtk.errors import UserError
+
+from .averaging import WeightAverage
+from .gradients import gradient_norm
 from .history import History
 from .signals import Stopped, StopRequest
+from .trainer_patches import SetEpoch  # noqa: F401  TEMPORARY: tests/tasks import it from here
 
 PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test/"}
 NOT_RECORDED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
-class SetEpoch(TrainerCallback):
-    """Tells the rows which epoch it is.
-
-    accelerate's loaders do so only where no sampler wants to know it: neither in a resumed epoch nor on several
-    processes.
-    """
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.rows.set_epoch(int((state.epoch or 0) + 1e-6))  # a fraction where a run goes on
-
-
 class RecordHistory(TrainerCallback):
-    """Writes what Trainer logs to `history.jsonl`, in the words of the project's own loop."""
+    """Writes what Trainer logs to `history.jsonl`, under the names of the project's own loop."""
 
     def __init__(self, directory: str | Path, *, unit: str = "tokens"):
         self.history = History(directory)
@@ -36,13 +29,17 @@ class RecordHistory(TrainerCallback):
         self.seconds = 0.0  # of training, with the time before a resumption
         self.units = 0
         self.is_training = False
+        self.started = 0.0  # by the clock, less the seconds before a resumption
+        self.last_units, self.last_time = 0, 0.0  # when the last line was written
 
     @property
     def throughput(self) -> dict[str, float]:
         """Mean speed of the whole run, evaluations and checkpoints included."""
         return {f"{self.unit}_per_second": self.units / self.seconds} if self.units and self.seconds else {}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero:
             return
         self.history.cut(after=state.global_step)
@@ -51,18 +48,28 @@ class RecordHistory(TrainerCallback):
         self.last_units, self.last_time = state.num_input_tokens_seen, time.monotonic()
         self.is_training = True
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.is_training:
             self.seconds = time.monotonic() - self.started
             self.units = state.num_input_tokens_seen
         self.is_training = False
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert logs is not None
         record = self._training(state, logs) if "loss" in logs else recorded_metrics(logs)
         if record and self.is_training:
             self.history.append({"step": state.global_step, **record})
 
-    def _training(self, state, logs: dict) -> dict:
+    def _training(self, state: TrainerState, logs: Mapping[str, float]) -> dict[str, float]:
         if not self.is_training:  # only the main process has a clock
             return {}
         now = time.monotonic()
@@ -73,7 +80,7 @@ class RecordHistory(TrainerCallback):
         return {**values, **(speed if units else {}), "seconds": now - self.started}
 
 
-def recorded_metrics(logs: dict[str, float]) -> dict[str, float]:
+def recorded_metrics(logs: Mapping[str, float]) -> dict[str, float]:
     """Trainer's `eval_accuracy` as `validation/accuracy`; its timings and everything else are left out."""
     return {
         new + key.removeprefix(old): value
@@ -86,8 +93,15 @@ def recorded_metrics(logs: dict[str, float]) -> dict[str, float]:
 class ProgressBar(ProgressCallback):
     """Trainer's progress bar with the last loss beside it, and a line for each evaluation."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or not state.is_world_process_zero or self.training_bar is None:
             return
         if "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.1e}", refresh=False)
@@ -98,26 +112,40 @@ class ProgressBar(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: {words}")
 
 
+class HasAverage(Protocol):
+    """A trainer that may keep an average of the weights."""
+
+    average: WeightAverage | None
+
+
 class AverageWeights(TrainerCallback):
     """Keeps the trainer's average of the weights up to date, and leaves it in the model at the end."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: HasAverage):
         self.trainer = trainer
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.trainer.average.update(unless=optimizer.step_was_skipped)
+    @property
+    def average(self) -> WeightAverage:
+        """The trainer makes it with the optimizer, after the callbacks."""
+        assert self.trainer.average is not None
+        return self.trainer.average
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.average.apply()
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.average.update(unless=optimizer.step_was_skipped)
 
-
-class StopEarly(EarlyStoppingCallback):
-    """transformers' EarlyStoppingCallback, which a resumed run would let count anew."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        stored = state.stateful_callbacks[type(self).__name__]["attributes"]
-        self.early_stopping_patience_counter = stored["early_stopping_patience_counter"]
-        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint:  # Trainer has loaded the raw weights from it
+            self.average.load(Path(state.best_model_checkpoint))
+        self.average.apply()
 
 
 class StopOnNonFinite(TrainerCallback):
@@ -126,11 +154,17 @@ class StopOnNonFinite(TrainerCallback):
     Under fp16 a gradient that overflows is normal, and the gradient scaler skips the step.
     """
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if args.fp16 or not gradients or torch.nn.utils.get_total_norm(gradients).isfinite():
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.fp16 or gradient_norm(parameter.grad for parameter in model.parameters()).isfinite():
             return
-        raise ValueError(
+        raise UserError(
             f"step {state.global_step + 1}: the gradient is not finite, so it was not applied and nothing was saved; "
             f"lower learning_rate={args.learning_rate}, or look for broken rows (checkpoints made before are whole)"
         )
@@ -141,24 +175,28 @@ class StopOnRequest(TrainerCallback):
 
     def __init__(self, request: StopRequest):
         self.request = request
-        self.is_asked = False
+        self.is_asked = False  # some process got a signal
         self.is_due = False  # the next save is the last
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.is_asked = self._any_process_was_asked(args)
-        # at the end of an epoch, the evaluation that is due there belongs into the checkpoint
+        # at the end of an epoch, the evaluation that is due there is to be part of the checkpoint
         self.is_due = self.is_asked and state.epoch % 1 != 0
         control.should_save |= self.is_due
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.is_due = self.is_asked
         control.should_save |= self.is_due
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_due:
             raise Stopped(self.request.exit_code)
 
-    def _any_process_was_asked(self, args) -> bool:
+    def _any_process_was_asked(self, args: TrainingArguments) -> bool:
         asked = self.request.signal_number != 0
         if not torch.distributed.is_initialized():
             return asked

@@ -10,7 +10,7 @@
         manifest.json                                           size and sha256 of every file above
 
 A checkpoint is written beside its final place, flushed to the disk, listed in the manifest and then renamed, so a
-folder with its final name is whole, unless the disk has damaged it later: then its manifest tells, and it is passed
+folder with its final name is whole, unless the disk has damaged it later: its manifest shows that, and it is passed
 over. Nothing is pickled.
 """
 
@@ -18,21 +18,26 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .averaging import AVERAGES
-from .manifest import PARTIAL, damages, delete_partial, files, flush, write_json, written_whole
-from .optimizers import NamedOptimizer
+from bmtk.errors import UserError
+from bmtk.files import PARTIAL, delete_partial, flush
+
+from .manifest import damages, dump_json, files, written_whole
+from .prepared import Prepared
+from .resume import newest_whole, numbered
 from .rng_state import rng_state
+from .run_folder import CHECKPOINTS
 from .tbptt import TBPTTState
 
 logger = logging.getLogger(__name__)
@@ -41,14 +46,21 @@ RUN_STATE = "training_state"
 CARRIED = "carried.safetensors"
 
 
+class Processor(Protocol):
+    """A tokenizer, image processor or feature extractor."""
+
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Write its files into a folder."""
+
+
 @dataclass
 class TrainState:
-    """How far a run is.  Steps are counted from 1 when they are told: `step` of them are done."""
+    """How far a run is.  Steps are counted from 1: `step` of them are done."""
 
     step: int = 0
     tokens: int = 0  # units of throughput so far (of a language model its tokens), of all processes
     seconds: float = 0.0  # of training, without evaluations and checkpoints
-    metrics: dict = field(default_factory=dict)  # of the last evaluation
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     evaluated_step: int = -1  # when that was
     best: float | None = None  # value of the main metric, where a run may end early
     best_step: int = 0  # when that was
@@ -60,15 +72,42 @@ class TrainState:
     recurrent: TBPTTState | None = None  # recurrent state of this process's rows, where steps go on from it
 
 
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run: the functions of this module, for its folder."""
+
+    directory: str | Path
+    prepared: Prepared
+    processor: Processor | None = None
+    config: Mapping[str, object] | None = None  # resolved configuration of the run
+    keep: int = 0  # newest checkpoints that are not deleted; 0: all
+
+    def newest(self) -> Path | None:
+        """See `newest_checkpoint`."""
+        return newest_checkpoint(self.directory)
+
+    def load(self, folder: Path) -> TrainState:
+        """See `load_checkpoint`."""
+        return load_checkpoint(folder, self.prepared)
+
+    def save(self, state: TrainState) -> Path:
+        """See `save_checkpoint`."""
+        return save_checkpoint(
+            self.directory, state, self.prepared, processor=self.processor, config=self.config, keep=self.keep
+        )
+
+    def load_best(self, state: TrainState) -> None:
+        """See `load_best`."""
+        load_best(self.directory, state, self.prepared)
+
+
 def save_checkpoint(
     directory: str | Path,
     state: TrainState,
+    prepared: Prepared,
     *,
-    model: torch.nn.Module,
-    optimizer: NamedOptimizer,
-    accelerator: Accelerator,
-    processor=None,
-    config: dict | None = None,
+    processor: Processor | None = None,
+    config: Mapping[str, object] | None = None,
     keep: int = 0,
 ) -> Path:
     """Write `<directory>/checkpoints/step-<step>`, then delete all but best and `keep` newest (0: none is deleted).
@@ -77,16 +116,16 @@ def save_checkpoint(
 
     Raises: OSError if it cannot be written; older checkpoints are then untouched, and nothing of this one is left.
     """
-    final = Path(directory) / "checkpoints" / f"step-{state.step:08d}"
+    final, accelerator = Path(directory) / CHECKPOINTS / f"step-{state.step:08d}", prepared.accelerator
     randomness = _rng_states_of_all(accelerator)
     carried = accelerator.gather(state.recurrent.rows).cpu() if state.recurrent else None
     if accelerator.is_main_process and damages(final):
-        with written_whole(final, num_bytes=_num_bytes(model, optimizer)) as folder:
-            _write_model(folder, model, processor)
-            _write_state(folder / RUN_STATE, state, optimizer, accelerator, randomness)
+        with written_whole(final, num_bytes=_num_bytes(prepared)) as folder:
+            _write_model(folder, prepared.unwrapped, processor)
+            _write_state(folder / RUN_STATE, state, prepared, randomness)
             if carried is not None:
                 save_file({"rows": carried}, folder / RUN_STATE / CARRIED)
-            write_json(folder / RUN_STATE / "config.json", config or {})
+            dump_json(folder / RUN_STATE / "config.json", dict(config or {}))
         _delete_old(final.parent, state, keep=keep)
     accelerator.wait_for_everyone()
     return final
@@ -97,37 +136,32 @@ def newest_checkpoint(directory: str | Path) -> Path | None:
 
     Damaged ones are named in a warning and passed over.
 
-    Raises: ValueError if there are checkpoints, and all of them are damaged.
+    Raises: UserError if there are checkpoints, and all of them are damaged.
     """
-    reports = []
-    for folder in reversed(_checkpoints(Path(directory) / "checkpoints")):
-        problems = damages(folder)
-        if not problems:
-            return folder
-        reports.append(f"{folder} is damaged: {'; '.join(problems)}")
-        logger.warning("%s; it is passed over", reports[-1])
-    if reports:
-        raise ValueError(
+    newest, passed_over = newest_whole(numbered(Path(directory) / CHECKPOINTS, "step-"), damages)
+    reports = [f"{folder} is damaged: {'; '.join(problems)}" for folder, problems in passed_over.items()]
+    for report in reports:
+        logger.warning("%s; it is passed over", report)
+    if reports and newest is None:
+        raise UserError(
             "no checkpoint of this run is whole:\n  " + "\n  ".join(reports) + "\nrestore one of them from a copy, or "
             "delete the folder (or set overwrite_output_dir) to start the run anew"
         )
-    return None
+    return newest
 
 
-def load_checkpoint(
-    folder: str | Path, *, model: torch.nn.Module, optimizer: NamedOptimizer, accelerator: Accelerator
-) -> TrainState:
+def load_checkpoint(folder: str | Path, prepared: Prepared) -> TrainState:
     """Put weights, optimizer and fp16 scale back, and return the state that the loop goes on from.
 
     The folder must be whole (see `newest_checkpoint`).  With another number of processes than the run had, the order
     of the data stays the same, but dropout draws other numbers; a warning says so.
     """
-    run_state = Path(folder) / RUN_STATE
+    run_state, optimizer, accelerator = Path(folder) / RUN_STATE, prepared.optimizer, prepared.accelerator
     stored = json.loads((run_state / "state.json").read_text(encoding="utf-8"))
-    _load_weights(Path(folder), model)
+    _load_weights(Path(folder), prepared.unwrapped)
     optimizer.load_state_dict({"state": _by_parameter(load_file(run_state / "optimizer.safetensors"))})
     if optimizer.average:
-        optimizer.average.load_state_dict(load_file(run_state / AVERAGES))
+        optimizer.average.load(run_state)
     if accelerator.scaler is not None and stored["scaler"]:
         accelerator.scaler.load_state_dict(stored["scaler"])
     state = TrainState(**stored["progress"])
@@ -143,26 +177,26 @@ def load_checkpoint(
         rows = load_file(run_state / CARRIED)["rows"].to(accelerator.device)
         state.recurrent = TBPTTState(rows.tensor_split(accelerator.num_processes)[accelerator.process_index])
     if accelerator.process_index < stored["num_processes"]:
-        rows = load_file(run_state / "randomness.safetensors")
-        state.rng_state = {name: row[accelerator.process_index].clone() for name, row in rows.items()}
+        of_all = load_file(run_state / "randomness.safetensors")
+        state.rng_state = {name: rows[accelerator.process_index].clone() for name, rows in of_all.items()}
     return state
 
 
-def load_best(directory: str | Path, state: TrainState, *, model: torch.nn.Module, optimizer: NamedOptimizer):
+def load_best(directory: str | Path, state: TrainState, prepared: Prepared) -> None:
     """Put the weights of the best evaluation into the model; the averaged ones, if the run averages.
 
-    Raises: ValueError if its checkpoint is damaged.
+    Raises: UserError if its checkpoint is damaged.
     """
-    folder = Path(directory) / "checkpoints" / f"step-{state.best_step:08d}"
+    folder = Path(directory) / CHECKPOINTS / f"step-{state.best_step:08d}"
     if problems := damages(folder):
-        raise ValueError(f"the best checkpoint {folder} is damaged: {'; '.join(problems)}; restore it, or start anew")
-    _load_weights(folder, model)
-    if optimizer.average:
-        optimizer.average.load_state_dict(load_file(folder / RUN_STATE / AVERAGES))
-        optimizer.average.apply()
+        raise UserError(f"the best checkpoint {folder} is damaged: {'; '.join(problems)}; restore it, or start anew")
+    _load_weights(folder, prepared.unwrapped)
+    if average := prepared.optimizer.average:
+        average.load(folder / RUN_STATE)
+        average.apply()
 
 
-def save_model(directory: str | Path, model: torch.nn.Module, processor=None):
+def save_model(directory: str | Path, model: PreTrainedModel, processor: Processor | None = None) -> None:
     """Put the model (with its code) and its processor into `directory`, which from_pretrained then reads.
 
     Every file is written beside and renamed, config.json last: until the end there is no model to load, or the former
@@ -184,48 +218,46 @@ def save_model(directory: str | Path, model: torch.nn.Module, processor=None):
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write_model(folder: Path, model: torch.nn.Module, processor):
-    unwrapped = extract_model_from_parallel(model, keep_torch_compile=False)
+def _write_model(folder: Path, model: PreTrainedModel, processor: Processor | None) -> None:
     with _no_bars():
-        unwrapped.save_pretrained(folder)
+        model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
 
 
-def _write_state(
-    folder: Path, state: TrainState, optimizer: NamedOptimizer, accelerator: Accelerator, randomness: dict
-):
+def _write_state(folder: Path, state: TrainState, prepared: Prepared, randomness: dict[str, torch.Tensor]) -> None:
+    optimizer, accelerator = prepared.optimizer, prepared.accelerator
     folder.mkdir()
     progress = {name: value for name, value in vars(state).items() if name not in ("rng_state", "recurrent")}
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     stored = {"progress": progress, "num_processes": accelerator.num_processes, "scaler": scaler}
-    write_json(folder / "state.json", stored)
+    dump_json(folder / "state.json", stored)
     by_parameter = optimizer.state_dict()["state"]
     flat = {f"{key}/{name}": value for name, values in by_parameter.items() for key, value in values.items()}
     save_file({name: value.contiguous() for name, value in flat.items()}, folder / "optimizer.safetensors")
     if optimizer.average:
-        save_file(optimizer.average.state_dict(), folder / AVERAGES)
+        optimizer.average.save(folder)
     save_file(randomness, folder / "randomness.safetensors")
 
 
 def _by_parameter(flat: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Turn {"exp_avg/weight": tensor} into {"weight": {"exp_avg": tensor}}."""
-    state = {}
+    state: dict[str, dict[str, torch.Tensor]] = {}
     for flat_name, value in flat.items():
         key, _, name = flat_name.partition("/")
         state.setdefault(name, {})[key] = value
     return state
 
 
-def _load_weights(folder: Path, model: torch.nn.Module):
+def _load_weights(folder: Path, model: PreTrainedModel) -> None:
     """Read the weights with from_pretrained, which knows shards, ties and renamed keys, and copy them bit by bit."""
-    unwrapped = extract_model_from_parallel(model, keep_torch_compile=False)
     with _no_bars():
-        stored, facts = type(unwrapped).from_pretrained(folder, dtype=unwrapped.dtype, output_loading_info=True)
+        loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    stored, facts = loaded
     wrong = {kind: names for kind, names in facts.items() if names}
     if wrong:
-        raise ValueError(f"the weights in {folder} do not fit {type(unwrapped).__name__}: {wrong}")
-    unwrapped.load_state_dict(stored.state_dict())
+        raise UserError(f"the weights in {folder} do not fit {type(model).__name__}: {wrong}")
+    model.load_state_dict(stored.state_dict())
 
 
 @contextmanager
@@ -246,14 +278,9 @@ def _rng_states_of_all(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     return {name: accelerator.gather(value).cpu() for name, value in own.items()}
 
 
-def _checkpoints(directory: Path) -> list[Path]:
-    """Folders of checkpoints, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdigit())
-
-
-def _delete_old(directory: Path, state: TrainState, *, keep: int):
+def _delete_old(directory: Path, state: TrainState, *, keep: int) -> None:
     """Keep the best and the `keep` newest up to now; a later one is damaged, or it would have been resumed."""
-    up_to_now = [folder for folder in _checkpoints(directory) if _step(folder) <= state.step]
+    up_to_now = [folder for folder in reversed(numbered(directory, "step-")) if _step(folder) <= state.step]
     for folder in (old for old in up_to_now[:-keep] if _step(old) != state.best_step) if keep else []:
         # A kill while deleting must not leave half a checkpoint with its final name.
         os.replace(folder, folder.with_name(f"{PARTIAL}{folder.name}"))
@@ -264,7 +291,11 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _num_bytes(model: torch.nn.Module, optimizer: NamedOptimizer) -> int:
-    tensors = [*model.state_dict().values(), *(t for state in optimizer.state.values() for t in state.values())]
+def _num_bytes(prepared: Prepared) -> int:
+    optimizer = prepared.optimizer
+    tensors = [
+        *prepared.model.state_dict().values(),
+        *(t for state in optimizer.state.values() for t in state.values()),
+    ]
     tensors += optimizer.average.state_dict().values() if optimizer.average else []
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -3,8 +3,11 @@
 import json
 import logging
 import math
-import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from bmtk.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -15,14 +18,14 @@ class History:
     def __init__(self, directory: str | Path):
         self.path = Path(directory) / "history.jsonl"
 
-    def append(self, record: dict):
+    def append(self, record: Mapping[str, Any]) -> None:
         """Add one line; a number that JSON does not know (nan, inf) becomes null."""
         known = {key: None if _is_unknown(value) else value for key, value in record.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(known, allow_nan=False) + "\n")
 
-    def read(self) -> list[dict]:
+    def read(self) -> list[dict[str, Any]]:
         """Return all whole lines; a line that a kill has cut short is left out with a warning."""
         if not self.path.exists():
             return []
@@ -34,15 +37,13 @@ class History:
                 logger.warning("%s: line %d is not whole and is left out", self.path, number)
         return records
 
-    def cut(self, *, after: int):
+    def cut(self, *, after: int) -> None:
         """Drop the lines of steps later than `after`, which a resumed run will write again."""
         if not self.path.exists():
             return
         kept = [record for record in self.read() if record["step"] <= after]
-        beside = self.path.with_suffix(".jsonl.partial")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(beside, self.path)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _is_unknown(value) -> bool:
+def _is_unknown(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)

@@ -1,27 +1,30 @@
 """How deep below the head a weight lies, in any model, and learning rates that fall with the depth."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from bmtk.errors import UserError
 
-def depths(model: PreTrainedModel | PeftModel, *, asked_by: str) -> dict[nn.Parameter, int]:
+
+def depths(model: PreTrainedModel | PeftModel, *, setting: str) -> dict[nn.Parameter, int]:
     """The depth of each parameter: 0 in the head and behind the layers, 1 in the last of n layers, n + 1 in the stem.
 
     Layers are the members of a list of modules, the one that holds most weights.  A model of several stacks (encoder
     and decoder, image and text) has such a list in each, and each counts its own.  A table shared with the head is a
-    stem's.  Raises: ValueError if there is no list of layers, naming the setting it is `asked_by`.
+    stem's.  Raises: UserError that names the `setting` which needs them if there is no list of layers.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    trunk = whole.base_model
+    trunk: Any = whole.base_model
     found = dict.fromkeys(whole.parameters(), 0)
-    models = {module for module in trunk.modules() if isinstance(module, PreTrainedModel)}
+    models: set[nn.Module] = {module for module in trunk.modules() if isinstance(module, PreTrainedModel)}
     stacks = list(_stacks(trunk, {module for module in models if any(_lists(module, models))}))
     if not stacks:
-        raise ValueError(f"{asked_by} needs a list of layers (nn.ModuleList), and a {type(whole).__name__} has none")
+        raise UserError(f"{setting} needs a list of layers (nn.ModuleList), and a {type(whole).__name__} has none")
     for stack in stacks:
         for parameter, depth in _depths_in(stack, apart=set(stacks)):
             found[parameter] = max(found[parameter], depth)
@@ -76,7 +79,18 @@ def _num_weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def decay_rates(optimizer: torch.optim.Optimizer, depth: Mapping[nn.Parameter, int], decay: float):
+def decay_rates_by_depth(
+    optimizers: Iterable[torch.optim.Optimizer], model: PreTrainedModel | PeftModel, decay: float
+) -> None:
+    """`decay_rates` of several optimizers of one model; nothing where `layer_lr_decay` is 1.  Errors: as `depths`."""
+    if decay == 1:
+        return
+    depth = depths(model, setting=f"layer_lr_decay={decay}")
+    for optimizer in optimizers:
+        decay_rates(optimizer, depth, decay)
+
+
+def decay_rates(optimizer: torch.optim.Optimizer, depth: Mapping[nn.Parameter, int], decay: float) -> None:
     """Multiply the learning rate of each parameter by decay ** depth; groups are split for it, the head's come first.
 
     Source: Clark et al. 2020, arXiv:2003.10555, section 3.1; the count of depths: Bao et al. 2021, arXiv:2106.08254.

@@ -11,18 +11,21 @@ import numpy as np
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from bmtk.errors import UserError
 
 from .arguments import LoopArguments
-from .loop import prepare
-from .optimizers import NamedOptimizer
+from .prepared import Prepared, prepare
+from .protocols import Objective, TrainBatches
 from .tbptt import tbptt_state
-from .updates import Updater
+from .updates import Losses, Updater
 
 LOWEST, HIGHEST = 1e-3, 1e3  # times the configured learning rate
 NUM_STEPS = 120
-HOPELESS = 3.0  # the test ends where the loss is so many times the lowest one
+HOPELESS = 3.0  # the test ends where the loss is this many times the lowest one
 SMOOTHING = 0.9  # of an exponential moving average over the steps
-SAFETY = 10.0  # the suggestion lies so far below the rate at which the loss was lowest
+SAFETY = 10.0  # the rate at which the loss was lowest, divided by this, is suggested
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,12 @@ class RangeTest:
         figure.savefig(path, bbox_inches="tight")
 
 
-def suggest_rate(task, model, args: LoopArguments, accelerator: Accelerator) -> str:
-    """Run the test on a task's training rows; return what it found, in words, and draw it into `args.output_dir`."""
-    wrapped, optimizer = prepare(model, args, accelerator)
+def suggest_rate(objective: Objective, model: PreTrainedModel, args: LoopArguments, accelerator: Accelerator) -> str:
+    """Run the test on the training rows; return its result in words, and draw it into `args.output_dir`."""
+    prepared = prepare(model, args, accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    batches = task.train_batches(**args.batching, **ranks)
-    found = range_test(wrapped, batches, optimizer, accelerator, **task.losses)
+    batches = objective.train_batches(**args.batching, **ranks)
+    found = range_test(prepared, batches, Losses.of(objective))
     picture = Path(args.output_dir) / "learning_rate.svg"
     if accelerator.is_main_process:
         found.draw(picture)
@@ -67,16 +70,19 @@ def suggest_rate(task, model, args: LoopArguments, accelerator: Accelerator) -> 
     )
 
 
-def range_test(model, batches, optimizer: NamedOptimizer, accelerator: Accelerator, **losses: object) -> RangeTest:
-    """Train `model` (which is spoilt by it) for a while at growing rates; `losses` are the Updater's own arguments.
+def range_test(prepared: Prepared, batches: TrainBatches, losses: Losses) -> RangeTest:
+    """Train a model (which is spoilt by it) for a while at growing rates.
 
     All groups of the optimizer grow together, in the proportions of the configuration; the rates are the first's.
-    Raises: ValueError if no step gave a finite loss.
+    Raises: UserError if no step gave a finite loss.
     """
-    updater = Updater(model, optimizer, accelerator, max_grad_norm=0.0, recurrent=tbptt_state(batches), **losses)
+    optimizer, accelerator = prepared.optimizer, prepared.accelerator
+    updater = Updater(prepared, losses, max_grad_norm=0.0, recurrent=tbptt_state(batches))
     factors = np.geomspace(LOWEST, HIGHEST, NUM_STEPS)
-    rates, smoothed, average = [], [], 0.0
-    model.train()
+    rates: list[float] = []
+    smoothed: list[float] = []
+    average = 0.0
+    prepared.model.train()
     hidden = not accelerator.is_main_process
     for step, factor in enumerate(tqdm(factors, desc="learning-rate range test", leave=False, disable=hidden)):
         for group in optimizer.param_groups:
@@ -91,5 +97,5 @@ def range_test(model, batches, optimizer: NamedOptimizer, accelerator: Accelerat
         if smoothed[-1] > HOPELESS * min(smoothed):
             break
     if not rates:
-        raise ValueError("the first step of the range test has no finite loss; look at the data, or lower the rate")
+        raise UserError("the first step of the range test has no finite loss; look at the data, or lower the rate")
     return RangeTest(rates, smoothed)

@@ -5,17 +5,33 @@ to Muon and everything else to AdamW: an embedding's rows and an output head's r
 one, so making their update orthogonal means nothing (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .arguments import LoopArguments
+from bmtk.errors import UserError
+
 from .averaging import WeightAverage
-from .layers import decay_rates, depths
+from .layers import decay_rates_by_depth
+
+
+class OptimizerSettings(Protocol):
+    """What an optimizer is made of: LoopArguments, or FineTuningArguments with an `optimizer`."""
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    muon_learning_rate: float
+    sgd_momentum: float
+    layer_lr_decay: float
 
 
 class NamedOptimizer(torch.optim.Optimizer):
@@ -29,16 +45,17 @@ class NamedOptimizer(torch.optim.Optimizer):
         # The parent's constructor would make param_groups of its own; ours are shared with the optimizers inside.
         self.optimizers = optimizers
         self.names = names
-        self.average: WeightAverage | None = None  # of the weights that are stepped; whoever steps updates it
-        self.defaults = {}
+        self.average: WeightAverage | None = None  # of the weights; whoever calls `step` updates it
+        self.defaults: dict[str, Any] = {}
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
 
     @property
-    def state(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+    def state(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:  # type: ignore[override]
         """State of every parameter that has been stepped."""
-        return {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
+        states = (cast(dict[nn.Parameter, Any], optimizer.state) for optimizer in self.optimizers)
+        return {parameter: state for each in states for parameter, state in each.items()}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -50,31 +67,32 @@ class NamedOptimizer(torch.optim.Optimizer):
         """Whether `skip_if` works: fused AdamW reads the flag in its kernel, Muon knows no such flag."""
         return all(isinstance(optimizer, torch.optim.AdamW) for optimizer in self.optimizers)
 
-    def skip_if(self, flag: torch.Tensor | None):
+    def skip_if(self, flag: torch.Tensor | None) -> None:
         """Make the next steps do nothing where `flag` (0-dim float, 0 or 1, on the device) is 1; None ends that."""
         for optimizer in self.optimizers:
-            optimizer.found_inf, optimizer.grad_scale = flag, None
+            fused = cast(Any, optimizer)  # what torch's GradScaler sets, too
+            fused.found_inf, fused.grad_scale = flag, None
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         loss = None if closure is None else closure()
         for optimizer in self.optimizers:
             optimizer.step()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True):
-        """Forget the gradients."""
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=set_to_none)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return {"state": {parameter name: {key: tensor}}}; settings come from the run's arguments, not from here."""
         return {"state": {self.names[parameter]: dict(state) for parameter, state in self.state.items()}}
 
-    def load_state_dict(self, state_dict: dict):
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state made by `state_dict`.
 
-        Raises: ValueError if it holds parameters or shapes that this model does not have.
+        Raises: UserError if it holds parameters or shapes that this model does not have.
         """
         given = dict(state_dict["state"])
         for optimizer in self.optimizers:
@@ -84,7 +102,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 if state is not None:
                     optimizer.state[parameter] = _placed(state, parameter, self.names[parameter])
         if given:
-            raise ValueError(
+            raise UserError(
                 f"the optimizer state holds parameters that the model does not train: {', '.join(sorted(given))}; "
                 "resume with the model that was saved"
             )
@@ -93,7 +111,7 @@ class NamedOptimizer(torch.optim.Optimizer):
 def _placed(state: dict[str, torch.Tensor], parameter: nn.Parameter, name: str) -> dict[str, torch.Tensor]:
     for key, value in state.items():
         if value.ndim and value.shape != parameter.shape:
-            raise ValueError(
+            raise UserError(
                 f"optimizer state {key} of {name} has the shape {tuple(value.shape)}, the parameter has "
                 f"{tuple(parameter.shape)}; resume with the model that was saved"
             )
@@ -107,7 +125,8 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
@@ -120,15 +139,16 @@ class Muon(torch.optim.Muon):
                 for parameter, direction in zip(parameters, orthogonal(updates, group), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-rate)
 
-    def _momentum(self, parameter: nn.Parameter, group: dict) -> torch.Tensor:
+    def _momentum(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor:
         """The gradient after (Nesterov) momentum."""
         gradient = parameter.grad
+        assert gradient is not None
         buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
         buffer.lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
 
 
-def orthogonal(matrices: torch.Tensor, group: dict) -> torch.Tensor:
+def orthogonal(matrices: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
     """Matrices (N, A, B) with their singular values moved to about 1, by the quintic Newton-Schulz iteration.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
@@ -152,29 +172,30 @@ def multiplies_bfloat16_fast(device_type: str) -> bool:
     return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
 
 
-def build_optimizer(model: PreTrainedModel | PeftModel, args: LoopArguments | TrainingArguments) -> NamedOptimizer:
+def build_optimizer(model: PreTrainedModel | PeftModel, args: OptimizerSettings) -> NamedOptimizer:
     """Make the optimizer that `args` name, over the parameters of `model` that require a gradient.
 
-    `args` are the loop's, or Trainer's with the fields of SharedArguments and `optimizer`.
-    Raises: ValueError if nothing is trainable, if Muon finds no matrix, or layer_lr_decay no layers.
+    Raises: UserError if nothing is trainable, if Muon finds no matrix, or layer_lr_decay no layers.
     """
-    whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = trained_parameters(model)
     if not names:
-        raise ValueError("the model has no trainable parameter; set requires_grad on what shall be trained")
+        raise UserError("the model has no trainable parameter; set requires_grad on those that are to be trained")
     hidden = set(_hidden_matrices(whole)) if args.optimizer == "muon" else set()
     rest, matrices = [parameter for parameter in names if parameter not in hidden], set(decayed_matrices(model))
-    optimizers = []
+    optimizers: list[torch.optim.Optimizer] = []
     if rest:
         make = _sgd if args.optimizer == "sgd" else _adamw
         optimizers.append(make(_decay_groups(rest, matrices, args.weight_decay), args))
     if args.optimizer == "muon":
         optimizers.append(_muon([parameter for parameter in names if parameter in hidden], args))
-    if args.layer_lr_decay != 1:
-        depth = depths(model, asked_by=f"layer_lr_decay={args.layer_lr_decay}")
-        for optimizer in optimizers:
-            decay_rates(optimizer, depth, args.layer_lr_decay)
+    decay_rates_by_depth(optimizers, model, args.layer_lr_decay)
     return NamedOptimizer(optimizers, names)
+
+
+def trained_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The parameters that get a gradient, with their names."""
+    return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def decayed_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -183,28 +204,33 @@ def decayed_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad and p.ndim >= 2 and p not in tables]
 
 
-def _decay_groups(parameters: list[nn.Parameter], matrices: set[nn.Parameter], weight_decay: float) -> list[dict]:
+def _decay_groups(
+    parameters: list[nn.Parameter], matrices: set[nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
     decayed = [parameter for parameter in parameters if parameter in matrices]
     others = [parameter for parameter in parameters if parameter not in matrices]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
-def _adamw(groups: list[dict], args) -> torch.optim.AdamW:
+def _adamw(groups: list[dict[str, Any]], args: OptimizerSettings) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
-    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True, **settings)
+    betas = args.adam_beta1, args.adam_beta2
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
 
 
-def _sgd(groups: list[dict], args) -> torch.optim.SGD:
+def _sgd(groups: list[dict[str, Any]], args: OptimizerSettings) -> torch.optim.SGD:
     """SGD with Nesterov momentum; its weight decay is the factor of an L2 penalty, added to the gradient."""
     momentum = args.sgd_momentum
     return torch.optim.SGD(groups, lr=args.learning_rate, momentum=momentum, nesterov=momentum > 0)
 
 
-def _muon(parameters: list[nn.Parameter], args) -> Muon:
+def _muon(parameters: list[nn.Parameter], args: OptimizerSettings) -> Muon:
     if not parameters:
-        raise ValueError("optimizer='muon' found no trainable matrix in the model's linear layers; use 'adamw'")
+        raise UserError("optimizer='muon' found no trainable matrix in the model's linear layers; use 'adamw'")
     return Muon(parameters, lr=args.muon_learning_rate, weight_decay=args.weight_decay)
 
 
@@ -214,9 +240,10 @@ def _hidden_matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     apart = _tables(model) if head is None else _tables(model) | {head.weight}
     for module in model.base_model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module.weight not in apart:
-            yield module.weight
+            yield cast(nn.Parameter, module.weight)
 
 
 def _tables(model: nn.Module) -> set[nn.Parameter]:
     """Lookup tables of tokens, positions and the like."""
-    return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    return {cast(nn.Parameter, weight) for weight in tables}

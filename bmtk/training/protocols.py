@@ -71,6 +71,10 @@ class Objective(Protocol):
         """Tokenizer, image processor or feature extractor, saved with the model; None if it needs none."""
 
     @property
+    def sampled_share(self) -> float:
+        """The part of the training data that `rows` has: below 1 only for the plan of a large corpus."""
+
+    @property
     def keeps_order(self) -> bool:
         """Whether `train_batches` go in an order that means something, so that no other sampler may shuffle them."""
 
@@ -80,7 +84,7 @@ class Objective(Protocol):
     def preview_rows(self) -> Any:
         """The validation rows that are measured while training; all are in the end."""
 
-    def collator(self) -> Callable[[list[dict]], Batch]:
+    def collator(self) -> Callable[[list[dict[str, Any]]], Batch]:
         """Makes a batch of rows."""
 
     def train_batches(self, **sizes: int) -> TrainBatches:

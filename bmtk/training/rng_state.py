@@ -4,14 +4,15 @@ Fixed shapes let the states of all processes be gathered and stored as plain ten
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 
-def seed_process(seed: int, rank: int, step: int):
+def seed_process(seed: int, rank: int, step: int) -> None:
     """Seed python, numpy and torch; every (seed, rank, step) has its own stream."""
     words = np.random.SeedSequence((seed, rank, step)).generate_state(3)
     random.seed(int(words[0]))
@@ -22,7 +23,7 @@ def seed_process(seed: int, rank: int, step: int):
 def rng_state() -> dict[str, torch.Tensor]:
     """Return the states of python's, numpy's, torch's and the current CUDA device's generators."""
     _, python_words, python_gauss = random.getstate()
-    _, numpy_words, position, has_gauss, gauss = np.random.get_state()
+    _, numpy_words, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state())
     state = {
         "python": torch.tensor(python_words, dtype=torch.int64),
         "python_gauss": torch.tensor([python_gauss is not None, python_gauss or 0.0], dtype=torch.float64),
@@ -35,8 +36,8 @@ def rng_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def set_rng_state(state: dict[str, torch.Tensor]):
-    """Put the generators into a state of `random_state`; a CUDA state is ignored where there is no CUDA device."""
+def set_rng_state(state: Mapping[str, torch.Tensor]) -> None:
+    """Put the generators into a state of `rng_state`; a CUDA state is ignored where there is no CUDA device."""
     has_gauss, gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
     position, has_gauss, gauss = state["numpy_gauss"].tolist()
@@ -49,7 +50,7 @@ def set_rng_state(state: dict[str, torch.Tensor]):
 
 @contextmanager
 def preserved_rng_state() -> Iterator[None]:
-    """Let the body draw what it likes; afterwards the generators are as they were."""
+    """Let the body draw random numbers; afterwards the generators are as they were."""
     state = rng_state()
     try:
         yield

@@ -4,13 +4,18 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from bmtk.errors import UserError
+
 from .arguments import LoopArguments
 from .checkpoint import TrainState
+from .early_stopping import is_better, is_exhausted
 from .evaluation import lower_is_better
 from .history import History
 from .rng_state import preserved_rng_state, seed_process, set_rng_state
@@ -19,7 +24,18 @@ from .updates import Update
 
 logger = logging.getLogger(__name__)
 
-MAX_SKIPS_IN_A_ROW = 20  # after so many rejected steps the weights or the data are broken, and skipping cannot help
+MAX_SKIPS_IN_A_ROW = 20  # after this many rejected steps the weights or the data are broken: skipping cannot help
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a run calls on its way; each may be None."""
+
+    evaluate: Callable[[], dict[str, float]] | None = None  # metrics; called on every process
+    main_metric: str = "validation/loss"  # the one of them used for early stopping
+    save: Callable[[TrainState], object] | None = None  # writes a checkpoint; called on every process
+    load_best: Callable[[TrainState], object] | None = None  # puts what was saved after state.best_step into the model
+    log: Callable[[dict[str, float]], None] | None = None  # gets each line of history.jsonl; on the main process
 
 
 class RunLog:
@@ -33,17 +49,16 @@ class RunLog:
         *,
         total: int,
         meter: Meter,
-        main_metric: str = "validation/loss",
+        hooks: Hooks = Hooks(),
     ):
-        """`main_metric` is the one of an evaluation that early stopping goes by."""
         self.accelerator, self.args, self.state, self.total, self.meter = accelerator, args, state, total, meter
-        self.main_metric = main_metric
+        self.hooks = hooks
         self.history = History(args.output_dir)
         self.unread: list[Update] = []
         self.window_tokens = 0  # since the meter's last lap
-        self.grad_norm = None
+        self.grad_norm: float | None = None
 
-    def begin(self):
+    def begin(self) -> None:
         """Forget what came after the resumed step, set the generators, and start the clock."""
         if self.accelerator.is_main_process:
             self.history.cut(after=self.state.step)
@@ -54,8 +69,8 @@ class RunLog:
             self.state.rng_state = None
         self.meter.start(self.state.seconds)
 
-    def bar(self) -> tqdm:
-        """Make the progress bar, which only the main process shows; seldom drawn where nobody watches a terminal."""
+    def bar(self) -> "tqdm[Any]":
+        """Make the progress bar, which only the main process shows; it is drawn less often outside a terminal."""
         interval = 0.5 if sys.stderr.isatty() else 20.0
         hidden = not self.accelerator.is_main_process
         return tqdm(total=self.total, initial=self.state.step, unit="step", mininterval=interval, disable=hidden)
@@ -65,7 +80,7 @@ class RunLog:
         while self.state.step < self.total and not self.is_over:
             yield self.state.step
 
-    def add(self, update: Update):
+    def add(self, update: Update) -> None:
         """Count one step; read it at once if it is known to be rejected, or something is due after it."""
         self.state.step += 1
         self.unread.append(update)
@@ -77,7 +92,7 @@ class RunLog:
         """Whether the current step is the last one or a multiple of `every` (0: only the last one)."""
         return self.state.step == self.total or bool(every and self.state.step % every == 0)
 
-    def read(self):
+    def read(self) -> None:
         """Read the updates of all processes from the device into the state.
 
         Raises: FloatingPointError for a rejected step that may not be skipped.
@@ -103,9 +118,9 @@ class RunLog:
                 self.state.window_items += count
                 self.grad_norm = norm
 
-    def _reject(self, step: int, loss: float, norm: float):
+    def _reject(self, step: int, loss: float, norm: float) -> None:
         self.state.skipped.append(step)
-        told = f"step {step}: loss {loss}, gradient norm {norm}"
+        happened = f"step {step}: loss {loss}, gradient norm {norm}"
         last = self.state.skipped[-MAX_SKIPS_IN_A_ROW:]
         if self.args.nonfinite == "stop":
             remedy = "lower learning_rate or max_grad_norm, look at the data of this step, or set nonfinite to 'skip'"
@@ -114,74 +129,83 @@ class RunLog:
                 f"these are {MAX_SKIPS_IN_A_ROW} such steps in a row, so skipping does not help: lower learning_rate"
             )
         else:
-            logger.warning("%s; this update is not applied", told)
+            logger.warning("%s; this update is not applied", happened)
             return
         raise FloatingPointError(
-            f"{told}; this update was not applied, and the newest checkpoint is from before it: {remedy}, "
+            f"{happened}; this update was not applied, and the newest checkpoint is from before it: {remedy}, "
             "then run again (with overwrite_output_dir, if settings changed and checkpoints are there)"
         )
 
-    def log(self, learning_rate: float, report: Callable[[dict], None] | None) -> str:
+    def log(self, learning_rate: float) -> str:
         """Write a line of history about the steps since the last one; return it for the progress bar."""
-        record = {"step": self.state.step, "learning_rate": learning_rate, self.meter.unit: self.state.tokens}
+        record: dict[str, Any] = {"step": self.state.step, "learning_rate": learning_rate}
+        record[self.meter.unit] = self.state.tokens
         if self.state.window_items:
             record["loss"] = self.state.window_loss / self.state.window_items
             record["grad_norm"] = self.grad_norm
         record |= self.meter.lap(self.window_tokens)
         record["seconds"] = round(self.meter.seconds, 3)
         self.state.window_loss, self.state.window_items, self.window_tokens = 0.0, 0, 0
-        self._write(record, report)
+        self._write(record)
         mfu = f", MFU {record['mfu']:.1%}" if "mfu" in record else ""
         loss, speed = record.get("loss", math.nan), f"{self.meter.unit}_per_second"
         return f"loss {loss:.4f}, lr {learning_rate:.2e}, {record[speed]:,.0f} {self.meter.unit}/s{mfu}"
 
-    def evaluate_if_due(self, evaluate: Callable[[], dict[str, float]] | None, report: Callable[[dict], None] | None):
-        """Evaluate where the run comes to an evaluation; random numbers drawn meanwhile do not disturb training."""
-        if evaluate is None or not self.is_due(self.args.eval_steps) or self.state.evaluated_step == self.state.step:
+    def evaluate_if_due(self) -> None:
+        """Evaluate where an evaluation is due; random numbers drawn meanwhile do not disturb training."""
+        evaluate, state = self.hooks.evaluate, self.state
+        if evaluate is None or not self.is_due(self.args.eval_steps) or state.evaluated_step == state.step:
             return
         with self.meter.paused(), preserved_rng_state():
-            self.state.metrics = dict(evaluate())
-        self.state.evaluated_step = self.state.step
-        self._write({"step": self.state.step, **self.state.metrics}, report)
+            state.metrics = dict(evaluate())
+        state.evaluated_step = state.step
+        self._write({"step": state.step, **state.metrics})
         if self.args.early_stopping_patience:
             self._compare()
 
-    def _compare(self):
-        """Note whether the evaluation was the best one.  Raises: ValueError if it does not have the main metric."""
-        state, patience = self.state, self.args.early_stopping_patience
-        if self.main_metric not in state.metrics:
-            raise ValueError(
-                f"early_stopping_patience={patience} goes by {self.main_metric}, and the evaluation has "
-                f"{', '.join(state.metrics) or 'nothing'}; give validation rows, or leave it out"
+    def _compare(self) -> None:
+        """Note whether the evaluation was the best one.  Raises: UserError if it does not have the main metric."""
+        state, metric = self.state, self.hooks.main_metric
+        if metric not in state.metrics:
+            raise UserError(
+                f"early_stopping_patience={self.args.early_stopping_patience} goes by {metric}, and the evaluation "
+                f"has {', '.join(state.metrics) or 'nothing'}; give validation rows, or leave it out"
             )
-        value, lower = state.metrics[self.main_metric], lower_is_better(self.main_metric)
-        former = state.best if state.best is not None else math.inf if lower else -math.inf
-        if value < former if lower else value > former:
-            state.best, state.best_step, state.worse = value, state.step, 0
+        if is_better(state.metrics[metric], state.best, lower=lower_is_better(metric)):
+            state.best, state.best_step, state.worse = state.metrics[metric], state.step, 0
         else:
             state.worse += 1
 
     @property
     def is_over(self) -> bool:
         """Whether the run ends early."""
-        return 0 < self.args.early_stopping_patience <= self.state.worse
+        return is_exhausted(self.args.early_stopping_patience, self.state.worse)
 
     @property
     def must_save(self) -> bool:
         """Whether a checkpoint is due, or this step is the best, or the last one."""
         return self.is_due(self.args.save_steps) or self.state.best_step == self.state.step or self.is_over
 
-    def save(self, save: Callable[[TrainState], object] | None):
+    def save(self) -> None:
         """Save the run as it is now."""
-        if save is None:
+        if self.hooks.save is None:
             return
         self.read()
         self.state.seconds = self.meter.seconds
         with self.meter.paused():
-            save(self.state)
+            self.hooks.save(self.state)
 
-    def _write(self, record: dict, report: Callable[[dict], None] | None):
+    def load_best(self) -> None:
+        """Put the weights of the best evaluation into the model and measure them, unless the last one was the best."""
+        state, metric = self.state, self.hooks.main_metric
+        if self.hooks.load_best is None or self.hooks.evaluate is None or state.best_step in (0, state.step):
+            return
+        self.accelerator.print(f"the best of the run, {metric} {state.best:.6g}, was that of step {state.best_step}")
+        self.hooks.load_best(state)
+        state.metrics = dict(self.hooks.evaluate())
+
+    def _write(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             self.history.append(record)
-            if report is not None:
-                report(record)
+            if self.hooks.log is not None:
+                self.hooks.log(record)

@@ -7,6 +7,8 @@ no schedule state.  Steps count from 0: the factor of step s is used for the upd
 import math
 from collections.abc import Callable
 
+from bmtk.errors import UserError
+
 from .arguments import SCHEDULES, LoopArguments
 
 
@@ -25,12 +27,12 @@ def schedule_factor(
       (warmup-stable-decay: Hu et al. 2024, arXiv:2404.06395, section 4; the linear cool-down: Hagele et al. 2024,
       arXiv:2405.18392)
 
-    Raises: ValueError if the name is unknown, or warmup does not leave a step to train.
+    Raises: UserError if the name is unknown, or warmup does not leave a step to train.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"schedule={name!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+        raise UserError(f"schedule={name!r} is unknown; choose one of {', '.join(SCHEDULES)}")
     if warmup >= total:
-        raise ValueError(
+        raise UserError(
             f"warmup_steps={warmup} does not end within the run of {total} steps; lower it, or train longer"
         )
     if step < warmup:
@@ -46,7 +48,7 @@ def schedule_factor(
 
 
 def build_schedule(args: LoopArguments, total: int) -> Callable[[int], float]:
-    """Return the function step -> factor of a run of `total` steps; settings that do not fit raise here."""
+    """Return the function step -> factor of a run of `total` steps.  Errors: as `schedule_factor`."""
 
     def factor(step: int) -> float:
         return schedule_factor(

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ class Stopped(SystemExit):
 class StopRequest:
     """The first SIGINT or SIGTERM that came; `signal_number` is 0 as long as none did."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal_number = 0
 
     @property
@@ -27,14 +28,15 @@ class StopRequest:
 
 @contextmanager
 def deferred_signals(*, second_stops_at_once: bool) -> Iterator[StopRequest]:
-    """Note SIGINT and SIGTERM instead of dying of them, as long as the body runs.
+    """Note SIGINT and SIGTERM instead of ending the process, as long as the body runs.
 
     second_stops_at_once: a second signal has its usual effect.  Not for several processes: their launcher passes a
     signal on that the terminal has sent to every process already.  Outside the main thread no signal can be noted.
     """
-    request, former = StopRequest(), {}
+    request = StopRequest()
+    former: dict[int, Any] = {}
 
-    def note(number: int, frame):
+    def note(number: int, frame: object) -> None:
         if request.signal_number:
             if second_stops_at_once:
                 signal.signal(number, former[number])

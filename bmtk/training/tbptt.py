@@ -1,12 +1,18 @@
 """The state of a recurrent network between two optimizer steps: truncated backpropagation through time."""
 
+from typing import Any
+
 import torch
+
+from bmtk.errors import UserError
+
+from .protocols import TrainBatches
 
 
 class TBPTTState:
     """The state after each row of this process's last optimizer step: `rows` (rows, W), None before the first one.
 
-    A step asks for it micro-batch by micro-batch, in the order of their rows, and at its end calls `turn()`.  No
+    A step reads it micro-batch by micro-batch, in the order of their rows, and at its end calls `turn()`.  No
     gradient flows from a step into the one before it.
     """
 
@@ -14,16 +20,15 @@ class TBPTTState:
         self.rows = rows
         self.after: list[torch.Tensor] = []
 
-    def inputs(self, num_rows: int) -> dict[str, torch.Tensor | bool]:
-        """What a model is called with for the step's next `num_rows` rows."""
-        asked = {"output_state": True}
+    def inputs(self, num_rows: int) -> dict[str, Any]:
+        """Arguments of the model's forward for the step's next `num_rows` rows."""
         if self.rows is None:
-            return asked
+            return {"output_state": True}
         first = sum(len(state) for state in self.after)
-        return asked | {"initial_state": self.rows[first : first + num_rows]}
+        return {"output_state": True, "initial_state": self.rows[first : first + num_rows]}
 
     def add(self, state: torch.Tensor) -> None:
-        """Note the state (rows, W) after the rows that were asked for last."""
+        """Keep the state (rows, W) after the rows of the last `inputs`."""
         self.after.append(state.detach())
 
     def turn(self) -> None:
@@ -31,15 +36,15 @@ class TBPTTState:
         self.rows, self.after = torch.cat(self.after).nan_to_num(0.0, 0.0, 0.0), []
 
 
-def tbptt_state(batches, before: TBPTTState | None = None) -> TBPTTState | None:
-    """What steps over `batches` carry: the state `before` them, a new one, or None if their rows do not go on."""
+def tbptt_state(batches: TrainBatches, before: TBPTTState | None = None) -> TBPTTState | None:
+    """The state that steps over `batches` carry: `before`, or a new one; None if every row starts anew."""
     return (before or TBPTTState()) if batches.carries_state else None
 
 
 def check_carries(model: torch.nn.Module) -> None:
-    """Raises: ValueError if `model` has no state that it could go on from."""
+    """Raises: UserError if `model` has no state that it could go on from."""
     if not getattr(model, "carries_state", False):
-        raise ValueError(
+        raise UserError(
             f"carry_state=True carries the state of a causal bm_rnn from row to row, and {type(model).__name__} has "
             "none; leave it out, or set model_type to bm_rnn"
         )

@@ -7,6 +7,7 @@ devices can do (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).  Recompute
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from .protocols import Batch
 from .updates import can_skip_logits, on_device
 
 # Dense 16-bit matrix FLOP/s with 32-bit accumulation, from the makers' data sheets.  The first name that the device's
@@ -55,19 +57,19 @@ def flops_per_token(model: PreTrainedModel, context_length: int, *, scored: floa
     """
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     head = [] if (found := model.get_output_embeddings()) is None else [found.weight]
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and p not in {*tables, *head})
+    matrices: float = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and p not in {*tables, *head})
     matrices += sum(scored * weight.numel() for weight in head)
     return 6.0 * matrices + 12.0 * _attention_width(model.config) * context_length
 
 
-def _attention_width(config) -> int:
+def _attention_width(config: Any) -> int:
     """Layers x heads x head size; 0 where the configuration names no attention heads."""
     heads = getattr(config, "num_attention_heads", None)
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(heads, int) or not isinstance(layers, int):
         return 0
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return layers * heads * head_size
+    return int(layers * heads * head_size)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -103,11 +105,16 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0
 class Meter:
     """A stop watch of training time, which leaves pauses out, and the speeds that follow from it.
 
-    flops_per_unit and peak_flops (of all devices of the run together) may be None: then no MFU is told.
+    flops_per_unit and peak_flops (of all devices of the run together) may be None: then there is no MFU.
     """
 
     def __init__(
-        self, flops_per_unit: float | None = None, peak_flops: float | None = None, *, unit="tokens", seconds=0.0
+        self,
+        flops_per_unit: float | None = None,
+        peak_flops: float | None = None,
+        *,
+        unit: str = "tokens",
+        seconds: float = 0.0,
     ):
         self.flops_per_unit, self.unit = flops_per_unit, unit
         self.peak_flops = peak_flops
@@ -119,12 +126,12 @@ class Meter:
         """Training seconds so far, with those given at the start."""
         return self._before + time.perf_counter() - self._lap_started
 
-    def start(self, seconds: float = 0.0):
+    def start(self, seconds: float = 0.0) -> None:
         """Start anew, with `seconds` of training already done."""
         self._before, self._lap_started = seconds, time.perf_counter()
 
     def lap(self, units: int) -> dict[str, float]:
-        """Speeds since the last lap, in which all processes together trained on so many `units`."""
+        """Speeds since the last lap, in which all processes together trained on `units`."""
         now = time.perf_counter()
         elapsed = max(now - self._lap_started, 1e-9)
         self._before, self._lap_started = self._before + elapsed, now
@@ -137,7 +144,7 @@ class Meter:
         yield
         self._lap_started += time.perf_counter() - started
 
-    def of_run(self, units: int, seconds: float) -> dict[str, float]:
+    def of_run(self, units: int, seconds: float) -> dict[str, float | None]:
         """Mean speeds of a whole run, and what they are measured against."""
         speeds = self._speeds(units / max(seconds, 1e-9))
         singular = self.unit.removesuffix("s")
@@ -150,7 +157,7 @@ class Meter:
         return speeds
 
 
-def build_meter(model: PreTrainedModel, unit: str, row: dict, accelerator: Accelerator) -> Meter:
+def build_meter(model: PreTrainedModel, unit: str, row: Batch, accelerator: Accelerator) -> Meter:
     """Return the meter of a run: it knows what the model needs and what all its devices together can do.
 
     `row` is a batch of one row, of which the operations are counted where a unit is not a token.
@@ -166,7 +173,7 @@ def build_meter(model: PreTrainedModel, unit: str, row: dict, accelerator: Accel
 
 
 @torch.no_grad()
-def flops_per_row(model: PreTrainedModel, row: dict) -> float:
+def flops_per_row(model: PreTrainedModel, row: Batch) -> float:
     """Floating-point operations that one row costs in training: three times those of its forward pass.
 
     Counted where torch can (matrix products, convolutions, attention); recurrent kernels are not among them.

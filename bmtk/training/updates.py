@@ -8,33 +8,62 @@ stays there, and the host does not wait for it; elsewhere the host reads one num
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from .optimizers import NamedOptimizer
+from .gradients import GradientRules, gradient_norm
+from .prepared import Prepared
+from .protocols import Batch, Objective
 from .tbptt import TBPTTState, check_carries
+
+Criterion = Callable[..., torch.Tensor]  # (outputs, batch) -> the sum of the batch's losses
+Nested = TypeVar("Nested")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """How the losses of a batch are counted, and summed."""
+
+    num_items: Callable[[Batch], int | torch.Tensor]  # how many losses are summed
+    num_units: Callable[[Batch], int | torch.Tensor] | None = None  # what throughput counts; None: the items
+    criterion: Criterion | None = None  # None: the model's own loss
+    inputs_of: Callable[[Batch], Mapping[str, Any]] | None = None  # what the model reads for it; None: all but labels
+
+    @classmethod
+    def of(cls, objective: Objective, *, label_smoothing: float = 0.0) -> "Losses":
+        """The losses of an objective; `label_smoothing` is passed to its criterion, which then must have one."""
+        criterion = objective.criterion
+        if criterion and label_smoothing:
+            criterion = partial(criterion, label_smoothing=label_smoothing)
+        return cls(objective.num_items, objective.num_units, criterion, objective.inputs_of)
+
+    def counts(self, batches: Sequence[Batch]) -> tuple[list[int], int]:
+        """The items of each batch, and the units of all of them."""
+        num_units = self.num_units or self.num_items
+        return [int(self.num_items(batch)) for batch in batches], sum(int(num_units(batch)) for batch in batches)
 
 
 @dataclass(slots=True)
 class Update:
-    """What one step gave; tensors are 0-dim and stay on the device until somebody reads them."""
+    """The result of one step; tensors are 0-dim and stay on the device until the host reads them."""
 
     loss: torch.Tensor  # this process's share: the sum over its items, divided by the items of all processes
     num_items: torch.Tensor  # predicted items of the global batch
     num_units: torch.Tensor  # what throughput is counted in, of the global batch
-    stop_requests: torch.Tensor  # processes that were asked to stop
+    stop_requests: torch.Tensor  # how many processes were asked to stop
     grad_norm: torch.Tensor  # L2 norm of the whole gradient, before clipping; equal on all processes
     rejected: torch.Tensor | bool  # whether the update was not applied because something was not finite
 
 
 def accepts_item_count(model: PreTrainedModel) -> bool:
-    """Whether `model` can be given num_items_in_batch, which does not say that its loss is divided by it."""
-    declared = getattr(model, "accepts_loss_kwargs", None)
+    """Whether `model` takes num_items_in_batch; its loss need not be divided by it."""
+    declared: bool | None = getattr(model, "accepts_loss_kwargs", None)
     if declared is not None:
         return declared
     parameters = inspect.signature(type(model).forward).parameters
@@ -43,7 +72,7 @@ def accepts_item_count(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def divides_by_count(model: PreTrainedModel, batch: dict, options: dict) -> bool:
+def divides_by_count(model: PreTrainedModel, batch: Batch, options: Mapping[str, Any]) -> bool:
     """Whether the loss of `model` is a sum divided by num_items_in_batch; else it is a mean over the batch's items.
 
     Measured, because many models of transformers accept the number and drop it.  Draws no random numbers.
@@ -60,23 +89,29 @@ def divides_by_count(model: PreTrainedModel, batch: dict, options: dict) -> bool
     return bool((of_one - 2 * of_two).abs() <= (of_one - of_two).abs())
 
 
-def on_device(batch, device: torch.device):
+def on_device(batch: Nested, device: torch.device) -> Nested:
     """Copy a batch (tensors in dictionaries and lists) to the device; without waiting where memory can be pinned.
 
     What is neither, such as the text that a prediction is cut from, stays as it is.
     """
-    if isinstance(batch, Mapping):
-        return {key: on_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list):
-        return [on_device(value, device) for value in batch]
-    if not isinstance(batch, torch.Tensor):
-        return batch
-    if device.type == "cuda" and batch.device.type == "cpu":
-        return batch.pin_memory().to(device, non_blocking=True)
-    return batch.to(device)
+    moved: Nested = _moved(batch, device)
+    return moved
 
 
-def without_labels(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, device) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
+
+
+def without_labels(batch: Batch) -> Batch:
+    """The batch without the labels."""
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
@@ -88,18 +123,14 @@ class LossSum:
         model: torch.nn.Module,
         unwrapped: PreTrainedModel,
         device: torch.device,
+        losses: Losses | None = None,
         *,
-        criterion: Callable[..., torch.Tensor] | None = None,
-        inputs_of: Callable[[dict], dict] | None = None,
         recurrent: TBPTTState | None = None,
     ):
-        """`criterion(outputs, batch)` is a sum that takes the place of the loss that the model makes of `labels`.
-
-        `inputs_of(batch)` is what the model reads then; None: all but the labels.
-        `recurrent` is the state that rows go on from; None: they start without one.
-        """
+        """`losses` None: the model's own.  `recurrent` is the state that rows go on from; None: they have none."""
         self.model, self.unwrapped = model, unwrapped
-        self.criterion, self.inputs_of = criterion, inputs_of or without_labels
+        self.criterion = losses.criterion if losses else None
+        self.inputs_of = (losses.inputs_of if losses else None) or without_labels
         self.device, self.recurrent = device, recurrent
         self.takes_count: bool | None = None  # not known before the first batch
         parameters = inspect.signature(type(unwrapped).forward).parameters
@@ -107,14 +138,15 @@ class LossSum:
         self.options = {"use_cache": False} if "use_cache" in parameters or _caches(unwrapped) else {}
         self.can_skip_logits = can_skip_logits(unwrapped)
 
-    def __call__(self, batch: dict[str, torch.Tensor], own_items: int, count: torch.Tensor) -> torch.Tensor:
+    def __call__(self, batch: Batch, own_items: int, count: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch of `own_items` items, summed and divided by `count`."""
         batch = on_device(batch, self.device)
         if self.criterion:
             return self.criterion(self.model(**self.inputs_of(batch), **self.options), batch) / count
         # A detector has a loss where there is no object, too; other losses cannot be measured without an item.
         if self.takes_count is None and (own_items or hasattr(self.unwrapped, "count_items")):
             self.takes_count = divides_by_count(self.unwrapped, batch, self.options)
-        counted = {"num_items_in_batch": count} if self.takes_count else {}
+        counted: dict[str, Any] = {"num_items_in_batch": count} if self.takes_count else {}
         if own_items and self.can_skip_logits:
             counted["skip_logits"] = True
         initial = self.recurrent.inputs(len(batch["input_ids"])) if self.recurrent else {}
@@ -131,11 +163,11 @@ class LossSum:
 def _no_loss(outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """0, with a gradient of 0 for every parameter, as other processes wait for this one's."""
     found = (value for name, value in outputs.items() if name != "loss" and isinstance(value, torch.Tensor))
-    return 0.0 * sum(value.sum() for value in found if value.requires_grad)
+    return cast(torch.Tensor, 0.0 * sum(value.sum() for value in found if value.requires_grad))
 
 
 def can_skip_logits(model: PreTrainedModel) -> bool:
-    """Whether `model` can make its loss without scoring the tokens that nothing is to be said of."""
+    """Whether `model` can compute its loss without the logits of tokens that have no label."""
     return "skip_logits" in inspect.signature(type(model).forward).parameters
 
 
@@ -144,43 +176,34 @@ def _caches(model: PreTrainedModel) -> bool:
 
 
 class Updater:
-    """Makes optimizer steps of `model`, which may be wrapped for several devices."""
+    """Makes optimizer steps of a model."""
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        optimizer: NamedOptimizer,
-        accelerator: Accelerator,
+        prepared: Prepared,
+        losses: Losses,
         *,
-        num_items: Callable[[dict], int],
         max_grad_norm: float,
-        num_units: Callable[[dict], int] | None = None,
-        gradient_rules: Callable[[int], None] | None = None,
+        gradient_rules: GradientRules | None = None,
         recurrent: TBPTTState | None = None,
-        **loss: Callable,
     ):
-        """`num_units(batch)` is what throughput is counted in (None: the items); `loss` what LossSum may be told.
+        """`gradient_rules(step)` may change the gradients of optimizer step `step` before they are clipped.
 
-        `gradient_rules(step)` may change the gradients of optimizer step `step` before they are clipped;
         `recurrent` is the state that the rows of a step go on from.
         """
-        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
-        self.num_items, self.num_units, self.max_grad_norm = num_items, num_units or num_items, max_grad_norm
-        unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.model, self.optimizer, self.accelerator = prepared.model, prepared.optimizer, prepared.accelerator
+        self.losses, self.max_grad_norm = losses, max_grad_norm
         self.gradient_rules, self.recurrent = gradient_rules, recurrent
         if recurrent:
-            check_carries(unwrapped)
-        self.loss = LossSum(model, unwrapped, accelerator.device, recurrent=recurrent, **loss)
-        self.skips_on_device = accelerator.device.type == "cuda" and optimizer.can_skip_on_device
+            check_carries(prepared.unwrapped)
+        self.loss = LossSum(self.model, prepared.unwrapped, self.accelerator.device, losses, recurrent=recurrent)
+        self.skips_on_device = self.accelerator.device.type == "cuda" and self.optimizer.can_skip_on_device
 
-    def step(
-        self, micro_batches: list[dict[str, torch.Tensor]], number: int = 0, *, stop_requested: bool = False
-    ) -> Update:
-        """Train on this process's micro-batches of optimizer step `number`; the gradients are gone afterwards."""
-        counts = [int(self.num_items(batch)) for batch in micro_batches]
-        units = sum(int(self.num_units(batch)) for batch in micro_batches)
-        totals = self._over_processes([sum(counts), units, int(stop_requested)])
-        losses = self._backward(micro_batches, counts, totals[0].clamp(min=1))
+    def step(self, micro_batches: Sequence[Batch], number: int = 0, *, stop_requested: bool = False) -> Update:
+        """Train on this process's micro-batches of optimizer step `number`, and drop the gradients afterwards."""
+        counts, units = self.losses.counts(micro_batches)
+        items, units_of_all, stop_requests = self._over_processes([sum(counts), units, int(stop_requested)])
+        losses = self._backward(micro_batches, counts, items.clamp(min=1))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
         if self.gradient_rules:
@@ -193,14 +216,14 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         if self.recurrent:
             self.recurrent.turn()
-        return Update(sum(losses), *totals, grad_norm, rejected)
+        return Update(sum(losses[1:], losses[0]), items, units_of_all, stop_requests, grad_norm, rejected)
 
     def _over_processes(self, numbers: list[int]) -> torch.Tensor:
         """Sum whole numbers over all processes, without making the host wait for a GPU."""
         totals = on_device({"totals": torch.tensor(numbers)}, self.accelerator.device)["totals"]
         return self.accelerator.reduce(totals) if self.accelerator.num_processes > 1 else totals
 
-    def _backward(self, micro_batches: list[dict], counts: list[int], total: torch.Tensor) -> list[torch.Tensor]:
+    def _backward(self, micro_batches: Sequence[Batch], counts: list[int], total: torch.Tensor) -> list[torch.Tensor]:
         losses = []
         for number, (batch, own_items) in enumerate(zip(micro_batches, counts, strict=True), start=1):
             last = number == len(micro_batches)
@@ -215,7 +238,7 @@ class Updater:
 
     def _clip(self) -> torch.Tensor:
         parameters = [parameter for parameter in self.optimizer.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = gradient_norm(parameter.grad for parameter in parameters)
         if self.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         return norm

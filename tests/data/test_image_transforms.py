@@ -116,5 +116,5 @@ def test_settings_are_off_by_default_and_checked():
         Augmentation(mixup=-0.2)
     with pytest.raises(ValueError, match=r"random_erasing=1\.5 is out of range; choose 0 <= random_erasing <= 1"):
         Augmentation(random_erasing=1.5)
-    with pytest.raises(ValueError, match="random_crop of 8 pixels is too much for 8 x 10"):
+    with pytest.raises(ValueError, match="random_crop of 8 pixels is too large for an image of 8 x 10"):
         moved(image, 8, 0)

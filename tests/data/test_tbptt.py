@@ -8,46 +8,48 @@ from bmtk.data.tbptt import TBPTTBatches
 from bmtk.data.token_store import build_token_store
 
 
-@pytest.mark.parametrize(("num_lanes", "length"), [(1, 3), (2, 4), (3, 2), (4, 1), (7, 5), (40, 3)])
+@pytest.mark.parametrize(("num_streams", "length"), [(1, 3), (2, 4), (3, 2), (4, 1), (7, 5), (40, 3)])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_lane_is_a_stretch_of_the_text_and_every_row_comes_once(tmp_path, seed, num_lanes, length):
+def test_every_stream_is_a_stretch_of_the_text_and_every_row_comes_once(tmp_path, seed, num_streams, length):
     rows = PackedRows(random_store(tmp_path / "store", seed), length)
-    batches = TBPTTBatches(rows, batch_size=num_lanes, seed=1)
+    batches = TBPTTBatches(rows, batch_size=num_streams, seed=1)
     steps = int(batches.steps_per_epoch)
     assert steps == batches.steps_per_epoch
     read = [batches[step][0] for step in range(steps)]
-    lanes = [[(b["input_ids"][i].tolist(), b["labels"][i].tolist()) for b in read] for i in range(num_lanes)]
+    streams = [[(b["input_ids"][i].tolist(), b["labels"][i].tolist()) for b in read] for i in range(num_streams)]
     padding = ([rows.store.pad_token_id] * length, [-100] * length)
-    sizes = [len(part) for part in np.array_split(np.arange(len(rows)), num_lanes)]
-    assert [lane[size:] for lane, size in zip(lanes, sizes, strict=True)] == [[padding] * (steps - n) for n in sizes]
+    sizes = [len(part) for part in np.array_split(np.arange(len(rows)), num_streams)]
+    assert [stream[size:] for stream, size in zip(streams, sizes, strict=True)] == [
+        [padding] * (steps - n) for n in sizes
+    ]
     whole = rows[range(len(rows))]
-    in_order = [row for lane, size in zip(lanes, sizes, strict=True) for row in lane[:size]]
+    in_order = [row for stream, size in zip(streams, sizes, strict=True) for row in stream[:size]]
     assert in_order == list(zip(whole["input_ids"].tolist(), whole["labels"].tolist(), strict=True))
     again = batches[steps][0]
     assert all(torch.equal(again[name], read[0][name]) for name in read[0]), "the next epoch begins where this one did"
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_positions_are_zero_where_a_lane_or_a_document_begins_and_nowhere_else(tmp_path, seed):
-    store, length, num_lanes = random_store(tmp_path / "store", seed), 4, 3
+def test_positions_are_zero_where_a_stream_or_a_document_begins_and_nowhere_else(tmp_path, seed):
+    store, length, num_streams = random_store(tmp_path / "store", seed), 4, 3
     rows = PackedRows(store, length)
-    batches = TBPTTBatches(rows, batch_size=num_lanes, seed=1)
-    starts = np.cumsum([0] + [len(part) for part in np.array_split(np.arange(len(rows)), num_lanes)])
+    batches = TBPTTBatches(rows, batch_size=num_streams, seed=1)
+    starts = np.cumsum([0] + [len(part) for part in np.array_split(np.arange(len(rows)), num_streams)])
     for step in range(int(batches.steps_per_epoch)):
         batch = batches[step][0]
-        positions = batch.get("position_ids", torch.ones(num_lanes, length, dtype=torch.int64))
-        for lane in range(num_lanes):
-            row = starts[lane] + step
-            if row >= starts[lane + 1]:
+        positions = batch.get("position_ids", torch.ones(num_streams, length, dtype=torch.int64))
+        for stream in range(num_streams):
+            row = starts[stream] + step
+            if row >= starts[stream + 1]:
                 continue
             for column in range(length):
                 place = row * length + column
                 begins = place in store.offsets or (step == column == 0)
-                assert (positions[lane, column] == 0) == begins
+                assert (positions[stream, column] == 0) == begins
                 assert (
                     begins
                     or column == 0
-                    or positions[lane, column] == positions[lane, column - 1] + 1
+                    or positions[stream, column] == positions[stream, column - 1] + 1
                     or ("position_ids" not in batch)
                 )
 
@@ -63,7 +65,7 @@ def test_of_one_long_text_only_the_first_step_of_an_epoch_has_positions(tmp_path
     assert alone[0][0]["position_ids"].tolist() == [[0, 1, 2, 3]]
 
 
-def test_processes_and_micro_batches_share_the_lanes(tmp_path):
+def test_processes_and_micro_batches_share_the_streams(tmp_path):
     rows = PackedRows(random_store(tmp_path / "store", 5), 3)
     whole = TBPTTBatches(rows, batch_size=4, seed=1)
     parts = [TBPTTBatches(rows, batch_size=4, micro_batch_size=1, seed=1, rank=rank, world_size=2) for rank in (0, 1)]

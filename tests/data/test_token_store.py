@@ -148,7 +148,7 @@ def test_an_interrupted_store_is_taken_up_where_it_stopped(tmp_path, monkeypatch
         with (tmp_path / "store.partial" / name).open("ab") as file:
             file.write(b"half")
     store = build_token_store(texts, TOKENIZER, tmp_path / "store")
-    assert f"going on after {after} documents" in caplog.text or after == 0
+    assert f"resuming after {after} documents" in caplog.text or after == 0
     assert files(store.directory) == files(whole.directory)
     assert store.num_bytes == whole.num_bytes
     store.verify()

@@ -8,8 +8,10 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from bmtk.hub import formatting, run_record
+from bmtk.hub import formatting
 from bmtk.hub.card import describe, write_card
+from bmtk.hub.redaction import scrub
+from bmtk.hub.run_record import RunRecord
 
 RUN = {
     "bmtk_version": "0.1.0",
@@ -172,7 +174,7 @@ def test_secrets_and_names_of_users_never_reach_the_card(tmp_path, monkeypatch):
 
 def test_ordinary_words_are_not_taken_for_secrets():
     text = "the secret -- hf_hub_download max_token=1 tokens = 5, /homework/root-beer, num_tokens"
-    assert run_record.scrub({"eos_token": "<|endoftext|>", "text": text}) == {
+    assert scrub({"eos_token": "<|endoftext|>", "text": text}) == {
         "eos_token": "<|endoftext|>",
         "text": text,
     }
@@ -298,5 +300,5 @@ def test_metrics_are_spelled_as_the_field_spells_them(key, label):
 
 @pytest.mark.parametrize(("noun", "article"), [("image classifier", "An"), ("tagger", "A")])
 def test_the_article_fits_the_noun(noun, article):
-    run = {**RUN, "about": {"noun": noun}}
+    run = RunRecord.from_json({**RUN, "about": {"noun": noun}})
     assert describe(run).startswith(f"{article} {noun} with ")

@@ -1,4 +1,4 @@
-"""Publishing against the stand-in Hub: what is sent, what is refused, what is proven, what is said."""
+"""Publishing against the stand-in Hub: what is sent, what is refused, what is verified, what is logged."""
 
 import json
 import os
@@ -241,7 +241,7 @@ def test_a_private_model_needs_a_token(published):
     assert torch.equal(outputs["private"], outputs["logits"])
 
 
-def test_a_public_model_is_proven_without_token(published):
+def test_a_public_model_is_verified_without_token(published):
     assert {user for _, path, user in published.requests if "/ann/public/resolve/" in path} == {None}
 
 
@@ -250,7 +250,7 @@ def test_the_card_is_made_for_the_repository_and_the_folder_is_left_as_it_was(hu
     assert not (decoder / "README.md").exists()
 
 
-def test_a_native_model_is_proven_on_a_private_branch_and_main_is_left_alone(hub, publish, tokenizer, tmp_path):
+def test_a_native_model_is_verified_on_a_private_branch_and_main_is_left_alone(hub, publish, tokenizer, tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
@@ -274,7 +274,7 @@ def adapter(tmp_path_factory, decoder):
     return folder
 
 
-def test_an_adapter_is_proven_on_its_base_and_says_what_others_will_miss(hub, publish, decoder, adapter):
+def test_an_adapter_is_verified_on_its_base_and_says_what_others_will_miss(hub, publish, decoder, adapter):
     told = publish(adapter, "ann/adapter")
     assert told.error is None
     assert hub.files("ann/adapter") == {
@@ -295,7 +295,7 @@ def test_an_adapter_without_its_base_is_pushed_and_not_called_published(hub, pub
     told = publish(tmp_path, "ann/lonely")
     assert told.error is None
     assert hub.files("ann/lonely") == {".gitattributes", "adapter_config.json", "adapter_model.safetensors"}
-    assert told.log[-1].startswith("pushed, not proven: ")
+    assert told.log[-1].startswith("pushed, not verified: ")
     assert "needs its base model ann/nowhere" in told.log[-1]
 
 
@@ -336,7 +336,7 @@ def test_private_is_never_answered_with_a_public_repository(hub, publish, decode
     assert hub.files("ann/open") == {"README.md"}
 
 
-# ----------------------------------------------------------------------------------------------------- not proven
+# ----------------------------------------------------------------------------------------------------- not verified
 
 
 def test_other_weights_on_the_hub_are_not_called_published(hub, publish, decoder):
@@ -344,17 +344,17 @@ def test_other_weights_on_the_hub_are_not_called_published(hub, publish, decoder
     content = save(wrong, metadata={"format": "pt"})
     hub.after_commit = lambda repo_id: hub.replace(repo_id, "model.safetensors", content)
     told = publish(decoder, "ann/wrong")
-    assert "but not proven" in told.error
+    assert "but not verified" in told.error
     assert "output of AutoModelForCausalLM: differs by" in told.error
     assert f"{hub.url}/ann/wrong" in told.error
     assert not any(line.startswith("published") for line in told.log)
 
 
-def test_uploaded_code_that_needs_bmtk_is_not_proven(publish, copied):
+def test_uploaded_code_that_needs_bmtk_is_not_verified(publish, copied):
     code = copied / "heads_bm.py"
     code.write_text(code.read_text().replace("import torch\n", "import torch\nimport bmtk\n", 1))
     told = publish(copied, "ann/needs-bmtk")
-    assert "but not proven" in told.error
+    assert "but not verified" in told.error
     assert "bmtk" in told.error.split("loading failed")[1]
 
 
@@ -369,7 +369,7 @@ def test_uploaded_code_that_needs_bmtk_is_not_proven(publish, copied):
             "ann/m",
             r"does not accept the token; log in with `hf auth login`, or set HF_TOKEN.*401",
         ),
-        (None, "ann/m", r"nobody is logged in to the Hub; log in with"),
+        (None, "ann/m", r"not logged in to the Hub; log in with"),
         (BOB, "ann/m", r"may not write to ann/m; use a token with write access to 'ann'.*403"),
         (ANN_READ_ONLY, "ann/m", r"may not write to ann/m.*403"),
         (ANN, "m", r"'m' is not a repository name; write USER/NAME"),

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from bmtk.hub import report
 from bmtk.hub.report import write_report
+from bmtk.hub.run_record import RunRecord
 
 HOSTILE = '"><script>alert(1)</script>{{ 7 * 7 }}\n---'
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(8)).decode()
@@ -157,7 +159,7 @@ def test_a_long_history_stays_a_small_page_and_keeps_its_extremes(tmp_path):
     rows[77_776]["loss"] = 9.0
     text = page_of(tmp_path, {**RUN, "config": {}}, rows)
     assert len(text) < 200_000
-    steps, values = report.History(tmp_path)["loss"]
+    steps, values = report.Curves(tmp_path)["loss"]
     kept = report.thin(values)
     assert len(kept) <= report.MAX_DRAWN + 2
     assert {0, 77_776, 99_999} <= set(kept.tolist())
@@ -185,7 +187,7 @@ def test_a_fine_tuning_history_has_its_validation_charts(tmp_path):
 @pytest.mark.parametrize(("about", "unit"), [({}, "nats"), ({"loss_unit": "nats per token"}, "nats per token")])
 def test_the_unit_of_the_loss_is_the_tasks(tmp_path, about, unit):
     page_of(tmp_path, RUN, [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}])
-    assert report.charts({"about": about}, report.History(tmp_path))[0].panel.unit == unit
+    assert report.charts(RunRecord(about=about), report.Curves(tmp_path))[0].panel.unit == unit
 
 
 def test_what_a_model_is_compared_with_has_no_curve(tmp_path):
@@ -197,10 +199,8 @@ def test_what_a_model_is_compared_with_has_no_curve(tmp_path):
 
 
 def test_the_most_telling_metrics_come_first():
-    run = {
-        "metrics": {"eval_loss": 0.4, "eval_runtime": 2.0, "eval_rows": 9, "eval_macro_f1": 0.8, "eval_accuracy": 1}
-    }
-    assert report.tiles({**run, "throughput": {}}) == [
+    metrics = {"eval_loss": 0.4, "eval_runtime": 2.0, "eval_rows": 9, "eval_macro_f1": 0.8, "eval_accuracy": 1}
+    assert report.tiles(RunRecord(metrics=metrics)) == [
         ("1", "Validation accuracy"),
         ("0.8", "Validation macro-F1"),
         ("0.4", "Validation loss"),
@@ -210,18 +210,17 @@ def test_the_most_telling_metrics_come_first():
 def test_the_metric_of_the_task_leads_and_that_of_the_test_rows():
     metrics = {"loss": 0.4, "accuracy": 0.9, "precision": 0.3, "f1": 0.25, "tokens": 70}
     both = {f"{split}/{name}": value for split in ("validation", "test") for name, value in metrics.items()}
-    run = {"about": {"main_metric": "f1", "noun": "tagger"}, "metrics": both, "throughput": {}}
+    run = RunRecord(about={"main_metric": "f1", "noun": "tagger"}, metrics=both)
     assert report.tiles(run) == [("0.25", "Test F1"), ("0.9", "Test accuracy"), ("0.4", "Test loss")]
-    assert report.tiles({**run, "metrics": {"validation/loss": 0.4}}) == [("0.4", "Validation loss")]
-    assert report.tiles({**run, "metrics": {}}) == []
-    run |= {"environment": {}, "model": {}, "data": {}, "config": {}}
+    assert report.tiles(replace(run, metrics={"validation/loss": 0.4})) == [("0.4", "Validation loss")]
+    assert report.tiles(replace(run, metrics={})) == []
     assert report.verdict(run, None).endswith(": test F1 0.25, validation F1 0.25.")
 
 
 def test_tokens_stand_where_the_steps_reached_them(tmp_path):
     rows = [{"step": step, "loss": 4.0, "tokens": tokens} for step, tokens in ((1, 100), (2, 1000), (4, 2000))]
     page_of(tmp_path, RUN, rows)
-    chart = report.charts({"about": {}}, report.History(tmp_path))[0]
+    chart = report.charts(RunRecord(), report.Curves(tmp_path))[0]
     first = pytest.approx(25 * (1 + 4 / 9))  # 400 of the 900 tokens of step 2, of 4 steps
     assert chart.token_ticks == [(first, "500"), (50, "1k"), (75, "1.5k"), (100, "2k")]
 
@@ -236,7 +235,7 @@ def test_all_charts_share_their_steps(tmp_path):
 def test_a_step_logged_again_after_a_resume_counts_once(tmp_path):
     lines = ['{"step": 1, "loss": 3}', '{"step": 2, "loss": 9}', '{"step": 2, "loss": 2}', "cut sho", '{"loss": 1}']
     (tmp_path / "history.jsonl").write_text("\n".join(lines))
-    steps, values = report.History(tmp_path)["loss"]
+    steps, values = report.Curves(tmp_path)["loss"]
     assert (steps.tolist(), values.tolist()) == ([1, 2], [3, 2])
 
 

@@ -44,17 +44,17 @@ def test_ranges_and_choices_have_the_type_of_the_field():
         ("learning_rate", r"'learning_rate' is not understood; write NAME=LOW\.\.HIGH, "),
         ("learning_rate=", "is not understood"),
         ("learing_rate=1..2", r"unknown key 'learing_rate'; did you mean 'learning_rate'\?"),
-        ("learning_rate=1e-2..1e-4", r"is no range: 0\.01 is not below 0\.0001"),
-        ("learning_rate=1..1", "is no range: 1.0 is not below 1.0"),
-        ("learning_rate=nan..1", "is no range"),
-        ("learning_rate=0..inf", "is no range"),
-        ("learning_rate=0..1:log", r"has no logarithm at 0\.0; begin above 0, or leave :log out"),
-        ("learning_rate=1..2:lin", r"'lin' is no scale; write learning_rate=1\.\.2:log"),
-        ("learning_rate=a..1", "learning_rate: 'a' is no float"),
-        ("num_hidden_layers=1.5..2", r"num_hidden_layers: '1\.5' is no int"),
-        ("nesterov=yes,no", "nesterov: 'yes' is no bool"),
-        ("optimizer=a..b", r"optimizer is no number, and a\.\.b a range; list its values: optimizer=A,B"),
-        ("optimizer=adamw,adamw", "optimizer=adamw,adamw leaves no choice; name at least two"),
+        ("learning_rate=1e-2..1e-4", r"is not a range: 0\.01 is not below 0\.0001"),
+        ("learning_rate=1..1", "is not a range: 1.0 is not below 1.0"),
+        ("learning_rate=nan..1", "is not a range"),
+        ("learning_rate=0..inf", "is not a range"),
+        ("learning_rate=0..1:log", r"has no logarithm at 0\.0; start above 0, or leave out :log"),
+        ("learning_rate=1..2:lin", r"'lin' is not a scale; write learning_rate=1\.\.2:log"),
+        ("learning_rate=a..1", "learning_rate: 'a' is not of type float"),
+        ("num_hidden_layers=1.5..2", r"num_hidden_layers: '1\.5' is not of type int"),
+        ("nesterov=yes,no", "nesterov: 'yes' is not of type bool"),
+        ("optimizer=a..b", r"optimizer is not a number, but a\.\.b is a range; list its values: optimizer=A,B"),
+        ("optimizer=adamw,adamw", "optimizer=adamw,adamw is a single value; name at least two"),
         ("hidden_sizes=1,2", "hidden_sizes is a list, and a search changes single values"),
         ("seed=1,2", "seed cannot be searched: it decides what is measured"),
     ],
@@ -65,7 +65,7 @@ def test_an_entry_that_does_not_fit_is_told_with_what_would(entry, message):
 
 
 def test_all_problems_are_told_at_once():
-    with pytest.raises(ValueError, match=r"(?s)no range.*'a' is no float.*hidden_dropout is named twice"):
+    with pytest.raises(ValueError, match=r"(?s)not a range.*'a' is not of type float.*hidden_dropout is named twice"):
         read(
             "learning_rate=2..1",
             "hidden_dropout=0,1",

@@ -16,7 +16,7 @@ from bmtk.arguments import read_yaml
 from bmtk.search.space import read_space
 from bmtk.search.study import explore, open_study, search_settings, summary
 from bmtk.search.trial import RecipeTrials, TrialFailed
-from bmtk.tasks.causal_lm import CausalLM, CausalLMArguments
+from bmtk.tasks.causal_lm import CausalLMArguments
 from bmtk.tasks.sequence_classification import SequenceClassification
 from bmtk.training.signals import Stopped, StopRequest
 from recipes import finetune, pretrain
@@ -68,7 +68,7 @@ def test_the_minimum_of_a_bowl_is_found(tmp_path):
     assert [trial.number for trial in told] == list(range(40))
     tail = sum(bowl(trial) for trial in study.trials[20:]) / 20
     assert tail < 0.5 * sum(bowl(trial) for trial in study.trials[:10]) / 10  # it learns; random search does not
-    assert "what mattered: " in summary(study, "loss")
+    assert "importance: " in summary(study, "loss")
 
 
 def test_the_first_trial_has_the_values_of_the_config(tmp_path):
@@ -111,7 +111,7 @@ def test_failed_trials_are_no_end_unless_none_succeeds(tmp_path):
     def fails(trial):
         raise TrialFailed("no such file")
 
-    with pytest.raises(ValueError, match=r"none of 3 trials succeeded; the last one: no such file\. Mend that, "):
+    with pytest.raises(ValueError, match=r"none of 3 trials succeeded; the last one: no such file\. Fix that, "):
         explored(tmp_path / "b.journal", 6, fails)
 
 
@@ -214,7 +214,7 @@ def test_a_trial_is_stopped_early_if_it_is_worse_than_the_median_at_the_same_eva
             ["--model", "some/model", "--search_space", "hidden_size=8,16"],
             "it is an architecture field, and some/model",
         ),
-        (["--dry_run"], "search, dry_run and find_lr are three different things to do"),
+        (["--dry_run"], "search, dry_run and find_lr exclude one another"),
         (["--search", "grid"], "search='grid' is unknown"),
     ],
 )
@@ -268,7 +268,7 @@ def test_what_changes_the_measure_is_refused_and_nothing_else(task, argv, refuse
 
 
 def test_the_reason_is_told_and_what_would_help():
-    told = CausalLM.incomparable(CausalLMArguments(), "perplexity")
+    told = CausalLMArguments().settings_that_change("perplexity")
     assert told["vocab_size"] == "decides what a token is, and perplexity is a mean over tokens"
     assert told["context_length"].endswith("to go by where it is measured; set eval_context_length, and it may be")
 
@@ -344,7 +344,7 @@ def test_two_trials_of_a_recipe_and_what_they_leave(tmp_path, monkeypatch, capsy
     assert best["num_train_steps"] == 4
 
     pretrain.main([*command, "--trials", "2"])  # nothing is left to do
-    assert "going on after 2 of them" in capsys.readouterr().out
+    assert "resuming after 2 of them" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"(?s)holds another run; it differs in\s+search_space: .*hidden_dropout"):
         pretrain.main([*command[:-1], "--trials", "2"])
 

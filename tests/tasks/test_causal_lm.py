@@ -7,72 +7,149 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bmtk  # noqa: F401  registers the model families
-from bmtk.tasks.causal_lm import CausalLM, CausalLMArguments
+from bmtk.errors import UserError
+from bmtk.tasks import corpora
+from bmtk.tasks.causal_lm import TASK, CausalLMArguments
+from bmtk.tasks.corpora import CorpusData
 from recipes import finetune
 
 TEXT = "the cat sat \n on the mat \n and the dog sat \n on the cat \n"
 
 
-def task_of(folder, **settings) -> CausalLM:
+def read(folder, **settings) -> CorpusData:
     for split in ("train", "validation"):
         (folder / f"{split}.txt").write_text(TEXT)
     files = {"train_file": [str(folder / "train.txt")], "validation_file": [str(folder / "validation.txt")]}
-    return CausalLM(CausalLMArguments(**files, tokenizer="word", vocab_size=50, **settings), folder=folder)
+    settings = {"tokenizer": "word", "vocab_size": 50, "leakage": "allow", **settings}
+    return TASK.read(CausalLMArguments(**files, **settings), folder=folder)
+
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 1}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_longer_rows_of_an_evaluation_give_the_perplexity_of_the_unbroken_text(tmp_path, batch_size):
-    task = task_of(tmp_path, context_length=4, eval_context_length=64)
-    fields = task.new_config("bm_rnn", {"hidden_size": 8, "num_hidden_layers": 1, "initializer_range": 0.7}).to_dict()
+    data = read(tmp_path, context_length=4, eval_context_length=64)
+    config = data.new_config("bm_rnn", {**SMALL, "initializer_range": 0.7})
+    objective = data.bind(config)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
-    store = task.rows["validation"].store
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_dict())).eval()
+    store = objective.rows["validation"].store
     tokens = torch.tensor(store.tokens.astype("int64"))[None]
     with torch.no_grad():
         logits = model(input_ids=tokens[:, :-1]).logits
     whole = F.cross_entropy(logits[0], tokens[0, 1:]).item()
 
-    def measured(task):
-        batches = task.batches_in_order(task.rows["validation"], batch_size=batch_size)
+    def measured(objective):
+        batches = objective.batches_in_order(objective.rows["validation"], batch_size=batch_size)
         with torch.no_grad():
-            predictions = [one for batch in batches for one in task.predict(model, batch)]
-        return task.score(predictions, task.rows["validation"])
+            predictions = [one for batch in batches for one in objective.scorer.predict(model, batch)]
+        return objective.scorer.score(predictions, objective.rows["validation"])
 
-    metrics = measured(task)
+    metrics = measured(objective)
     assert metrics["loss"] == pytest.approx(whole, abs=1e-6)
     assert metrics["perplexity"] == pytest.approx(math.exp(whole), rel=1e-6)
     assert metrics["tokens"] == len(TEXT.split(" ")) + 1  # every word and end of line, and the end of the text
-    assert {len(row) for row in task.rows["train"][[0, 1]]["input_ids"]} == {4}
-    assert measured(task_of(tmp_path, context_length=4))["loss"] != pytest.approx(whole, abs=1e-4)  # short rows forget
+    assert {len(row) for row in objective.rows["train"][[0, 1]]["input_ids"]} == {4}
+    short = read(tmp_path, context_length=4).bind(config)
+    assert measured(short)["loss"] != pytest.approx(whole, abs=1e-4)  # short rows forget
 
 
 def test_an_empty_prompt_is_continued_alone_as_beside_others(tmp_path):
-    task = task_of(tmp_path, context_length=16, sample_tokens=3)
-    config = task.new_config("bm_transformer", {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2})
-    task.configure(config)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    rows = list(task.encode_inputs(Dataset.from_dict({"text": ["the cat", ""]})))
-    together = task.predict(model, task.collator()(rows))
-    assert [task.predict(model, task.collator()([row]))[0] for row in rows] == together
+    data = read(tmp_path, context_length=16, sample_tokens=3)
+    config = data.new_config("bm_transformer", {**SMALL, "num_attention_heads": 2})
+    objective = data.bind(config)
+    model, predict = AutoModelForCausalLM.from_config(config).eval(), objective.scorer.predict
+    rows = list(objective.encode_inputs(Dataset.from_dict({"text": ["the cat", ""]})))
+    together = predict(model, objective.collator()(rows))
+    assert [predict(model, objective.collator()([row]))[0] for row in rows] == together
 
 
 def test_a_new_model_reads_the_longest_row(tmp_path):
-    longer = task_of(tmp_path, context_length=4, eval_context_length=16)
+    longer = read(tmp_path, context_length=4, eval_context_length=16)
     assert longer.config_fields["max_position_embeddings"] == 16
-    assert longer.processor.model_max_length == 16
-    with pytest.raises(ValueError, match="context_length=16 exceeds max_position_embeddings=8; lower it"):
-        longer.configure(AutoConfig.for_model("bm_transformer", max_position_embeddings=8))
-    with pytest.raises(ValueError, match="eval_context_length=0 must be at least 1 token"):
+    assert longer.tokenizer.model_max_length == 16
+    with pytest.raises(UserError, match="context_length=16 exceeds max_position_embeddings=8; lower it"):
+        longer.bind(AutoConfig.for_model("bm_transformer", max_position_embeddings=8))
+    with pytest.raises(UserError, match="eval_context_length=0 must be at least 1 token"):
         CausalLMArguments(eval_context_length=0)
 
 
 def test_rows_that_carry_a_state_come_in_the_order_of_the_text(tmp_path):
-    task = task_of(tmp_path, context_length=4, carry_state=True)
-    batches = task.train_batches(batch_size=2, micro_batch_size=0, seed=1)
+    data = read(tmp_path, context_length=4, carry_state=True)
+    objective = data.bind(data.new_config("bm_rnn", SMALL))
+    batches = objective.train_batches(batch_size=2, micro_batch_size=0, seed=1)
     assert batches.carries_state
-    tokens = task.rows["train"].store.tokens.tolist()
+    assert objective.keeps_order
+    tokens = objective.rows["train"].store.tokens.tolist()
     lanes = torch.cat([batches[step][0]["input_ids"] for step in range(int(batches.steps_per_epoch))], dim=1)
     assert lanes.flatten().tolist()[: len(tokens) - 1] == tokens[:-1]
+
+
+LONG = [f"line {i} of a text whose lines are long enough to be compared" for i in range(40)]
+
+
+def corpus(folder, train, validation, **settings):
+    for split, lines in {"train": train, "validation": validation}.items():
+        (folder / f"{split}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return TASK.read(CausalLMArguments(dataset=str(folder), vocab_size=300, **settings), folder=folder / "run")
+
+
+def test_training_text_that_is_measured_on_is_refused_dropped_or_allowed(tmp_path):
+    """As a document, and as part of one; once for all, until a file changes."""
+    whole = r"dataset=\S+: 100% of the validation text, in lines of 32 characters or more, is also in the "
+    with pytest.raises(UserError, match=whole + r"training text \(for example 'line 0 of a text"):
+        corpus(tmp_path, LONG, LONG)
+    with pytest.raises(UserError, match="50% of the validation text"):
+        corpus(tmp_path, LONG, [*LONG[:3], *(line.upper() for line in LONG[:3])])
+    with pytest.raises(UserError, match="nothing would be left to train on"):
+        corpus(tmp_path, LONG, LONG[:3], leakage="drop")
+    data = corpus(tmp_path, LONG, LONG[:3], leakage="drop", sample_by="line")
+    assert list(data.rows["train"]) == LONG[3:]
+    assert data.notes[0].endswith("the documents that hold it are left out of training")
+    assert len(data.bind(data.new_config("bm_rnn", SMALL)).rows["train"].store.offsets) == 37 + 1
+    assert list(corpus(tmp_path, LONG, LONG[:3], leakage="allow", sample_by="line").rows["train"]) == LONG
+    apart = corpus(tmp_path, LONG[10:], LONG[:3], sample_by="line")
+    assert apart.notes == []
+    assert corpus(tmp_path, LONG[10:], LONG[:3], sample_by="line").notes == []  # from what was remembered
+    with pytest.raises(UserError, match="is also in the training text"):
+        corpus(tmp_path, LONG[2:], LONG[:3], sample_by="line")
+
+
+def test_set_phrases_are_no_leak(tmp_path):
+    """One short line, and one long line in two hundred."""
+    phrase = "this sentence stands in many reports of the same kind"
+    validation = [f"{line} held out, {i}" for i in range(5) for line in LONG]
+    data = corpus(tmp_path, [*LONG, phrase, "Citizen:"], [*validation, phrase[:-1], phrase, "Citizen:"])
+    assert data.notes == []
+
+
+def test_a_plan_reads_the_beginning_of_a_large_corpus_or_the_tokens_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "SAMPLE_CHARACTERS", 500)
+    args = {"train": LONG, "validation": [line.upper() for line in LONG]}
+    for split, lines in args.items():
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines), encoding="utf-8")
+
+    def planned():
+        arguments = CausalLMArguments(dataset=str(tmp_path), vocab_size=300, context_length=8)
+        data = TASK.read(arguments, folder=tmp_path / "run", is_plan=True)
+        return data, data.bind(data.new_config("bm_rnn", SMALL))
+
+    data, objective = planned()
+    assert objective.sampled_share == pytest.approx(500 / (tmp_path / "train.txt").stat().st_size)
+    assert objective.rows["train"].store.num_bytes == 500
+    assert data.notes == [
+        "the plan reads the first 0.0 MB of 0.0 MB of training text: vocabulary, steps and time are estimates"
+    ]
+    assert not (tmp_path / "run").exists()
+    whole = TASK.read(
+        CausalLMArguments(dataset=str(tmp_path), vocab_size=300, context_length=8), folder=tmp_path / "run"
+    )
+    tokens = whole.bind(whole.new_config("bm_rnn", SMALL)).rows["train"].store.num_tokens
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    data, objective = planned()
+    assert (objective.sampled_share, objective.rows["train"].store.num_tokens, data.notes) == (1.0, tokens, [])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
 @pytest.mark.parametrize(
@@ -87,6 +164,7 @@ def test_a_plan_of_fine_tuning_refuses_what_the_run_would(tmp_path, setting, mes
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be\n" * 20, encoding="utf-8")
     files = ["--task", "causal_lm", "--train_file", str(text), "--validation_file", str(text)]
+    files += ["--leakage", "allow"]
     sizes = ["--vocab_size", "300", "--context_length", "8", "--model_type", "bm_rnn", "--hidden_size", "8"]
     with pytest.raises(ValueError, match=message):
         finetune.main([*files, *sizes, "--output_dir", str(tmp_path / "run"), "--dry_run", *setting])

@@ -28,7 +28,7 @@ from transformers import (
 
 from bmtk.data.media import in_colour
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
-from bmtk.tasks.image_classification import ImageClassification, ImageClassificationArguments, mixed_labels
+from bmtk.tasks.image_classification import TASK, ImageClassificationArguments, mixed_labels
 from bmtk.training import callbacks, finetuning
 from recipes import evaluate, finetune, predict
 
@@ -57,28 +57,27 @@ def write_images(folder, images, labels=("cat", "dog")):
     return folder
 
 
-def make_task(tmp_path, images=None, *, config=None, splits=("train", "validation"), **settings):
-    """A task on a folder of images that a small bm_cnn (or `config`) reads."""
+def bound(tmp_path, images=None, *, config=None, splits=("train", "validation"), **settings):
+    """A folder of images, for a small bm_cnn (or `config`) to read."""
     images = images or [noise(seed=seed) for seed in range(8)]
     if not (tmp_path / "train").exists():
         write_images(tmp_path / "train", images)
         write_images(tmp_path / "validation", [noise(seed=seed) for seed in (100, 101)])
-    task = ImageClassification(ImageClassificationArguments(dataset=str(tmp_path), **settings), splits=splits)
-    task.configure(config or BmCnnConfig(image_size=8, hidden_sizes=[4], depths=[1]))
-    return task
+    data = TASK.read(ImageClassificationArguments(dataset=str(tmp_path), **settings), splits=splits)
+    return data.bind(config or BmCnnConfig(image_size=8, hidden_sizes=[4], depths=[1]))
 
 
-def batches(task, size=4, workers=0, order=None, epoch=None):
-    rows = task.rows["train"]
+def batches(objective, size=4, workers=0, order=None, epoch=None):
+    rows = objective.rows["train"]
     if epoch is not None:
         rows.set_epoch(epoch)
-    loader = DataLoader(rows, size, sampler=order, collate_fn=task.collator(), num_workers=workers)
+    loader = DataLoader(rows, size, sampler=order, collate_fn=objective.collator(), num_workers=workers)
     return list(loader)
 
 
-def pixels_by_row(task, order, **options):
+def pixels_by_row(objective, order, **options):
     """Row -> its pixels, whatever order the rows came in."""
-    pixels = torch.cat([batch["pixel_values"] for batch in batches(task, order=order, **options)])
+    pixels = torch.cat([batch["pixel_values"] for batch in batches(objective, order=order, **options)])
     return dict(zip(order, pixels, strict=True))
 
 
@@ -99,15 +98,15 @@ KINDS = [noise("L"), noise("RGB"), noise("RGBA"), noise("RGB").convert("P"), noi
     ids=["colour", "greyscale", "vit", "centre crop"],
 )
 def test_pixels_are_the_very_ones_of_the_processor(tmp_path, config, megabytes):
-    task = make_task(tmp_path, KINDS, config=config, cache_megabytes=megabytes)
+    objective = bound(tmp_path, KINDS, config=config, cache_megabytes=megabytes)
     images = [PIL.Image.open(path) for path, _ in sorted_files(tmp_path / "train")]
     if config.model_type != "bm_cnn":  # their processors know no other images
         images = [in_colour(image) for image in images]
-    theirs = task.processor(images, return_tensors="pt")["pixel_values"]
-    ours = torch.cat([batch["pixel_values"] for batch in batches(task)])
+    theirs = objective.processor(images, return_tensors="pt")["pixel_values"]
+    ours = torch.cat([batch["pixel_values"] for batch in batches(objective)])
     assert ours.dtype == torch.float32
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
-    assert (task.rows["train"].kept is None) == (megabytes == 0)
+    assert (objective.rows["train"].kept is None) == (megabytes == 0)
 
 
 def sorted_files(folder):
@@ -118,9 +117,9 @@ def test_transparent_pixels_are_white_in_colour_and_in_grey(tmp_path):
     clear = PIL.Image.new("RGBA", (8, 8), (200, 0, 0, 0))
     for channels in (1, 3):
         config = BmCnnConfig(image_size=8, hidden_sizes=[4], depths=[1], num_channels=channels)
-        task = make_task(tmp_path, [clear, noise()], config=config)
-        assert (task.rows["train"][0]["pixels"] == 255).all()
-    assert "50.0% partly transparent, put on white" in "; ".join(task.notes)
+        objective = bound(tmp_path, [clear, noise()], config=config)
+        assert (objective.rows["train"][0]["pixels"] == 255).all()
+    assert "50.0% partly transparent, put on white" in "; ".join(objective.notes)
 
 
 def test_an_image_is_turned_as_its_camera_says(tmp_path):
@@ -132,20 +131,20 @@ def test_an_image_is_turned_as_its_camera_says(tmp_path):
     rows = {"image": [{"bytes": None, "path": str(tmp_path / "turned.png")}] * 2, "label": ["a", "b"]}
     Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
     args = ImageClassificationArguments(train_file=[str(tmp_path / "train.parquet")], leakage="allow")
-    task = ImageClassification(args, splits=["train"])
-    task.configure(BmCnnConfig(image_size=8, hidden_sizes=[4], depths=[1], num_channels=1))
-    assert np.array_equal(task.rows["train"][0]["pixels"][0], np.asarray(upright))
+    config = BmCnnConfig(image_size=8, hidden_sizes=[4], depths=[1], num_channels=1)
+    objective = TASK.read(args, splits=["train"]).bind(config)
+    assert np.array_equal(objective.rows["train"][0]["pixels"][0], np.asarray(upright))
 
 
 def test_a_new_processor_normalises_by_the_training_images(tmp_path):
     for megabytes in (1024, 0):
-        task = make_task(tmp_path, cache_megabytes=megabytes)
+        objective = bound(tmp_path, cache_megabytes=megabytes)
         paths = [path for path, _ in sorted_files(tmp_path / "train")]
-        raw = task.processor([PIL.Image.open(path) for path in paths], do_normalize=False, return_tensors="np")
+        raw = objective.processor([PIL.Image.open(path) for path in paths], do_normalize=False, return_tensors="np")
         values = raw["pixel_values"].astype(np.float64)
-        assert task.processor.image_mean == pytest.approx(values.mean((0, 2, 3)), abs=6e-5)
-        assert task.processor.image_std == pytest.approx(values.std((0, 2, 3)), abs=6e-5)
-        pixels = torch.cat([batch["pixel_values"] for batch in batches(task)])
+        assert objective.processor.image_mean == pytest.approx(values.mean((0, 2, 3)), abs=6e-5)
+        assert objective.processor.image_std == pytest.approx(values.std((0, 2, 3)), abs=6e-5)
+        pixels = torch.cat([batch["pixel_values"] for batch in batches(objective)])
         assert pixels.mean((0, 2, 3)).abs().max() < 1e-3
         assert torch.allclose(pixels.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-3)
 
@@ -156,23 +155,23 @@ def test_images_of_one_colour_do_not_divide_by_zero(tmp_path):
         tmp_path / "train", [PIL.Image.new("RGB", (8, 8), (10, 20, 30)), PIL.Image.new("RGB", (9, 9), (10, 20, 30))]
     )
     write_images(tmp_path / "validation", images[4:6])
-    pixels = batches(make_task(tmp_path))[0]["pixel_values"]
+    pixels = batches(bound(tmp_path))[0]["pixel_values"]
     assert torch.isfinite(pixels).all()
 
 
 def test_a_model_keeps_its_own_processor(tmp_path):
-    first = make_task(tmp_path)
+    first = bound(tmp_path)
     first.processor.save_pretrained(tmp_path / "model")
     args = ImageClassificationArguments(dataset=str(tmp_path))
     (tmp_path / "train" / "cat" / "000.png").unlink()
-    second = ImageClassification(args, model=str(tmp_path / "model"))
-    second.configure(BmCnnConfig(image_size=8, hidden_sizes=[4], depths=[1]))
+    data = TASK.read(args, model=str(tmp_path / "model"))
+    second = data.bind(BmCnnConfig(image_size=8, hidden_sizes=[4], depths=[1]))
     assert list(second.processor.image_mean) == first.processor.image_mean
     assert not any("are normalised by" in note for note in second.notes)
 
 
 def test_the_notes_say_what_the_images_are(tmp_path):
-    notes = make_task(tmp_path, [noise("L", (6, 6)), *[noise("RGB", (20, 8 + i), seed=i) for i in range(3)]]).notes
+    notes = bound(tmp_path, [noise("L", (6, 6)), *[noise("RGB", (20, 8 + i), seed=i) for i in range(3)]]).notes
     assert (
         "training images: 75.0% colour, 25.0% greyscale; 6 to 20 pixels wide, mostly about 20 x 8; the model reads "
         "8 x 8: 75.0% are made smaller and 25.0% larger"
@@ -180,7 +179,7 @@ def test_the_notes_say_what_the_images_are(tmp_path):
     assert "the 4 train images are decoded once and kept in memory (0.0 MB)" in notes
     assert (
         "the train images would take 0.0 MB: they are decoded every time (cache_megabytes)"
-        in make_task(tmp_path, cache_megabytes=0).notes
+        in bound(tmp_path, cache_megabytes=0).notes
     )
 
 
@@ -189,46 +188,46 @@ def test_the_notes_say_what_the_images_are(tmp_path):
 
 @pytest.mark.parametrize("settings", [ALL, {**ALL, "mixup": 0.5, "cutmix": 1.0}], ids=["changed", "mixed"])
 def test_what_a_row_becomes_depends_on_seed_epoch_and_row_alone(tmp_path, settings):
-    task, order = make_task(tmp_path, **settings), [3, 0, 7, 1, 2, 6, 5, 4]
-    once = pixels_by_row(task, range(8), epoch=2)
-    other = pixels_by_row(task, order, epoch=2, size=3, workers=2)
-    uncached = pixels_by_row(make_task(tmp_path, **settings, cache_megabytes=0), order, epoch=2, size=5)
+    objective, order = bound(tmp_path, **settings), [3, 0, 7, 1, 2, 6, 5, 4]
+    once = pixels_by_row(objective, range(8), epoch=2)
+    other = pixels_by_row(objective, order, epoch=2, size=3, workers=2)
+    uncached = pixels_by_row(bound(tmp_path, **settings, cache_megabytes=0), order, epoch=2, size=5)
     assert all(torch.equal(once[row], other[row]) and torch.equal(once[row], uncached[row]) for row in range(8))
-    next_epoch = pixels_by_row(task, range(8), epoch=3)
+    next_epoch = pixels_by_row(objective, range(8), epoch=3)
     assert sum(torch.equal(once[row], next_epoch[row]) for row in range(8)) <= 1
     args = ImageClassificationArguments(dataset=str(tmp_path), **settings)
-    other_seed = ImageClassification(args, seed=1, splits=["train", "validation"])
-    other_seed.configure(BmCnnConfig(image_size=8, hidden_sizes=[4], depths=[1]))
+    data = TASK.read(args, seed=1, splits=["train", "validation"])
+    other_seed = data.bind(BmCnnConfig(image_size=8, hidden_sizes=[4], depths=[1]))
     assert not torch.equal(once[0], pixels_by_row(other_seed, range(8), epoch=2)[0])
 
 
 def test_workers_that_outlive_an_epoch_know_the_next_one(tmp_path):
-    task = make_task(tmp_path, **ALL)
-    rows = task.rows["train"]
-    loader = DataLoader(rows, 8, collate_fn=task.collator(), num_workers=1, persistent_workers=True)
+    objective = bound(tmp_path, **ALL)
+    rows = objective.rows["train"]
+    loader = DataLoader(rows, 8, collate_fn=objective.collator(), num_workers=1, persistent_workers=True)
     for epoch in (0, 1):
         rows.set_epoch(epoch)
         (batch,) = list(loader)
-        assert torch.equal(batch["pixel_values"], batches(task, 8, epoch=epoch)[0]["pixel_values"])
+        assert torch.equal(batch["pixel_values"], batches(objective, 8, epoch=epoch)[0]["pixel_values"])
 
 
 def test_nothing_is_augmented_but_training(tmp_path):
-    task, plain = make_task(tmp_path, **ALL, mixup=1.0), make_task(tmp_path)
-    assert torch.equal(batches(task)[0]["pixel_values"], batches(plain)[0]["pixel_values"])
-    assert batches(task)[0]["labels"].ndim == 1
-    assert task.rows["validation"].augmentation is None
+    objective, plain = bound(tmp_path, **ALL, mixup=1.0), bound(tmp_path)
+    assert torch.equal(batches(objective)[0]["pixel_values"], batches(plain)[0]["pixel_values"])
+    assert batches(objective)[0]["labels"].ndim == 1
+    assert objective.rows["validation"].augmentation is None
     assert plain.rows["train"].augmentation is None
-    assert not torch.equal(batches(task, epoch=0)[0]["pixel_values"], batches(plain, epoch=0)[0]["pixel_values"])
+    assert not torch.equal(batches(objective, epoch=0)[0]["pixel_values"], batches(plain, epoch=0)[0]["pixel_values"])
 
 
 def test_a_mixed_row_holds_both_images_and_labels_in_its_share(tmp_path):
-    task = make_task(tmp_path, mixup=1.0)
-    plain = torch.cat([batch["pixel_values"] for batch in batches(make_task(tmp_path))])
-    rows = task.rows["train"]
+    objective = bound(tmp_path, mixup=1.0)
+    plain = torch.cat([batch["pixel_values"] for batch in batches(bound(tmp_path))])
+    rows = objective.rows["train"]
     rows.set_epoch(0)
     found = [rows[row] for row in range(8)]
-    batch = task.collator()(found)
-    step = 1 / 255 / min(task.processor.image_std)  # pixels stay whole numbers
+    batch = objective.collator()(found)
+    step = 1 / 255 / min(objective.processor.image_std)  # pixels stay whole numbers
     for row, mixed in enumerate(found):
         other = next(i for i in range(8) if np.array_equal(rows.pixels([i])[0], mixed["other"]["pixels"]))
         expected = mixed["share"] * plain[row] + (1 - mixed["share"]) * plain[other]
@@ -243,45 +242,45 @@ def test_a_mixed_row_holds_both_images_and_labels_in_its_share(tmp_path):
 @pytest.mark.parametrize("weights", [None, ["1", "3"]])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_of_mixed_labels_is_the_mixture_of_the_losses(tmp_path, weights, smoothing):
-    task = make_task(tmp_path, class_weights=weights)
+    objective = bound(tmp_path, class_weights=weights)
     logits, one, other = torch.randn(5, 2), torch.tensor([0, 1, 0, 1, 1]), torch.tensor([1, 0, 0, 1, 0])
     shares = torch.tensor([0.2, 0.5, 0.7, 1.0, 0.0])
     soft = mixed_labels(one, other, shares, 2)
     losses = [
-        F.cross_entropy(logits, labels, task.problem.weights, reduction="none", label_smoothing=smoothing)
+        F.cross_entropy(logits, labels, objective.labels.kind.weights, reduction="none", label_smoothing=smoothing)
         for labels in (one, other)
     ]
     expected = (shares * losses[0] + (1 - shares) * losses[1]).sum()
-    ours = task.criterion({"logits": logits}, {"labels": soft}, label_smoothing=smoothing)
+    ours = objective.criterion({"logits": logits}, {"labels": soft}, label_smoothing=smoothing)
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
     parts = [
-        task.criterion({"logits": logits[part]}, {"labels": soft[part]}, label_smoothing=smoothing)
+        objective.criterion({"logits": logits[part]}, {"labels": soft[part]}, label_smoothing=smoothing)
         for part in (slice(0, 2), slice(2, 5))
     ]
     assert sum(parts).item() == pytest.approx(ours.item(), rel=1e-5)
-    assert task.num_items({"labels": soft}) == 5
+    assert objective.num_items({"labels": soft}) == 5
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_broken_image_stops_the_run_or_is_left_out_and_said(tmp_path):
+def test_a_broken_image_stops_the_run_or_is_left_out_and_noted(tmp_path):
     write_images(tmp_path / "train", [noise(seed=seed) for seed in range(5)])
     write_images(tmp_path / "validation", [noise(seed=seed) for seed in (100, 101)])
     broken = tmp_path / "train" / "dog" / "001.png"
     broken.write_bytes(broken.read_bytes()[:60])
     for megabytes in (1024, 0):
         with pytest.raises(ValueError, match=r"the image of train row 4 is not an image that can be read: .*001\.png"):
-            batches(make_task(tmp_path, cache_megabytes=megabytes))
-    task = make_task(tmp_path, on_corrupt="skip")
-    assert len(task.rows["train"]) == 4
-    (note,) = [note for note in task.notes if "left out" in note]
+            batches(bound(tmp_path, cache_megabytes=megabytes))
+    objective = bound(tmp_path, on_corrupt="skip")
+    assert len(objective.rows["train"]) == 4
+    (note,) = [note for note in objective.notes if "left out" in note]
     assert note.startswith(f"1 of 5 rows left out: train row 4 is not an image that can be read: {broken}: ")
     (broken.parent / "003.png").write_bytes(b"no image")
     for path in (tmp_path / "train" / "cat").iterdir():
         path.write_bytes(b"none either")
     with pytest.raises(ValueError, match=r"no image of the train data can be read: train row 1 is not an image"):
-        make_task(tmp_path, on_corrupt="skip")
+        bound(tmp_path, on_corrupt="skip")
 
 
 @pytest.mark.parametrize(
@@ -298,7 +297,7 @@ def test_a_broken_image_stops_the_run_or_is_left_out_and_said(tmp_path):
 )
 def test_bad_settings_are_one_clear_error(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        make_task(tmp_path, **settings)
+        bound(tmp_path, **settings)
 
 
 def test_a_label_that_training_does_not_know_is_refused(tmp_path):
@@ -307,19 +306,19 @@ def test_a_label_that_training_does_not_know_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"the validation data has labels .* does not have: 'bird' \(first in row 1\)"
     ):
-        make_task(tmp_path)
+        bound(tmp_path)
 
 
 def test_a_model_of_texts_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no image processor belongs to a bert; is it a model of images"):
-        make_task(tmp_path, config=AutoConfig.for_model("bert"))
+        bound(tmp_path, config=AutoConfig.for_model("bert"))
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_shows_the_most_wrong_images(tmp_path, monkeypatch):
-    task, shown = make_task(tmp_path), {}
+    objective, shown = bound(tmp_path), {}
     monkeypatch.setattr(
         "bmtk.tasks.image_classification.image_grid",
         lambda images, captions, title: (
@@ -332,14 +331,14 @@ def test_the_report_shows_the_most_wrong_images(tmp_path, monkeypatch):
         {"label": int(is_wrong), "truth": 0, "score": 0.75, "loss": loss, "items": 1, "top": [0, 1]}
         for is_wrong, loss in zip(wrong, losses, strict=True)
     ]
-    figures = task.figures(predictions, task.rows["train"])
+    figures = objective.scorer.figures(predictions, objective.rows["train"])
     assert [figure["title"] for figure in figures] == [
         "Confusion matrix",
         "The 3 most wrong of 3 mistakes among 4 images",
     ]
     assert shown["captions"] == ["dog 75.0%\nis cat 5.0%", "dog 75.0%\nis cat 13.5%", "dog 75.0%\nis cat 40.7%"]
-    assert np.array_equal(shown["images"], task.rows["train"].pixels([3, 1, 2]))
-    assert len(task.figures(predictions[:1], task.rows["train"])) == 1
+    assert np.array_equal(shown["images"], objective.rows["train"].pixels([3, 1, 2]))
+    assert len(objective.scorer.figures(predictions[:1], objective.rows["train"])) == 1
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -429,7 +428,7 @@ def test_a_frozen_backbone_rests_and_its_head_learns(trained, tmp_path, capsys):
         run(tmp_path / "other", "--model", trained, "--freeze_backbone", "--adapter", "lora")
 
 
-def test_a_checkpoint_of_another_task_is_said_loudly(trained, tmp_path, capsys):
+def test_a_checkpoint_of_another_task_is_reported_loudly(trained, tmp_path, capsys):
     config = AutoConfig.from_pretrained(trained)
     AutoModelForMaskedImageModeling.from_config(config).save_pretrained(tmp_path / "masked")
     shutil.copy(trained / "preprocessor_config.json", tmp_path / "masked")
@@ -442,16 +441,16 @@ def test_a_checkpoint_of_another_task_is_said_loudly(trained, tmp_path, capsys):
 
 
 def test_channels_last_changes_nothing_but_the_layout(tmp_path):
-    task = make_task(tmp_path)
+    objective = bound(tmp_path)
     model = AutoModelForImageClassification.from_config(BmCnnConfig(image_size=8, hidden_sizes=[4, 8], depths=[1, 1]))
     images, weight = (
-        task.scaled(task.rows["train"].pixels(range(8))),
+        objective.scaled(objective.rows["train"].pixels(range(8))),
         model.model.stages[1].blocks[0].body[0][0].weight,
     )
     results = []
     for is_last in (False, True):
         args = finetuning.FineTuningArguments(str(tmp_path / "run"), channels_last=is_last, use_cpu=True)
-        finetuning.build_trainer(model, task, args, folder=tmp_path / "run")
+        finetuning.build_trainer(model, objective, args, folder=tmp_path / "run")
         assert weight.is_contiguous(memory_format=torch.channels_last) == is_last
         model.zero_grad()
         loss = model(pixel_values=images, labels=torch.arange(8) % 2).loss

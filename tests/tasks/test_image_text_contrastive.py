@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor, VisionTextDualEncoderModel, V
 import bmtk  # noqa: F401
 from bmtk.data.image_transforms import BatchTransform, apply_batch_transform, draw_batch_transform
 from bmtk.models import BmImageProcessor
-from bmtk.tasks.image_text_contrastive import ImageTextContrastive, ImageTextContrastiveArguments, ranks
+from bmtk.tasks.image_text_contrastive import TASK, ImageTextContrastiveArguments, ranks
 from bmtk.training.arguments import LoopArguments
 from recipes import evaluate, finetune, predict, pretrain
 
@@ -30,28 +30,26 @@ TEXT = {
 }
 
 
-def make_task(vision="bm_cnn", text="bm_rnn", *, seed=42, **settings):
+def bound(vision="bm_cnn", text="bm_rnn", *, seed=42, **settings):
     towers = {"vision_model_type": vision, "vision_config": VISION.get(vision)}
     towers |= {"text_model_type": text, "text_config": TEXT.get(text)}
     sizes = {"tokenizer": "char", "projection_dim": 8, "dataset": str(SHAPES)}
     args = ImageTextContrastiveArguments(**{**sizes, **towers, **settings})
-    task = ImageTextContrastive(args, seed=seed)
-    config = task.new_config("vision-text-dual-encoder", {})
-    task.configure(config)
-    return task, config
+    data = TASK.read(args, seed=seed)
+    return data.bind(data.new_config("vision-text-dual-encoder", {}))
 
 
 @pytest.mark.parametrize(
     ("vision", "text"), [("bm_cnn", "bm_rnn"), ("bm_transformer", "bm_cnn"), ("bm_cnn", "bm_transformer")]
 )
 def test_two_towers_of_any_family_are_saved_and_loaded(tmp_path, vision, text):
-    task, config = make_task(vision, text)
-    assert config.text_config.vocab_size == len(task.tokenizer)
-    assert config.text_config.is_causal is False
-    model = task.auto_class.from_config(config).eval()
-    batch = task.batch_rows(task.rows["test"]).batch([0, 1, 2], [0] * 3)
+    objective = bound(vision, text)
+    assert objective.config.text_config.vocab_size == len(objective.tokenizer)
+    assert objective.config.text_config.is_causal is False
+    model = objective.auto_class.from_config(objective.config).eval()
+    batch = objective.batch_rows(objective.rows["test"]).batch([0, 1, 2], [0] * 3)
     model.save_pretrained(tmp_path)
-    task.processor.save_pretrained(tmp_path)
+    objective.processor.save_pretrained(tmp_path)
     loaded, info = VisionTextDualEncoderModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -60,8 +58,8 @@ def test_two_towers_of_any_family_are_saved_and_loaded(tmp_path, vision, text):
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(processor, VisionTextDualEncoderProcessor)
     again = processor(
-        images=[task.rows["test"].images[row]["image"] for row in range(3)],
-        text=task.rows["test"].captions[:3],
+        images=[objective.rows["test"].images[row]["image"] for row in range(3)],
+        text=objective.rows["test"].captions[:3],
         padding=True,
         return_tensors="pt",
     )
@@ -70,34 +68,34 @@ def test_two_towers_of_any_family_are_saved_and_loaded(tmp_path, vision, text):
 
 
 def test_the_loss_is_clip_s_without_equal_captions_as_negatives():
-    task, _ = make_task()
+    objective = bound()
     logits, labels = torch.randn(4, 4), torch.tensor([0, 1, 0, 2])
     total = 0.0
     for matrix in (logits, logits.T):
         for row in range(4):
             others = [column for column in range(4) if column == row or labels[column] != labels[row]]
             total += math.log(sum(math.exp(matrix[row, column]) for column in others)) - matrix[row, row].item()
-    loss = task.criterion({"logits_per_image": logits}, {"labels": labels})
+    loss = objective.criterion({"logits_per_image": logits}, {"labels": labels})
     assert loss.item() == pytest.approx(total / 2, rel=1e-5)
-    distinct = task.criterion({"logits_per_image": logits}, {"labels": torch.arange(4)})
+    distinct = objective.criterion({"logits_per_image": logits}, {"labels": torch.arange(4)})
     own = torch.arange(4)
     expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     assert distinct.item() == pytest.approx(4 * expected.item(), rel=1e-5)
 
 
 def test_a_step_is_not_cut_into_parts():
-    task, _ = make_task()
+    objective = bound()
     message = (
         "image_text_contrastive compares every row with all others of its optimizer step, which would be cut into"
     )
     for sizes in ({"micro_batch_size": 8}, {"world_size": 2, "rank": 1}):
         with pytest.raises(ValueError, match=f"{message} 2 parts; use one process"):
-            task.train_batches(batch_size=16, seed=0, **sizes)
-    (batch,) = task.train_batches(batch_size=16, micro_batch_size=16, seed=0)[0]
-    assert len(batch["labels"]) == task.num_items(batch) == 16
+            objective.train_batches(batch_size=16, seed=0, **sizes)
+    (batch,) = objective.train_batches(batch_size=16, micro_batch_size=16, seed=0)[0]
+    assert len(batch["labels"]) == objective.num_items(batch) == 16
     args = finetune.finetuning.FineTuningArguments(gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match=f"{message} 3 parts"):
-        finetune.finetuning.settle(args, task)
+        finetune.finetuning.settle(args, objective)
     assert LoopArguments().micro_batch_size == 0
 
 
@@ -116,48 +114,48 @@ def test_ranks_are_places_among_all_rows_and_equal_captions_do_not_compete():
 
 
 def test_metrics_do_not_depend_on_the_batches():
-    task, config = make_task()
-    model, rows, scores = task.auto_class.from_config(config).eval(), task.rows["validation"], []
+    objective = bound()
+    model, scorer = objective.auto_class.from_config(objective.config).eval(), objective.scorer
+    rows, scores = objective.rows["validation"], []
     for size in (7, 40):
         with torch.no_grad():
-            batches = task.batches_in_order(rows, batch_size=size)
-            predictions = [p for batch in batches for p in task.predict(model, batch)]
-        scores.append(task.score(predictions, rows))
+            batches = objective.batches_in_order(rows, batch_size=size)
+            predictions = [p for batch in batches for p in scorer.predict(model, batch)]
+        scores.append(scorer.score(predictions, rows))
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     names = {f"{way}_{name}" for way in ("image_to_text", "text_to_image") for name in ("recall_at_1", "recall_at_5")}
     assert names | {"loss", "image_to_text_mean_rank", "text_to_image_mean_rank"} == scores[0].keys()
-    whole = task.batch_rows(rows).batch(range(40), [0] * 40)
+    whole = objective.batch_rows(rows).batch(range(40), [0] * 40)
     with torch.no_grad():
         outputs = model(**{name: value for name, value in whole.items() if name != "labels"})
-    assert scores[0]["loss"] == pytest.approx(task.criterion(outputs, whole).item() / 40, rel=1e-4)
-    (figure,) = task.figures(predictions, rows)
+    assert scores[0]["loss"] == pytest.approx(objective.criterion(outputs, whole).item() / 40, rel=1e-4)
+    (figure,) = scorer.figures(predictions, rows)
     assert figure["title"].startswith("Captions and the images")
-    assert task.samples(predictions, rows)[0]["prompt"] == f"[{rows.captions[0]}]"
+    assert scorer.samples(predictions, rows)[0]["prompt"] == f"[{rows.captions[0]}]"
 
 
 def test_training_rows_are_changed_as_seed_epoch_and_row_say(tmp_path):
-    task, _ = make_task(image_augmentation=1.0)
-    rows = task.batch_rows(task.rows["train"], is_training=True)
+    objective = bound(image_augmentation=1.0)
+    rows = objective.batch_rows(objective.rows["train"], is_training=True)
     both = rows.batch([3, 5], [1, 2])
     assert torch.equal(rows.batch([5], [2])["pixel_values"][0], both["pixel_values"][1])
     assert not torch.equal(rows.batch([5], [3])["pixel_values"][0], both["pixel_values"][1])
-    plain = make_task()[0]
+    plain = bound()
     assert torch.equal(
         plain.batch_rows(plain.rows["test"]).batch([5], [2])["pixel_values"],
-        task.batch_rows(task.rows["test"]).batch([5], [1])["pixel_values"],
+        objective.batch_rows(objective.rows["test"]).batch([5], [1])["pixel_values"],
     )
     others = {"caption": ["a b"] * 40, "more": ["c d"] * 40, "none": [None] * 40}
-    images = task.rows["test"].images.rows["image"][:40]
+    images = objective.rows["test"].images.rows["image"][:40]
     Dataset.from_dict({"image": list(images), **others}).to_parquet(tmp_path / "train.parquet")
     files = {"train_file": [str(tmp_path / "train.parquet")], "dataset": None, "validation_fraction": 0.5}
-    task, _ = make_task(**files, other_caption_columns=["more", "none"])
-    batch = task.batch_rows(task.rows["train"], is_training=True).batch(range(20), [0] * 20)
-    first = {task.tokenizer.decode(ids) for ids in batch["input_ids"]}
+    objective = bound(**files, other_caption_columns=["more", "none"])
+    batch = objective.batch_rows(objective.rows["train"], is_training=True).batch(range(20), [0] * 20)
+    first = {objective.tokenizer.decode(ids) for ids in batch["input_ids"]}
     assert first == {"a b", "c d"}, "texts that are missing are not drawn"
     assert set(batch["labels"].tolist()) == {0}
-    assert {
-        tuple(ids) for ids in task.batch_rows(task.rows["validation"]).batch(range(20), [0] * 20)["input_ids"].tolist()
-    } == {tuple(task.tokenizer("a b")["input_ids"])}
+    measured = objective.batch_rows(objective.rows["validation"]).batch(range(20), [0] * 20)
+    assert {tuple(ids) for ids in measured["input_ids"].tolist()} == {tuple(objective.tokenizer("a b")["input_ids"])}
 
 
 def test_changes_turn_shift_and_colour_an_image():
@@ -214,13 +212,13 @@ def test_transparent_images_are_put_on_white():
 )
 def test_bad_settings_are_one_clear_error(settings, message):
     with pytest.raises(ValueError, match=message):
-        make_task(**settings)
+        bound(**settings)
 
 
 def test_fields_of_one_tower_are_refused_outside_of_its_config():
-    task, _ = make_task()
+    data = bound().data
     with pytest.raises(ValueError, match="hidden_size: there are two towers; put what is meant for one of them into"):
-        task.new_config("bm_cnn", {"hidden_size": 3})
+        data.new_config("bm_cnn", {"hidden_size": 3})
 
 
 def test_from_pretraining_to_naming_images(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from bmtk.metrics.labels import several_labels_scores
 from bmtk.metrics.numbers import regression_scores
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.tasks.image_classification import mixed_labels
-from bmtk.tasks.sequence_classification import SequenceClassification, SequenceClassificationArguments
+from bmtk.tasks.sequence_classification import TASK, SequenceClassificationArguments
 from bmtk.training.updates import divides_by_count
 from recipes import evaluate, finetune, predict
 
@@ -27,19 +27,17 @@ def write(path, columns):
     return [str(path)]
 
 
-def make_task(tmp_path, labels, validation=None, *, suffix=".jsonl", **settings):
+def bound(tmp_path, labels, validation=None, *, suffix=".jsonl", **settings):
     files = {"train_file": write(tmp_path / f"train{suffix}", {"text": TEXTS[: len(labels)], "label": labels})}
     validation = labels[:1] if validation is None else validation
     columns = {"text": ["e", "f"][: len(validation)], "label": validation}
     files["validation_file"] = write(tmp_path / f"validation{suffix}", columns)
-    task = SequenceClassification(SequenceClassificationArguments(**{**files, "vocab_size": 300, **settings}))
-    task.config = BmTransformerConfig(**{**task.config_fields, "max_position_embeddings": 16})
-    task.configure(task.config)
-    return task
+    data = TASK.read(SequenceClassificationArguments(**{**files, "vocab_size": 300, **settings}))
+    return data.bind(BmTransformerConfig(**{**data.config_fields, "max_position_embeddings": 16}))
 
 
-def batch_of(task, split="train"):
-    return task.collator()(list(task.rows[split]))
+def batch_of(objective, split="train"):
+    return objective.collator()(list(objective.rows[split]))
 
 
 @pytest.mark.parametrize(
@@ -52,59 +50,59 @@ def batch_of(task, split="train"):
     ],
 )
 def test_all_that_is_measured_is_named(tmp_path, labels, settings):
-    task = make_task(tmp_path, labels, **settings)
-    predictions = task.problem.predictions(torch.randn(4, len(task.labels)))
-    for prediction, truth in zip(predictions, batch_of(task)["labels"].tolist(), strict=True):
+    objective = bound(tmp_path, labels, **settings)
+    predictions = objective.labels.kind.predictions(torch.randn(4, len(objective.labels.names)))
+    for prediction, truth in zip(predictions, batch_of(objective)["labels"].tolist(), strict=True):
         prediction |= {"truth": truth, "loss": 0.0, "items": 1}
-    assert set(task.metrics) == set(task.score(predictions))
+    assert set(objective.scorer.metrics) == set(objective.scorer.score(predictions))
 
 
 def test_lists_are_several_labels_and_may_be_empty(tmp_path):
-    task = make_task(tmp_path, [["red", "round"], [], ["round"], ["old"]], [["old"], []])
-    assert (task.config.problem_type, task.config.num_labels) == ("multi_label_classification", 3)
-    assert task.labels == ["old", "red", "round"]
-    labels = batch_of(task)["labels"]
+    objective = bound(tmp_path, [["red", "round"], [], ["round"], ["old"]], [["old"], []])
+    assert (objective.config.problem_type, objective.config.num_labels) == ("multi_label_classification", 3)
+    assert objective.labels.names == ["old", "red", "round"]
+    labels = batch_of(objective)["labels"]
     assert labels.dtype == torch.float32
     assert labels.tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 0, 0]]
-    assert task.num_items({"labels": labels}) == 12
-    assert task.main_metric == "micro_f1"
-    assert task.settled == {"problem_type": "multi_label_classification"}
-    assert task.notes[:2] == [
+    assert objective.num_items({"labels": labels}) == 12
+    assert objective.scorer.main_metric == "micro_f1"
+    assert objective.decided_settings == {"problem_type": "multi_label_classification"}
+    assert objective.notes[:2] == [
         "label_column='label' holds several labels a row: problem_type=multi_label_classification",
         "training labels: round 50.0%, old 25.0%, red 25.0% of the rows, 1.00 a row; 1 rows have none",
     ]
 
 
 def test_a_text_is_cut_at_the_separator_and_numbers_take_names(tmp_path):
-    task = make_task(
+    objective = bound(
         tmp_path, ["0|2", "", " 1 | 0", "2"], suffix=".csv", label_separator="|", label_names=["x", "y", "z"]
     )
-    assert task.labels == ["x", "y", "z"]
-    assert batch_of(task)["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1]]
+    assert objective.labels.names == ["x", "y", "z"]
+    assert batch_of(objective)["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
 def test_lists_of_class_labels_keep_their_names(tmp_path):
     kind = Features({"text": Value("string"), "label": List(ClassLabel(names=["1", "0"]))})
     rows = Dataset.from_dict({"text": TEXTS, "label": [[0], [1], [0, 1], []]}, features=kind)
     rows.to_parquet(tmp_path / "rows.parquet")
-    task = make_task(tmp_path, [["0"]], train_file=[str(tmp_path / "rows.parquet")])
-    assert list(task.rows["train"]["labels"]) == [[0, 1], [1, 0], [1, 1], [0, 0]]  # the first name is "1"
+    objective = bound(tmp_path, [["0"]], train_file=[str(tmp_path / "rows.parquet")])
+    assert list(objective.rows["train"]["labels"]) == [[0, 1], [1, 0], [1, 1], [0, 0]]  # the first name is "1"
 
 
 def test_fractions_are_numbers(tmp_path):
     for suffix, labels in ((".jsonl", [1.5, 2.0, -3.0, 0.5]), (".csv", ["1.5", "2", "-3", "5e-1"])):
-        task = make_task(tmp_path, labels, suffix=suffix)
-        assert (task.config.problem_type, task.config.num_labels) == ("regression", 1)
-        assert task.config.id2label == {0: "label"}
-        assert batch_of(task)["labels"].tolist() == [1.5, 2.0, -3.0, 0.5]
-        assert task.notes[:2] == [
+        objective = bound(tmp_path, labels, suffix=suffix)
+        assert (objective.config.problem_type, objective.config.num_labels) == ("regression", 1)
+        assert objective.config.id2label == {0: "label"}
+        assert batch_of(objective)["labels"].tolist() == [1.5, 2.0, -3.0, 0.5]
+        assert objective.notes[:2] == [
             "label_column='label' holds numbers with fractions: problem_type=regression",
             "training targets: -3 to 2, mean 0.25, standard deviation 1.953",
         ]
-    assert make_task(tmp_path, [1, 2, 3, 2]).config.problem_type == "single_label_classification"
-    whole = make_task(tmp_path, [1, 2, 3, 2], problem_type="regression")
+    assert bound(tmp_path, [1, 2, 3, 2]).config.problem_type == "single_label_classification"
+    whole = bound(tmp_path, [1, 2, 3, 2], problem_type="regression")
     assert batch_of(whole)["labels"].tolist() == [1.0, 2.0, 3.0, 2.0]
-    assert (whole.main_metric, whole.about["noun"], type(whole).about["noun"]) == (
+    assert (whole.scorer.main_metric, whole.about["noun"], TASK.about["noun"]) == (
         "mse",
         "regression model",
         "text classifier",
@@ -154,52 +152,53 @@ SEVERAL, NUMBERS = "multi_label_classification", "regression"
 )
 def test_bad_columns_and_settings_are_one_clear_error(tmp_path, labels, settings, message):
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
-        make_task(tmp_path, labels, **settings)
+        bound(tmp_path, labels, **settings)
 
 
 @pytest.mark.parametrize(("problem", "outputs"), [(SEVERAL, 3), (NUMBERS, 1)])
 def test_the_sum_over_the_number_of_items_is_the_loss_of_transformers_and_of_our_heads(tmp_path, problem, outputs):
     labels = {SEVERAL: [["x", "z"], [], ["y"], ["x"]], NUMBERS: [1.5, -2.0, 0.0, 4.0]}[problem]
-    task = make_task(tmp_path, labels)
-    task.config.classifier_dropout = 0.0
-    model = AutoModelForSequenceClassification.from_config(task.config).eval()
-    batch = batch_of(task)
+    objective = bound(tmp_path, labels)
+    objective.config.classifier_dropout = 0.0
+    model = AutoModelForSequenceClassification.from_config(objective.config).eval()
+    batch = batch_of(objective)
     assert divides_by_count(model, batch, {})
-    logits = model(**task.inputs_of(batch))["logits"]
+    logits = model(**objective.inputs_of(batch))["logits"]
     assert logits.shape == (4, outputs)
-    ours = task.criterion({"logits": logits}, batch) / task.num_items(batch)
+    ours = objective.criterion({"logits": logits}, batch) / objective.num_items(batch)
     assert ours.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
     parts = [
-        task.criterion({"logits": logits[part]}, {"labels": batch["labels"][part]}) for part in (slice(1), slice(1, 4))
+        objective.criterion({"logits": logits[part]}, {"labels": batch["labels"][part]})
+        for part in (slice(1), slice(1, 4))
     ]
-    assert (sum(parts) / task.num_items(batch)).item() == pytest.approx(ours.item(), rel=1e-6)
-    predictions = task.predict(model, batch)
-    assert task.score(predictions)["loss"] == pytest.approx(ours.item(), rel=1e-6)
-    assert len(json.dumps(task.describe(predictions[0]))) > 10
+    assert (sum(parts) / objective.num_items(batch)).item() == pytest.approx(ours.item(), rel=1e-6)
+    predictions = objective.scorer.predict(model, batch)
+    assert objective.scorer.score(predictions)["loss"] == pytest.approx(ours.item(), rel=1e-6)
+    assert len(json.dumps(objective.scorer.describe(predictions[0]))) > 10
 
 
 def test_training_losses_of_numbers_are_their_formulas(tmp_path):
     logits, truth = torch.tensor([[0.0], [3.0], [-1.0]]), torch.tensor([0.5, 1.0, -1.0])
     expected = {"mse": 0.25 + 4.0, "mae": 0.5 + 2.0, "huber": 0.125 + 1.5}
     for loss, value in expected.items():
-        task = make_task(tmp_path, [1.5, 2.5, 3.0], loss=loss)
-        assert task.criterion({"logits": logits}, {"labels": truth}).item() == pytest.approx(value)
+        objective = bound(tmp_path, [1.5, 2.5, 3.0], loss=loss)
+        assert objective.criterion({"logits": logits}, {"labels": truth}).item() == pytest.approx(value)
     with pytest.raises(ValueError, match="label_smoothing_factor has no meaning for regression; leave it out"):
-        task.criterion({"logits": logits}, {"labels": truth}, label_smoothing=0.1)
+        objective.criterion({"logits": logits}, {"labels": truth}, label_smoothing=0.1)
 
 
 def test_training_losses_of_several_labels_are_their_formulas(tmp_path):
     labels = [["x"], ["x", "y"], ["x"], []]
     settings = {"loss": "focal", "focal_gamma": 3.0, "class_weights": ["balanced"]}
-    task = make_task(tmp_path, labels, **settings)
-    assert task.problem.weights.tolist() == pytest.approx([1 / 3, 3.0])
-    logits, truth, expected = torch.randn(4, 2), batch_of(task)["labels"], 0.0
+    objective = bound(tmp_path, labels, **settings)
+    assert objective.labels.kind.weights.tolist() == pytest.approx([1 / 3, 3.0])
+    logits, truth, expected = torch.randn(4, 2), batch_of(objective)["labels"], 0.0
     for row, wanted in zip(logits.double().sigmoid().tolist(), truth.tolist(), strict=True):
         for probability, has, weight in zip(row, wanted, (1 / 3, 3.0), strict=True):
             right = probability if has else 1 - probability
             expected -= (weight if has else 1.0) * (1 - right) ** 3 * np.log(right)
-    assert task.criterion({"logits": logits}, {"labels": truth}).item() == pytest.approx(expected, rel=1e-5)
-    plain = make_task(tmp_path, labels)
+    assert objective.criterion({"logits": logits}, {"labels": truth}).item() == pytest.approx(expected, rel=1e-5)
+    plain = bound(tmp_path, labels)
     smooth = F.binary_cross_entropy_with_logits(logits, truth * 0.8 + 0.1, reduction="sum")
     assert plain.criterion({"logits": logits}, {"labels": truth}, label_smoothing=0.2).item() == pytest.approx(
         smooth.item(), rel=1e-6
@@ -247,30 +246,38 @@ def test_metrics_of_numbers_are_their_formulas():
     assert constant["r2"] == pytest.approx(r2_score(truth, np.full(4, 2.0)))
 
 
-def test_a_finished_model_says_what_its_rows_are_about(tmp_path):
-    task = make_task(tmp_path, [1.5, 2.5, 3.0])
-    task.processor.save_pretrained(tmp_path / "tokenizer")
+def test_a_finished_model_decides_what_the_labels_of_its_rows_are(tmp_path):
+    bound(tmp_path, [1.5, 2.5, 3.0]).processor.save_pretrained(tmp_path / "tokenizer")
     settings = {"tokenizer": str(tmp_path / "tokenizer")}
     whole = write(tmp_path / "test.jsonl", {"text": ["a", "b"], "label": [1, 2]})
-    task = SequenceClassification(SequenceClassificationArguments(test_file=whole, **settings), splits=["test"])
+    data = TASK.read(SequenceClassificationArguments(test_file=whole, **settings), splits=["test"])
     config = BertConfig(architectures=["BertForSequenceClassification"], id2label={0: "stars"}, vocab_size=300)
     message = "the model is for regression, and label_column='label' is read for single_label_.*; set problem_type=reg"
     with pytest.raises(ValueError, match=message):
-        task.configure(config)
+        data.bind(config)
     args = SequenceClassificationArguments(test_file=whole, problem_type=NUMBERS, **settings)
-    task = SequenceClassification(args, splits=["test"])
-    task.configure(config)
-    assert list(task.rows["test"]["labels"]) == [1.0, 2.0]
+    objective = TASK.read(args, splits=["test"]).bind(config)
+    assert list(objective.rows["test"]["labels"]) == [1.0, 2.0]
     assert config.id2label == {0: "stars"}
     several = write(tmp_path / "several.jsonl", {"text": ["a", "b"], "label": [["x"], []]})
-    task = SequenceClassification(SequenceClassificationArguments(test_file=several, **settings), splits=["test"])
-    task.configure(config, labels=["x", "y"])  # an adapter on that model knows better
-    assert list(task.rows["test"]["labels"]) == [[1.0, 0.0], [0.0, 0.0]]
+    data = TASK.read(SequenceClassificationArguments(test_file=several, **settings), splits=["test"])
+    objective = data.bind(config, labels=["x", "y"])  # an adapter on that model knows better
+    assert list(objective.rows["test"]["labels"]) == [[1.0, 0.0], [0.0, 0.0]]
     config = BertConfig(architectures=["BertForSequenceClassification"], id2label={0: "stars"}, vocab_size=300)
-    without_rows = SequenceClassification(SequenceClassificationArguments(**settings), splits=())
-    without_rows.configure(config)
-    assert without_rows.problem.name == NUMBERS
-    assert without_rows.describe({"number": 1.23456789}) == {"prediction": 1.23457}
+    without_rows = TASK.read(SequenceClassificationArguments(**settings), splits=()).bind(config)
+    assert without_rows.labels.kind.name == NUMBERS
+    assert without_rows.scorer.describe({"number": 1.23456789}) == {"prediction": 1.23457}
+
+
+def test_a_loss_of_numbers_is_no_fault_before_rows_or_model_decide_what_the_labels_are(tmp_path):
+    bound(tmp_path, [1.5, 2.5, 3.0]).processor.save_pretrained(tmp_path / "tokenizer")
+    args = SequenceClassificationArguments(loss="huber", tokenizer=str(tmp_path / "tokenizer"))
+    architectures = ["BertForSequenceClassification"]
+    numbers = BertConfig(architectures=architectures, id2label={0: "stars"}, vocab_size=300)
+    assert TASK.read(args, splits=()).bind(numbers).labels.kind.loss == "huber"
+    labels = BertConfig(architectures=architectures, id2label={0: "bad", 1: "good"}, vocab_size=300)
+    with pytest.raises(ValueError, match="loss='huber' is not for single_label_classification"):
+        TASK.read(args, splits=()).bind(labels)
 
 
 KINDS = {"food": ("soup", "bread"), "travel": ("train", "ferry"), "music": ("song", "drum")}

@@ -10,14 +10,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, pipeline
 
 import bmtk  # noqa: F401
-from bmtk.arguments import RunArguments
 from bmtk.data.masking import MaskedTokens, word_ends
 from bmtk.data.packing import PackedRows
 from bmtk.data.token_store import build_token_store
 from bmtk.data.tokenizers import train_tokenizer
+from bmtk.errors import UserError
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
-from bmtk.tasks.masked_lm import MaskedLM, MaskedLMArguments
-from bmtk.training.finetuning import starting_model
+from bmtk.tasks.masked_lm import TASK, MaskedLMArguments
 from bmtk.training.updates import LossSum
 from recipes import evaluate, finetune, predict, pretrain
 
@@ -41,47 +40,56 @@ def text(tmp_path):
     return path
 
 
-def make_task(text, **settings):
-    sources = {"train_file": [str(text)], "validation_file": [str(text)], "sample_by": "line"}
+def read(text, **settings):
+    sources = {"train_file": [str(text)], "validation_file": [str(text)], "sample_by": "line", "leakage": "allow"}
     seed = {"seed": settings.pop("seed")} if "seed" in settings else {}
     args = MaskedLMArguments(**{**sources, "vocab_size": 300, "context_length": 32, **settings})
-    return MaskedLM(args, folder=text.parent / "run", **seed)
+    return TASK.read(args, folder=text.parent / "run", **seed)
+
+
+def bind(text, model_type="bm_transformer", **settings):
+    data = read(text, **settings)
+    return data.bind(data.new_config(model_type, TINY[model_type]))
+
+
+def new_model(objective):
+    return AutoModelForMaskedLM.from_config(objective.config).eval()
 
 
 def test_hidden_tokens_are_guessed_and_all_others_are_as_they_were(text):
-    task = make_task(text, mlm_probability=0.3)
-    rows, plain = task.rows["train"], task.rows["train"].rows
+    objective = bind(text, mlm_probability=0.3)
+    rows, plain = objective.rows["train"], objective.rows["train"].rows
     batch, original = rows.batch(range(len(rows)), [0] * len(rows)), plain[range(len(rows))]
     hidden = batch["labels"] != -100
     assert torch.equal(batch["labels"][hidden], original["input_ids"][hidden])
     assert torch.equal(batch["input_ids"][~hidden], original["input_ids"][~hidden])
     assert torch.equal(batch["position_ids"], original["position_ids"])
-    is_ordinary = ~torch.isin(original["input_ids"], torch.tensor(task.processor.all_special_ids))
+    is_ordinary = ~torch.isin(original["input_ids"], torch.tensor(objective.processor.all_special_ids))
     assert not (hidden & ~is_ordinary).any()
     for row, ordinary in zip(hidden.sum(1).tolist(), is_ordinary.sum(1).tolist(), strict=True):
         assert row == max(1, round(0.3 * ordinary))
 
 
 def test_of_hidden_tokens_80_percent_are_masks_10_are_others_and_10_stay(text):
-    task = make_task(text, mlm_probability=0.5)
-    rows, counts, total = task.rows["train"], np.zeros(3), 0
+    objective = bind(text, mlm_probability=0.5)
+    rows, counts, total = objective.rows["train"], np.zeros(3), 0
     for epoch in range(60):
         batch = rows.batch(range(len(rows)), [epoch] * len(rows))
         hidden = batch["labels"] != -100
         shown, truth = batch["input_ids"][hidden], batch["labels"][hidden]
-        masks = shown == task.processor.mask_token_id
+        masks = shown == objective.processor.mask_token_id
         counts += [masks.sum(), (~masks & (shown != truth)).sum(), (shown == truth).sum()]
         total += len(shown)
-        assert not torch.isin(shown[~masks], torch.tensor(task.processor.all_special_ids)).any()
+        assert not torch.isin(shown[~masks], torch.tensor(objective.processor.all_special_ids)).any()
     assert counts / total == pytest.approx([0.8, 0.1, 0.1], abs=4 * math.sqrt(0.16 / total))
 
 
 def test_training_scores_hidden_tokens_alone(text):
-    task = make_task(text)
+    objective = bind(text)
     model = AutoModelForMaskedLM.from_config(
         BmTransformerConfig(vocab_size=300, is_causal=False, **TINY["bm_transformer"])
     )
-    batch = task.rows["train"].batch([0, 1], [0, 0])
+    batch = objective.rows["train"].batch([0, 1], [0, 0])
     scored, hidden = [], int((batch["labels"] != -100).sum())
     model.lm_head.register_forward_hook(lambda layer, inputs, outputs: scored.append(outputs.shape[:-1].numel()))
     loss = LossSum(model.eval(), model, torch.device("cpu"))(batch, hidden, torch.tensor(hidden))
@@ -93,7 +101,7 @@ def test_training_scores_hidden_tokens_alone(text):
 
 
 def test_a_mask_depends_on_seed_epoch_and_row_alone(text):
-    rows = make_task(text, seed=1).rows["train"]
+    rows = bind(text, seed=1).rows["train"]
     alone = [rows.batch([row], [3]) for row in (4, 1)]
     together = rows.batch([1, 4], [3, 3])
     assert torch.equal(together["labels"], torch.cat([alone[1]["labels"], alone[0]["labels"]]))
@@ -101,11 +109,9 @@ def test_a_mask_depends_on_seed_epoch_and_row_alone(text):
     assert not torch.equal(rows.batch([1], [4])["labels"], together["labels"][:1])
     rows.set_epoch(3)  # a DataLoader's way
     assert torch.equal(rows.__getitems__([1, 4])["input_ids"], together["input_ids"])
-    other = make_task(text, seed=2)
+    other = bind(text, seed=2)
     assert not torch.equal(other.rows["train"].batch([1], [3])["labels"], together["labels"][:1])
-    measured = [
-        next(task.batches_in_order(task.rows["validation"], batch_size=4)) for task in (other, make_task(text))
-    ]
+    measured = [next(each.batches_in_order(each.rows["validation"], batch_size=4)) for each in (other, bind(text))]
     assert torch.equal(measured[0]["labels"], measured[1]["labels"])
     assert torch.equal(measured[0]["input_ids"], measured[1]["input_ids"])
 
@@ -143,10 +149,10 @@ def test_words_of_wordpiece_go_on_with_what_follows_them():
 
 @pytest.mark.parametrize("model_type", TINY)
 def test_documents_of_one_row_do_not_see_each_other(text, model_type):
-    task = make_task(text)
-    model = starting_model(RunArguments(model_type=model_type), task, TINY[model_type]).eval()
+    objective = bind(text, model_type)
+    model = new_model(objective)
     assert model.config.is_causal is False
-    batch = task.rows["validation"].batch([0], [0])
+    batch = objective.rows["validation"].batch([0], [0])
     inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
     starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
     second = slice(starts[1], starts[2])
@@ -157,14 +163,14 @@ def test_documents_of_one_row_do_not_see_each_other(text, model_type):
 
 
 def test_metrics_are_those_of_all_hidden_tokens_whatever_the_batches(text):
-    task = make_task(text)
-    model = starting_model(RunArguments(model_type="bm_transformer"), task, TINY["bm_transformer"]).eval()
-    rows, scores = task.rows["validation"], []
+    objective = bind(text)
+    model = new_model(objective)
+    rows, scores = objective.rows["validation"], []
     for size in (1, 3, len(rows)):
-        batches = task.batches_in_order(rows, batch_size=size)
+        batches = objective.batches_in_order(rows, batch_size=size)
         with torch.no_grad():
-            predictions = [p for batch in batches for p in task.predict(model, batch)]
-        scores.append(task.score(predictions, rows))
+            predictions = [p for batch in batches for p in objective.scorer.predict(model, batch)]
+        scores.append(objective.scorer.score(predictions, rows))
     whole = rows.batch(range(len(rows)), [0] * len(rows))
     with torch.no_grad():
         logits = model(input_ids=whole["input_ids"], position_ids=whole["position_ids"]).logits
@@ -181,32 +187,34 @@ def test_metrics_are_those_of_all_hidden_tokens_whatever_the_batches(text):
 
 
 def test_bad_settings_and_models_are_one_clear_error(text, tmp_path):
-    with pytest.raises(ValueError, match=r"mlm_probability=1\.5 is not a share; choose between 0 and 1"):
-        make_task(text, mlm_probability=1.5)
+    with pytest.raises(UserError, match=r"mlm_probability=1\.5 is not a share; choose between 0 and 1"):
+        read(text, mlm_probability=1.5)
     with pytest.raises(ValueError, match="needs at least 258"):
-        make_task(text, vocab_size=257)
-    task = make_task(text)
+        read(text, vocab_size=257)
+    data = read(text)
     with pytest.raises(ValueError, match="needs is_causal=False: a causal trunk does not see what follows"):
-        starting_model(RunArguments(model_type="bm_transformer"), task, {**TINY["bm_transformer"], "is_causal": True})
+        AutoModelForMaskedLM.from_config(
+            data.new_config("bm_transformer", {**TINY["bm_transformer"], "is_causal": True})
+        )
     row = {"text": ["no mask here", "one <mask>"]}
-    task.configure(task.new_config("bm_transformer", {}))
-    with pytest.raises(ValueError, match="input row 1 has no <mask> to be filled in; write one"):
-        task.encode(task.read_rows(dataset(row), "input", labelled=False), "input")
-    with pytest.raises(ValueError, match=r"input row 1 has \d+ tokens, this model reads 32; shorten it"):
-        task.encode(dataset({"text": ["one <mask>" + "!?" * 40]}), "input")
+    objective = data.bind(data.new_config("bm_transformer", {}))
+    with pytest.raises(UserError, match="input row 1 has no <mask> to be filled in; write one"):
+        objective.encode_inputs(dataset(row))
+    with pytest.raises(UserError, match=r"input row 1 has \d+ tokens, this model reads 32; shorten it"):
+        objective.encode(dataset({"text": ["one <mask>" + "!?" * 40]}), "input")
     tokenizer = train_tokenizer(LINES, kind="byte_bpe", vocab_size=300)
     tokenizer.save_pretrained(tmp_path / "plain")
     (tmp_path / "plain" / "config.json").write_text("{}")
-    args = MaskedLMArguments(train_file=[str(text)], validation_file=[str(text)])
-    with pytest.raises(ValueError, match="has no mask token, so that model was not trained to fill one in"):
-        MaskedLM(args, model=str(tmp_path / "plain"), folder=tmp_path / "other")
-    task = make_task(text, tokenizer=str(tmp_path / "plain"))
+    args = MaskedLMArguments(train_file=[str(text)], validation_file=[str(text)], leakage="allow")
+    with pytest.raises(UserError, match="has no mask token, so that model was not trained to fill one in"):
+        TASK.read(args, model=str(tmp_path / "plain"), folder=tmp_path / "other")
+    data = read(text, tokenizer=str(tmp_path / "plain"))
     new = len(tokenizer)
-    assert task.notes == [f"the tokenizer has no mask token: <mask> (id {new}) is new"]
-    assert task.config_fields["vocab_size"] == new + 1
-    assert task.processor("cat <mask>")["input_ids"] == [*tokenizer("cat")["input_ids"], new]
-    task.configure(BertConfig(vocab_size=400))
-    assert task.notes[-1] == "documents that share a row see each other: a bert cannot keep them apart"
+    assert data.notes == [f"the tokenizer has no mask token: <mask> (id {new}) is new"]
+    assert data.config_fields["vocab_size"] == new + 1
+    assert data.tokenizer("cat <mask>")["input_ids"] == [*tokenizer("cat")["input_ids"], new]
+    data.bind(BertConfig(vocab_size=400))
+    assert data.notes[-1] == "documents that share a row see each other: a bert cannot keep them apart"
 
 
 def dataset(columns):
@@ -248,6 +256,7 @@ def test_the_trainer_hides_other_tokens_in_every_epoch(text, tmp_path, monkeypat
     monkeypatch.chdir(finetune.CONFIGS.parents[1])
     sizes = [f"--{name}={value}" for name, value in TINY["bm_rnn"].items()]
     files = ["--train_file", str(text), "--validation_file", str(text), "--sample_by", "line", "--vocab_size", "300"]
+    files += ["--leakage", "allow"]
     run = ["--output_dir", str(tmp_path / "run"), "--num_train_epochs", "2", "--context_length", "32"]
     quiet = ["--disable_tqdm", "true", "--save_strategy", "no"]
     finetune.main(["--task", "masked_lm", "--model_type", "bm_rnn", *sizes, *files, *run, *quiet])

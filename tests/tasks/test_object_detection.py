@@ -16,14 +16,17 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, DetrConfig, pipeline
 
+from bmtk.data.box_transforms import BoxAugmentation, clip_boxes
 from bmtk.metrics.boxes import average_precisions
 from bmtk.models.boxes_bm import pairwise_iou
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
-from bmtk.tasks.boxes import COLOURS, BoxAugmentation, cut, with_boxes
-from bmtk.tasks.causal_lm import CausalLM
+from bmtk.tasks import causal_lm
+from bmtk.tasks.box_figures import COLOURS, image_with_boxes
 from bmtk.tasks.inference import PictureFolder
-from bmtk.tasks.object_detection import ObjectDetection, ObjectDetectionArguments
-from bmtk.training.finetuning import FineTuningArguments, build_trainer, load_for_task
+from bmtk.tasks.object_detection import TASK, ObjectDetectionArguments
+from bmtk.training.finetuning_arguments import FineTuningArguments
+from bmtk.training.starting_weights import load_for_task
+from bmtk.training.trainer import build_trainer
 from bmtk.training.updates import LossSum
 from recipes import evaluate, finetune, predict
 
@@ -51,17 +54,15 @@ def write_folder(folder, objects, *, start=0, **size):
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def make_task(tmp_path, train=(OBJECTS, OBJECTS), validation=(OBJECTS,), splits=("train", "validation"), **settings):
+def read_data(tmp_path, train=(OBJECTS, OBJECTS), validation=(OBJECTS,), splits=("train", "validation"), **settings):
     for split, objects in {"train": train, "validation": validation}.items():
         write_folder(tmp_path / split, objects, start=100 * (split == "validation"))
     args = ObjectDetectionArguments(**{"dataset": str(tmp_path), "scale_jitter": 0, "colour_jitter": 0, **settings})
-    return ObjectDetection(args, splits=splits)
+    return TASK.read(args, splits=splits)
 
 
-def configured(task, **fields):
-    config = BmCnnConfig(**{**task.config_fields, **TINY, **fields})
-    task.configure(config)
-    return config
+def bound(data, **fields):
+    return data.bind(BmCnnConfig(**{**data.config_fields, **TINY, **fields}))
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -74,8 +75,7 @@ def parquet_rows(tmp_path, objects, kind):
     Dataset.from_dict({"image": [{"bytes": png(), "path": None}], "objects": [objects]}, features=features).to_parquet(
         path
     )
-    task = ObjectDetection(ObjectDetectionArguments(test_file=[str(path)]), splits=["test"])
-    (row,) = task.rows["test"]
+    (row,) = TASK.read(ObjectDetectionArguments(test_file=[str(path)]), splits=["test"]).rows["test"]
     return row["boxes"], row["names"]
 
 
@@ -87,19 +87,18 @@ def test_every_way_to_write_objects_gives_the_same_rows(tmp_path):
     assert parquet_rows(tmp_path, {**OBJECTS, "category": [1, 0]}, of_lists) == expected
     assert parquet_rows(tmp_path, pairs, List({"bbox": List(Value("float32")), "category": names})) == expected
     named = {**OBJECTS, "category": [7, 3], "category_name": ["cat", "dog"]}
-    task = make_task(tmp_path / "named", train=(named,), validation=(named,), label_names=["dog", "cat"])
-    assert list(task.rows["train"]["names"]) == [["cat", "dog"]]
+    data = read_data(tmp_path / "named", train=(named,), validation=(named,), label_names=["dog", "cat"])
+    assert list(data.rows["train"]["names"]) == [["cat", "dog"]]
     numbers = {**OBJECTS, "category": [1, 0]}
-    task = make_task(tmp_path / "numbers", train=(numbers,), validation=(numbers,), label_names=["dog", "cat"])
-    assert list(task.rows["train"]["names"]) == [["cat", "dog"]]
-    assert configured(task).id2label == {0: "dog", 1: "cat"}
+    data = read_data(tmp_path / "numbers", train=(numbers,), validation=(numbers,), label_names=["dog", "cat"])
+    assert list(data.rows["train"]["names"]) == [["cat", "dog"]]
+    assert bound(data).config.id2label == {0: "dog", 1: "cat"}
 
 
 def test_boxes_become_what_a_detector_reads(tmp_path):
-    task = make_task(tmp_path, train=(OBJECTS, NOTHING, None))
-    config = configured(task)
-    assert (config.id2label, config.num_channels) == ({0: "cat", 1: "dog"}, 3)
-    batch = task.collator()([task.rows["train"][row] for row in range(3)])
+    objective = bound(read_data(tmp_path, train=(OBJECTS, NOTHING, None)))
+    assert (objective.config.id2label, objective.config.num_channels) == ({0: "cat", 1: "dog"}, 3)
+    batch = objective.collator()([objective.rows["train"][row] for row in range(3)])
     assert batch["pixel_values"].shape == (3, 3, 32, 32)  # of 40 x 32
     first, second, third = batch["labels"]
     expected = torch.tensor([[7 / 40, 8 / 32, 10 / 40, 8 / 32], [24 / 40, 18 / 32, 8 / 40, 16 / 32]])
@@ -108,7 +107,7 @@ def test_boxes_become_what_a_detector_reads(tmp_path):
     assert first["orig_size"].tolist() == [32, 40]
     for label in (second, third):
         assert (label["boxes"].shape, label["class_labels"].shape) == ((0, 4), (0,))
-    assert task.sizes() == {"train": {"rows": 3, "boxes": 2}, "validation": {"rows": 1, "boxes": 2}}
+    assert objective.sizes() == {"train": {"rows": 3, "boxes": 2}, "validation": {"rows": 1, "boxes": 2}}
 
 
 def test_boxes_without_area_in_their_image_are_left_out_counted_and_the_first_is_named(tmp_path):
@@ -124,10 +123,10 @@ def test_boxes_without_area_in_their_image_are_left_out_counted_and_the_first_is
         ],
         "category": ["cat", "cat", "dog", "dog", "cat", "cat", "cat"],
     }
-    task = make_task(tmp_path, train=(OBJECTS, bad))
-    assert list(task.rows["train"]["boxes"])[1] == [pytest.approx([3.3, 2.7, 1.1, 0.6]), [0.0, 28.0, 5.0, 4.0]]
-    assert list(task.rows["train"]["names"])[1] == ["cat", "dog"]
-    assert task.notes == [
+    data = read_data(tmp_path, train=(OBJECTS, bad))
+    assert list(data.rows["train"]["boxes"])[1] == [pytest.approx([3.3, 2.7, 1.1, 0.6]), [0.0, 28.0, 5.0, 4.0]]
+    assert list(data.rows["train"]["names"])[1] == ["cat", "dog"]
+    assert data.notes == [
         "5 of 9 train boxes have no area within their image: left out (the first is [3.0, 3.0, 0.0, 5.0] in row 2)",
         "1 of 9 train boxes reach beyond their image: cut at its edge",
     ]
@@ -176,31 +175,31 @@ def test_boxes_without_area_in_their_image_are_left_out_counted_and_the_first_is
 )
 def test_bad_data_is_one_clear_error(tmp_path, objects, settings, message):
     with pytest.raises(ValueError, match=message):
-        make_task(tmp_path, train=(objects,), **settings)
+        read_data(tmp_path, train=(objects,), **settings)
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
     write_folder(tmp_path / "train", [OBJECTS, OBJECTS])
     (tmp_path / "train" / "1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"the image of train row 2 is not an image that can be read: .*1\.png"):
-        ObjectDetection(ObjectDetectionArguments(dataset=str(tmp_path), validation_fraction=0.5), splits=["train"])
+        TASK.read(ObjectDetectionArguments(dataset=str(tmp_path), validation_fraction=0.5), splits=["train"])
 
 
 def test_labels_that_were_not_trained_are_refused(tmp_path):
     other = {"bbox": [[1, 1, 5, 5]], "category": ["cow"]}
-    task = make_task(tmp_path, validation=(OBJECTS, other))
+    data = read_data(tmp_path, validation=(OBJECTS, other))
     with pytest.raises(
         ValueError, match=r"validation row 2 has an object labelled 'cow', which the training data do no"
     ):
-        configured(task)
-    task = make_task(tmp_path, splits=["validation"])
+        bound(data)
+    data = read_data(tmp_path, splits=["validation"])
     known = {"id2label": {0: "sheep", 1: "cow"}, "architectures": ["BmCnnForObjectDetection"]}
     with pytest.raises(ValueError, match="the data has labels 'cat', 'dog', and the model knows others: 'sheep'"):
-        configured(task, **known)
-    task = make_task(tmp_path / "again", splits=["validation"])
-    config = configured(task, **{**known, "id2label": {0: "dog", 1: "sheep", 2: "cat"}})
-    assert (config.num_labels, task.labels) == (3, ["dog", "sheep", "cat"])
-    assert task.collator()([task.rows["validation"][0]])["labels"][0]["class_labels"].tolist() == [2, 0]
+        bound(data, **known)
+    data = read_data(tmp_path / "again", splits=["validation"])
+    objective = bound(data, **{**known, "id2label": {0: "dog", 1: "sheep", 2: "cat"}})
+    assert (objective.config.num_labels, objective.labels) == (3, ["dog", "sheep", "cat"])
+    assert objective.collator()([objective.rows["validation"][0]])["labels"][0]["class_labels"].tolist() == [2, 0]
 
 
 # ---------------------------------------------------------------------------------------------------- augmentation
@@ -246,9 +245,7 @@ def test_without_augmentation_nothing_changes():
 
 
 def test_a_view_is_a_function_of_seed_epoch_and_row_and_only_training_sees_it(tmp_path):
-    task = make_task(tmp_path, scale_jitter=0.5, colour_jitter=0.5)
-    configured(task)
-    rows = task.rows["train"]
+    rows = bound(read_data(tmp_path, scale_jitter=0.5, colour_jitter=0.5)).rows["train"]
 
     def seen():
         return [(row["image"].tobytes(), json.dumps(row["annotations"])) for row in rows.__getitems__([0, 1])]
@@ -266,16 +263,15 @@ def test_a_view_is_a_function_of_seed_epoch_and_row_and_only_training_sees_it(tm
     assert seen() != third
 
 
-def test_training_tells_its_rows_the_epoch_and_evaluation_sees_them_as_they_are(tmp_path):
-    task = make_task(tmp_path)
-    train, validation = run_trainer(tmp_path, task, epochs=2).task.rows.values()
+def test_training_sets_the_epoch_of_its_rows_and_evaluation_sees_them_as_they_are(tmp_path):
+    objective = bound(read_data(tmp_path))
+    run_trainer(tmp_path, objective, epochs=2)
+    train, validation = objective.rows.values()
     assert (int(train.epoch), int(validation.epoch)) == (1, -1)
 
 
-def test_workers_that_outlive_an_epoch_hear_of_the_next(tmp_path):
-    task = make_task(tmp_path, scale_jitter=0.5)
-    configured(task)
-    rows = task.rows["train"]
+def test_workers_that_outlive_an_epoch_know_of_the_next(tmp_path):
+    rows = bound(read_data(tmp_path, scale_jitter=0.5)).rows["train"]
     loader = DataLoader(rows, 2, collate_fn=list, num_workers=1, persistent_workers=True)
     loader = prepare_data_loader(loader, device=torch.device("cpu"), put_on_device=False, rng_types=[])
     sizes = [[row["image"].size for batch in loader for row in batch] for _ in range(2)]
@@ -287,14 +283,14 @@ def test_workers_that_outlive_an_epoch_hear_of_the_next(tmp_path):
 # ---------------------------------------------------------------------------------------------------- loss
 
 
-def run_trainer(tmp_path, task, *, epochs=1, batch_size=4, accumulation=1, **settings):
+def run_trainer(tmp_path, objective, *, epochs=1, batch_size=4, accumulation=1, **settings):
     torch.manual_seed(0)
-    model = AutoModelForObjectDetection.from_config(configured(task))
+    model = AutoModelForObjectDetection.from_config(objective.config)
     args = FineTuningArguments(
         str(tmp_path / "run"), num_train_epochs=epochs, per_device_train_batch_size=batch_size, eval_strategy="no",
         gradient_accumulation_steps=accumulation, save_strategy="no", disable_tqdm=True, use_cpu=True, **settings,
     )  # fmt: skip
-    trainer = build_trainer(model, task, args, folder=tmp_path / "run")
+    trainer = build_trainer(model, objective, args, folder=tmp_path / "run")
     trainer.train()
     return trainer
 
@@ -307,8 +303,8 @@ def test_accumulation_changes_neither_loss_nor_gradient(tmp_path):
     step |= {"train_sampling_strategy": "sequential", "logging_steps": 1}
     trained, logs = [], []
     for accumulation in (1, 4):
-        task = make_task(tmp_path / str(accumulation), train=train, flip="none")
-        trainer = run_trainer(tmp_path, task, batch_size=4 // accumulation, accumulation=accumulation, **step)
+        objective = bound(read_data(tmp_path / str(accumulation), train=train, flip="none"))
+        trainer = run_trainer(tmp_path, objective, batch_size=4 // accumulation, accumulation=accumulation, **step)
         trained.append(trainer.model.state_dict())
         logs.append(trainer.state.log_history[0])
     assert trainer.state.global_step == 1
@@ -318,47 +314,47 @@ def test_accumulation_changes_neither_loss_nor_gradient(tmp_path):
         torch.testing.assert_close(trained[1][name], value, atol=1e-5, rtol=1e-4, msg=name)
     torch.manual_seed(0)
     untrained = AutoModelForObjectDetection.from_config(trainer.model.config).train()
-    batch = task.collator()([task.rows["train"][row] for row in range(4)])
+    batch = objective.collator()([objective.rows["train"][row] for row in range(4)])
     assert logs[1]["loss"] == pytest.approx(untrained(**batch).loss.item(), rel=1e-5)
 
 
 def test_a_first_batch_without_objects_counts_too(tmp_path):
-    task = make_task(tmp_path, train=(NOTHING, OBJECTS))
-    model = AutoModelForObjectDetection.from_config(configured(task)).eval()
-    batch = task.collator()([task.rows["train"][0]])
-    assert task.num_items(batch) == 0
+    objective = bound(read_data(tmp_path, train=(NOTHING, OBJECTS)))
+    model = AutoModelForObjectDetection.from_config(objective.config).eval()
+    batch = objective.collator()([objective.rows["train"][0]])
+    assert objective.num_items(batch) == 0
     loss = LossSum(model, model, torch.device("cpu"))(batch, 0, torch.tensor(3))
     assert loss.item() == model(**batch, num_items_in_batch=3).loss.item() > 0
 
 
 def test_items_are_the_positive_locations_and_for_other_detectors_the_images(tmp_path):
-    task = make_task(tmp_path, train=(OBJECTS, NOTHING))
-    model = AutoModelForObjectDetection.from_config(configured(task))
-    batch = task.collator()([task.rows["train"][row] for row in range(2)])
-    assert task.num_items(batch) == model.count_items(**batch) > 0
-    assert {parameter.device.type for parameter in task.counter.parameters()} == {"meta"}
-    other = make_task(tmp_path)
+    objective = bound(read_data(tmp_path, train=(OBJECTS, NOTHING)))
+    model = AutoModelForObjectDetection.from_config(objective.config)
+    batch = objective.collator()([objective.rows["train"][row] for row in range(2)])
+    assert objective.num_items(batch) == model.count_items(**batch) > 0
+    assert {parameter.device.type for parameter in objective.counter.parameters()} == {"meta"}
+    other = bound(read_data(tmp_path))
     other.config = DetrConfig(use_timm_backbone=False, backbone=None, encoder_layers=1, decoder_layers=1)
     assert other.num_items(batch) == 2
 
 
 def test_the_loss_that_is_reported_is_that_of_all_rows_at_once(tmp_path):
-    task = make_task(tmp_path, train=(OBJECTS, NOTHING, {"bbox": [[5, 5, 12, 12]], "category": ["dog"]}))
-    model = AutoModelForObjectDetection.from_config(configured(task)).eval()
-    rows = task.rows["train"]
-    batch = task.collator()([rows[row] for row in range(3)])
+    train = (OBJECTS, NOTHING, {"bbox": [[5, 5, 12, 12]], "category": ["dog"]})
+    objective = bound(read_data(tmp_path, train=train))
+    model = AutoModelForObjectDetection.from_config(objective.config).eval()
+    rows = objective.rows["train"]
+    batch = objective.collator()([rows[row] for row in range(3)])
     with torch.no_grad():
-        predictions = task.predict(model, batch)
-        assert task.score(predictions, rows)["loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+        predictions = objective.scorer.predict(model, batch)
+        assert objective.scorer.score(predictions, rows)["loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
     assert [prediction["items"] > 0 for prediction in predictions] == [True, False, True]
 
 
-def test_a_classifier_becomes_a_detector_whose_head_is_said_to_be_new(tmp_path):
+def test_a_classifier_becomes_a_detector_and_a_note_names_the_new_head(tmp_path):
     config = BmCnnConfig(**TINY, num_labels=7)
     AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "classifier")
-    task = make_task(tmp_path / "data")
-    configured(task, architectures=["BmCnnForImageClassification"])
-    model, notes = load_for_task(AutoModelForObjectDetection, str(tmp_path / "classifier"), task.config)
+    config = bound(read_data(tmp_path / "data"), architectures=["BmCnnForImageClassification"]).config
+    model, notes = load_for_task(AutoModelForObjectDetection, str(tmp_path / "classifier"), config)
     assert model.config.id2label == {0: "cat", 1: "dog"}
     assert len(notes) == 1
     assert notes[0].startswith("NEWLY INITIALISED, to be learned from these data: pyramid.")
@@ -379,15 +375,14 @@ class Fixed(torch.nn.Module):
 
 
 def test_predictions_are_boxes_in_pixels_of_the_original_image(tmp_path):
-    task = make_task(tmp_path)
-    configured(task)
+    objective = bound(read_data(tmp_path))
     table = Dataset.from_list([{"image": {"bytes": png(width=80, height=40), "path": None}}] * 2)
-    batch = task.collator()([task.encode_inputs(table)[row] for row in range(2)])
+    batch = objective.collator()([objective.encode_inputs(table)[row] for row in range(2)])
     assert batch["sizes"].tolist() == [[40, 80]] * 2
-    predictions = task.predict(Fixed([0.5, 0.25, 0.25, 0.5], [0.3, 0.8]), batch)
+    predictions = objective.scorer.predict(Fixed([0.5, 0.25, 0.25, 0.5], [0.3, 0.8]), batch)
     assert len(predictions) == 2
     assert predictions[1]["boxes"][0] == pytest.approx([30, 0, 20, 20], abs=1e-4)
-    assert task.describe(predictions[1]) == {
+    assert objective.scorer.describe(predictions[1]) == {
         "prediction": [{"label": "dog", "score": pytest.approx(0.8, abs=1e-3), "box": [30.0, 0.0, 20.0, 20.0]}]
     }
 
@@ -472,15 +467,14 @@ def test_average_precision_equals_a_loop_over_ranked_predictions():
 
 
 def test_metrics_are_means_over_labels_and_nothing_is_printed(tmp_path, capsys):
-    task = make_task(tmp_path, validation=(OBJECTS, OBJECTS))
-    configured(task)
-    rows = task.rows["validation"]
+    objective = bound(read_data(tmp_path, validation=(OBJECTS, OBJECTS)))
+    scorer, rows = objective.scorer, objective.rows["validation"]
     right = {"boxes": OBJECTS["bbox"], "labels": [0, 1], "scores": [0.9, 0.8], "loss": 2.0, "items": 4}
     wrong = {"boxes": [[2, 4, 7.2, 8]], "labels": [0], "scores": [0.95], "loss": 1.0, "items": 2}  # IoU 0.72
     of_dog = 51 / 101  # half of the dogs are found: the recalls 0, 0.01, ..., 0.50
     at_75 = 51 / 101 / 2  # of cats: a miss, then a hit
     of_cat = (5 * 1 + 5 * at_75) / 10
-    metrics = task.score([right, wrong], rows)
+    metrics = scorer.score([right, wrong], rows)
     assert metrics.pop("loss") == 0.5
     assert metrics == pytest.approx(
         {
@@ -491,26 +485,26 @@ def test_metrics_are_means_over_labels_and_nothing_is_printed(tmp_path, capsys):
             "ap_dog": of_dog,
         }
     )
-    lines = task.table([right, wrong], rows).splitlines()
+    lines = scorer.table([right, wrong], rows).splitlines()
     assert lines[0].split() == ["label", "boxes", "AP", "AP@50", "AP@75"]
     assert lines[1].split() == ["cat", "2", f"{of_cat:.4f}", "1.0000", f"{at_75:.4f}"]
     assert lines[2].split() == ["dog", "2", "0.5050", "0.5050", "0.5050"]
     assert capsys.readouterr().out == ""
-    assert task.samples([right, wrong], rows, count=1) == [
+    assert scorer.samples([right, wrong], rows, count=1) == [
         {"prompt": "image 1", "text": " -> 1 cat, 1 dog"},
         {"prompt": "image 2", "text": " -> 1 cat (the data: 1 cat, 1 dog)"},
     ]
-    (figure,) = task.figures([right, wrong], rows)
+    (figure,) = scorer.figures([right, wrong], rows)
     picture = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(figure["png_base64"]))).convert("RGB"))
     for colour in ((0xE6, 0x19, 0x4B), (0x3C, 0xB4, 0x4B)):  # of a cat's and of a dog's box
         assert (picture == colour).all(-1).sum() > 100
-    task.args.score_threshold = 0.85
-    assert [entry["label"] for entry in task.describe(right)["prediction"]] == ["cat"]
+    objective.args.score_threshold = 0.85
+    assert [entry["label"] for entry in scorer.describe(right)["prediction"]] == ["cat"]
 
 
-def test_cut_keeps_what_lies_in_the_image():
+def test_clipped_boxes_keep_what_lies_in_the_image():
     whole = np.array([[-5.0, 2, 10, 4], [8, 8, 10, 10], [20, 20, 5, 5], [1, 1, 2, 2]])
-    assert cut(whole, 10, 12).tolist() == [[0, 2, 5, 4], [8, 8, 2, 4], [10, 12, 0, 0], [1, 1, 2, 2]]
+    assert clip_boxes(whole, 10, 12).tolist() == [[0, 2, 5, 4], [8, 8, 2, 4], [10, 12, 0, 0], [1, 1, 2, 2]]
 
 
 # ---------------------------------------------------------------------------------------------------- end to end
@@ -560,7 +554,7 @@ def test_a_detector_is_trained_evaluated_and_used(tmp_path, capsys):
 def test_boxes_are_drawn_in_the_colours_of_their_labels_where_they_are():
     image = PIL.Image.new("L", (300, 120), 128)
     found = {"boxes": [[100, 60, 60, 40], [2.0, 4.0, 0.3, 0.2]], "labels": [1, 0], "scores": [0.9, 0.6]}
-    drawn = np.asarray(with_boxes(image, found, ["circle", "square"]))
+    drawn = np.asarray(image_with_boxes(image, found, ["circle", "square"]))
     assert drawn.shape == (120, 300, 3)
     is_square = (drawn == tuple(bytes.fromhex(COLOURS[1][1:]))).all(-1)
     is_square = is_square[80:]  # below the name of the label
@@ -574,5 +568,5 @@ def test_boxes_are_drawn_in_the_colours_of_their_labels_where_they_are():
 
 def test_a_task_that_draws_nothing_refuses_pictures(tmp_path):
     with pytest.raises(ValueError, match="there is nothing to draw for causal_lm; leave pictures out"):
-        PictureFolder(str(tmp_path / "drawn"), CausalLM)
+        PictureFolder(str(tmp_path / "drawn"), causal_lm.TASK)
     assert not (tmp_path / "drawn").exists()

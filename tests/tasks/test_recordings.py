@@ -9,17 +9,17 @@ import soundfile
 from datasets import Dataset
 
 import bmtk  # noqa: F401  (registers the families)
-from bmtk.data.media import audio_seconds, decode_audio
-from bmtk.models.configuration_bm_cnn import BmCnnConfig
-from bmtk.models.feature_extraction_bm import BmFeatureExtractor
-from bmtk.tasks.audio_augmentation import (
+from bmtk.data.audio_transforms import (
     AudioAugmentationArguments,
     changed_samples,
     masked_frames,
     shifted,
     with_noise,
 )
-from bmtk.tasks.audio_classification import AudioClassification, AudioClassificationArguments
+from bmtk.data.media import audio_seconds, decode_audio
+from bmtk.models.configuration_bm_cnn import BmCnnConfig
+from bmtk.models.feature_extraction_bm import BmFeatureExtractor
+from bmtk.tasks.audio_classification import TASK, AudioClassificationArguments, AudioClassificationObjective
 from bmtk.tasks.recordings import RecordingRows
 from bmtk.training.callbacks import SetEpoch
 
@@ -45,12 +45,11 @@ def folder_of(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make_task(folder: Path, **settings) -> AudioClassification:
+def bound(folder: Path, **settings) -> AudioClassificationObjective:
     given = {"dataset": str(folder), "sampling_rate": RATE, **settings}
-    task = AudioClassification(AudioClassificationArguments(**given))
+    data = TASK.read(AudioClassificationArguments(**given))
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_mel_bins": 12}
-    task.configure(BmCnnConfig(**{**task.config_fields, **sizes}))
-    return task
+    return data.bind(BmCnnConfig(**{**data.config_fields, **sizes}))
 
 
 # ------------------------------------------------------------------------------------ decoding
@@ -83,22 +82,22 @@ def test_a_bad_recording_is_named_and_stops_the_run_or_is_left_out(tmp_path, kin
     what = "a recording without a sample" if kind == "silent" else "not a recording that can be read"
     message = rf"the recording of train row 4 is {what}: {path}.*; on_corrupt=skip leaves such rows out"
     with pytest.raises(ValueError, match=message):
-        make_task(tmp_path)
-    task = make_task(tmp_path, on_corrupt="skip")
-    assert len(task.rows["train"]) == 3
-    assert task.rows["train"][2]["labels"] == 1
-    assert any("1 of 4 train rows are left out: the recording of train row 4" in note for note in task.notes)
+        bound(tmp_path)
+    objective = bound(tmp_path, on_corrupt="skip")
+    assert len(objective.rows["train"]) == 3
+    assert objective.rows["train"][2]["labels"] == 1
+    assert any("1 of 4 train rows are left out: the recording of train row 4" in note for note in objective.notes)
     table = Dataset.from_dict({"audio": [{"bytes": None, "path": str(path)}]})
     with pytest.raises(ValueError, match=rf"the recording of input row 1 is {what}"):
-        task.encode_inputs(table)
+        objective.encode_inputs(table)
 
 
 def test_what_is_no_recording_is_refused(tmp_path):
-    task = make_task(folder_of(tmp_path))
+    objective = bound(folder_of(tmp_path))
     with pytest.raises(ValueError, match="audio_column='audio' of input row 1 holds a str, no recording"):
-        task.encode_inputs(Dataset.from_dict({"audio": ["a.wav"]}))
+        objective.encode_inputs(Dataset.from_dict({"audio": ["a.wav"]}))
     with pytest.raises(ValueError, match="audio_column='sound' is not in the train data; its columns"):
-        make_task(tmp_path, audio_column="sound")
+        bound(tmp_path, audio_column="sound")
 
 
 @pytest.mark.parametrize(
@@ -158,10 +157,10 @@ def test_changes_are_a_function_of_seed_epoch_and_row(tmp_path, changes):
 
 
 def test_only_training_rows_change_and_features_are_kept(tmp_path):
-    task = make_task(folder_of(tmp_path), time_masks=1, gain=6.0)
-    assert task.rows["train"].changes is task.args
-    assert task.rows["validation"].changes is None
-    rows = task.rows["validation"]
+    objective = bound(folder_of(tmp_path), time_masks=1, gain=6.0)
+    assert objective.rows["train"].changes is objective.args
+    assert objective.rows["validation"].changes is None
+    rows = objective.rows["validation"]
     before = rows[0]["input_features"]
     for path in (tmp_path / "validation").rglob("*.wav"):
         path.unlink()
@@ -220,7 +219,7 @@ def test_speed_changes_length_and_pitch_together_and_a_shift_moves():
     assert len(shifted(samples[:10], -8)) == 5
 
 
-def test_the_rows_are_told_the_epoch_also_where_a_run_goes_on(tmp_path):
+def test_the_rows_follow_the_epoch_also_where_a_run_is_resumed(tmp_path):
     rows = rows_of(tmp_path, gain=1.0)
     for epoch, expected in ((0, 0), (2.0, 2), (1.75, 1), (2.9999999999, 3), (None, 0)):
         SetEpoch(rows).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)

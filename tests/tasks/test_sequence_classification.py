@@ -21,7 +21,7 @@ from bmtk.metrics.labels import scores_by_label
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.tasks.label_types import class_weights
-from bmtk.tasks.sequence_classification import SequenceClassification, SequenceClassificationArguments
+from bmtk.tasks.sequence_classification import TASK, SequenceClassificationArguments
 
 TRAIN = [("good soup", "good"), ("bad soup", "bad"), ("good day", "good"), ("bad day", "bad")]
 OTHERS = [("fine soup", "good"), ("poor soup", "bad")]
@@ -33,50 +33,46 @@ def write_csv(path, rows, columns=("text", "label")):
     return [str(path)]
 
 
-def make_task(tmp_path, train=TRAIN, validation=OTHERS, **settings):
-    """A task on CSV files, with a byte tokenizer trained on them."""
+def read_data(tmp_path, train=TRAIN, validation=OTHERS, **settings):
+    """Rows of CSV files, with a byte tokenizer trained on them."""
     files = {"train_file": write_csv(tmp_path / "train.csv", train)}
     if validation:
         files["validation_file"] = write_csv(tmp_path / "validation.csv", validation)
-    return SequenceClassification(SequenceClassificationArguments(**{**files, "vocab_size": 300, **settings}))
+    return TASK.read(SequenceClassificationArguments(**{**files, "vocab_size": 300, **settings}))
 
 
-def configured(task, **fields):
-    config = BmTransformerConfig(**{**task.config_fields, "max_position_embeddings": 16, **fields})
-    task.configure(config)
-    return config
+def bound(data, **fields):
+    return data.bind(BmTransformerConfig(**{**data.config_fields, "max_position_embeddings": 16, **fields}))
 
 
 def test_words_and_numbers_become_ids_in_a_stable_order(tmp_path):
-    task = make_task(tmp_path)
-    config = configured(task)
+    objective = bound(read_data(tmp_path))
+    config = objective.config
     assert config.id2label == {0: "bad", 1: "good"}
     assert config.label2id == {"bad": 0, "good": 1}
     assert (config.num_labels, config.problem_type) == (2, "single_label_classification")
-    assert list(task.rows["train"]["labels"]) == [1, 0, 1, 0]
-    many = make_task(tmp_path, train=[(f"text {i}", i) for i in (10, 9, 2)], validation=[("text", 9)])
-    configured(many)
-    assert many.labels == ["2", "9", "10"]
+    assert list(objective.rows["train"]["labels"]) == [1, 0, 1, 0]
+    many = bound(read_data(tmp_path, train=[(f"text {i}", i) for i in (10, 9, 2)], validation=[("text", 9)]))
+    assert many.labels.names == ["2", "9", "10"]
     assert list(many.rows["validation"]["labels"]) == [1]
 
 
 def test_a_preset_gives_a_new_model_its_shape_and_the_data_its_tokens(tmp_path):
-    task = make_task(tmp_path)
-    config = task.new_config("bm_cnn", {"hidden_size": 24}, preset="kim-cnn")
+    data = read_data(tmp_path)
+    config = data.new_config("bm_cnn", {"hidden_size": 24}, preset="kim-cnn")
     assert (config.block_type, config.hidden_size) == ("multi_width", 24)
     assert config.filter_widths == BmCnnConfig.from_preset("kim-cnn").filter_widths
-    assert config.vocab_size == len(task.processor) != BmCnnConfig.from_preset("kim-cnn").vocab_size
+    assert config.vocab_size == len(data.tokenizer) != BmCnnConfig.from_preset("kim-cnn").vocab_size
 
 
 def test_rows_are_what_the_tokenizer_makes_of_the_texts(tmp_path):
-    task = make_task(tmp_path)
-    configured(task)
-    first = task.rows["train"][0]
-    assert first["input_ids"] == task.processor("good soup")["input_ids"]
+    objective = bound(read_data(tmp_path))
+    first = objective.rows["train"][0]
+    assert first["input_ids"] == objective.processor("good soup")["input_ids"]
     assert sorted(first) == ["attention_mask", "input_ids", "labels"]
-    batch = task.collator()([task.rows["train"][0], {"input_ids": [5], "attention_mask": [1], "labels": 0}])
+    batch = objective.collator()([objective.rows["train"][0], {"input_ids": [5], "attention_mask": [1], "labels": 0}])
     width = len(first["input_ids"])
-    assert batch["input_ids"][1].tolist() == [5] + [task.processor.pad_token_id] * (width - 1)
+    assert batch["input_ids"][1].tolist() == [5] + [objective.processor.pad_token_id] * (width - 1)
     assert batch["attention_mask"][1].tolist() == [1] + [0] * (width - 1)
     assert batch["labels"].tolist() == [1, 0]
 
@@ -92,9 +88,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
         write[suffix](path)
     files = {"train_file": [str(path)], "validation_file": [str(path)]}
     args = SequenceClassificationArguments(**files, vocab_size=300, leakage="allow")
-    task = SequenceClassification(args)
-    assert list(task.rows["train"]["text"]) == ["NA", "1e5", 'a "b", c']
-    assert list(task.rows["train"]["label"]) == ["null", "x", "x"]
+    data = TASK.read(args)
+    assert list(data.rows["train"]["text"]) == ["NA", "1e5", 'a "b", c']
+    assert list(data.rows["train"]["label"]) == ["null", "x", "x"]
 
 
 def test_a_folder_is_read_by_the_names_of_its_files(tmp_path):
@@ -102,26 +98,26 @@ def test_a_folder_is_read_by_the_names_of_its_files(tmp_path):
     write_csv(tmp_path / "dev.csv", OTHERS[:1])
     (tmp_path / "test").mkdir()
     write_csv(tmp_path / "test" / "part.csv", [*OTHERS, ("new", "good")])
-    task = SequenceClassification(SequenceClassificationArguments(dataset=str(tmp_path), vocab_size=300))
-    assert {split: len(rows) for split, rows in task.rows.items()} == {"train": 4, "validation": 1, "test": 3}
+    data = TASK.read(SequenceClassificationArguments(dataset=str(tmp_path), vocab_size=300))
+    assert {split: len(rows) for split, rows in data.rows.items()} == {"train": 4, "validation": 1, "test": 3}
     one = write_csv(tmp_path / "other.csv", OTHERS)
     args = SequenceClassificationArguments(dataset=str(tmp_path), test_file=one, vocab_size=300)
-    assert len(SequenceClassification(args).rows["test"]) == 2
+    assert len(TASK.read(args).rows["test"]) == 2
 
 
-def test_without_validation_rows_some_training_rows_are_held_out_and_said(tmp_path):
+def test_without_validation_rows_some_training_rows_are_held_out_and_noted(tmp_path):
     rows = [(f"text {i}", "xy"[i % 2]) for i in range(20)]
-    task = make_task(tmp_path, train=rows, validation=None, validation_fraction=0.25)
-    assert (len(task.rows["train"]), len(task.rows["validation"])) == (15, 5)
-    with_test = make_task(tmp_path, rows, None, test_file=write_csv(tmp_path / "test.csv", OTHERS))
+    data = read_data(tmp_path, train=rows, validation=None, validation_fraction=0.25)
+    assert (len(data.rows["train"]), len(data.rows["validation"])) == (15, 5)
+    with_test = read_data(tmp_path, rows, None, test_file=write_csv(tmp_path / "test.csv", OTHERS))
     assert list(with_test.rows) == ["train", "validation", "test"]
-    held_out = set(task.rows["validation"]["text"])
-    assert not held_out & set(task.rows["train"]["text"])
-    assert task.notes == [
+    held_out = set(data.rows["validation"]["text"])
+    assert not held_out & set(data.rows["train"]["text"])
+    assert data.notes == [
         "there are no validation rows: 5 of the 20 training rows are held out (validation_fraction=0.25, seed 42)"
     ]
     with pytest.raises(ValueError, match="1 training rows are too few to hold out 10% of them"):
-        make_task(tmp_path, train=TRAIN[:1], validation=None)
+        read_data(tmp_path, train=TRAIN[:1], validation=None)
 
 
 def test_rows_of_a_group_are_held_out_together(tmp_path):
@@ -130,32 +126,30 @@ def test_rows_of_a_group_are_held_out_together(tmp_path):
     path = tmp_path / "grouped.csv"
     path.write_text("\n".join(["text,label,speaker", *lines]))
     args = {"train_file": [str(path)], "vocab_size": 300, "validation_fraction": 0.3}
-    task = SequenceClassification(SequenceClassificationArguments(**args, group_column="speaker"))
+    data = TASK.read(SequenceClassificationArguments(**args, group_column="speaker"))
     of = {text: who for text, _, who in (line.split(",") for line in lines)}
-    trained, held_out = ({of[text] for text in task.rows[split]["text"]} for split in ("train", "validation"))
+    trained, held_out = ({of[text] for text in data.rows[split]["text"]} for split in ("train", "validation"))
     assert (len(trained), len(held_out), trained & held_out) == (5, 2, set())
-    assert len(task.rows["train"]) + len(task.rows["validation"]) == 40
-    count = len(task.rows["validation"])
-    assert task.notes[0] == (
+    assert len(data.rows["train"]) + len(data.rows["validation"]) == 40
+    count = len(data.rows["validation"])
+    assert data.notes[0] == (
         f"there are no validation rows: {count} of the 40 training rows are held out, the rows of 2 values of "
         "'speaker' (validation_fraction=0.3, seed 42)"
     )
     with pytest.raises(ValueError, match=r"group_column='who' is not in the train data; its columns are text, label"):
-        SequenceClassification(SequenceClassificationArguments(**args, group_column="who"))
+        TASK.read(SequenceClassificationArguments(**args, group_column="who"))
     with pytest.raises(ValueError, match="2 values of 'label' are too few to hold out 20% of them"):
-        SequenceClassification(
-            SequenceClassificationArguments(**{**args, "validation_fraction": 0.2}, group_column="label")
-        )
+        TASK.read(SequenceClassificationArguments(**{**args, "validation_fraction": 0.2}, group_column="label"))
 
 
 def test_label_names_name_integers(tmp_path):
-    task = make_task(tmp_path, [("a", 1), ("b", 0)], [("c", 1)], label_names=["no", "yes"])
-    assert list(task.rows["train"]["label"]) == ["yes", "no"]
-    assert configured(task).id2label == {0: "no", 1: "yes"}
+    data = read_data(tmp_path, [("a", 1), ("b", 0)], [("c", 1)], label_names=["no", "yes"])
+    assert list(data.rows["train"]["label"]) == ["yes", "no"]
+    assert bound(data).config.id2label == {0: "no", 1: "yes"}
     with pytest.raises(
         ValueError, match=r"of train row 1 holds '2', which is neither one of label_names \('no', 'yes'\)"
     ):
-        make_task(tmp_path, [("a", 2), ("b", 0)], [("c", 1)], label_names=["no", "yes"])
+        read_data(tmp_path, [("a", 2), ("b", 0)], [("c", 1)], label_names=["no", "yes"])
 
 
 def test_class_labels_of_a_data_set_keep_their_names_and_secret_test_labels_are_left_out(tmp_path):
@@ -163,46 +157,44 @@ def test_class_labels_of_a_data_set_keep_their_names_and_secret_test_labels_are_
     for split, labels in {"train": [1, 0], "validation": [0, 1], "test": [-1, -1]}.items():
         texts = [f"{split} a", f"{split} b"]
         Dataset.from_dict({"text": texts, "label": labels}, features=kind).to_parquet(tmp_path / f"{split}.parquet")
-    task = SequenceClassification(SequenceClassificationArguments(dataset=str(tmp_path), vocab_size=300))
-    assert list(task.rows["train"]["label"]) == ["pos", "neg"]
-    assert "test" not in task.rows
-    assert task.notes == ["the test rows have no labels and are not used"]
+    data = TASK.read(SequenceClassificationArguments(dataset=str(tmp_path), vocab_size=300))
+    assert list(data.rows["train"]["label"]) == ["pos", "neg"]
+    assert "test" not in data.rows
+    assert data.notes == ["the test rows have no labels and are not used"]
 
 
 def test_a_fraction_is_no_label(tmp_path):
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [1.0, 0.5]})
     rows.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"of train row 2 holds 0\.5; a label is a string or an integer"):
-        make_task(tmp_path, train_file=[str(tmp_path / "train.parquet")], problem_type="single_label_classification")
+        read_data(tmp_path, train_file=[str(tmp_path / "train.parquet")], problem_type="single_label_classification")
 
 
-def classifier_config(labels, task):
+def classifier_config(labels, data):
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     architectures = ["BertForSequenceClassification"]
-    return BertConfig(vocab_size=len(task.processor), architectures=architectures, pad_token_id=0, **names)
+    return BertConfig(vocab_size=len(data.tokenizer), architectures=architectures, pad_token_id=0, **names)
 
 
 def test_a_classifier_keeps_its_own_order_of_the_labels(tmp_path):
-    task = make_task(tmp_path)
-    config = classifier_config(["good", "so-so", "bad"], task)
-    task.configure(config)
-    assert task.labels == ["good", "so-so", "bad"]
-    assert list(task.rows["train"]["labels"]) == [0, 2, 0, 2]
-    by_number = make_task(tmp_path, [("a", 0), ("b", 1)], [("c", 1)])
-    config = classifier_config(["good", "bad"], by_number)
-    by_number.configure(config)
-    assert config.id2label == {0: "good", 1: "bad"}
+    data = read_data(tmp_path)
+    objective = data.bind(classifier_config(["good", "so-so", "bad"], data))
+    assert objective.labels.names == ["good", "so-so", "bad"]
+    assert list(objective.rows["train"]["labels"]) == [0, 2, 0, 2]
+    data = read_data(tmp_path, [("a", 0), ("b", 1)], [("c", 1)])
+    by_number = data.bind(classifier_config(["good", "bad"], data))
+    assert by_number.config.id2label == {0: "good", 1: "bad"}
     assert list(by_number.rows["validation"]["labels"]) == [1]
 
 
 def test_a_classifier_for_other_labels_is_given_those_of_the_data(tmp_path):
-    task = make_task(tmp_path)
-    config = classifier_config(["sports", "politics", "arts"], task)
-    task.configure(config)
+    data = read_data(tmp_path)
+    config = classifier_config(["sports", "politics", "arts"], data)
+    data.bind(config)
     assert config.id2label == {0: "bad", 1: "good"}
-    unnamed = make_task(tmp_path, [("a", 0), ("b", 1)], [("c", 1)])
+    unnamed = read_data(tmp_path, [("a", 0), ("b", 1)], [("c", 1)])
     config = classifier_config(["LABEL_0", "LABEL_1"], unnamed)
-    unnamed.configure(config)
+    unnamed.bind(config)
     assert config.id2label == {0: "0", 1: "1"}
 
 
@@ -212,48 +204,47 @@ def test_evaluation_of_unknown_labels_is_refused(tmp_path):
     args = SequenceClassificationArguments(
         test_file=write_csv(tmp_path / "test.csv", TRAIN), tokenizer=str(tmp_path / "tokenizer")
     )
-    task = SequenceClassification(args, splits=["test"])
-    config = classifier_config(["sports", "arts"], task)
+    data = TASK.read(args, splits=["test"])
+    config = classifier_config(["sports", "arts"], data)
     with pytest.raises(
         ValueError, match="the data has labels 'bad', 'good', and the model knows others: 'sports', 'ar"
     ):
-        task.configure(config)
+        data.bind(config)
 
 
-def test_long_texts_are_cut_and_their_share_is_said(tmp_path):
+def test_long_texts_are_cut_and_their_share_is_noted(tmp_path):
     rows = [("12345678", "good"), ("12345678", "bad"), ("123456789", "good")]  # a token per character
-    task = make_task(tmp_path, rows, [("1", "good")], tokenizer="char", max_length=8)
-    configured(task)
-    assert list(map(len, task.rows["train"]["input_ids"])) == [8, 8, 8]
-    assert task.notes == [
+    objective = bound(read_data(tmp_path, rows, [("1", "good")], tokenizer="char", max_length=8))
+    assert list(map(len, objective.rows["train"]["input_ids"])) == [8, 8, 8]
+    assert objective.notes == [
         "training labels: good 66.7%, bad 33.3%",
         "1 of 3 train texts (33.3%) are longer than 8 tokens and were cut",
     ]
-    task = make_task(tmp_path, rows, [("1", "good")], tokenizer="char")
-    configured(task, max_position_embeddings=7)
-    assert list(map(len, task.rows["train"]["input_ids"])) == [7, 7, 7]
-    assert task.notes[1] == "3 of 3 train texts (100.0%) are longer than 7 tokens and were cut"
-    task = make_task(tmp_path, max_length=17)
+    objective = bound(read_data(tmp_path, rows, [("1", "good")], tokenizer="char"), max_position_embeddings=7)
+    assert list(map(len, objective.rows["train"]["input_ids"])) == [7, 7, 7]
+    assert objective.notes[1] == "3 of 3 train texts (100.0%) are longer than 7 tokens and were cut"
+    data = read_data(tmp_path, max_length=17)
     with pytest.raises(ValueError, match="max_length=17 exceeds the model's limit of 16 tokens; lower it"):
-        configured(task)
+        bound(data)
 
 
-def test_rows_without_text_are_left_out_and_said(tmp_path):
-    task = make_task(tmp_path, [*TRAIN, ("  ", "good"), ("", "bad")])
-    assert len(task.rows["train"]) == 4
-    assert task.notes == ["2 of 6 train rows have no text: left out"]
+def test_rows_without_text_are_left_out_and_noted(tmp_path):
+    data = read_data(tmp_path, [*TRAIN, ("  ", "good"), ("", "bad")])
+    assert len(data.rows["train"]) == 4
+    assert data.notes == ["2 of 6 train rows have no text: left out"]
     with pytest.raises(ValueError, match="text_column='text' of the train data holds no text at all"):
-        make_task(tmp_path, [(" ", "good")])
+        read_data(tmp_path, [(" ", "good")])
 
 
 def test_an_empty_text_gets_the_prediction_that_it_gets_beside_others(tmp_path):
-    task = make_task(tmp_path)
-    model = AutoModelForSequenceClassification.from_config(configured(task)).eval()
-    rows = task.encode_inputs(Dataset.from_dict({"text": ["good soup", "", "bad day"]}))
-    together = task.predict(model, task.collator()(list(rows)))
-    alone = [task.predict(model, task.collator()([row]))[0] for row in rows]
+    objective = bound(read_data(tmp_path))
+    scorer = objective.scorer
+    model = AutoModelForSequenceClassification.from_config(objective.config).eval()
+    rows = objective.encode_inputs(Dataset.from_dict({"text": ["good soup", "", "bad day"]}))
+    together = scorer.predict(model, objective.collator()(list(rows)))
+    alone = [scorer.predict(model, objective.collator()([row]))[0] for row in rows]
     assert [p["score"] for p in alone] == pytest.approx([p["score"] for p in together], abs=1e-6)
-    batch = task.collator()([rows[0], rows[1]])
+    batch = objective.collator()([rows[0], rows[1]])
     assert batch["attention_mask"].sum(1).tolist() == [len(rows[0]["input_ids"]), 0]
 
 
@@ -262,11 +253,11 @@ def test_a_tokenizer_without_padding_gets_a_stand_in(tmp_path):
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert AutoTokenizer.from_pretrained(tmp_path / "tokenizer").pad_token is None
-    task = make_task(tmp_path, tokenizer=str(tmp_path / "tokenizer"))
-    assert task.notes == ["the tokenizer has no padding token: '<|endoftext|>' stands in for it"]
+    data = read_data(tmp_path, tokenizer=str(tmp_path / "tokenizer"))
+    assert data.notes == ["the tokenizer has no padding token: '<|endoftext|>' stands in for it"]
     config = LlamaConfig(vocab_size=300, pad_token_id=None)
-    task.configure(config)
-    assert config.pad_token_id == task.processor.pad_token_id == 0
+    data.bind(config)
+    assert config.pad_token_id == data.tokenizer.pad_token_id == 0
 
 
 @pytest.mark.parametrize(
@@ -292,7 +283,7 @@ def test_a_tokenizer_without_padding_gets_a_stand_in(tmp_path):
 )
 def test_bad_data_is_one_clear_error(tmp_path, settings, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        configured(make_task(tmp_path, **settings))
+        bound(read_data(tmp_path, **settings))
 
 
 @pytest.mark.parametrize(
@@ -315,21 +306,21 @@ def test_a_broken_file_is_one_clear_error(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     args = SequenceClassificationArguments(train_file=[str(tmp_path / name)])
     with pytest.raises(ValueError, match=message):
-        SequenceClassification(args)
+        TASK.read(args)
 
 
 def test_no_data_and_folders_without_splits_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no data: set dataset"):
-        SequenceClassification(SequenceClassificationArguments())
+        TASK.read(SequenceClassificationArguments())
     write_csv(tmp_path / "rows.csv", TRAIN)
     with pytest.raises(
         ValueError, match=r"holds no file named after train, validation or test .* there is: rows\.csv"
     ):
-        SequenceClassification(SequenceClassificationArguments(dataset=str(tmp_path)))
+        TASK.read(SequenceClassificationArguments(dataset=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match="dataset='nowhere' does not exist"):
-        SequenceClassification(SequenceClassificationArguments(dataset="./nowhere"))
+        TASK.read(SequenceClassificationArguments(dataset="./nowhere"))
     with pytest.raises(ValueError, match=r"dataset='no/body' \(no folder or file here, so a Hub id\) cannot be read"):
-        SequenceClassification(SequenceClassificationArguments(dataset="no/body"))
+        TASK.read(SequenceClassificationArguments(dataset="no/body"))
 
 
 class Fixed(torch.nn.Module):
@@ -343,24 +334,23 @@ class Fixed(torch.nn.Module):
         return {"logits": self.logits[rows]}
 
 
-def predicted(logits, truth, task):
-    return task.predict(Fixed(logits), {"rows": torch.arange(len(truth)), "labels": torch.tensor(truth)})
+def predicted(logits, truth, scorer):
+    return scorer.predict(Fixed(logits), {"rows": torch.arange(len(truth)), "labels": torch.tensor(truth)})
 
 
 @pytest.fixture
 def seven(tmp_path):
-    """A task with seven labels, and predictions for 57 rows."""
+    """The scorer of seven labels, and predictions for 57 rows."""
     rows = [(f"text {i}", f"label {i % 7}") for i in range(14)]
-    task = make_task(tmp_path, rows, [("new", "label 0")])
-    configured(task)
+    scorer = bound(read_data(tmp_path, rows, [("new", "label 0")])).scorer
     draw = np.random.default_rng(0)
     truth, logits = draw.integers(0, 7, 57), torch.tensor(draw.normal(size=(57, 7)), dtype=torch.float32)
-    return task, predicted(logits, truth, task), truth, logits
+    return scorer, predicted(logits, truth, scorer), truth, logits
 
 
 def test_metrics_equal_those_of_scikit_learn(seven):
-    task, predictions, truth, logits = seven
-    metrics, best = task.score(predictions), logits.argmax(-1).numpy()
+    scorer, predictions, truth, logits = seven
+    metrics, best = scorer.score(predictions), logits.argmax(-1).numpy()
     assert metrics["accuracy"] == pytest.approx(accuracy_score(truth, best), abs=1e-12)
     assert metrics["macro_f1"] == pytest.approx(f1_score(truth, best, average="macro"), abs=1e-12)
     assert metrics["loss"] == pytest.approx(log_loss(truth, logits.double().softmax(-1), labels=range(7)), abs=1e-6)
@@ -380,26 +370,27 @@ def test_a_label_that_is_never_predicted_scores_zero_and_one_that_never_occurs_d
 
 
 def test_the_loss_of_parts_adds_up_to_the_loss_of_the_whole(tmp_path):
-    task = make_task(tmp_path)
-    configured(task)
+    objective = bound(read_data(tmp_path))
     logits, labels = torch.randn(7, 2), torch.randint(2, (7,))
-    whole = task.criterion({"logits": logits}, {"labels": labels})
-    parts = [task.criterion({"logits": logits[part]}, {"labels": labels[part]}) for part in (slice(0, 5), slice(5, 7))]
+    whole = objective.criterion({"logits": logits}, {"labels": labels})
+    parts = [
+        objective.criterion({"logits": logits[part]}, {"labels": labels[part]}) for part in (slice(0, 5), slice(5, 7))
+    ]
     assert torch.allclose(whole, torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
     assert torch.allclose(sum(parts), whole)
 
 
 def test_focal_loss_and_class_weights_are_their_formulas(tmp_path):
     rows = [("a", "x"), ("b", "x"), ("c", "x"), ("d", "y")]
-    task = make_task(tmp_path, rows, [("new", "x")], loss="focal", focal_gamma=3.0, class_weights=["balanced"])
-    configured(task)
-    assert task.problem.weights.tolist() == pytest.approx([4 / 2 / 3, 4 / 2 / 1])
+    settings = {"loss": "focal", "focal_gamma": 3.0, "class_weights": ["balanced"]}
+    objective = bound(read_data(tmp_path, rows, [("new", "x")], **settings))
+    assert objective.labels.kind.weights.tolist() == pytest.approx([4 / 2 / 3, 4 / 2 / 1])
     logits, labels = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 1])
     expected = 0.0
     for row, label in zip(logits.double(), labels.tolist(), strict=True):
         probability = (row[label].exp() / row.exp().sum()).item()
         expected -= [2 / 3, 2.0][label] * (1 - probability) ** 3 * np.log(probability)
-    assert task.criterion({"logits": logits}, {"labels": labels}).item() == pytest.approx(expected, rel=1e-5)
+    assert objective.criterion({"logits": logits}, {"labels": labels}).item() == pytest.approx(expected, rel=1e-5)
     assert class_weights(["1", "2.5"], ["x", "y"], [3, 1]).tolist() == [1.0, 2.5]
     for given in (["1"], ["1", "heavy"], ["1", "-1"]):
         with pytest.raises(ValueError, match="must be 'balanced', or a number of at least 0 for each of the 2 labels"):
@@ -407,32 +398,35 @@ def test_focal_loss_and_class_weights_are_their_formulas(tmp_path):
 
 
 def test_samples_show_texts_with_the_label_they_got_and_then_the_worst(tmp_path):
-    task = make_task(tmp_path)
-    configured(task)
+    objective = bound(read_data(tmp_path))
+    scorer = objective.scorer
     sure = torch.tensor([[0.0, 4.0], [0.0, 3.0], [0.0, 5.0], [1.0, 0.0]])  # good, good, good, bad
-    predictions = predicted(sure, [1, 0, 1, 0], task)
-    assert task.samples(predictions, task.rows["train"], count=1) == [
+    predictions = predicted(sure, [1, 0, 1, 0], scorer)
+    assert scorer.samples(predictions, objective.rows["train"], count=1) == [
         {"prompt": "good soup", "text": " -> good"},
         {"prompt": "bad soup", "text": " -> good (labelled bad)"},
     ]
-    assert task.describe(predictions[0]) == {"prediction": "good", "score": pytest.approx(0.982014, abs=1e-6)}
-    assert task.facts()["train"] == {"rows": 4, "tokens": sum(map(len, task.rows["train"]["input_ids"]))}
-    json.dumps(task.facts())
+    assert scorer.describe(predictions[0]) == {"prediction": "good", "score": pytest.approx(0.982014, abs=1e-6)}
+    assert objective.data_record()["train"] == {
+        "rows": 4,
+        "tokens": sum(map(len, objective.rows["train"]["input_ids"])),
+    }
+    json.dumps(objective.data_record())
 
 
-def test_training_rows_that_are_measured_on_are_refused_dropped_or_said(tmp_path):
+def test_training_rows_that_are_measured_on_are_refused_dropped_or_noted(tmp_path):
     rows = [("old news", "good"), *OTHERS]
     found = r"1 of 4 training rows have an input that is among the validation rows \(train row 2 is validation row 1\)"
     with pytest.raises(ValueError, match=found + "; leakage=drop leaves them out of training, leakage=allow trains"):
-        make_task(tmp_path, validation=[("bad soup", "bad"), *OTHERS])
-    task = make_task(tmp_path, validation=[("bad soup", "bad"), *OTHERS], leakage="drop")
-    assert list(task.rows["train"]["text"]) == ["good soup", "good day", "bad day"]
-    assert len(task.rows["validation"]) == 3
-    assert re.fullmatch(found + ": left out of training", task.notes[-1])
-    task = make_task(tmp_path, validation=[("bad soup", "bad"), *OTHERS], leakage="allow")
-    assert len(task.rows["train"]) == 4
-    assert task.notes[-1].endswith("the results on these are not honest")
+        read_data(tmp_path, validation=[("bad soup", "bad"), *OTHERS])
+    data = read_data(tmp_path, validation=[("bad soup", "bad"), *OTHERS], leakage="drop")
+    assert list(data.rows["train"]["text"]) == ["good soup", "good day", "bad day"]
+    assert len(data.rows["validation"]) == 3
+    assert re.fullmatch(found + ": left out of training", data.notes[-1])
+    data = read_data(tmp_path, validation=[("bad soup", "bad"), *OTHERS], leakage="allow")
+    assert len(data.rows["train"]) == 4
+    assert data.notes[-1].endswith("the results on these are not honest")
     with pytest.raises(ValueError, match="nothing would be left to train on"):
-        make_task(tmp_path, rows, rows, leakage="drop")
+        read_data(tmp_path, rows, rows, leakage="drop")
     with pytest.raises(ValueError, match="leakage='ignore' is unknown; choose one of stop, drop, allow"):
-        make_task(tmp_path, leakage="ignore")
+        read_data(tmp_path, leakage="ignore")

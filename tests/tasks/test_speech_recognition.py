@@ -15,8 +15,9 @@ from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2Config, pipelin
 import bmtk  # noqa: F401  (registers the families)
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.tasks.ctc import best_path, positions_needed, prefix_beam_search, row_losses
-from bmtk.tasks.speech_recognition import SpeechRecognition, SpeechRecognitionArguments
-from bmtk.training.finetuning import FineTuningArguments, build_trainer
+from bmtk.tasks.speech_recognition import TASK, SpeechRecognitionArguments, SpeechRecognitionData
+from bmtk.training.finetuning_arguments import FineTuningArguments
+from bmtk.training.trainer import build_trainer
 from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parents[2]
@@ -42,60 +43,54 @@ def write_recordings(folder: Path, texts: list[str], *, seconds=1.0, seed: int =
     return folder
 
 
-def make_task(tmp_path, train=TRAIN, validation=OTHERS, *, seconds: float = 1.0, **settings) -> SpeechRecognition:
+def read_data(tmp_path, train=TRAIN, validation=OTHERS, *, seconds: float = 1.0, **settings) -> SpeechRecognitionData:
     write_recordings(tmp_path / "data" / "train", train, seconds=seconds)
     write_recordings(tmp_path / "data" / "validation", validation, seconds=seconds, seed=1)
     given = {"dataset": str(tmp_path / "data"), "sampling_rate": 8000, **settings}
-    return SpeechRecognition(SpeechRecognitionArguments(**given))
+    return TASK.read(SpeechRecognitionArguments(**given))
 
 
-def configured(task, **fields):
+def bound(data, **fields):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_mel_bins": 12}
-    config = BmRnnConfig(**{**task.config_fields, **sizes, **fields})
-    task.configure(config)
-    return config
+    return data.bind(BmRnnConfig(**{**data.config_fields, **sizes, **fields}))
 
 
 # ------------------------------------------------------------------------------------ texts and tokens
 
 
 def test_characters_become_tokens_and_texts_are_normalised(tmp_path):
-    task = make_task(tmp_path)
-    config = configured(task)
-    assert list(task.rows["train"].texts) == ["no no", "don't go", "anna"]
-    assert list(task.ids) == ["'", "a", "d", "g", "n", "o", "t"]
+    objective = bound(read_data(tmp_path))
+    config = objective.config
+    assert list(objective.rows["train"].texts) == ["no no", "don't go", "anna"]
+    assert list(objective.tokens.ids) == ["'", "a", "d", "g", "n", "o", "t"]
     assert (config.vocab_size, config.pad_token_id) == (10, 0)
-    assert task.rows["validation"][0]["labels"] == [6, 8, 2, 8, 7]
-    assert task.tokenizer.decode([6, 6, 0, 8, 2, 2, 8, 0, 7, 7]) == "go on"
-    kept = make_task(tmp_path / "kept", text_case="keep", keep_punctuation=True)
-    configured(kept)
+    assert objective.rows["validation"][0]["labels"] == [6, 8, 2, 8, 7]
+    assert objective.tokens.tokenizer.decode([6, 6, 0, 8, 2, 2, 8, 0, 7, 7]) == "go on"
+    kept = bound(read_data(tmp_path / "kept", text_case="keep", keep_punctuation=True))
     assert list(kept.rows["train"].texts) == ["No, no.", "don't go", "ANNA"]
 
 
 def test_words_become_tokens_if_asked_for(tmp_path):
-    task = make_task(tmp_path, ["yes no", "no no yes", "yes"], ["no"], token_unit="words")
-    configured(task)
-    assert task.ids == {"no ": 3, "yes ": 4}
-    assert task.rows["train"][1]["labels"] == [3, 3, 4]
+    objective = bound(read_data(tmp_path, ["yes no", "no no yes", "yes"], ["no"], token_unit="words"))
+    assert objective.tokens.ids == {"no ": 3, "yes ": 4}
+    assert objective.rows["train"][1]["labels"] == [3, 3, 4]
     scores = np.full((5, 5), -9.0, dtype=np.float32)
     scores[range(5), [3, 0, 3, 4, 4]] = 0
-    assert task.decode(scores) == "no no yes"
+    assert objective.scorer.decode(scores) == "no no yes"
 
 
-def test_what_the_model_cannot_write_is_said_and_counts_as_unknown(tmp_path):
-    task = make_task(tmp_path, validation=["go up"])
-    configured(task)
-    assert task.rows["validation"][0]["labels"] == [6, 8, 2, 1, 1]
-    assert "1 validation rows hold characters that the model cannot write: 'p', 'u'" in task.notes
+def test_what_the_model_cannot_write_is_noted_and_counts_as_unknown(tmp_path):
+    objective = bound(read_data(tmp_path, validation=["go up"]))
+    assert objective.rows["validation"][0]["labels"] == [6, 8, 2, 1, 1]
+    assert "1 validation rows hold characters that the model cannot write: 'p', 'u'" in objective.notes
 
 
-def test_rows_without_a_transcription_are_left_out_and_said(tmp_path):
-    task = make_task(tmp_path, [*TRAIN, " ... "])
-    configured(task)
-    assert len(task.rows["train"]) == 3
-    assert "1 of 4 train rows have no transcription: left out" in task.notes
+def test_rows_without_a_transcription_are_left_out_with_a_note(tmp_path):
+    objective = bound(read_data(tmp_path, [*TRAIN, " ... "]))
+    assert len(objective.rows["train"]) == 3
+    assert "1 of 4 train rows have no transcription: left out" in objective.notes
     with pytest.raises(ValueError, match="transcription_column='transcription' of the train data holds no text at"):
-        make_task(tmp_path / "none", ["?", "!"])
+        read_data(tmp_path / "none", ["?", "!"])
 
 
 # ------------------------------------------------------------------------------------ recordings too short
@@ -116,35 +111,34 @@ def test_recordings_too_short_for_their_labels_are_named_with_numbers(tmp_path):
         match=r"2 of 3 train recordings are too short for their labels \(row 2, 0\.20 s, gives 5 positions to 8 "
         r"tokens, which need 8\); too_short_recordings=skip leaves",
     ):
-        configured(make_task(tmp_path / "stop", ["no no", "don't go", "annaa"], seconds=0.2))
-    task = make_task(
+        bound(read_data(tmp_path / "stop", ["no no", "don't go", "annaa"], seconds=0.2))
+    data = read_data(
         tmp_path / "skip", ["no no", "don't go", "annaa"], ["annaa"], seconds=0.2, too_short_recordings="skip"
     )
-    config = configured(task)
-    assert list(task.rows["train"].texts) == ["no no"]
-    assert list(task.rows["validation"].texts) == ["annaa"]
-    assert any(note.endswith("they count in the error rates, not in the loss") for note in task.notes)
-    predictions = predicted(task, AutoModelForCTC.from_config(config), "validation")
+    objective = bound(data)
+    assert list(objective.rows["train"].texts) == ["no no"]
+    assert list(objective.rows["validation"].texts) == ["annaa"]
+    assert any(note.endswith("they count in the error rates, not in the loss") for note in objective.notes)
+    predictions = predicted(objective, AutoModelForCTC.from_config(objective.config), "validation")
     assert predictions[0]["loss"] == predictions[0]["items"] == 0
-    assert task.score(predictions, task.rows["validation"])["cer"] > 0
-    finer = make_task(tmp_path / "finer", ["no no", "don't go", "annaa"], ["annaa"], seconds=0.2, hop_ms=5)
-    configured(finer)
-    assert len(finer.rows["train"]) == 3
+    assert objective.scorer.score(predictions, objective.rows["validation"])["cer"] > 0
+    finer = read_data(tmp_path / "finer", ["no no", "don't go", "annaa"], ["annaa"], seconds=0.2, hop_ms=5)
+    assert len(bound(finer).rows["train"]) == 3
 
 
 def test_a_recogniser_of_samples_gets_tokens_lengths_and_losses_like_our_own(tmp_path):
     """Not our frames: this wav2vec 2.0 reads samples, and gives one position for every 100."""
-    task = make_task(tmp_path, ["no no", "don't go"], ["go on"], seconds=0.07, too_short_recordings="skip")
+    data = read_data(tmp_path, ["no no", "don't go"], ["go on"], seconds=0.07, too_short_recordings="skip")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     layers = {"conv_dim": (4, 4), "conv_kernel": (10, 10), "conv_stride": (10, 10), "num_feat_extract_layers": 2}
     config = Wav2Vec2Config(**sizes, **layers, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
-    task.configure(config)
-    assert (config.vocab_size, config.pad_token_id) == (len(task.tokenizer), 0)
-    assert list(task.rows["train"].texts) == ["no no"]  # 5 of 5 positions; the other has 8 tokens
+    objective = data.bind(config)
+    assert (config.vocab_size, config.pad_token_id) == (len(objective.tokens), 0)
+    assert list(objective.rows["train"].texts) == ["no no"]  # 5 of 5 positions; the other has 8 tokens
     model = AutoModelForCTC.from_config(config)
-    prediction = predicted(task, model, "validation")[0]
+    prediction = predicted(objective, model, "validation")[0]
     assert prediction["items"] == 5
-    batch = task.collator()([task.rows["validation"][0]])
+    batch = objective.collator()([objective.rows["validation"][0]])
     mean = model.eval()(**batch).loss.item()  # reduction "sum" over one row
     assert prediction["loss"] == pytest.approx(mean, rel=1e-4)
 
@@ -201,66 +195,64 @@ def test_losses_of_rows_are_sums_over_paths_and_infinite_where_there_is_none():
     assert losses[2] == float("inf")
 
 
-def predicted(task, model, split):
-    batch = task.collator()([task.rows[split][row] for row in range(len(task.rows[split]))])
+def predicted(objective, model, split):
+    batch = objective.collator()([objective.rows[split][row] for row in range(len(objective.rows[split]))])
     with torch.no_grad():
-        return task.predict(model.eval(), batch)
+        return objective.scorer.predict(model.eval(), batch)
 
 
 def uneven(tmp_path):
-    """A task whose training recordings differ in length, and a model for it."""
+    """An objective whose training recordings differ in length, and a model for it."""
     texts, seconds = ["no no", "don't go", "anna", "on", "a nod"], (1.0, 0.6, 1.3, 0.3, 0.8)
     write_recordings(tmp_path / "data" / "train", texts, seconds=seconds)
     args = SpeechRecognitionArguments(dataset=str(tmp_path / "data"), sampling_rate=8000)
-    task = SpeechRecognition(args, splits=["train"])
-    config = configured(task)
+    objective = bound(TASK.read(args, splits=["train"]))
     torch.manual_seed(0)
-    return task, AutoModelForCTC.from_config(config).eval()
+    return objective, AutoModelForCTC.from_config(objective.config).eval()
 
 
 def test_the_loss_of_a_row_does_not_depend_on_its_batch(tmp_path):
-    task, model = uneven(tmp_path)
-    together = predicted(task, model, "train")
-    rows = task.rows["train"]
+    objective, model = uneven(tmp_path)
+    together = predicted(objective, model, "train")
+    rows = objective.rows["train"]
     with torch.no_grad():
-        alone = [task.predict(model, task.collator()([rows[row]]))[0] for row in range(len(rows))]
+        alone = [objective.scorer.predict(model, objective.collator()([rows[row]]))[0] for row in range(len(rows))]
     for one, other in zip(together, alone, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert (one["items"], one["text"]) == (other["items"], other["text"])
     assert [p["items"] for p in together] == [len(text) for text in rows.texts]
-    batch = task.collator()([rows[row] for row in range(len(rows))])
-    whole = task.criterion(model(**{k: v for k, v in batch.items() if k != "labels"}), batch)
+    batch = objective.collator()([rows[row] for row in range(len(rows))])
+    whole = objective.criterion(model(**{k: v for k, v in batch.items() if k != "labels"}), batch)
     assert whole.item() == pytest.approx(sum(p["loss"] for p in together), rel=1e-4)
-    assert model(**batch).loss.item() == pytest.approx(whole.item() / int(task.num_items(batch)), rel=1e-4)
+    assert model(**batch).loss.item() == pytest.approx(whole.item() / int(objective.num_items(batch)), rel=1e-4)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_gradients_do_not_depend_on_micro_batches(tmp_path, accumulation):
     """One step over four rows: whole, and in four parts, against the loss of the four rows together."""
-    task, model = uneven(tmp_path)
-    rows = task.rows["train"]
+    objective, model = uneven(tmp_path)
+    rows = objective.rows["train"]
     size = 4 // accumulation
-    batches = [task.collator()([rows[row] for row in range(first, first + size)]) for first in range(0, 4, size)]
+    batches = [objective.collator()([rows[row] for row in range(first, first + size)]) for first in range(0, 4, size)]
     args = FineTuningArguments(str(tmp_path / "run"), eval_strategy="no", report_to=[], use_cpu=True)
-    trainer = build_trainer(model, task, args, folder=tmp_path / "run")
+    trainer = build_trainer(model, objective, args, folder=tmp_path / "run")
     count = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
     for batch in batches:
         trainer.compute_loss(model, batch, num_items_in_batch=count).backward()
     gradient = model.lm_head.weight.grad.clone()
     model.zero_grad()
-    whole = task.collator()([rows[row] for row in range(4)])
+    whole = objective.collator()([rows[row] for row in range(4)])
     model(**whole).loss.backward()  # the head's own: a mean over the tokens
     assert torch.allclose(gradient, model.lm_head.weight.grad, atol=1e-6)
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1 has no effect on CTC"):
-        task.criterion(None, whole, label_smoothing=0.1)
+        objective.criterion(None, whole, label_smoothing=0.1)
 
 
-def test_error_rates_are_edits_over_the_length_of_what_was_said(tmp_path):
-    task = make_task(tmp_path)
-    configured(task)
-    rows = task.rows["train"]  # no no, don't go, anna
+def test_error_rates_are_edits_over_the_length_of_the_transcriptions(tmp_path):
+    objective = bound(read_data(tmp_path))
+    scorer, rows = objective.scorer, objective.rows["train"]  # no no, don't go, anna
     predictions = [{"text": text, "loss": 2.0, "items": 4} for text in ("no", "don't go", "hanna o")]
-    metrics = task.score(predictions, rows)
+    metrics = scorer.score(predictions, rows)
     # words: one missing; none; one changed and one too many; of 5.  Characters: 3, 0 and 3 edits of 5 + 8 + 4
     assert metrics == {
         "loss": 0.5,
@@ -268,12 +260,12 @@ def test_error_rates_are_edits_over_the_length_of_what_was_said(tmp_path):
         "cer": pytest.approx(6 / 17),
         "exact_match": pytest.approx(1 / 3),
     }
-    assert task.table(predictions, rows) == "  words: 3 right, 1 changed, 1 missing, 1 too many"
-    assert task.samples(predictions, rows, count=1)[0] == {"prompt": "no no", "text": " -> no"}
-    (figure,) = task.figures(predictions, rows)
+    assert scorer.table(predictions, rows) == "  words: 3 right, 1 changed, 1 missing, 1 too many"
+    assert scorer.samples(predictions, rows, count=1)[0] == {"prompt": "no no", "text": " -> no"}
+    (figure,) = scorer.figures(predictions, rows)
     assert figure["title"] == "Spectrograms of the worst recordings"
-    assert task.facts()["train"] == {"rows": 3, "minutes": 0.1}
-    json.dumps(task.facts())
+    assert objective.data_record()["train"] == {"rows": 3, "minutes": 0.1}
+    json.dumps(objective.data_record())
 
 
 @pytest.mark.parametrize(
@@ -292,14 +284,14 @@ def test_error_rates_are_edits_over_the_length_of_what_was_said(tmp_path):
 )
 def test_wrong_settings_are_one_clear_error(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        make_task(tmp_path, **settings)
+        read_data(tmp_path, **settings)
 
 
 def test_without_training_rows_a_model_must_bring_its_tokens(tmp_path):
     write_recordings(tmp_path / "test", OTHERS)
     args = SpeechRecognitionArguments(dataset=str(tmp_path), sampling_rate=8000)
     with pytest.raises(ValueError, match="the tokens of a recogniser are found in training rows; name a trained"):
-        SpeechRecognition(args, splits=["test"])
+        TASK.read(args, splits=["test"])
 
 
 # ------------------------------------------------------------------------------------ a whole run

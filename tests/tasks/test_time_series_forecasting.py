@@ -16,10 +16,11 @@ from transformers import AutoModelForTimeSeriesPrediction
 
 import bmtk  # noqa: F401  (registers the families)
 from bmtk.data.series import bounds, calendar_features, times_after, usual_season
+from bmtk.data.tables import read_table
 from bmtk.metrics.forecasts import column_errors, quantile_scores
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.tasks import forecasts
-from bmtk.tasks.time_series_forecasting import TimeSeriesForecasting, TimeSeriesForecastingArguments
+from bmtk.tasks.time_series_forecasting import TASK, TimeSeriesForecastingArguments
 from recipes import evaluate, finetune, predict, pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -45,16 +46,15 @@ def write(path, values, *, start="2024-01-01", step="1h", names=("a", "b", "c"),
     return str(path)
 
 
-def make_task(path, **settings):
+def read(path, **settings):
     splits = settings.pop("splits", ("train", "validation", "test"))
     settings = {"dataset": path, "split_rows": [30, 15, 15], **settings}
-    return TimeSeriesForecasting(TimeSeriesForecastingArguments(**settings), splits=splits)
+    return TASK.read(TimeSeriesForecastingArguments(**settings), splits=splits)
 
 
-def configured(task, **fields):
-    config = task.new_config("bm_transformer", {**TINY, **fields})
-    task.configure(config)
-    return config
+def bind(data, **fields):
+    """The objective of a new model with this data."""
+    return data.bind(data.new_config("bm_transformer", {**TINY, **fields}))
 
 
 def model_of(config):
@@ -62,10 +62,10 @@ def model_of(config):
     return AutoModelForTimeSeriesPrediction.from_config(config).eval()
 
 
-def predictions_of(task, model, split="test", batch_size=64):
+def predictions_of(objective, model, split="test", batch_size=64):
     with torch.no_grad():
-        batches = task.batches_in_order(task.rows[split], batch_size=batch_size)
-        return [p for batch in batches for p in task.predict(model, batch)]
+        batches = objective.batches_in_order(objective.rows[split], batch_size=batch_size)
+        return [p for batch in batches for p in objective.scorer.predict(model, batch)]
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -73,32 +73,29 @@ def predictions_of(task, model, split="test", batch_size=64):
 
 def test_windows_of_one_table_look_back_over_the_split_and_never_ahead(tmp_path):
     values = numbers()
-    task = make_task(write(tmp_path / "x.csv", values))
-    config = configured(task)
+    objective = bind(read(write(tmp_path / "x.csv", values)))
     mean, std = values[:30].mean(0), values[:30].std(0)
-    assert config.series["columns"] == ["a", "b"]
-    assert config.series["mean"] == pytest.approx(mean.tolist())
-    assert config.series["std"] == pytest.approx(std.tolist())
+    assert objective.config.series["columns"] == ["a", "b"]
+    assert objective.config.series["mean"] == pytest.approx(mean.tolist())
+    assert objective.config.series["std"] == pytest.approx(std.tolist())
     # forecasts of 4 steps: of rows 8 to 29 after 8 of context; of rows 30 to 44 and 45 to 59, whose context is there
     expected = {"train": (8, 30 - 4), "validation": (30, 45 - 4), "test": (45, 60 - 4)}
     for split, (first, last) in expected.items():
-        assert task.rows[split].starts.tolist() == list(range(first, last + 1)), split
-        assert len(task.rows[split]) == 2 * (last + 1 - first)
-    row = task.rows["test"][2 * 3 + 1]  # the fourth window, column b
+        assert objective.rows[split].starts.tolist() == list(range(first, last + 1)), split
+        assert len(objective.rows[split]) == 2 * (last + 1 - first)
+    row = objective.rows["test"][2 * 3 + 1]  # the fourth window, column b
     assert row["past_values"][:, 0].tolist() == pytest.approx(
         ((values[40:48, 1] - mean[1]) / std[1]).tolist(), abs=1e-5
     )
     assert row["future_values"][:, 0].tolist() == pytest.approx(
         ((values[48:52, 1] - mean[1]) / std[1]).tolist(), abs=1e-5
     )
-    assert task.sizes()["train"] == {"windows": 19, "rows": 38}
+    assert objective.sizes()["train"] == {"windows": 19, "rows": 38}
 
 
 def test_columns_together_or_alone_are_the_same_numbers(tmp_path):
     path = write(tmp_path / "x.csv", numbers())
-    alone, together = make_task(path), make_task(path)
-    configured(alone)
-    configured(together, num_input_channels=2)
+    alone, together = bind(read(path)), bind(read(path), num_input_channels=2)
     one, all_of = alone.rows["train"].batch([4, 5, 8]), together.rows["train"].batch([2, 4])
     assert all_of["past_values"].shape == (2, 8, 2)
     assert torch.equal(
@@ -109,27 +106,25 @@ def test_columns_together_or_alone_are_the_same_numbers(tmp_path):
     with pytest.raises(
         ValueError, match=r"num_input_channels=3 is neither 1 \(each column alone\) nor 2 \(all together"
     ):
-        configured(make_task(path), num_input_channels=3)
+        bind(read(path), num_input_channels=3)
 
 
-def test_splits_are_rows_or_shares_and_the_usual_one_is_said(tmp_path):
+def test_splits_are_rows_or_shares_and_the_usual_one_is_noted(tmp_path):
     assert bounds(100, [0.7, 0.1, 0.2]) == [(0, 70), (70, 80), (80, 100)]
     assert bounds(100, [8, 4, 4]) == [(0, 8), (8, 12), (12, 16)]
     path = write(tmp_path / "x.csv", numbers(100))
-    task = make_task(path, split_rows=None)
-    assert task.notes == ["one table: 70%, 10%, 20% of it train, validate and test, in order of time"]
-    configured(task)
-    assert task.rows["test"].starts.tolist() == list(range(80, 97))
-    task = make_task(None, train_file=[path], split_rows=[0.5, 0.5])
-    assert list(task.rows) == ["train", "validation"]
-    task = make_task(path, split_rows=[50, 20, 20])
-    configured(task)
-    assert task.notes == ["split_rows leaves 10 rows at the end unused"]
+    data = read(path, split_rows=None)
+    assert data.notes == ["one table: 70%, 10%, 20% of it train, validate and test, in order of time"]
+    assert bind(data).rows["test"].starts.tolist() == list(range(80, 97))
+    data = read(None, train_file=[path], split_rows=[0.5, 0.5])
+    assert list(data.rows) == ["train", "validation"]
+    objective = bind(read(path, split_rows=[50, 20, 20]))
+    assert objective.notes == ["split_rows leaves 10 rows at the end unused"]
     with pytest.raises(ValueError, match=r"split_rows=\[90, 8, 8\] ends with row 106; the table has 100 rows"):
-        configured(make_task(path, split_rows=[90, 8, 8]))
+        bind(read(path, split_rows=[90, 8, 8]))
     for wrong in ([1], [0.9, 0.2], [0, 5], [-1, 2]):
         with pytest.raises(ValueError, match="must be two or three numbers for training, validation and test"):
-            make_task(path, split_rows=wrong)
+            read(path, split_rows=wrong)
 
 
 def test_files_of_their_own_have_windows_of_their_own(tmp_path):
@@ -138,12 +133,12 @@ def test_files_of_their_own_have_windows_of_their_own(tmp_path):
         "train_file": [write(tmp_path / "train.csv", values[:30])],
         "test_file": [write(tmp_path / "test.csv", values[30:], start="2024-02-01")],
     }
-    task = make_task(None, **files, validation_fraction=0.3)
-    assert task.notes == ["there are no validation rows: the last 30% of the training rows are held out"]
-    config = configured(task)
-    assert config.series["mean"] == pytest.approx(values[:21].mean(0).tolist())
-    assert task.rows["validation"].starts.tolist() == list(range(21, 27))
-    assert task.rows["test"].starts.tolist() == list(range(8, 27))
+    data = read(None, **files, validation_fraction=0.3)
+    assert data.notes == ["there are no validation rows: the last 30% of the training rows are held out"]
+    objective = bind(data)
+    assert objective.config.series["mean"] == pytest.approx(values[:21].mean(0).tolist())
+    assert objective.rows["validation"].starts.tolist() == list(range(21, 27))
+    assert objective.rows["test"].starts.tolist() == list(range(8, 27))
 
 
 def test_steps_that_are_measured_on_are_not_trained_on(tmp_path):
@@ -154,10 +149,9 @@ def test_steps_that_are_measured_on_are_not_trained_on(tmp_path):
     }
     found = r"2 of the validation rows are training rows, too \(the first: 2024-01-02 14:00:00\)"
     with pytest.raises(ValueError, match=found + "; take them out of one of the files, or set leakage=allow"):
-        configured(make_task(None, **files))
-    task = make_task(None, **files, leakage="allow")
-    configured(task)
-    assert task.notes[-1].endswith("the results on these are not honest")
+        bind(read(None, **files))
+    objective = bind(read(None, **files, leakage="allow"))
+    assert objective.notes[-1].endswith("the results on these are not honest")
 
 
 def test_series_of_several_names_are_windowed_one_by_one(tmp_path):
@@ -165,13 +159,12 @@ def test_series_of_several_names_are_windowed_one_by_one(tmp_path):
     names = ["y", "x"] * 30
     times = pd.date_range("2024-01-01", periods=30, freq="1h").repeat(2)
     path = write(tmp_path / "x.csv", values, times=times, more={"meter": names})
-    task = make_task(path, id_column="meter", split_rows=[0.5, 0.5])
-    config = configured(task)
-    assert task.columns == ["a", "b"]
+    objective = bind(read(path, id_column="meter", split_rows=[0.5, 0.5]))
+    assert objective.scorer.columns == ["a", "b"]
     train = np.concatenate([values[0::2][:15], values[1::2][:15]])
-    assert config.series["mean"] == pytest.approx(train.mean(0).tolist())
-    assert task.rows["train"].starts.tolist() == [*range(8, 12), *range(38, 42)]
-    assert task.rows["train"].truth()[4, 0] == pytest.approx(
+    assert objective.config.series["mean"] == pytest.approx(train.mean(0).tolist())
+    assert objective.rows["train"].starts.tolist() == [*range(8, 12), *range(38, 42)]
+    assert objective.rows["train"].truth()[4, 0] == pytest.approx(
         (values[1::2][8] - train.mean(0)) / train.std(0), abs=1e-5
     )
 
@@ -181,11 +174,10 @@ def test_parquet_dates_and_rows_out_of_order(tmp_path):
     times = pd.date_range("2024-01-01", periods=60, freq="1D")
     columns = {"date": times[order].to_pydatetime().tolist(), "a": values[order, 0], "note": ["x"] * 60}
     Dataset.from_dict(columns).to_parquet(tmp_path / "x.parquet")
-    task = make_task(str(tmp_path / "x.parquet"))
-    config = configured(task)
-    assert config.series["mean"] == pytest.approx([values[:30, 0].mean()])
-    assert config.series["season"] == 7
-    assert task.notes == ["not forecast, as fewer than half of the cells are numbers: 'note'"]
+    objective = bind(read(str(tmp_path / "x.parquet")))
+    assert objective.config.series["mean"] == pytest.approx([values[:30, 0].mean()])
+    assert objective.config.series["season"] == 7
+    assert objective.notes == ["not forecast, as fewer than half of the cells are numbers: 'note'"]
 
 
 # ---------------------------------------------------------------------------------------------------- time
@@ -211,35 +203,33 @@ def test_calendar_features_are_sine_and_cosine_of_the_cycle(tmp_path):
     for row, places in enumerate([(6.5 / 24, 0, 0), (18 / 24, 2 / 7, 6 / 12)]):
         expected = [f(2 * math.pi * place) for place in places for f in (math.sin, math.cos)]
         assert features[row].tolist() == pytest.approx(expected, abs=1e-6)
-    task = make_task(write(tmp_path / "x.csv", numbers()), time_features=["hour"])
-    config = configured(task)
-    assert config.num_time_features == 2
-    batch = task.rows["train"].batch([0])
+    objective = bind(read(write(tmp_path / "x.csv", numbers()), time_features=["hour"]))
+    assert objective.config.num_time_features == 2
+    batch = objective.rows["train"].batch([0])
     hours = [math.sin(2 * math.pi * hour / 24) for hour in range(12)]
     assert batch["past_time_features"][0, :, 0].tolist() == pytest.approx(hours[:8], abs=1e-6)
     assert batch["future_time_features"][0, :, 0].tolist() == pytest.approx(hours[8:], abs=1e-6)
-    assert len(predictions_of(task, model_of(config))) == len(task.rows["test"])
+    assert len(predictions_of(objective, model_of(objective.config))) == len(objective.rows["test"])
     with pytest.raises(ValueError, match="num_time_features=3 does not go with time_features="):
-        configured(make_task(write(tmp_path / "x.csv", numbers())), num_time_features=3)
+        bind(read(write(tmp_path / "x.csv", numbers())), num_time_features=3)
     with pytest.raises(ValueError, match="time_features has year, which is unknown; choose among minute, hour"):
-        make_task("x.csv", time_features=["year"])
+        read("x.csv", time_features=["year"])
 
 
-def test_odd_time_stamps_are_said(tmp_path):
+def test_odd_time_stamps_are_noted(tmp_path):
     times = list(pd.date_range("2024-01-01", periods=60, freq="1h"))
     times[10] = times[9]
-    task = make_task(write(tmp_path / "x.csv", numbers(), times=times))
-    configured(task)
-    assert task.notes == [
+    objective = bind(read(write(tmp_path / "x.csv", numbers(), times=times)))
+    assert objective.notes == [
         "rows: 1 time stamps are repeated (first: 2024-01-01 09:00:00)",
         "rows: 1 of 59 steps are not 0 days 01:00:00 long (first: after 2024-01-01 09:00:00); windows count rows, "
         "not time",
     ]
     times[20] = "yesterday"
     with pytest.raises(ValueError, match=r"rows: date of row 21 holds 'yesterday', no time stamp .* \(1 of 60 rows"):
-        configured(make_task(write(tmp_path / "x.csv", numbers(), times=times)))
-    task = make_task(write(tmp_path / "x.csv", numbers(), times=times), time_column="none", target_columns=["a"])
-    assert configured(task).series["season"] == 1
+        bind(read(write(tmp_path / "x.csv", numbers(), times=times)))
+    data = read(write(tmp_path / "x.csv", numbers(), times=times), time_column="none", target_columns=["a"])
+    assert bind(data).config.series["season"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------- gaps
@@ -251,28 +241,27 @@ def with_gaps(path):
     return write(path, values)
 
 
-def test_what_is_no_number_is_named_and_stops_unless_told_otherwise(tmp_path):
+def test_what_is_no_number_is_named_and_stops_unless_it_is_filled_or_masked(tmp_path):
     found = r"rows: 3 of 120 values are no numbers \(a of row 11 is missing, b of row 41 holds 'broken', b of row 51"
     with pytest.raises(
         ValueError, match=found + r" holds 'inf'\)\.  missing_values=fill reads the value before a gap"
     ):
-        configured(make_task(with_gaps(tmp_path / "x.csv")))
+        bind(read(with_gaps(tmp_path / "x.csv")))
     with pytest.raises(ValueError, match="missing_values='drop' is unknown; choose one of stop, fill, mask"):
-        make_task("x.csv", missing_values="drop")
+        read("x.csv", missing_values="drop")
     path = write(tmp_path / "x.csv", [[*row, ""] for row in numbers().tolist()])
     with pytest.raises(ValueError, match="rows: c holds no number at all; leave it out of target_columns"):
-        configured(make_task(path, target_columns=["a", "c"], missing_values="mask"))
+        bind(read(path, target_columns=["a", "c"], missing_values="mask"))
     late = [[*row, 1.0 if place > 40 else ""] for place, row in enumerate(numbers().tolist())]
     with pytest.raises(ValueError, match="no training row has a number in c; leave it out of target_columns"):
-        configured(make_task(write(tmp_path / "x.csv", late), target_columns=["c"], missing_values="fill"))
+        bind(read(write(tmp_path / "x.csv", late), target_columns=["c"], missing_values="fill"))
 
 
 @pytest.mark.parametrize("policy", ["mask", "fill"])
 def test_gaps_are_never_a_target_and_are_masked_or_filled_as_context(tmp_path, policy):
-    task = make_task(with_gaps(tmp_path / "x.csv"), missing_values=policy)
-    config = configured(task, num_input_channels=2)
-    assert len(task.notes) == 1
-    rows = task.rows["train"]
+    objective = bind(read(with_gaps(tmp_path / "x.csv"), missing_values=policy), num_input_channels=2)
+    assert len(objective.notes) == 1
+    rows = objective.rows["train"]
     batch = rows.batch(range(len(rows)))
     start = rows.starts.tolist()
     as_future, as_past = batch["future_observed_mask"], batch["past_observed_mask"]
@@ -282,23 +271,23 @@ def test_gaps_are_never_a_target_and_are_masked_or_filled_as_context(tmp_path, p
     assert as_past[place, :, 0].tolist() == [1, 1, 1, 1, 1, 1, float(policy == "fill"), 1]
     filled = batch["past_values"][place, 5, 0] if policy == "fill" else 0
     assert batch["past_values"][place, 6, 0] == filled
-    assert int(task.num_items(batch)) == int(as_future.sum()) == len(rows) * 8 - 3
-    metrics = task.score(predictions_of(task, model_of(config)), task.rows["test"])
+    assert int(objective.num_items(batch)) == int(as_future.sum()) == len(rows) * 8 - 3
+    metrics = objective.scorer.score(predictions_of(objective, model_of(objective.config)), objective.rows["test"])
     assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_a_missing_value_counts_nowhere(tmp_path):
     """MSE over what is observed, in Python floats."""
-    task = make_task(with_gaps(tmp_path / "x.csv"), missing_values="mask")
-    predictions = predictions_of(task, model_of(configured(task)))
-    rows, total, count = task.rows["test"], 0.0, 0
+    objective = bind(read(with_gaps(tmp_path / "x.csv"), missing_values="mask"))
+    predictions = predictions_of(objective, model_of(objective.config))
+    rows, total, count = objective.rows["test"], 0.0, 0
     for row, prediction in enumerate(predictions):
         window, column = divmod(row, 2)
         for step in range(4):
             truth = float(rows.values[rows.starts[window] + step, column])
             if not math.isnan(truth):
                 total, count = total + (float(prediction["forecast"][step, 0]) - truth) ** 2, count + 1
-    metrics = task.score(predictions, rows)
+    metrics = objective.scorer.score(predictions, rows)
     assert count < len(predictions) * 4
     assert metrics["mse"] == pytest.approx(total / count, rel=1e-9)
     assert metrics["loss"] == pytest.approx(metrics["mse"], rel=1e-5)  # series_loss is mse
@@ -308,11 +297,11 @@ def test_a_missing_value_counts_nowhere(tmp_path):
 def test_sliced_windows_are_the_series_at_another_pace(tmp_path, alone):
     values = numbers()
     values[:, 0] = np.arange(len(values))  # a clock
-    task = make_task(write(tmp_path / "x.csv", values), window_slice=0.4, time_features=["hour"])
-    configured(task, num_input_channels=1 if alone else 2)
-    plain, changed = task.rows["train"], task.training_rows()
+    data = read(write(tmp_path / "x.csv", values), window_slice=0.4, time_features=["hour"])
+    objective = bind(data, num_input_channels=1 if alone else 2)
+    plain, changed = objective.rows["train"], objective.training_rows()
     assert len(changed) == len(plain)
-    mean, std = (np.array(task.known[name]) for name in ("mean", "std"))
+    mean, std = (np.array(objective.series[name]) for name in ("mean", "std"))
     paces = set()
     for window, start in enumerate(plain.starts):
         index = 2 * window if alone else window
@@ -334,10 +323,9 @@ def test_sliced_windows_are_the_series_at_another_pace(tmp_path, alone):
 def test_jitter_changes_what_is_seen_of_the_past_and_nothing_else(tmp_path):
     values = numbers()
     values[5, 0] = np.nan
-    task = make_task(write(tmp_path / "x.csv", values), jitter=0.5, missing_values="mask")
-    configured(task, num_input_channels=2)
-    rows = range(len(task.rows["train"]))
-    plain, changed = task.rows["train"].batch(rows), task.training_rows().batch(rows, [0] * len(rows))
+    objective = bind(read(write(tmp_path / "x.csv", values), jitter=0.5, missing_values="mask"), num_input_channels=2)
+    rows = range(len(objective.rows["train"]))
+    plain, changed = objective.rows["train"].batch(rows), objective.training_rows().batch(rows, [0] * len(rows))
     noise = (changed["past_values"] - plain["past_values"])[plain["past_observed_mask"] > 0]
     assert noise.std() == pytest.approx(0.5, rel=0.15)
     assert abs(noise.mean()) < 0.1
@@ -346,10 +334,9 @@ def test_jitter_changes_what_is_seen_of_the_past_and_nothing_else(tmp_path):
 
 
 def test_augmented_windows_depend_on_epoch_and_row_alone(tmp_path):
-    task = make_task(write(tmp_path / "x.csv", numbers()), jitter=0.1, window_slice=0.2)
-    configured(task)
-    batches = task.train_batches(batch_size=len(task.rows["train"]), micro_batch_size=0, seed=1)
-    by_trainer = task.training_rows()
+    objective = bind(read(write(tmp_path / "x.csv", numbers()), jitter=0.1, window_slice=0.2))
+    batches = objective.train_batches(batch_size=len(objective.rows["train"]), micro_batch_size=0, seed=1)
+    by_trainer = objective.training_rows()
     for epoch in range(2):
         rows, _ = batches.places(epoch)
         by_trainer.set_epoch(epoch)
@@ -358,7 +345,7 @@ def test_augmented_windows_depend_on_epoch_and_row_alone(tmp_path):
     first, second = (by_trainer.batch([0], [epoch])["past_values"] for epoch in (0, 1))
     assert not torch.equal(first, second)
     assert torch.equal(first, by_trainer.batch([4, 0], [1, 0])["past_values"][1:])
-    assert task.preview_rows() is task.rows["validation"], "what is measured is not augmented"
+    assert objective.preview_rows() is objective.rows["validation"], "what is measured is not augmented"
 
 
 @pytest.mark.parametrize(
@@ -382,22 +369,22 @@ def test_augmented_windows_depend_on_epoch_and_row_alone(tmp_path):
 def test_bad_settings_are_one_clear_error(tmp_path, settings, message):
     path = write(tmp_path / "x.csv", numbers())
     with pytest.raises(ValueError, match=message):
-        configured(make_task(path, **settings))
+        bind(read(path, **settings))
 
 
 def test_models_of_another_kind_are_refused(tmp_path):
     path = write(tmp_path / "x.csv", numbers())
     with pytest.raises(ValueError, match="a bm_transformer of input_type='tokens' forecasts no series"):
-        make_task(path).configure(BmTransformerConfig())
+        read(path).bind(BmTransformerConfig())
     with pytest.raises(ValueError, match=r"has no `series` \(columns, mean, std\): another task trained it"):
-        make_task(path, splits=["test"]).configure(BmTransformerConfig(input_type="series"))
+        read(path, splits=["test"]).bind(BmTransformerConfig(input_type="series"))
     words = write(tmp_path / "words.csv", [["x", "y"]] * 60)
     with pytest.raises(
         ValueError, match="no column of the train data holds numbers; its columns are 'date', 'a', 'b'"
     ):
-        configured(make_task(words))
+        bind(read(words))
     with pytest.raises(ValueError, match="no data: set dataset"):
-        make_task(None)
+        read(None)
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -406,19 +393,19 @@ def test_models_of_another_kind_are_refused(tmp_path):
 def test_metrics_are_their_formulas(tmp_path):
     """Each value by value, in Python floats: two columns of very different size, and a season of 3 steps."""
     values = numbers()
-    task = make_task(write(tmp_path / "x.csv", values), season=3)
-    predictions = predictions_of(task, model_of(configured(task)))
-    metrics, rows = task.score(predictions, task.rows["test"]), task.rows["test"]
+    objective = bind(read(write(tmp_path / "x.csv", values), season=3))
+    predictions = predictions_of(objective, model_of(objective.config))
+    metrics, rows = objective.scorer.score(predictions, objective.rows["test"]), objective.rows["test"]
     std, mean = values[:30].std(0), values[:30].mean(0)
     squared, absolute, original, naive, seasonal = [], [[], []], [], [], []
     for row, prediction in enumerate(predictions):
         window, c = divmod(row, 2)
         start = 45 + window
         for step in range(4):
-            truth, said = values[start + step, c], float(prediction["forecast"][step, 0]) * std[c] + mean[c]
-            squared.append(((said - truth) / std[c]) ** 2)
-            absolute[c].append(abs(said - truth))
-            original.append((said - truth) ** 2)
+            truth, predicted = values[start + step, c], float(prediction["forecast"][step, 0]) * std[c] + mean[c]
+            squared.append(((predicted - truth) / std[c]) ** 2)
+            absolute[c].append(abs(predicted - truth))
+            original.append((predicted - truth) ** 2)
             naive.append(((values[start - 1, c] - truth) / std[c]) ** 2)
             seasonal.append(((values[start - 3 + step % 3, c] - truth) / std[c]) ** 2)
     scale = [np.mean([abs(values[i, c] - values[i - 3, c]) for i in range(3, 30)]) for c in (0, 1)]
@@ -434,9 +421,9 @@ def test_metrics_are_their_formulas(tmp_path):
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert "naive_mae" in metrics
-    errors = column_errors(task._together(predictions, rows, "forecast"), rows.truth(), task.known)
+    errors = column_errors(objective.scorer.by_window(predictions, rows, "forecast"), rows.truth(), objective.series)
     assert errors["mase"] == pytest.approx([np.mean(absolute[c]) / scale[c] for c in (0, 1)], rel=1e-4)
-    assert task.table(predictions, rows).splitlines()[2].split()[0] == "b"
+    assert objective.scorer.table(predictions, rows).splitlines()[2].split()[0] == "b"
 
 
 def test_quantile_scores_are_their_formulas():
@@ -461,49 +448,87 @@ def test_quantile_scores_are_their_formulas():
 
 @torch.no_grad()
 def test_a_student_t_gives_its_quantiles(tmp_path):
-    task = make_task(write(tmp_path / "x.csv", numbers()))
-    model = model_of(configured(task, series_loss="student_t", quantiles=[0.05, 0.5, 0.8]))
-    batch = task.rows["test"].batch([3])
+    objective = bind(read(write(tmp_path / "x.csv", numbers())), series_loss="student_t", quantiles=[0.05, 0.5, 0.8])
+    model = model_of(objective.config)
+    batch = objective.rows["test"].batch([3])
     outputs = model(past_values=batch["past_values"])
-    prediction = task.predict(model, batch)[0]
+    prediction = objective.scorer.predict(model, batch)[0]
     df, loc, scale = (outputs[name][0, 2, 0].item() for name in ("df", "prediction", "scale"))
     expected = [student_t.ppf(level, df, loc, scale) for level in (0.05, 0.5, 0.8)]
     assert prediction["quantiles"][2, 0].tolist() == pytest.approx(expected, abs=1e-5)
     assert prediction["loss"] == pytest.approx(model(**batch, num_items_in_batch=1).loss.item(), rel=1e-5)
-    assert {"quantile_loss", "coverage"} <= task.score(predictions_of(task, model), task.rows["test"]).keys()
+    metrics = objective.scorer.score(predictions_of(objective, model), objective.rows["test"])
+    assert {"quantile_loss", "coverage"} <= metrics.keys()
+    assert {"quantile_loss", "coverage"} <= set(objective.scorer.metrics) <= metrics.keys()
 
 
 def test_neither_metrics_nor_the_loss_depend_on_the_batch_size(tmp_path):
-    task = make_task(with_gaps(tmp_path / "x.csv"), missing_values="mask")
-    model, rows = model_of(configured(task, series_loss="quantile")), task.rows["test"]
-    whole = task.score(predictions_of(task, model), rows)
+    objective = bind(read(with_gaps(tmp_path / "x.csv"), missing_values="mask"), series_loss="quantile")
+    model, rows = model_of(objective.config), objective.rows["test"]
+    whole = objective.scorer.score(predictions_of(objective, model), rows)
     for size in (1, 5):
-        assert task.score(predictions_of(task, model, batch_size=size), rows) == pytest.approx(whole, rel=1e-5), size
+        again = objective.scorer.score(predictions_of(objective, model, batch_size=size), rows)
+        assert again == pytest.approx(whole, rel=1e-5), size
     batch = rows.batch(range(len(rows)))
-    count = task.num_items(batch)
+    count = objective.num_items(batch)
     parts = [rows.batch(part) for part in (range(7), range(7, len(rows)))]
     losses = [model(**part, num_items_in_batch=count).loss.item() for part in parts]
     assert sum(losses) == pytest.approx(model(**batch).loss.item(), rel=1e-5)
-    assert sum(int(task.num_items(part)) for part in parts) == int(count)
+    assert sum(int(objective.num_items(part)) for part in parts) == int(count)
 
 
 def test_the_best_the_median_and_the_worst_window_are_shown(tmp_path):
-    task = make_task(write(tmp_path / "x.csv", numbers()))
-    rows, config = task.rows["test"], configured(task, series_loss="quantile")
+    objective = bind(read(write(tmp_path / "x.csv", numbers())), series_loss="quantile")
     truth = np.zeros((5, 2, 1))
     assert forecasts.best_median_worst(truth + np.arange(5)[::-1, None, None], truth) == {
         "best": 4,
         "median": 2,
         "worst": 0,
     }
-    rows = task.rows["test"]
-    predictions = predictions_of(task, model_of(config))
-    titles = [figure["title"] for figure in task.figures(predictions, rows)]
+    rows = objective.rows["test"]
+    predictions = predictions_of(objective, model_of(objective.config))
+    titles = [figure["title"] for figure in objective.scorer.figures(predictions, rows)]
     assert titles == ["Forecasts and truth: the best, the median and the worst window", "Error by step ahead"]
-    sample = task.samples(predictions, rows)[0]
+    sample = objective.scorer.samples(predictions, rows)[0]
     values = numbers()[:, 1]
     assert sample["prompt"] == "b " + " ".join(f"{value:.4g}" for value in values[37:45])
     assert sample["text"].endswith("(truth: " + " ".join(f"{value:.4g}" for value in values[45:49]) + ")")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_line_of_a_forecast_names_series_column_and_step(tmp_path, alone):
+    """Steps are numbered where there are no time stamps; `lines` are of the table that was encoded."""
+    settings = {"id_column": "meter", "time_column": "none"}
+    path = write(tmp_path / "x.csv", numbers(120), more={"meter": ["y"] * 60 + ["x"] * 60})
+    config = bind(read(path, **settings, target_columns=["a", "b"]), num_input_channels=1 if alone else 2).config
+    objective = read(None, **settings, splits=()).bind(config)
+    table = read_table([Path(path)])
+    rows, scorer, model = objective.encode_inputs(table), objective.scorer, model_of(config)
+    with torch.no_grad():
+        predictions = scorer.predict(model, rows.batch(range(len(rows))))
+    lines = [line for index, one in enumerate(predictions) for line in scorer.lines(one, index, rows, table)]
+    assert [(line["meter"], line["column"], line["step"]) for line in lines] == [
+        (meter, column, step) for meter in ("y", "x") for column in ("a", "b") for step in (1, 2, 3, 4)
+    ]
+    forecast = predictions[-1]["forecast"][2, -1]  # of series x, column b
+    mean, std = (config.series[name][1] for name in ("mean", "std"))
+    assert lines[-2] == {
+        "meter": "x",
+        "step": 3,
+        "column": "b",
+        "prediction": pytest.approx(forecast * std + mean, rel=1e-5),
+    }
+
+
+def test_what_changes_a_metric_depends_on_the_metric_and_on_the_tables(tmp_path):
+    path = write(tmp_path / "x.csv", numbers())
+    one_table = TimeSeriesForecastingArguments(dataset=path)
+    both = {"id_column", "prediction_length"}
+    assert set(one_table.settings_that_change("mse")) == both
+    assert set(one_table.settings_that_change("mase")) == both | {"season"}
+    assert set(one_table.settings_that_change("loss")) == both | {"series_loss"}
+    two_tables = TimeSeriesForecastingArguments(train_file=[path], validation_file=[path])
+    assert set(two_tables.settings_that_change("mse")) == both | {"context_length"}
 
 
 # ---------------------------------------------------------------------------------------------------- recipes

@@ -12,13 +12,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification, BertConfig, BertTokenizerLegacy, pipeline
 
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
-from bmtk.tasks.token_classification import (
-    TokenClassification,
-    TokenClassificationArguments,
-    labels_of_tokens,
-    places_in_windows,
-    places_of_words,
-)
+from bmtk.tasks.sentence_windows import labels_of_tokens, positions_in_windows, positions_of_words
+from bmtk.tasks.token_classification import TASK, TokenClassificationArguments
 from recipes import evaluate, finetune, predict
 
 ROOT = Path(__file__).parents[2]
@@ -34,28 +29,28 @@ def write(path, rows, columns=("tokens", "tags")):
     return [str(path)]
 
 
-def make_task(tmp_path, train=TRAIN, validation=OTHERS, **settings):
+def read_data(tmp_path, train=TRAIN, validation=OTHERS, **settings):
     files = {"train_file": write(tmp_path / "train.jsonl", train)}
     files["validation_file"] = write(tmp_path / "validation.jsonl", validation)
-    return TokenClassification(TokenClassificationArguments(**{**files, "tokenizer": "word", **settings}))
+    return TASK.read(TokenClassificationArguments(**{**files, "tokenizer": "word", **settings}))
 
 
-def configured(task, **fields):
-    config = BmTransformerConfig(**{**task.config_fields, "max_position_embeddings": 16, "is_causal": False, **fields})
-    task.configure(config)
-    return config
+def bound(data, **fields):
+    sizes = {"max_position_embeddings": 16, "is_causal": False, **fields}
+    return data.bind(BmTransformerConfig(**{**data.config_fields, **sizes}))
 
 
 def test_words_become_tokens_and_the_first_of_each_carries_the_tag(tmp_path):
-    task = make_task(tmp_path, tokenizer="byte_bpe", vocab_size=257, max_length=14)
-    config = configured(task)
-    assert config.id2label == {0: "B-person", 1: "B-place", 2: "I-person", 3: "O"}
-    row = task.rows["train"][0]  # a token for each byte: "Ada Poe left R", and a window that begins 3 before its end
+    objective = bound(read_data(tmp_path, tokenizer="byte_bpe", vocab_size=257, max_length=14))
+    assert objective.config.id2label == {0: "B-person", 1: "B-place", 2: "I-person", 3: "O"}
+    row = objective.rows["train"][
+        0
+    ]  # a token for each byte: "Ada Poe left R", and a window that begins 3 before its end
     assert row["windows"] == [14, 6]
-    assert row["places"] == [0, 4, 8, 16]
+    assert row["positions"] == [0, 4, 8, 16]
     assert row["labels"] == [0, *[-100] * 3, 2, *[-100] * 3, 3, *[-100] * 7, 1, *[-100] * 3]
     assert row["truth"] == [0, 2, 3, 1]
-    assert task.notes[-1] == "1 of 2 train texts are read in several windows"
+    assert objective.notes[-1] == "1 of 2 train texts are read in several windows"
 
 
 WORDS = [f"w{number}" for number in range(23)]
@@ -71,30 +66,30 @@ class ByToken(torch.nn.Module):
 
 @pytest.mark.parametrize("has_ends", [False, True])
 @pytest.mark.parametrize("side", ["right", "left"])  # of padding, and of truncation: where windows begin
-def test_every_word_of_a_long_sentence_is_asked_once_whatever_the_windows(tmp_path, has_ends, side):
+def test_every_word_of_a_long_sentence_is_predicted_once_whatever_the_windows(tmp_path, has_ends, side):
     found = []
     for max_length in (64, 8):
-        task = make_task(tmp_path, LONG, [(["w0"], ["O"])], max_length=max_length, stride=2)
-        tokenizer = task.processor
+        data = read_data(tmp_path, LONG, [(["w0"], ["O"])], max_length=max_length, stride=2)
+        tokenizer = data.tokenizer
         tokenizer.padding_side = tokenizer.truncation_side = side
         if has_ends:
             marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in [tokenizer.eos_token]]
             template = f"{marks[0][0]} $A {marks[0][0]}"
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=marks)
-        configured(task, max_position_embeddings=64)
-        batch = task.collator()(list(task.rows["train"]))
-        predictions = task.predict(ByToken(), batch)
-        outputs = ByToken()(batch["input_ids"], None)
-        found.append((task.score(predictions), [p["tags"] for p in predictions], int(task.num_items(batch))))
-        assert task.criterion(outputs, batch).item() == pytest.approx(sum(p["loss"] for p in predictions), rel=1e-5)
+        objective = bound(data, max_position_embeddings=64)
+        batch, scorer = objective.collator()(list(objective.rows["train"])), objective.scorer
+        predictions = scorer.predict(ByToken(), batch)
+        loss = objective.criterion(ByToken()(batch["input_ids"], None), batch).item()
+        found.append((scorer.score(predictions), [p["tags"] for p in predictions], int(objective.num_items(batch))))
+        assert loss == pytest.approx(sum(p["loss"] for p in predictions), rel=1e-5)
         assert len(batch["input_ids"]) == {64: 2, 8: 7 if has_ends else 5}[max_length]
         of_words = torch.cat([row[row != -100] for row in batch["labels"]])
-        assert of_words.tolist() == [*task.rows["train"][0]["truth"], *task.rows["train"][1]["truth"]]
+        assert of_words.tolist() == [*objective.rows["train"][0]["truth"], *objective.rows["train"][1]["truth"]]
     assert found[0] == (pytest.approx(found[1][0]), *found[1][1:])
     assert found[0][2] == 25
 
 
-def test_a_word_is_asked_where_most_is_around_it_by_brute_force():
+def test_a_word_is_predicted_where_it_has_most_context_by_brute_force():
     draw = np.random.default_rng(0)
     for _ in range(20):
         words = ["x" * draw.integers(1, 5) for _ in range(draw.integers(1, 30))]
@@ -112,26 +107,26 @@ def test_a_word_is_asked_where_most_is_around_it_by_brute_force():
                 right = len(window) - 2 - at if number < len(windows) - 1 else len(text)
                 around.append((begin, min(left, right)))
         begin = 0
-        for word, place in zip(words, places_in_windows(words, windows, " ", stride), strict=True):
-            assert around[place] == (begin, max(distance for at, distance in around if at == begin))
+        for word, position in zip(words, positions_in_windows(words, windows, " ", stride), strict=True):
+            assert around[position] == (begin, max(distance for at, distance in around if at == begin))
             begin += len(word) + 1
 
 
 def test_windows_that_share_all_they_have_are_refused(tmp_path):
-    task = make_task(tmp_path, max_length=3, stride=3)
+    data = read_data(tmp_path, max_length=3, stride=3)
     with pytest.raises(
         ValueError, match="stride=3 must be less than the 3 tokens that a window of max_length=3 has for"
     ):
-        configured(task)
+        bound(data)
     with pytest.raises(ValueError, match="stride=-1 must be at least 0 tokens"):
-        make_task(tmp_path, stride=-1)
+        read_data(tmp_path, stride=-1)
 
 
-def test_places_of_words_pass_over_blanks_special_tokens_and_words_without_a_token():
+def test_positions_of_words_pass_over_blanks_special_tokens_and_words_without_a_token():
     spans = [(-1, -1), (0, 2), (2, 4), (6, 8), (8, 10)]  # [CLS], "ab", " c", " d" and " e"; none for the third word
-    assert places_of_words(["ab", "c", "\u200b", "d", "e"], spans, " ") == [1, 2, -1, 3, 4]
-    assert places_of_words(["中", "国", "人"], [(0, 2), (2, 3)], "") == [0, -1, 1]
-    assert places_of_words([], [], " ") == []
+    assert positions_of_words(["ab", "c", "\u200b", "d", "e"], spans, " ") == [1, 2, -1, 3, 4]
+    assert positions_of_words(["中", "国", "人"], [(0, 2), (2, 3)], "") == [0, -1, 1]
+    assert positions_of_words([], [], " ") == []
     assert labels_of_tokens([1, -1, 2], [7, 8, 9], 4) == [-100, 7, 9, -100]
 
 
@@ -139,9 +134,9 @@ def test_numbers_of_a_class_label_are_named_and_texts_are_cut_at_blanks(tmp_path
     kind = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=["O", "B-x"]))})
     rows = Dataset.from_dict({"tokens": [["a", "b"], ["c"]], "tags": [[0, 1], [0]]}, features=kind)
     rows.to_parquet(tmp_path / "train.parquet")
-    task = make_task(tmp_path, validation=[("b a", "B-x O")], train_file=[str(tmp_path / "train.parquet")])
-    assert list(task.rows["train"]["label"]) == [["O", "B-x"], ["O"]]
-    assert task.rows["validation"][0] == {"words": ["b", "a"], "label": ["B-x", "O"]}
+    data = read_data(tmp_path, validation=[("b a", "B-x O")], train_file=[str(tmp_path / "train.parquet")])
+    assert list(data.rows["train"]["label"]) == [["O", "B-x"], ["O"]]
+    assert data.rows["validation"][0] == {"words": ["b", "a"], "label": ["B-x", "O"]}
 
 
 class Fixed(torch.nn.Module):
@@ -155,39 +150,37 @@ class Fixed(torch.nn.Module):
         return {"logits": self.logits[:, : input_ids.shape[1]]}
 
 
-def predicted(task, rows, logits=None, split="train"):
-    batch = task.collator()([task.rows[split][row] for row in rows])
-    if logits is None:
-        logits = torch.randn(len(rows), batch["input_ids"].shape[1], len(task.labels))
-    return task.predict(Fixed(logits), batch)
+def predicted(objective, rows, logits):
+    batch = objective.collator()([objective.rows["train"][row] for row in rows])
+    return objective.scorer.predict(Fixed(logits), batch)
 
 
 def test_predictions_are_tags_of_words_and_their_loss_is_over_words(tmp_path):
-    task = make_task(tmp_path)
-    configured(task)
+    objective = bound(read_data(tmp_path))
+    scorer = objective.scorer
     logits = torch.full((2, 4, 4), -4.0)
     for row, tags in enumerate([[0, 3, 3, 1], [3, 1, 0, 0]]):  # of the second row, two positions are padding
         logits[row, range(4), tags] = 4.0
-    first, second = predicted(task, [0, 1], logits)
+    first, second = predicted(objective, [0, 1], logits)
     assert (first["tags"], second["tags"]) == ([0, 3, 3, 1], [3, 1])
     expected = F.cross_entropy(logits[0], torch.tensor([0, 2, 3, 1]), reduction="sum").item()
     assert (first["loss"], first["items"]) == (pytest.approx(expected), 4)
-    assert task.describe(first) == {
+    assert scorer.describe(first) == {
         "prediction": ["B-person", "O", "O", "B-place"],
         "entities": [{"type": "person", "start": 0, "end": 1}, {"type": "place", "start": 3, "end": 4}],
     }
-    metrics = task.score([first, second])
+    metrics = scorer.score([first, second])
     assert metrics["accuracy"] == 4 / 6
     assert metrics["precision"] == 1 / 3  # Rome, of Ada, Rome and "left"
     assert metrics["recall"] == 1 / 2
     assert metrics["f1"] == pytest.approx(2 / 5)
-    lines = task.table([first, second]).splitlines()
+    lines = scorer.table([first, second]).splitlines()
     assert [line.split() for line in lines[1:]] == [
         ["all", "2", "0.3333", "0.5000", "0.4000"],
         ["person", "1", "0.0000", "0.0000", "0.0000"],
         ["place", "1", "0.5000", "1.0000", "0.6667"],
     ]
-    samples = task.samples([first, second], task.rows["train"], count=1)
+    samples = scorer.samples([first, second], objective.rows["train"], count=1)
     assert samples[0] == {
         "prompt": "Ada Poe left Rome",
         "text": " -> Ada (person), Rome (place) [labelled Ada Poe (person), Rome (place)]",
@@ -196,34 +189,34 @@ def test_predictions_are_tags_of_words_and_their_loss_is_over_words(tmp_path):
 
 
 def test_a_batch_of_sentences_without_words_has_predictions_without_tags(tmp_path):
-    task = make_task(tmp_path)
-    model = AutoModelForTokenClassification.from_config(configured(task)).eval()
-    rows = task.encode_inputs(Dataset.from_dict({"tokens": [[], []]}))
-    assert task.predict(model, task.collator()(list(rows))) == [{"tags": []}, {"tags": []}]
+    objective = bound(read_data(tmp_path))
+    model = AutoModelForTokenClassification.from_config(objective.config).eval()
+    rows = objective.encode_inputs(Dataset.from_dict({"tokens": [[], []]}))
+    assert objective.scorer.predict(model, objective.collator()(list(rows))) == [{"tags": []}, {"tags": []}]
 
 
 def test_tags_without_a_scheme_are_scored_word_by_word(tmp_path):
-    task = make_task(tmp_path, [(["we", "go"], ["PRON", "VERB"])], [(["go"], ["VERB"])])
-    configured(task)
-    assert task.labels == ["PRON", "VERB"]
+    objective = bound(read_data(tmp_path, [(["we", "go"], ["PRON", "VERB"])], [(["go"], ["VERB"])]))
+    scorer = objective.scorer
+    assert scorer.labels == ["PRON", "VERB"]
     predictions = [{"tags": [1, 1], "truth": [0, 1], "loss": 1.0, "items": 2}]
-    assert task.score(predictions) == {"loss": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "accuracy": 0.5}
+    assert scorer.score(predictions) == {"loss": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "accuracy": 0.5}
 
 
 def test_the_loss_is_a_sum_over_words_whatever_the_batches(tmp_path):
-    task = make_task(tmp_path)
-    configured(task)
-    rows, collate = [task.rows["train"][row] for row in (0, 1)], task.collator()
+    objective = bound(read_data(tmp_path))
+    rows, collate = [objective.rows["train"][row] for row in (0, 1)], objective.collator()
     whole, parts = collate(rows), [collate([row]) for row in rows]
     logits = torch.randn(2, 4, 4)
-    of_whole = task.criterion({"logits": logits}, whole)
+    of_whole = objective.criterion({"logits": logits}, whole)
     of_parts = [
-        task.criterion({"logits": logits[[row], : part["input_ids"].shape[1]]}, part) for row, part in enumerate(parts)
+        objective.criterion({"logits": logits[[row], : part["input_ids"].shape[1]]}, part)
+        for row, part in enumerate(parts)
     ]
     assert torch.allclose(sum(of_parts), of_whole)
     assert torch.allclose(F.cross_entropy(logits.flatten(0, 1), whole["labels"].flatten(), reduction="sum"), of_whole)
-    assert int(task.num_items(whole)) == 6 == sum(int(task.num_items(part)) for part in parts)
-    assert set(task.inputs_of(whole)) == {"input_ids", "attention_mask"}
+    assert int(objective.num_items(whole)) == 6 == sum(int(objective.num_items(part)) for part in parts)
+    assert set(objective.inputs_of(whole)) == {"input_ids", "attention_mask"}
 
 
 @pytest.mark.parametrize(
@@ -245,15 +238,15 @@ def test_the_loss_is_a_sum_over_words_whatever_the_batches(tmp_path):
 )
 def test_bad_data_is_one_clear_error(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        configured(make_task(tmp_path, **settings))
+        bound(read_data(tmp_path, **settings))
 
 
 def test_a_tokenizer_without_offsets_is_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
-    task = make_task(tmp_path)
-    task.processor = BertTokenizerLegacy(str(tmp_path / "vocab.txt"))
+    data = read_data(tmp_path)
+    data.tokenizer = BertTokenizerLegacy(str(tmp_path / "vocab.txt"))
     with pytest.raises(ValueError, match=r"BertTokenizerLegacy cannot say which word a token belongs to; .* fast"):
-        task.configure(BertConfig())
+        data.bind(BertConfig())
 
 
 def test_the_smoke_run_learns_and_every_recipe_and_pipeline_reads_it(tmp_path, monkeypatch, capsys):

@@ -8,8 +8,8 @@ from tiny_run import Stopping, TinyBatches, arguments, digest, num_items, read_h
 from torch import nn
 
 from bmtk.training.averaging import WeightAverage
-from bmtk.training.loop import prepare
-from bmtk.training.updates import Updater
+from bmtk.training.prepared import prepare
+from bmtk.training.updates import Losses, Updater
 
 
 def names(model: nn.Module) -> dict:
@@ -49,13 +49,13 @@ def test_a_stopped_run_goes_on_to_the_very_same_average(tied, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_that_is_not_finite_does_not_enter_the_average(optimizer, tmp_path):
     args = arguments(tmp_path, ema_decay=0.9, optimizer=optimizer)
-    model, optimizer = prepare(tiny_model(), args, accelerator := Accelerator(cpu=True))
-    average, factors = optimizer.average, iter([1.0, torch.nan])
+    prepared = prepare(tiny_model(), args, Accelerator(cpu=True))
+    average, factors = prepared.optimizer.average, iter([1.0, torch.nan])
 
     def criterion(outputs, batch):
         return outputs.logits.square().mean() * next(factors)
 
-    updater = Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=1.0, criterion=criterion)
+    updater = Updater(prepared, Losses(num_items, criterion=criterion), max_grad_norm=1.0)
     updater.step(TinyBatches(0)[0])
     before = {name: value.clone() for name, value in average.state_dict().items()}
     assert updater.step(TinyBatches(0)[1]).rejected

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint, save_model
-from bmtk.training.loop import prepare
 from bmtk.training.manifest import damages
+from bmtk.training.prepared import prepare
 from bmtk.training.rng_state import preserved_rng_state, rng_state, set_rng_state
 
 WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
@@ -201,11 +201,9 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_no_rubbish(tmp_path):
 
 
 def test_any_other_error_while_saving_leaves_no_rubbish_either(tmp_path):
-    model, accelerator = tiny_model(), Accelerator(cpu=True)
-    model, optimizer = prepare(model, LoopArguments(), accelerator)
-    parts = dict(model=model, optimizer=optimizer, accelerator=accelerator)
+    prepared = prepare(tiny_model(), LoopArguments(), Accelerator(cpu=True))
     with pytest.raises(TypeError):
-        save_checkpoint(tmp_path, TrainState(step=1), config={"key": object()}, **parts)
+        save_checkpoint(tmp_path, TrainState(step=1), prepared, config={"key": object()})
     assert steps(tmp_path) == []
 
 
@@ -238,9 +236,8 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_gets_its_name(tmp_path,
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    accelerator = Accelerator(cpu=True)
-    model, optimizer = prepare(tiny_model(), LoopArguments(), accelerator)
-    final = save_checkpoint(tmp_path, TrainState(step=1), model=model, optimizer=optimizer, accelerator=accelerator)
+    prepared = prepare(tiny_model(), LoopArguments(), Accelerator(cpu=True))
+    final = save_checkpoint(tmp_path, TrainState(step=1), prepared)
     *flushed, renamed, parent = events
     assert renamed == "rename"
     beside = final.with_name(".partial-step-00000001")
@@ -255,26 +252,24 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 @pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_weights_come_back_bit_by_bit(tmp_path, tied, dtype):
-    accelerator = Accelerator(cpu=True)
-    model, optimizer = prepare(tiny_model(tied=tied).to(dtype), LoopArguments(), accelerator)
-    parts = dict(optimizer=optimizer, accelerator=accelerator)
-    folder = save_checkpoint(tmp_path, TrainState(step=5, tokens=9), model=model, **parts)
+    model = tiny_model(tied=tied).to(dtype)
+    prepared = prepare(model, LoopArguments(), Accelerator(cpu=True))
+    folder = save_checkpoint(tmp_path, TrainState(step=5, tokens=9), prepared)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     for parameter in model.parameters():
         parameter.data.zero_()
-    state = load_checkpoint(folder, model=model, **parts)
+    state = load_checkpoint(folder, prepared)
     assert (state.step, state.tokens) == (5, 9)
     assert all(torch.equal(value, kept[name]) and value.dtype == dtype for name, value in model.state_dict().items())
 
 
 def test_a_checkpoint_of_another_model_is_refused(whole_run):
-    accelerator = Accelerator(cpu=True)
     other = tiny_model()
     other.config.num_hidden_layers = 3
-    model, optimizer = prepare(type(other)(other.config), LoopArguments(), accelerator)
+    prepared = prepare(type(other)(other.config), LoopArguments(), Accelerator(cpu=True))
     folder = whole_run / "checkpoints" / "step-00000002"
     with pytest.raises(RuntimeError, match=r"Missing key(.|\n)*layers\.2"):
-        load_checkpoint(folder, model=model, optimizer=optimizer, accelerator=accelerator)
+        load_checkpoint(folder, prepared)
 
 
 def test_weights_that_are_not_all_there_are_refused_instead_of_drawn_anew(run_folder):
@@ -282,10 +277,9 @@ def test_weights_that_are_not_all_there_are_refused_instead_of_drawn_anew(run_fo
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    accelerator = Accelerator(cpu=True)
-    model, optimizer = prepare(tiny_model(), LoopArguments(), accelerator)
+    prepared = prepare(tiny_model(), LoopArguments(), Accelerator(cpu=True))
     with pytest.raises(ValueError, match=r"do not fit LlamaForCausalLM: \{'missing_keys'.*lm_head\.weight"):
-        load_checkpoint(folder, model=model, optimizer=optimizer, accelerator=accelerator)
+        load_checkpoint(folder, prepared)
 
 
 def test_the_final_model_is_saved_with_its_processor_and_nothing_else(tmp_path):

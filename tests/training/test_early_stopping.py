@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_run import Stopping, arguments, read_history, run
 
 from bmtk.training.checkpoint import TrainState
-from bmtk.training.run_log import RunLog
+from bmtk.training.run_log import Hooks, RunLog
 from bmtk.training.throughput import Meter
 
 SETTINGS = {"num_train_steps": 12, "eval_steps": 1, "learning_rate": 0.003, "schedule": "constant", "warmup_steps": 0}
@@ -90,10 +90,11 @@ def test_a_run_that_is_best_at_its_end_is_left_as_it_is(tmp_path):
 @pytest.mark.parametrize(("metric", "best_step"), [("validation/loss", 2), ("validation/accuracy", 3)])
 def test_better_is_lower_for_losses_and_higher_for_others_and_never_unknown(metric, best_step, tmp_path):
     args, state = arguments(tmp_path, **PATIENT), TrainState()
-    progress = RunLog(_Main(), args, state, total=12, meter=Meter(), main_metric=metric)
-    for step, value in enumerate([float("nan"), 0.1, 0.9, 0.5, float("nan"), 0.9], start=1):
-        state.step = step
-        progress.evaluate_if_due(lambda value=value: {metric: value}, None)
+    values = [float("nan"), 0.1, 0.9, 0.5, float("nan"), 0.9]
+    hooks = Hooks(evaluate=lambda: {metric: values[state.step - 1]}, main_metric=metric)
+    progress = RunLog(_Main(), args, state, total=12, meter=Meter(), hooks=hooks)
+    for state.step in range(1, 7):
+        progress.evaluate_if_due()
     assert (state.best_step, state.worse, progress.is_over) == (best_step, 6 - best_step, True)
 
 
@@ -104,9 +105,10 @@ class _Main:
 def test_what_early_stopping_needs_is_told(tmp_path):
     with pytest.raises(ValueError, match="early_stopping_patience=2 needs evaluations; set eval_steps"):
         arguments(tmp_path, early_stopping_patience=2, eval_steps=0)
-    progress = RunLog(_Main(), arguments(tmp_path, **PATIENT), TrainState(step=1), total=12, meter=Meter())
+    hooks, args = Hooks(evaluate=dict), arguments(tmp_path, **PATIENT)
+    progress = RunLog(_Main(), args, TrainState(step=1), total=12, meter=Meter(), hooks=hooks)
     with pytest.raises(ValueError, match=r"goes by validation/loss, and the evaluation has nothing; give validation"):
-        progress.evaluate_if_due(dict, None)
+        progress.evaluate_if_due()
 
 
 def test_a_best_checkpoint_that_is_damaged_is_told(whole, tmp_path):

@@ -6,9 +6,9 @@ from accelerate import Accelerator
 from tiny_run import Stopping, TinyBatches, arguments, digest, num_items, read_history, run, tiny_model
 
 from bmtk.training.gradients import L1Penalty, gradient_rules
-from bmtk.training.loop import prepare
 from bmtk.training.optimizers import build_optimizer
-from bmtk.training.updates import Updater
+from bmtk.training.prepared import prepare
+from bmtk.training.updates import Losses, Updater
 
 OPENED = [r"lm_head", r"model.norm", r"layers.1", r"layers.0", r"embed_tokens"]
 
@@ -85,11 +85,11 @@ def test_the_l1_penalty_has_the_gradient_that_autograd_finds(scale):
 def test_the_penalty_is_clipped_with_the_gradient_and_not_in_the_loss():
     norms, losses = [], []
     for factor in (0.0, 0.01):
-        args, accelerator = arguments("unused", l1_penalty=factor), Accelerator(cpu=True)
-        model, optimizer = prepare(tiny_model(), args, accelerator)
-        rules = gradient_rules(model, args, steps_per_epoch=0, total=1)
+        args = arguments("unused", l1_penalty=factor)
+        prepared = prepare(tiny_model(), args, Accelerator(cpu=True))
+        rules = gradient_rules(prepared.model, args, steps_per_epoch=0, total=1)
         assert (rules is None) == (factor == 0)
-        updater = Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=1.0, gradient_rules=rules)
+        updater = Updater(prepared, Losses(num_items), max_grad_norm=1.0, gradient_rules=rules)
         update = updater.step(TinyBatches(3)[0])
         norms.append(update.grad_norm)
         losses.append(update.loss)

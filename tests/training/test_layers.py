@@ -148,7 +148,7 @@ def expected(name: str, patterns: dict[str, int]) -> int:
 def test_depths_are_counted_from_the_head_down(case):
     build, patterns = CASES[case]
     model = build()
-    found = depths(model, asked_by="a test")
+    found = depths(model, setting="a test")
     assert {name: found[parameter] for name, parameter in model.named_parameters()} == {
         name: expected(name, patterns) for name, _ in model.named_parameters()
     }
@@ -159,7 +159,7 @@ def test_depths_are_counted_from_the_head_down(case):
 def test_the_updates_of_an_adapter_lie_where_its_layers_do(case):
     build, patterns = CASES[case]
     adapted = add_adapter(build(), AdapterArguments(adapter="lora"), task_type=None)
-    found = depths(adapted, asked_by="a test")
+    found = depths(adapted, setting="a test")
     names = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert {name: found[parameter] for name, parameter in names.items()} == {
         name: expected(name, patterns) for name in names
@@ -172,7 +172,7 @@ def test_each_optimizer_has_the_rate_of_the_head_times_the_decay_to_the_depth(ki
     args = LoopArguments(optimizer=kind, learning_rate=0.1, muon_learning_rate=0.4, layer_lr_decay=0.5)
     optimizer, flat = build_optimizer(model, args), build_optimizer(model, LoopArguments(optimizer=kind))
     peaks = {"muon": 0.4, "adamw": 0.1, "sgd": 0.1}
-    found, rates, decays = depths(model, asked_by="a test"), {}, {}
+    found, rates, decays = depths(model, setting="a test"), {}, {}
     for inner in optimizer.optimizers:
         for group in inner.param_groups:
             peak = peaks["muon" if isinstance(inner, torch.optim.Muon) else "adamw"]

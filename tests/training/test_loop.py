@@ -36,8 +36,8 @@ from two_processes import CARRIED, FROZEN
 import bmtk
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.evaluation import predict_all
-from bmtk.training.loop import prepare
-from bmtk.training.updates import LossSum, Updater, accepts_item_count, divides_by_count
+from bmtk.training.prepared import prepare
+from bmtk.training.updates import Losses, LossSum, Updater, accepts_item_count, divides_by_count
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 ENVIRONMENT = os.environ | {
@@ -50,9 +50,9 @@ ENVIRONMENT = os.environ | {
 def gradient(micro_batch_size: int) -> dict[str, torch.Tensor]:
     """Gradient of one global batch that is cut into micro-batches of this size, after an update that does nothing."""
     args = LoopArguments(learning_rate=0.0)
-    accelerator, model = Accelerator(cpu=True), tiny_model()
-    model, optimizer = prepare(model, args, accelerator)
-    updater = Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=0.0)
+    prepared = prepare(model := tiny_model(), args, Accelerator(cpu=True))
+    updater = Updater(prepared, Losses(num_items), max_grad_norm=0.0)
+    optimizer = prepared.optimizer
     kept, forget = {}, optimizer.zero_grad
     optimizer.zero_grad = lambda **_: kept.update({n: p.grad.clone() for n, p in model.named_parameters()}) or forget()
     update = updater.step(TinyBatches(micro_batch_size)[3])
@@ -83,9 +83,8 @@ def test_a_model_whose_loss_is_a_mean_is_weighed_by_its_items():
 
     model = MeanLoss(tiny_model().config)
     model.load_state_dict(tiny_model().state_dict())
-    args, accelerator = LoopArguments(learning_rate=0.0), Accelerator(cpu=True)
-    model, optimizer = prepare(model, args, accelerator)
-    updater = Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=0.0)
+    prepared = prepare(model, LoopArguments(learning_rate=0.0), Accelerator(cpu=True))
+    updater = Updater(prepared, Losses(num_items), max_grad_norm=0.0)
     torch.testing.assert_close(updater.step(TinyBatches(3)[3]).loss, gradient(0)["loss"])
 
 
@@ -166,7 +165,9 @@ def test_training_does_not_depend_on_how_often_it_is_evaluated_or_saved(tmp_path
 def test_recomputed_activations_train_the_same_model(tmp_path):
     kept = run(arguments(tmp_path / "kept"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has a second name for it, 5.17 has not
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # transformers 5.23 has a second name for it, 5.20 (Python 3.10) not
         assert run(arguments(tmp_path / "recomputed", gradient_checkpointing=True)) == kept
 
 
@@ -245,10 +246,10 @@ def test_skipping_ends_when_no_step_is_finite_any_more(tmp_path):
 def test_the_optimizer_can_skip_without_the_host_knowing(tmp_path):
     # As on a GPU, where the host does not wait for the flag: the same steps, the same bytes.
     def train_step(device_side: bool, bad: bool) -> str:
-        model, accelerator = tiny_model(), Accelerator(cpu=True)
-        model, optimizer = prepare(model, LoopArguments(learning_rate=0.01), accelerator)
+        model = tiny_model()
+        prepared = prepare(model, LoopArguments(learning_rate=0.01), Accelerator(cpu=True))
         poisoned = Poisoned(model, "loss") if bad else TinyBatches(4)
-        updater = Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=1.0)
+        updater = Updater(prepared, Losses(num_items), max_grad_norm=1.0)
         updater.skips_on_device = device_side
         rejected = [bool(updater.step(poisoned[step]).rejected) for step in range(4)]
         assert rejected == [False, False, bad, False]
@@ -260,9 +261,9 @@ def test_the_optimizer_can_skip_without_the_host_knowing(tmp_path):
 
 def test_an_overflow_of_scaled_gradients_lowers_the_scale_and_is_not_applied():
     model, accelerator = tiny_model(), Accelerator(cpu=True)
-    model, optimizer = prepare(model, LoopArguments(learning_rate=0.01), accelerator)
+    prepared = prepare(model, LoopArguments(learning_rate=0.01), accelerator)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
-    updater = Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=1.0)
+    updater = Updater(prepared, Losses(num_items), max_grad_norm=1.0)
     before = digest(model)
     assert updater.step(TinyBatches(4)[0]).rejected is False
     assert digest(model) == before
@@ -274,8 +275,8 @@ def test_an_overflow_of_scaled_gradients_lowers_the_scale_and_is_not_applied():
 
 
 def _first_norm() -> torch.Tensor:
-    model, optimizer = prepare(tiny_model(), LoopArguments(), Accelerator(cpu=True))
-    updater = Updater(model, optimizer, Accelerator(cpu=True), num_items=num_items, max_grad_norm=1.0)
+    prepared = prepare(tiny_model(), LoopArguments(), Accelerator(cpu=True))
+    updater = Updater(prepared, Losses(num_items), max_grad_norm=1.0)
     return updater.step(TinyBatches(4)[0]).grad_norm
 
 

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.lr_range_test import HIGHEST, LOWEST, RangeTest, range_test
 from bmtk.training.optimizers import NamedOptimizer
+from bmtk.training.prepared import Prepared
+from bmtk.training.updates import Losses
 
 
 class Bowl(torch.nn.Module):
@@ -36,7 +38,7 @@ def found(curvature: float) -> RangeTest:
     model = Bowl(curvature)
     descent = torch.optim.SGD(model.parameters(), lr=LoopArguments().learning_rate)
     optimizer = NamedOptimizer([descent], {model.weight: "weight"})
-    return range_test(model, Batches(), optimizer, Accelerator(cpu=True), num_items=len)
+    return range_test(Prepared(model, optimizer, Accelerator(cpu=True)), Batches(), Losses(len))
 
 
 @pytest.mark.parametrize("curvature", [100.0, 1000.0])

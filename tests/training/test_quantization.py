@@ -16,7 +16,7 @@ from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.training import quantization
 from bmtk.training.adapters import AdapterArguments, add_adapter, load_adapter
-from bmtk.training.finetuning import load_for_task
+from bmtk.training.starting_weights import load_for_task
 
 TEXT = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "pad_token_id": 0, "num_labels": 3}
 IMAGE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}

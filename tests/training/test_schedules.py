@@ -73,10 +73,10 @@ def test_all_arguments_that_do_not_fit_are_told_at_once():
     lines = str(told.value).splitlines()[1:]
     assert lines == [
         "  optimizer='lion' is unknown; choose one of adamw, muon, sgd",
-        "  batch_size=0 is out of range; give a number of at least 1",
         "  adam_beta2=1.0 is out of range; give a number of at least 0 and below 1",
-        "  decay_fraction=2.0 is a fraction; give a number from 0 to 1",
+        "  batch_size=0 is out of range; give a number of at least 1",
         "  num_train_steps=0 is out of range; give at least 1, or -1 for whole epochs",
+        "  decay_fraction=2.0 is a fraction; give a number from 0 to 1",
     ]
 
 

@@ -7,18 +7,17 @@ from safetensors.torch import load_file
 from tiny_run import StoppingStream, Stream, arguments, num_items, read_history, run, tiny_model, tiny_recurrent
 
 from bmtk.training.arguments import LoopArguments
-from bmtk.training.loop import prepare
+from bmtk.training.prepared import prepare
 from bmtk.training.profiling import seconds_per_step
 from bmtk.training.tbptt import TBPTTState
-from bmtk.training.updates import LossSum, Updater
+from bmtk.training.updates import Losses, LossSum, Updater
 
 CELLS = ["lstm", "gru", "elman", "mingru"]
 
 
 def updater(model, recurrent, **settings) -> Updater:
-    accelerator = Accelerator(cpu=True)
-    model, optimizer = prepare(model, LoopArguments(**settings), accelerator)
-    return Updater(model, optimizer, accelerator, num_items=num_items, max_grad_norm=0.0, recurrent=recurrent)
+    prepared = prepare(model, LoopArguments(**settings), Accelerator(cpu=True))
+    return Updater(prepared, Losses(num_items), max_grad_norm=0.0, recurrent=recurrent)
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 3])
@@ -80,7 +79,7 @@ def test_a_state_of_another_width_is_refused():
 
 def test_a_plan_refuses_what_the_run_would():
     with pytest.raises(ValueError, match="and LlamaForCausalLM has none; leave it out, or set model_type to bm_rnn"):
-        seconds_per_step(tiny_model(), Stream(0), Accelerator(cpu=True), num_items=num_items)
+        seconds_per_step(tiny_model(), Stream(0), Accelerator(cpu=True), Losses(num_items))
 
 
 def test_a_model_without_a_state_is_refused():

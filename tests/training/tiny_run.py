@@ -4,7 +4,6 @@ python tiny_run.py OUTPUT_DIR [--field value ...] trains to the end; SECONDS_PER
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -19,18 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Lla
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk.training.arguments import LoopArguments
-from bmtk.training.checkpoint import (
-    TrainState,
-    load_best,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    save_model,
-)
+from bmtk.training.checkpoint import Checkpoints, TrainState, save_model
 from bmtk.training.evaluation import predict_all
-from bmtk.training.loop import build_accelerator, prepare, train
+from bmtk.training.loop import train
+from bmtk.training.prepared import build_accelerator, prepare
 from bmtk.training.run_folder import locked
+from bmtk.training.run_log import Hooks
 from bmtk.training.schedules import build_schedule
+from bmtk.training.updates import Losses
 
 VOCABULARY, LENGTH = 23, 8
 
@@ -148,38 +143,28 @@ def run(args: LoopArguments, **changes) -> dict:
 def run_on(accelerator, args, *, dropout: float = 0.2, model=None, batches=None, seconds: float = 0.0) -> dict:
     """The run itself; batches may be a function of rank and world_size."""
     rank, share = accelerator.process_index, dict(rank=accelerator.process_index, world_size=accelerator.num_processes)
-    model, optimizer = prepare(model or tiny_model(dropout=dropout), args, accelerator)
+    prepared = prepare(model or tiny_model(dropout=dropout), args, accelerator)
+    checkpoints = Checkpoints(args.output_dir, prepared, keep=args.save_total_limit)
     batches = batches or TinyBatches(args.micro_batch_size, **share, seconds=seconds)
     batches = batches(**share) if callable(batches) else batches
-    parts = dict(model=model, optimizer=optimizer, accelerator=accelerator)
-    newest = newest_checkpoint(args.output_dir)
-    state = load_checkpoint(newest, **parts) if newest else TrainState()
+    newest = checkpoints.newest()
+    state = checkpoints.load(newest) if newest else TrainState()
     validation = [rows(range(500, 503)), rows(range(503, 506)), rows(range(506, 508))]
     if accelerator.num_processes == 2:  # processes may have different numbers of batches
         validation = validation[:2] if rank == 0 else validation[2:]
 
     def evaluate() -> dict[str, float]:
         torch.rand(3)  # an evaluation that samples text draws random numbers, and must not disturb training
-        predictions = predict_all(model, validation, accelerator, predict)
+        predictions = predict_all(prepared.model, validation, accelerator, predict)
         loss_sum, count = (sum(prediction[key] for prediction in predictions) for key in ("loss", "items"))
         return {"validation/loss": loss_sum / count, "validation/items": count}
 
-    state = train(
-        model,
-        batches,
-        optimizer,
-        build_schedule(args, args.total_steps(TinyBatches.steps_per_epoch)),
-        accelerator,
-        args=args,
-        state=state,
-        num_items=num_items,
-        evaluate=evaluate,
-        save=functools.partial(save_checkpoint, args.output_dir, keep=args.save_total_limit, **parts),
-        load_best=functools.partial(load_best, args.output_dir, model=model, optimizer=optimizer),
-    )
+    schedule = build_schedule(args, args.total_steps(TinyBatches.steps_per_epoch))
+    hooks = Hooks(evaluate=evaluate, save=checkpoints.save, load_best=checkpoints.load_best)
+    state = train(prepared, batches, Losses(num_items), schedule, args=args, state=state, hooks=hooks)
     if accelerator.is_main_process:
-        save_model(args.output_dir, model)
-    return {"digest": digest(accelerator.unwrap_model(model)), "step": state.step, "metrics": state.metrics}
+        save_model(args.output_dir, prepared.unwrapped)
+    return {"digest": digest(prepared.unwrapped), "step": state.step, "metrics": state.metrics}
 
 
 def digest(model: torch.nn.Module) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bmtk.data.media import resampled
+from bmtk.errors import UserError
 from bmtk.settings import setting
 
 LONGEST_TIME_MASK = 0.5  # of a recording: p of the paper's policies is 0.2 to 1
@@ -31,13 +32,13 @@ class AudioAugmentationArguments:
     def check_augmentation(self) -> None:
         for name in ("speed_change", "noise_probability"):
             if not 0 <= getattr(self, name) <= 1 or self.speed_change == 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not a share; choose between 0 and 1")
+                raise UserError(f"{name}={getattr(self, name)} is not a share; choose between 0 and 1")
         names = ("time_shift", "gain", "time_masks", "time_mask_size", "frequency_masks", "frequency_mask_size")
         for name in names:
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         if self.noise_snr is not None and (len(self.noise_snr) != 2 or self.noise_snr[0] > self.noise_snr[1]):
-            raise ValueError(f"noise_snr={self.noise_snr} must be two numbers, the lowest and the highest ratio in dB")
+            raise UserError(f"noise_snr={self.noise_snr} must be two numbers, the lowest and the highest ratio in dB")
 
     @property
     def changes_samples(self) -> bool:

@@ -1,0 +1,70 @@
+"""Augmentation of images together with their boxes.  N boxes, each [left, top, width, height] in pixels of its image.
+
+As in `image_transforms`, a row depends on nothing but what the caller seeds the generator with: (seed, epoch, row).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import PIL.ImageEnhance
+
+FLIPS = ("none", "horizontal", "both")
+LEAST_VISIBLE = 0.3  # share of a box that a zoomed image must still show: what is nearly gone has no edges to learn
+
+
+def clip_boxes(boxes: np.ndarray, width: float, height: float) -> np.ndarray:
+    """The parts of boxes (N, 4) that lie in an image of this size; a box outside of it has no area left."""
+    size = np.array([width, height])
+    low, high = boxes[:, :2].clip(0, size), (boxes[:, :2] + boxes[:, 2:]).clip(0, size)
+    return np.concatenate((low, (high - low).clip(0)), axis=1)
+
+
+@dataclass(frozen=True)
+class BoxAugmentation:
+    """A random view of an image and of its boxes; every random number comes from the generator of the call.
+
+    `flip` is none, horizontal or both (also upside down); `scale` s zooms by 1 / (1 + s) to 1 + s, to a random part
+    of the image or with a border of its mean colour; `colour` c changes brightness, contrast and saturation by
+    factors of 1 - c to 1 + c.
+    """
+
+    flip: str
+    scale: float
+    colour: float
+
+    def __call__(
+        self, image: PIL.Image.Image, boxes: np.ndarray, draw: np.random.Generator
+    ) -> tuple[PIL.Image.Image, np.ndarray, np.ndarray]:
+        """The view, boxes (N, 4) in it, and which of them (N,) are still visible."""
+        image = image if image.mode in ("RGB", "L") else image.convert("RGB")
+        image, boxes, visible = self._zoom(image, boxes, draw)
+        for axis, wanted in enumerate((self.flip != "none", self.flip == "both")):
+            if wanted and draw.random() < 0.5:
+                image = image.transpose((PIL.Image.FLIP_LEFT_RIGHT, PIL.Image.FLIP_TOP_BOTTOM)[axis])
+                boxes = boxes.copy()
+                boxes[:, axis] = image.size[axis] - boxes[:, axis] - boxes[:, axis + 2]
+        return self._recolour(image, draw), boxes, visible
+
+    def _zoom(
+        self, image: PIL.Image.Image, boxes: np.ndarray, draw: np.random.Generator
+    ) -> tuple[PIL.Image.Image, np.ndarray, np.ndarray]:
+        if not self.scale:
+            return image, boxes, np.ones(len(boxes), dtype=bool)
+        limit = np.log1p(self.scale)
+        size = np.maximum(1, np.round(np.array(image.size) / np.exp(draw.uniform(-limit, limit)))).astype(int)
+        spare = np.array(image.size) - size
+        corner = np.round(draw.uniform(np.minimum(spare, 0), np.maximum(spare, 0))).astype(int)
+        view = PIL.Image.new(image.mode, tuple(size.tolist()), image.resize((1, 1), PIL.Image.BOX).getpixel((0, 0)))
+        view.paste(image, tuple((-corner).tolist()))
+        moved = boxes - np.concatenate((corner, [0, 0]))
+        seen = clip_boxes(moved, *size)
+        return view, seen, seen[:, 2:].prod(1) >= LEAST_VISIBLE * moved[:, 2:].prod(1)
+
+    def _recolour(self, image: PIL.Image.Image, draw: np.random.Generator) -> PIL.Image.Image:
+        if not self.colour:
+            return image
+        kinds = (PIL.ImageEnhance.Brightness, PIL.ImageEnhance.Contrast, PIL.ImageEnhance.Color)
+        for kind, factor in zip(kinds, draw.uniform(1 - self.colour, 1 + self.colour, size=3), strict=True):
+            image = kind(image).enhance(factor)
+        return image

@@ -1,0 +1,87 @@
+"""Training inputs that are also validation or test inputs.
+
+Rows are compared by their fingerprints; running text line by line, because a corpus may be one document, and because
+files that share text seldom cut it into the same documents.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+
+class Leaks:
+    """Training rows whose input is among the rows of another split.
+
+    `rows` are their places; `sentence` is what was found, in words.
+    """
+
+    def __init__(self, train: Sequence[bytes], others: Mapping[str, Sequence[bytes]], *, noun: str = "row"):
+        """Fingerprints of the training rows, and of the rows of each other split; `noun` is what a row is called."""
+        seen = {mark: f"{split} {noun} {row}" for split, marks in others.items() for row, mark in enumerate(marks, 1)}
+        self.num_rows = len(train)
+        self.rows = [row for row, mark in enumerate(train) if mark in seen]
+        self.sentence = ""
+        if self.rows:
+            first = self.rows[0]
+            self.sentence = (
+                f"{len(self.rows):,} of {len(train):,} training {noun}s have an input that is among the "
+                f"{' or '.join(others)} {noun}s (train {noun} {first + 1} is {seen[train[first]]})"
+            )
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Places of the training rows that are in no other split."""
+        return np.setdiff1d(np.arange(self.num_rows), self.rows)
+
+
+SHORTEST_LINE = 32  # characters: shorter lines, such as the names in a play, recur without having been copied
+TOLERATED_SHARE = 0.01  # of the measured text: set phrases recur in honest corpora, too
+
+
+class SharedLines:
+    """How much of a measured text stands in the training text, in long lines of either.
+
+    `share` is the part of the characters of the measured lines that occur in the training text; `example` is the
+    first such line.  The training text is read once, and only fingerprints of the measured text are kept.
+    """
+
+    def __init__(self, train: Iterable[str], measured: Mapping[str, Iterable[str]]):
+        self.sizes: dict[bytes, int] = {}  # of each measured line, by its fingerprint
+        self.split_of: dict[bytes, str] = {}
+        for split, texts in measured.items():
+            for line in _lines(texts):
+                self.sizes[_mark(line)] = len(line)
+                self.split_of.setdefault(_mark(line), split)
+        self.found: set[bytes] = set()
+        self.example = ""
+        for line in _lines(train) if self.sizes else ():
+            mark = _mark(line)
+            if mark in self.sizes:
+                self.found.add(mark)
+                self.example = self.example or line
+
+    @property
+    def share(self) -> float:
+        return sum(self.sizes[mark] for mark in self.found) / max(1, sum(self.sizes.values()))
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that share text with the training text."""
+        return sorted({self.split_of[mark] for mark in self.found}, reverse=True)
+
+    def has_line_of(self, text: str) -> bool:
+        """Whether a document has a line that is measured on, too."""
+        return any(_mark(line) in self.found for line in _lines([text]))
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.splitlines():
+            line = line.strip()
+            if len(line) >= SHORTEST_LINE:
+                yield line
+
+
+def _mark(line: str) -> bytes:
+    return hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=16).digest()

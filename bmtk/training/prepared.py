@@ -1,0 +1,66 @@
+"""A model and its optimizer, made ready for the devices that a launcher gave."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, extract_model_from_parallel
+from transformers import PreTrainedModel
+
+from bmtk.errors import UserError
+
+from .arguments import LoopArguments
+from .averaging import WeightAverage
+from .optimizers import NamedOptimizer, build_optimizer, multiplies_bfloat16_fast
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is trained, by what, and where; checkpoints hold the first two."""
+
+    model: torch.nn.Module  # wrapped for several devices, and compiled if the settings ask for it
+    optimizer: NamedOptimizer
+    accelerator: Accelerator
+
+    @property
+    def unwrapped(self) -> PreTrainedModel:
+        """The model itself."""
+        model: PreTrainedModel = extract_model_from_parallel(self.model, keep_torch_compile=False)
+        return model
+
+
+def build_accelerator(args: LoopArguments) -> Accelerator:
+    """Make the accelerator of the devices that the launcher gave, with the precision that `args` ask for.
+
+    Raises: UserError for a way of distribution that the loop cannot save and resume yet.
+    """
+    precision = natural_precision() if args.precision == "auto" else args.precision
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        dynamo_backend="inductor" if args.torch_compile else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.distributed_type not in SUPPORTED:
+        raise UserError(
+            f"distributed_type={accelerator.distributed_type.value} is not supported by this loop; "
+            f"choose one of {', '.join(kind.value for kind in SUPPORTED)} in the accelerate configuration"
+        )
+    return accelerator
+
+
+def natural_precision() -> str:
+    """bf16 where the device multiplies it faster than fp32: CUDA devices and CPUs with instructions for it."""
+    return "bf16" if multiplies_bfloat16_fast("cuda" if torch.cuda.is_available() else "cpu") else "fp32"
+
+
+def prepare(model: PreTrainedModel, args: LoopArguments, accelerator: Accelerator) -> Prepared:
+    """Make the optimizer of `model`, and wrap the model for the devices (and compile it, if `args` ask for it)."""
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = build_optimizer(model, args)
+    wrapped = accelerator.prepare(model)
+    if args.ema_decay:
+        optimizer.average = WeightAverage(optimizer.names, args.ema_decay)
+    return Prepared(wrapped, optimizer, accelerator)

@@ -1,0 +1,255 @@
+"""Trainer whose loss and metrics are exact."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from bmtk.errors import UserError
+
+from .averaging import WeightAverage
+from .callbacks import AverageWeights, ProgressBar
+from .evaluation import Results, measure, predict_all
+from .finetuning_arguments import FineTuningArguments
+from .gradients import gradient_rules
+from .layers import decay_rates_by_depth
+from .optimizers import OptimizerSettings, build_optimizer, trained_parameters
+from .protocols import Batch, Objective, Prediction
+from .trainer_patches import PatchedTrainer, SetEpoch, StopEarly
+from .updates import Losses, LossSum
+
+
+class TaskTrainer(PatchedTrainer):
+    """Trainer of an objective, which is asked for losses and metrics where Trainer averages averages.
+
+    - A loss is a sum over the items of the whole optimizer step divided by their number, also for models that accept
+      `num_items_in_batch` and drop it, and for labels that are not one tensor.
+    - The steps of several processes are those of one with as large a batch, also where the rows of an epoch run out.
+    - An evaluation sees every row once on any number of processes, keeps a prediction for each instead of its logits,
+      and scores all of them at once; Trainer's loss is a mean of batch means in which rows that fill up the last
+      batches count twice.
+    - Where rows have a `length`, those of an evaluation are batched longest first; predictions are in the rows' order.
+    - `optimizer` names one of the project's own, with its groups of parameters.
+    - Layers are unfrozen, and an L1 penalty added, as in the project's own loop.
+    - An average of the weights (`ema_decay`) is evaluated, compared, and left in the model at the end.
+    """
+
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the items of the whole step
+    args: FineTuningArguments
+    objective: Objective
+    model: Any  # a PreTrainedModel or PeftModel; Trainer's own annotations are wider
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: FineTuningArguments,
+        objective: Objective,
+        *,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        super().__init__(
+            model,
+            args,
+            train_dataset=objective.training_rows(),
+            eval_dataset=objective.preview_rows(),
+            processing_class=objective.processor,
+            data_collator=objective.collator(),
+            callbacks=list(callbacks),
+        )
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(SetEpoch(self.train_dataset))
+        self.objective = objective
+        num_rows = len(self.train_dataset)
+        steps = {"steps_per_epoch": args.steps_per_epoch(num_rows), "total": args.total_steps(num_rows)}
+        self.gradient_rules = gradient_rules(model, args, **steps)
+        if args.ema_decay:
+            self.add_callback(AverageWeights(self))
+        if args.early_stopping_patience:
+            self.add_callback(StopEarly(args.early_stopping_patience))
+        losses = Losses.of(objective, label_smoothing=args.label_smoothing_factor)
+        self.loss = LossSum(model, cast(PreTrainedModel, model), args.device, losses)
+
+    def count_items_and_units(self, batches: Sequence[Batch]) -> tuple[int, int]:
+        items = sum(int(self.objective.num_items(batch)) for batch in batches)
+        return items, sum(int(self.objective.num_units(batch)) for batch in batches)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The batch's summed loss over the items of the step; times the processes, which average their gradients."""
+        assert not return_outputs
+        assert isinstance(num_items_in_batch, torch.Tensor)
+        self.loss.model = model  # wrapped for several devices
+        items = int(self.objective.num_items(inputs))
+        return self.loss(inputs, items, num_items_in_batch) * self.args.world_size
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of a micro-batch; after the step's last one, `gradient_rules`, before the clipping."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.gradient_rules and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler
+            self.gradient_rules(self.state.global_step, scale=scaler.get_scale() if scaler else 1.0)
+        return loss
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that `optimizer` or `optim` names, with the rates of `layer_lr_decay`; and the average."""
+        if self.args.optimizer and self.optimizer is None:
+            self.optimizer = build_optimizer(self.model, cast(OptimizerSettings, self.args))
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new:
+            decay_rates_by_depth([optimizer], self.model, self.args.layer_lr_decay)
+        if self.args.ema_decay:
+            self.average = WeightAverage(trained_parameters(self.model), self.args.ema_decay)
+        return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of the run; `wsd` decays over its `decay_fraction`, at most what the warm-up leaves."""
+        if self.args.schedule == "wsd":
+            left = num_training_steps - self.args.get_warmup_steps(num_training_steps)
+            decay = min(left, round(self.args.decay_fraction * num_training_steps))
+            self.args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """This process's share of the rows, in the order of `_reading_order`."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rank, world, order = self.args.process_index, self.args.world_size, self._reading_order(rows)
+        share = Subset(rows, order[len(rows) * rank // world : len(rows) * (rank + 1) // world])
+        workers = self.args.dataloader_num_workers
+        return DataLoader(share, self.args.eval_batch_size, collate_fn=self.data_collator, num_workers=workers)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As in an evaluation."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def _reading_order(self, rows: Any) -> list[int]:
+        """The longest rows first, so that a batch holds little padding; in their own order if no lengths are known."""
+        if self.args.length_column_name not in getattr(rows, "column_names", ()):
+            return list(range(len(rows)))
+        order: list[int] = np.argsort(-np.asarray(rows[self.args.length_column_name]), kind="stable").tolist()
+        return order
+
+    def predictions(self, dataloader: DataLoader[Any], description: str, *, preview: bool = False) -> list[Prediction]:
+        """A prediction for each row of the loader's split, in the rows' order, from all processes."""
+        scorer = self.objective.scorer
+        predictions = predict_all(
+            self.model.to(self.args.device),
+            dataloader,
+            self.accelerator,
+            scorer.preview if preview else scorer.predict,
+            description=description,
+            num_batches=len(dataloader),
+            show_progress=not self.args.disable_tqdm,
+        )
+        return [predictions[place] for place in np.argsort(self._reading_order(_all_rows(dataloader)))]
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        *args: Any,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> EvalLoopOutput:
+        """Metrics over all rows at once, of the averaged weights where there are any."""
+        with self.average.applied() if self.average else nullcontext():
+            predictions = self.predictions(dataloader, description, preview=metric_key_prefix == "eval")
+        rows = _all_rows(dataloader)
+        metrics = self.objective.scorer.score(predictions, rows)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(cast(Any, predictions), label_ids=None, metrics=named, num_samples=len(rows))
+
+
+def _all_rows(dataloader: DataLoader[Any]) -> Any:
+    """The rows of which a loader of an evaluation reads this process's share."""
+    return cast(Any, dataloader.dataset).dataset
+
+
+def build_trainer(
+    model: PreTrainedModel | PeftModel,
+    objective: Objective,
+    args: FineTuningArguments,
+    *,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TaskTrainer:
+    """The trainer of the objective's rows, with its loss and metrics, and with checkpoints in `folder`.
+
+    Raises: UserError as `check_whole_weights`.
+    """
+    if args.channels_last:
+        lay_out_channels_last(model, args.device)
+    args.output_dir = str(folder)
+    args.dataloader_pin_memory &= torch.cuda.is_available()
+    args.remove_unused_columns = False  # the rows hold what the collator reads
+    args.include_num_input_tokens_seen = "no"  # counted by the objective
+    trainer = TaskTrainer(model, args, objective, callbacks=callbacks)
+    check_whole_weights(args, is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar)
+    return trainer
+
+
+def check_whole_weights(args: FineTuningArguments, *, is_sharded: bool) -> None:
+    """Raises: UserError for settings that read or change single parameters, if devices hold parts of them."""
+    given = {name: getattr(args, name) for name in ("ema_decay", "l1_penalty", "optimizer", "unfreeze_epochs")}
+    if is_sharded and any(given.values()):
+        settings = ", ".join(f"{name}={value}" for name, value in given.items() if value)
+        raise UserError(
+            f"{settings}: not under FSDP or DeepSpeed, because whole weights are needed on every device; leave out "
+            "one or the other"
+        )
+
+
+def lay_out_channels_last(model: torch.nn.Module, device: torch.device) -> None:
+    """Put the channels of the weights last in memory, and with them those of all maps that convolutions make.
+
+    Raises: UserError for a strided 1x1 convolution on a CPU: oneDNN's backward of it writes beyond its memory
+    (github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and device.type == "cpu":
+            if module.kernel_size == (1, 1) and module.stride != (1, 1):
+                raise UserError(
+                    f"channels_last is not safe on a CPU for a strided 1x1 convolution ({name}); leave it out"
+                )
+    cast(Any, model).to(memory_format=torch.channels_last)  # an overload that torch leaves out of its annotations
+
+
+def evaluate(trainer: TaskTrainer) -> Results:
+    """Measure the trained model on the validation and test rows."""
+    objective = trainer.objective
+
+    def predict_split(split: str) -> list[Prediction]:
+        return trainer.predictions(trainer.get_eval_dataloader(objective.rows[split]), split)
+
+    return measure(objective, trainer.accelerator.unwrap_model(trainer.model), predict_split, seed=trainer.args.seed)
+
+
+def save(trainer: TaskTrainer, directory: str | Path, *, merge: bool) -> None:
+    """Write the trained model (or its adapter; `merge` adds it to the weights first) and its processor; all ranks."""
+    if merge:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        trainer.model_wrapped = trainer.model
+    trainer.save_model(str(directory))
+    if trainer.is_world_process_zero():
+        (Path(directory) / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load

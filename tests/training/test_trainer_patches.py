@@ -1,0 +1,166 @@
+"""The faults of transformers and accelerate that trainer_patches.py mends: each is still there in plain Trainer.
+
+A test that fails here brings good news: upstream has mended the fault, and the patch that it names is to be deleted.
+"""
+
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler, skip_first_batches
+from tiny_run import rows, tiny_model
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from bmtk.training.batch_sampler import EvenBatchSampler
+from bmtk.training.optimizers import NamedOptimizer
+from bmtk.training.trainer_patches import PatchedTrainer, SetEpoch, StopEarly
+
+
+def no_longer_needed(library: str, patch: str) -> str:
+    return f"{library} {version(library)} no longer needs {patch}: delete it"
+
+
+DATA = [{name: value[0] for name, value in rows([number]).items()} for number in range(8)]
+
+
+def plain(folder: Path, kind: type[Trainer] = Trainer, *, callbacks=(), **settings) -> Trainer:
+    """A trainer of two steps an epoch."""
+    settings = {"max_steps": 4, "save_strategy": "no", "report_to": "none", "disable_tqdm": True} | settings
+    args = TrainingArguments(str(folder), per_device_train_batch_size=4, use_cpu=True, **settings)
+    return kind(tiny_model(), args, train_dataset=DATA, eval_dataset=DATA, callbacks=list(callbacks))
+
+
+class Counting(PatchedTrainer):
+    def count_items_and_units(self, batches):
+        return sum(len(batch["labels"]) for batch in batches), 5
+
+
+def test_trainer_counts_no_labels_that_are_not_one_tensor(tmp_path):
+    boxes = [{"labels": [{"class_labels": torch.tensor([1, 2])}, {"class_labels": torch.tensor([0])}]}]
+    device = torch.device("cpu")
+    assert plain(tmp_path)._get_num_items_in_batch(boxes, device) is None, no_longer_needed(
+        "transformers", "PatchedTrainer._get_num_items_in_batch"
+    )
+    patched = plain(tmp_path, Counting)
+    assert patched._get_num_items_in_batch(boxes, device) == 2
+    assert patched.state.num_input_tokens_seen == 5
+
+
+class StopAtOnce(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_trainer_trains_a_step_though_it_was_asked_to_stop_before_the_first(tmp_path):
+    trainer = plain(tmp_path, callbacks=[StopAtOnce()])
+    trainer.train()
+    assert trainer.state.global_step > 0, no_longer_needed("transformers", "PatchedTrainer._run_epoch")
+    patched = plain(tmp_path, Counting, callbacks=[StopAtOnce()])
+    patched.train()
+    assert patched.state.global_step == 0
+
+
+class LooksAtCheckpoint(TrainerCallback):
+    """What a checkpoint holds at the first event after a callback could know its folder."""
+
+    def on_save(self, args, state, control, **kwargs):
+        self.is_whole = (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "trainer_state.json").exists()
+
+
+def test_trainer_calls_no_callback_before_a_checkpoint_is_whole(tmp_path):
+    look = LooksAtCheckpoint()
+    plain(tmp_path, callbacks=[look], max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert look.is_whole, no_longer_needed("transformers", "PatchedTrainer._save_optimizer_and_scheduler")
+
+
+def test_a_schedule_that_is_loaded_leaves_the_rates_of_the_optimizer():
+    weight = torch.nn.Parameter(torch.ones(1))
+
+    def schedule() -> torch.optim.lr_scheduler.LambdaLR:
+        optimizer = NamedOptimizer([torch.optim.SGD([weight], lr=1.0)], {weight: "weight"})
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    stepped, loaded = schedule(), schedule()
+    stepped.optimizer.step()
+    stepped.step()
+    loaded.load_state_dict(stepped.state_dict())
+    loaded.optimizer.load_state_dict(stepped.optimizer.state_dict())
+    assert loaded.get_last_lr() == [0.5]
+    rates = [group["lr"] for group in loaded.optimizer.param_groups]
+    assert rates == [1.0], no_longer_needed("torch", "PatchedTrainer._load_optimizer_and_scheduler")
+
+
+def shares(*, even: bool, sampler=None) -> list[list[list[int]]]:
+    """The batches of two processes over seven rows."""
+    batches = sampler or BatchSampler(range(7), 2, drop_last=False)
+    return [list(BatchSamplerShard(batches, 2, rank, even_batches=even)) for rank in range(2)]
+
+
+def test_accelerate_shows_rows_twice_or_lets_processes_wait():
+    even = sorted(row for share in shares(even=True) for batch in share for row in batch)
+    lengths = {len(share) for share in shares(even=False, sampler=BatchSampler(range(5), 2, drop_last=False))}
+    needed = no_longer_needed("accelerate", "PatchedTrainer.get_train_dataloader, EvenBatchSampler")
+    assert len(even) > len(set(even)), needed
+    assert len(lengths) > 1, needed
+    ours = shares(even=False, sampler=EvenBatchSampler(range(7), 2, False, num_processes=2))
+    assert sorted(row for share in ours for batch in share for row in batch) == list(range(7))
+    assert len({len(share) for share in ours}) == 1
+
+
+class Rows(list):
+    """Rows that are augmented anew in each epoch."""
+
+    epoch = None
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+
+def test_accelerates_loaders_do_not_pass_the_epoch_on():
+    """On several processes, and in an epoch that is resumed in its middle."""
+    data = Rows(range(8))
+    sampler = SeedableRandomSampler(data)
+    several = DataLoaderShard(
+        data, batch_sampler=BatchSamplerShard(BatchSampler(sampler, 2, drop_last=False), 2, 0), _drop_last=False
+    )
+    loader = DataLoader(data, batch_sampler=BatchSampler(sampler, 2, drop_last=False))
+    for each in (several, skip_first_batches(loader, 1)):
+        if hasattr(each, "set_epoch"):
+            each.set_epoch(3)
+        assert data.epoch != 3, no_longer_needed("accelerate", "SetEpoch")
+    SetEpoch(data).on_epoch_begin(None, type("State", (), {"epoch": 3.0}), None)
+    assert data.epoch == 3
+
+
+PATIENT = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+PATIENT |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 1.0}
+
+
+@pytest.mark.parametrize("kind", [EarlyStoppingCallback, StopEarly])
+def test_early_stopping_counts_from_zero_in_a_resumed_run(kind, tmp_path):
+    trainer = plain(tmp_path, callbacks=[kind(2)], **PATIENT)
+    trainer.train()
+    ended = trainer.state.global_step
+    assert ended < 6, "the losses never rose, which would prove nothing"
+    checkpoint = tmp_path / f"checkpoint-{ended - 1}"
+    stored = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"][kind.__name__]
+    assert stored["attributes"]["early_stopping_patience_counter"] == 1
+    resumed = plain(tmp_path, callbacks=[kind(2)], **PATIENT)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    if kind is StopEarly:
+        assert resumed.state.global_step == ended
+    else:
+        assert resumed.state.global_step > ended, no_longer_needed("transformers", "StopEarly")
+
+
+def test_no_older_library_is_allowed_than_the_one_whose_faults_are_known():
+    """`make test` installs what constraints.txt pins, and the patches are tested with nothing older."""
+    root = Path(__file__).parents[2]
+    pins = re.findall(r"^(transformers|accelerate)==(\d+\.\d+)", (root / "constraints.txt").read_text(), re.MULTILINE)
+    floors = re.findall(r'"(transformers|accelerate)>=(\d+\.\d+)', (root / "pyproject.toml").read_text())
+    assert len(floors) == 3
+    assert sorted(floors) == sorted(pins)
