@@ -28,6 +28,9 @@ class SinusoidalPositions(nn.Module):
 class AddPositions:
     """The second half of a stem: learned, sinusoidal or no absolute positions are added, then dropout."""
 
+    embed_positions: nn.Module | None
+    dropout: nn.Dropout
+
     def build_positions(self, config, num_positions: int) -> None:
         self.embed_positions = {
             "learned": lambda: nn.Embedding(num_positions, config.hidden_size),
