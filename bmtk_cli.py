@@ -41,7 +41,7 @@ the same. The token comes from `hf auth login` or HF_TOKEN.
 CONVERT = """\
 Convert a pretrained model of transformers to a bmtk model with the same weights and the same outputs.
 
-MODEL is a folder or a Hub name: BERT, ConvNeXt, GPT-2, Llama, Mistral, Qwen2, Qwen3, ResNet, ViT.
+MODEL is a folder or a name on the Hub: BERT, ConvNeXt, GPT-2, Llama, Mistral, Qwen2, Qwen3, ResNet, ViT.
 Its tokenizer or image processor is saved with it. The outputs of both models are compared first. If a setting or
 weight has no counterpart, the command names it and saves nothing.
 """
@@ -73,13 +73,13 @@ def report(error: Exception, command: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    plain: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("bmtk", description=DESCRIPTION, epilog=EPILOG, **plain)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("bmtk", description=DESCRIPTION, epilog=EPILOG, formatter_class=plain)
     parser.add_argument("--version", action="version", version=f"bmtk {installed_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
 
     publishes = "publish a folder on the Hub and check that it loads"
-    push = commands.add_parser("push", help=publishes, description=PUSH, **plain)
+    push = commands.add_parser("push", help=publishes, description=PUSH, formatter_class=plain)
     push.add_argument("directory", metavar="DIR", help="folder with config.json or adapter_config.json, and weights")
     push.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; created if it does not exist")
     push.add_argument("--private", action="store_true", help="create the repository as private")
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     push.set_defaults(run=run_push)
 
     convert = commands.add_parser(
-        "convert", help="convert a model of transformers to bmtk", description=CONVERT, **plain
+        "convert", help="convert a model of transformers to bmtk", description=CONVERT, formatter_class=plain
     )
     convert.add_argument("model", metavar="MODEL", help="folder or Hub name of a pretrained model")
     convert.add_argument("directory", metavar="DIR", help="new or empty folder to save to")
@@ -102,11 +102,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=run_convert)
 
-    models = commands.add_parser("models", help="list families, heads and presets", description=MODELS, **plain)
+    models = commands.add_parser(
+        "models", help="list families, heads and presets", description=MODELS, formatter_class=plain
+    )
     models.add_argument("--json", action="store_true", help="print JSON instead of tables")
     models.set_defaults(run=run_models)
 
-    info = commands.add_parser("info", help="show class, parameters and results of a saved model", **plain)
+    info = commands.add_parser(
+        "info", help="show class, parameters and results of a saved model", formatter_class=plain
+    )
     info.add_argument("directory", metavar="DIR", help="folder with config.json or adapter_config.json")
     info.set_defaults(run=run_info)
     return parser

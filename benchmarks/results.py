@@ -23,7 +23,6 @@ from bmtk.hub.formatting import (
     split_metric,
 )
 from bmtk.hub.run_record import RunRecord
-from bmtk.tasks import TASKS
 
 SAME = frozenset(("seed", "output_dir", "overwrite_output_dir", "corpus_dir"))  # may differ within a row
 SHOWN = 3  # metrics of a row
@@ -73,7 +72,7 @@ def row_of(runs: list[RunRecord]) -> list[str] | None:
         format_compact(size) if size else "",
         ", ".join(map(seed_of, runs)),
         split,
-        "; ".join(f"{name.replace('_', ' ')} {spread(values, name)}" for name in best_first(run.task, values)),
+        "; ".join(f"{name.replace('_', ' ')} {spread(values, name)}" for name in best_first(run, values)),
         format_seconds(statistics.mean(seconds)) if seconds else "",
         format_number(statistics.mean(speeds)) if speeds else "",
         ", ".join(str(run.environment.get(key, "")) for key in ("hardware", "precision")),
@@ -90,9 +89,9 @@ def metrics_of(run: RunRecord, split: str) -> dict[str, float]:
     return {name: value for (of, name), value in named.items() if of == split}
 
 
-def best_first(task: str, values: list[dict[str, float]]) -> list[str]:
-    """The metrics of some of the runs, the task's main one first and the loss last."""
-    main = TASKS[task].main_metric if task in TASKS else None
+def best_first(run: RunRecord, values: list[dict[str, float]]) -> list[str]:
+    """The metrics of some of the runs, the main one of the first run first and the loss last."""
+    main = run.about.get("main_metric")
     names = dict.fromkeys(name for of_run in values for name in of_run)
     return sorted(names, key=lambda name: (name != main, name == "loss"))[:SHOWN]
 

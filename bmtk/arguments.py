@@ -1,10 +1,11 @@
 """One flat YAML file per run, bound to dataclasses; the command line wins over the file.
 
     values = RunConfig.read(sys.argv[1:], configs=Path("recipes/configs"), default="causal_lm/tiny_shakespeare")
-    values.get("task")                              # what file and command line say, before anything is bound
+    values.get("task")                              # the raw value, before anything is bound
     data, loop = values.bind([DataArguments, LoopArguments], description="Pretrain a model.")
 
-Types come from the dataclasses (`1e-3` is a number, whatever YAML thinks); unknown keys are errors with a suggestion.
+Types come from the dataclasses (`1e-3` is a number, although YAML reads a string); unknown keys are errors with a
+suggestion.
 """
 
 import contextlib
@@ -19,23 +20,23 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bmtk.errors import UserError, fault_report, user_message
-from bmtk.option_help import OptionParser, help_topic, shown_default
+from bmtk.option_help import FirstScreen, OptionParser, help_topic, shown_default
 from bmtk.settings import setting
 
-# Where a run's data are, and what they are called: the command line replaces all of them or none.
+# Sources of a run's data, and their names for the model card: the command line replaces all of them or none.
 SOURCE_KEYS = frozenset(("dataset", "train_file", "validation_file", "test_file"))
 NAMES_OF_SOURCES = frozenset(("data_name", "data_licence"))
-ABOUT_ROWS = re.compile(r"label_names|\w+_column")  # what only the rows of a file's own source are sure to have
+ABOUT_ROWS = re.compile(r"label_names|\w+_column")  # they fit the file's own data only
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]"
 # What a bare --help shows: the first group of a recipe -> its groups -> their options, of those that the recipe has.
-FIRST_SCREEN: dict[str, dict[str, tuple[str, ...]]] = {
+FIRST_SCREEN: FirstScreen = {
     "run": {
         "run": ("config", "preset", "task", "model", "model_type", "dry_run", "find_lr", "push_to_hub"),
         "data": ("dataset", "train_file", "validation_file", "context_length", "max_length"),
@@ -66,7 +67,7 @@ class RunArguments:
     _argument_group_name = "run"
 
     config: str | None = setting(
-        None, "YAML file of this run; the command line overrides it; default: the example of the recipe"
+        None, "YAML file of this run; the command line overrides it; default: the recipe's own"
     )
     preset: str | None = setting(
         None, "YAML file in recipes/configs/TASK, by its name; smoke: a run of seconds; default: none"
@@ -92,7 +93,7 @@ class RunArguments:
 
     @property
     def loading(self) -> dict[str, bool]:
-        """What `from_pretrained` is told about code that comes with a model."""
+        """Keyword arguments of `from_pretrained` about code that comes with a model."""
         return {"trust_remote_code": True} if self.trust_remote_code else {}
 
     @property
@@ -102,7 +103,7 @@ class RunArguments:
 
     @property
     def reading(self) -> dict[str, object]:
-        """What a task is told of its model and of the parts of its data."""
+        """Keyword arguments of a task: its model, and which splits of its data to read."""
         splits = ("train", "validation", *(() if self.skip_test else ("test",)))
         return {"model": self.model, "splits": splits, "is_plan": self.is_plan, **self.loading}
 
@@ -119,25 +120,24 @@ class RunConfig:
     def read(cls, argv: list[str], *, configs: Path, default: str) -> "RunConfig":
         """Read `--config FILE`, or `--preset NAME` beside the task's configs, or `configs/<default>.yaml` of its task.
 
-        Raises: FileNotFoundError for a missing file (listing what is there), ValueError for a file that is not flat.
+        Raises: FileNotFoundError for a missing file (listing those there are), UserError for one that is not flat.
         """
         cli = dict(_cli_pairs(argv))
         if {"config", "preset"} <= cli.keys():
             raise UserError("--config and --preset both name a config file; give one of them")
         default_task, default_name = default.split("/")
-        if isinstance(cli.get("config"), str):
-            path = Path(str(cli["config"]))
+        if isinstance(config := cli.get("config"), str):
+            path = Path(config)
         else:
             task = str(cli.get("task", default_task))
             if task != default_task and "preset" not in cli:
-                return cls({}, argv)  # the command line says everything
+                return cls({}, argv)  # the default file is for another task
             path = configs / task / f"{cli.get('preset', default_name)}.yaml"
         values = read_yaml(path)
-        if SOURCE_KEYS & cli.keys():  # the user's own data: neither mixed with the file's nor under its name
+        if SOURCE_KEYS & cli.keys():  # the user's own data are neither mixed with the file's nor named after it
             is_default = not {"config", "preset"} & cli.keys()
-            dropped = (
-                SOURCE_KEYS | NAMES_OF_SOURCES | {key for key in values if is_default and ABOUT_ROWS.fullmatch(key)}
-            )
+            dropped = SOURCE_KEYS | NAMES_OF_SOURCES
+            dropped |= {key for key in values if is_default and ABOUT_ROWS.fullmatch(key)}
             values = {key: value for key, value in values.items() if key not in dropped}
         return cls(values, argv, path)
 
@@ -145,51 +145,56 @@ class RunConfig:
         """The raw value of `key`: from the command line, else from the file, else `default`."""
         return self.cli_values.get(key, self.file_values.get(key, default))
 
-    def bind(self, classes: list[Any], *, description: str) -> list[Any]:
+    def bind(self, classes: list[type], *, description: str) -> list[Any]:
         """Instances of `classes` (dataclasses), in order; a name that two of them declare belongs to the first.
 
         Exits after `--help`, and with one line on stderr and status 2 for a value of the wrong type.
         Raises: UserError for unknown keys, each with the nearest known one.
         """
         classes = _without_repeated_fields(classes)
-        parser = OptionParser(classes, description=description, usage=USAGE, allow_abbrev=False, add_help=False)
+        parser = OptionParser(
+            cast(Any, classes), description=description, usage=USAGE, allow_abbrev=False, add_help=False
+        )
         if (topic := help_topic(self.argv)) is not None:
             parser.show_help(topic, FIRST_SCREEN)
-        known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
-        switches = {f"no_{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.default is True}
+        self._refuse_unknown([f for cls in classes for f in dataclasses.fields(cls)])
+        in_file = [text for key, value in self.file_values.items() for text in _as_argv(key, value)]
+        return list(parser.parse_args_into_dataclasses([*in_file, *self.argv], look_for_args_file=False))
+
+    def _refuse_unknown(self, fields: list[dataclasses.Field[Any]]) -> None:
+        known = {f.name for f in fields if f.init}
+        switches = {f"no_{f.name}" for f in fields if f.default is True}
         at = f"{self.path}: " if self.path else ""
         unknown = [at + unknown_key(key, known) for key in self.file_values if key not in known]
-        unknown += [unknown_key(key, known) for key in self.cli_values if key not in known | switches | {"help"}]
+        unknown += [unknown_key(key, known) for key in self.cli_values if key not in known | switches]
         if unknown:
             raise UserError("\n".join(unknown))
         if short := [text for text in self.argv if re.match(r"-[A-Za-z]\w+", text)]:
             raise UserError(f"'{short[0]}' is no option; options begin with two dashes: '-{short[0]}'")
-        in_file = [text for key, value in self.file_values.items() for text in _as_argv(key, value)]
-        return list(parser.parse_args_into_dataclasses([*in_file, *self.argv], look_for_args_file=False))
 
 
 def resolved_config(*instances: Any) -> dict[str, object]:
-    """Flat, JSON-ready values of bound dataclasses: everything of ours, and of foreign classes what is not default."""
+    """Flat, JSON-ready values of bound dataclasses: all fields of our classes, and changed ones of others."""
     resolved = {}
     for instance in instances:
         foreign = any(cls.__module__.split(".")[0] == "transformers" for cls in type(instance).__mro__)
         for f in dataclasses.fields(instance):
             value = getattr(instance, f.name)
             if "token" in f.name.split("_") and f.name.startswith("hub"):
-                continue  # a secret has no place in a file
+                continue  # an access token must not be written to a file
             if f.name in getattr(instance, "derived_fields", ()):
                 continue  # decided by another field, which is recorded
             ours = f.name in inspect.get_annotations(type(instance))
             if not f.init or (foreign and value == _default(f) and not ours):
                 continue
             if foreign and (value == [] or not isinstance(value, str | int | float | list | dict | None)):
-                continue  # not what was given, but what the class made of it
+                continue  # computed by the class, not given by the user
             resolved[f.name] = json.loads(json.dumps(value, default=str))
     return resolved
 
 
 def changed_settings(*instances: Any) -> dict[str, object]:
-    """What of `resolved_config` is not the default: the content of a config file that says the same."""
+    """The values of `resolved_config` that are not the default: the content of an equivalent config file."""
     defaults = {f.name: _default(f) for instance in instances for f in dataclasses.fields(instance) if f.init}
     config = resolved_config(*instances).items()
     changed = {name: value for name, value in config if value is not None and value != defaults[name]}
@@ -198,18 +203,21 @@ def changed_settings(*instances: Any) -> dict[str, object]:
 
 def field_types(*instances: Any) -> dict[str, Any]:
     """The type of every field that a config file may set, as `bind` reads it: a list's is `list[...]`."""
-    hints = [(instance, typing.get_type_hints(type(instance))) for instance in instances]
-    return {f.name: _plain_type(of[f.name]) for instance, of in hints for f in dataclasses.fields(instance) if f.init}
+    types: dict[str, Any] = {}
+    for instance in instances:
+        hints = typing.get_type_hints(type(instance))
+        types |= {f.name: _plain_type(hints[f.name]) for f in dataclasses.fields(instance) if f.init}
+    return types
 
 
-def _default(f: dataclasses.Field[Any]) -> object:
+def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def model_type_of(values: RunConfig) -> str:
     """The model type of a new model: that of its `preset_model`, else `model_type`.
 
-    Raises: ValueError for a preset that no family has, or another family than `model_type`.
+    Raises: UserError for an unknown preset, or one of another family than `model_type`.
     """
     preset, given = values.get("preset_model"), values.get("model_type")
     if preset is None:
@@ -227,7 +235,7 @@ def model_type_of(values: RunConfig) -> str:
 def model_fields(model_type: str) -> type:
     """A dataclass of the architecture fields of a model type; None stands for the configuration class's own default.
 
-    Left out: what the data decides (vocab_size, special token ids) and what belongs to inference (use_cache).
+    Without fields that the data decide (vocab_size, special token ids) or that concern inference only (use_cache).
     The help of a field is that of the configuration class.
     """
     config_class = _config_class(model_type)
@@ -239,14 +247,14 @@ def model_fields(model_type: str) -> type:
     return dataclasses.make_dataclass(f"{config_class.__name__}Fields", fields, namespace=group)
 
 
-def architecture_fields(config_class: type) -> list[str]:
+def architecture_fields(config_class: Any) -> list[str]:
     """The fields of a configuration class itself that decide the shape of a model."""
     known = {f.name for f in dataclasses.fields(config_class)} - {"vocab_size", "use_cache"}
     own = inspect.get_annotations(config_class)
     return [name for name in own if name in known and not name.endswith("_token_id")]
 
 
-def field_help(config_class: type, name: str) -> str:
+def field_help(config_class: Any, name: str) -> str:
     """The help of a configuration field and its default; fields of transformers' own classes have no help."""
     described = next(f for f in dataclasses.fields(config_class) if f.name == name)
     text = described.metadata.get("help", f"field of transformers' {config_class.__name__}")
@@ -256,23 +264,27 @@ def field_help(config_class: type, name: str) -> str:
 
 
 def chosen_fields(architecture: object) -> dict[str, object]:
-    """The fields of a bound `model_fields` that file or command line set; JSON text of dictionaries is read.
+    """The fields of a bound `model_fields` that file or command line set; dictionaries are parsed from JSON text.
 
-    Raises: ValueError for a size below 1.
+    Raises: UserError for a size below 1, and for text that is not JSON.
     """
     chosen = {name: value for name, value in vars(architecture).items() if value is not None}
     if wrong := [f"{name}={chosen[name]}" for name in SIZES if chosen.get(name, 1) < 1]:
         raise UserError(f"{', '.join(wrong)} must be at least 1")
-    return {k: json.loads(v) if isinstance(v, str) and v.startswith(("{", "[")) else v for k, v in chosen.items()}
+    for name, value in chosen.items():
+        if isinstance(value, str) and value.startswith(("{", "[")):
+            try:
+                chosen[name] = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{name}={value} is not valid JSON: {error}") from error
+    return chosen
 
 
 def read_yaml(path: Path) -> dict[str, object]:
-    """The flat mapping in a YAML file.  Raises FileNotFoundError or ValueError that name the file and the remedy."""
+    """The flat mapping in a YAML file.  Raises FileNotFoundError or UserError that name the file and the remedy."""
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else path.parent.parent
-        there = (
-            sorted(p.stem for p in folder.glob("*") if p.suffix == ".yaml" or p.is_dir()) if folder.is_dir() else []
-        )
+        there = sorted(p.stem for p in folder.glob("*") if p.suffix == ".yaml" or p.is_dir())
         hint = f"; {folder} holds {', '.join(there)}" if there else ""
         raise FileNotFoundError(f"config file {path} does not exist{hint}")
     try:
@@ -306,12 +318,12 @@ def clean_errors() -> Iterator[None]:
 
 
 def _config_class(model_type: str) -> Any:
-    """The configuration class of a model type.  Raises: ValueError naming what is near."""
+    """The configuration class of a model type.  Raises: UserError with similar names."""
     if model_type not in CONFIG_MAPPING:
         similar = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
         ours = [name for name in CONFIG_MAPPING.keys() if name.startswith("bm_")]
-        near = f"; names of transformers that are near: {', '.join(similar)}" if similar else ""
-        raise UserError(f"model_type={model_type!r} is unknown; ours are {', '.join(ours)}{near}")
+        hint = f"; names of transformers that are near: {', '.join(similar)}" if similar else ""
+        raise UserError(f"model_type={model_type!r} is unknown; ours are {', '.join(ours)}{hint}")
     return CONFIG_MAPPING[model_type]
 
 
@@ -353,12 +365,12 @@ def _without_repeated_fields(classes: list[Any]) -> list[Any]:
 
 
 def _plain_type(hint: Any) -> Any:
-    """The one type a command line can carry: `int | float` is a float, `X | None` an X, a dict is JSON text."""
+    """The type for the command line: `int | float` becomes float, `X | None` X, and a dictionary its JSON text."""
     members = [m for m in typing.get_args(hint) if m is not type(None)] if typing.get_origin(hint) is not None else []
     if typing.get_origin(hint) is typing.Literal:
         return hint
     if typing.get_origin(hint) in (list, tuple):
-        return list[_plain_type(members[0])]  # type: ignore[misc]  # a type made at run time
+        return list[_plain_type(members[0])]  # type: ignore[misc]
     if float in members:
         return float
     if members:

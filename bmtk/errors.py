@@ -1,4 +1,4 @@
-"""Errors that a user can mend, told apart from faults of our own."""
+"""Errors that a user can mend, separated from faults of bmtk."""
 
 import platform
 import traceback

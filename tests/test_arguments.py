@@ -1,4 +1,4 @@
-"""The flat YAML, the command line over it, and what a typo says."""
+"""The flat YAML file, the command line over it, --help, and errors."""
 
 import dataclasses
 import importlib
@@ -16,6 +16,7 @@ from bmtk.arguments import (
     RunArguments,
     RunConfig,
     changed_settings,
+    chosen_fields,
     clean_errors,
     field_help,
     model_fields,
@@ -63,7 +64,7 @@ def test_an_unknown_key_names_the_nearest_known_one(file_values, argv):
         bind(file_values, argv)
 
 
-def test_all_unknown_keys_are_told_at_once():
+def test_all_unknown_keys_are_in_one_message():
     with pytest.raises(ValueError, match=r"'nmu_steps'.*\n.*'zebra'; see --help"):
         bind({"nmu_steps": 1, "zebra": 2}, [])
 
@@ -75,20 +76,22 @@ def test_a_value_of_the_wrong_type_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: argument --num_steps/--num-steps: invalid int value: 'many'\n"
 
 
-def test_own_data_have_neither_the_sources_nor_the_labels_of_a_file_that_nobody_asked_for(tmp_path):
+def test_own_data_replace_the_sources_and_labels_of_the_default_file(tmp_path):
     (tmp_path / "task").mkdir()
     path = tmp_path / "task" / "first.yaml"
-    path.write_text("{dataset: theirs, data_name: Theirs, label_names: [bad, good], text_column: said, num_steps: 1}")
+    path.write_text(
+        "{dataset: theirs, data_name: Theirs, label_names: [bad, good], text_column: sentence, num_steps: 1}"
+    )
 
     def read(*argv):
         return RunConfig.read(["--dataset", "mine", *argv], configs=tmp_path, default="task/first").file_values
 
     assert read() == {"num_steps": 1}
-    asked_for = {"label_names": ["bad", "good"], "text_column": "said", "num_steps": 1}
+    asked_for = {"label_names": ["bad", "good"], "text_column": "sentence", "num_steps": 1}
     assert read("--config", str(path)) == read("--preset", "first") == asked_for
 
 
-def test_an_unknown_key_is_told_with_the_file_that_holds_it():
+def test_an_unknown_key_is_named_with_its_file():
     config = RunConfig({"learing_rate": 1}, ["--num_step", "3"], Path("my.yaml"))
     with pytest.raises(
         ValueError, match=r"my\.yaml: unknown key 'learing_rate'.*\nunknown key 'num_step'; did you mean"
@@ -115,7 +118,7 @@ def test_config_preset_and_default_choose_the_file(tmp_path):
     assert read("--config", str(tmp_path / "mine.yaml")) == 3
     assert read("--num_steps", "9") == "9"
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "first.yaml").write_text("num_steps: 4")  # of a model that nobody asked for
+    (tmp_path / "other" / "first.yaml").write_text("num_steps: 4")  # of another task than the default file's
     assert read("--task", "other") is None
     assert (read("--task", "other", "--preset", "first"), read("--task", "causal_lm")) == (4, 1)
     with pytest.raises(FileNotFoundError, match=r"smok\.yaml does not exist; .* holds first, smoke"):
@@ -181,7 +184,13 @@ def test_an_unknown_model_type_names_ours_and_what_is_near():
         model_fields("bm_transfromer")
 
 
-def test_a_preset_says_which_family_a_new_model_is_of():
+def test_the_text_of_a_dictionary_must_be_json():
+    architecture = model_fields("bm_transformer")(rope_parameters='{"rope_type": linear}')
+    with pytest.raises(UserError, match=r'rope_parameters=\{"rope_type": linear\} is not valid JSON: Expecting value'):
+        chosen_fields(architecture)
+
+
+def test_a_preset_decides_the_family_of_a_new_model():
     def of(**values):
         return model_type_of(RunConfig(values, []))
 

@@ -208,7 +208,7 @@ SERVES = {
 
 
 @over(PIPELINE_CASES)
-def test_the_pipeline_says_what_the_model_says(case, tmp_path):
+def test_the_pipeline_gives_the_output_of_the_model(case, tmp_path):
     task = case.pipeline
     model, processor, given = served(case, tmp_path)
     settings = {"ignore_labels": []} if task == "token-classification" else {}
@@ -316,7 +316,7 @@ def test_uploaded_code_gives_equal_outputs_without_bmtk(case, uploaded):
 @over({case.shape: case for case in CASES.values()})
 def test_every_head_resolves_from_the_uploaded_map_without_bmtk(case, uploaded):
     reports = uploaded(case.family)[2]
-    (name,) = (name for name, said in reports.items() if CASES[name].shape == case.shape and "heads" in said)
+    (name,) = (name for name, report in reports.items() if CASES[name].shape == case.shape and "heads" in report)
     config = CASES[name].config()
     classes = {auto_name: reference.split(".")[1] for auto_name, reference in config.heads.items()}
     assert reports[name]["heads"].keys() == classes.keys()
@@ -330,8 +330,8 @@ def test_every_head_resolves_from_the_uploaded_map_without_bmtk(case, uploaded):
 
 @over(CASES)
 def test_a_model_saved_again_keeps_its_code_and_its_map(case, uploaded):
-    saved, again, said = uploaded(case.family)
-    assert said[case.name]["equal_again"]
+    saved, again, report = uploaded(case.family)
+    assert report[case.name]["equal_again"]
     codes = {path.name: path.read_text() for path in (saved / case.name).glob("*.py")}
     assert len(codes) >= 4
     assert {path.name: path.read_text() for path in (again / case.name).glob("*.py")} == codes

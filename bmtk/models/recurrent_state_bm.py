@@ -15,6 +15,11 @@ class RecurrentState(CacheLayerMixin):
     is_croppable = False
     is_sliding = False
     supports_early_init = False
+    keys: torch.Tensor  # these are set by the first update, as in transformers' own layers
+    values: torch.Tensor
+    dtype: torch.dtype
+    device: torch.device
+    is_initialized: bool
 
     def __init__(self, **kwargs):  # StaticCache passes max_cache_len, which a state does not need
         super().__init__()

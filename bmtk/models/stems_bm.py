@@ -28,7 +28,6 @@ class SinusoidalPositions(nn.Module):
 class AddPositions:
     """The second half of a stem: learned, sinusoidal or no absolute positions are added, then dropout."""
 
-    # Both are made by `build_positions`, which the constructors of the stems call.
     embed_positions: nn.Module | None
     dropout: nn.Dropout
 

@@ -126,8 +126,8 @@ def test_frames_of_another_width_are_refused():
 
 @pytest.mark.parametrize("positions", ["rotary", "sinusoidal", "learned"])
 @torch.no_grad()
-def test_audio_positions_are_told_apart(positions):
-    """A recording that repeats itself gives other logits at another place, whatever tells positions apart."""
+def test_position_embeddings_distinguish_equal_audio(positions):
+    """Equal frames at different places of a recording get different logits."""
     model = CASES["transformer_audio-CTC"].model(position_embedding_type=positions)
     batch = {"input_features": torch.randn(1, 16, 8)}
     assert (
@@ -178,10 +178,10 @@ def test_labels_that_cannot_be_aligned_are_an_error():
 
 
 @torch.no_grad()
-def test_padding_says_blank():
+def test_padding_predicts_the_blank():
     """Greedy decoding of a batch needs no lengths, as pipelines rely on."""
     model, batch = CASES["transformer_audio-CTC"].model(), CASES["transformer_audio-CTC"].inputs()
-    said = model(**batch).logits.argmax(-1)
+    predicted = model(**batch).logits.argmax(-1)
     lengths = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1))
-    for row, length in zip(said, lengths, strict=True):
+    for row, length in zip(predicted, lengths, strict=True):
         assert not row[length:].any()

@@ -225,7 +225,7 @@ def hidden_cells(rows: int, cells: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stem_type", ["none", "conv", "patch"])
-def test_masked_image_modelling_sees_nothing_of_hidden_cells(stem_type):
+def test_masked_image_modelling_does_not_read_masked_cells(stem_type):
     config = BmCnnConfig(stem_type=stem_type, stem_width=None, **TINY)
     model = AutoModelForMaskedImageModeling.from_config(config).eval()
     pixels, masked = torch.randn(2, 3, 32, 32), hidden_cells(2, 16)  # cells of 8 x 8 pixels

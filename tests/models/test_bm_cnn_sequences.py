@@ -254,7 +254,7 @@ def test_generation_continues_from_a_cache_and_returns_many(causal):
     assert causal.generate(ids, max_new_tokens=3, do_sample=True, num_return_sequences=4).shape == (4, 12)
 
 
-def test_a_cache_that_cannot_be_rolled_back_says_so(causal):
+def test_cropping_the_cache_is_an_error(causal):
     cache = causal(torch.randint(1, VOCAB, (1, 9)), use_cache=True).past_key_values
     with pytest.raises(RuntimeError, match="cannot be rolled back"):
         cache.layers[0].crop(-1)

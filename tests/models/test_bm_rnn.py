@@ -276,7 +276,7 @@ def test_whole_rows_go_through_the_kernel_directly(cell, monkeypatch):
 
 @pytest.mark.parametrize("cell", CELLS)
 @torch.no_grad()
-def test_a_batch_of_nothing_but_padding_leaves_the_state_alone(cell):
+def test_a_batch_of_padding_only_does_not_change_the_state(cell):
     trunk = AutoModel.from_config(small(cell)).eval()
     cache = trunk(tokens(2, 4), use_cache=True).past_key_values
     before = [layer.keys.clone() for layer in cache.layers]
@@ -422,7 +422,7 @@ def test_locked_dropout_has_one_mask_for_all_positions_of_a_row():
     assert torch.equal(LockedDropout(0.4).eval()(x), x)
 
 
-def test_embedding_dropout_takes_whole_words_wherever_they_stand():
+def test_embedding_dropout_drops_all_occurrences_of_a_word():
     stem = AutoModel.from_config(small(embedding_dropout=0.5)).train().stem
     ids = torch.arange(VOCAB).repeat(2, 1)  # every word in two rows
     ratio = stem.embed(ids) / stem.embed_tokens(ids)  # (2, V, E)
@@ -597,7 +597,7 @@ def test_residual_layers_add_their_input_where_widths_agree():
 @pytest.mark.parametrize(
     ("name", "kind"), [("none", nn.Identity), ("rms_norm", nn.RMSNorm), ("layer_norm", nn.LayerNorm)]
 )
-def test_norms_stand_before_each_layer_and_after_the_last(name, kind):
+def test_norms_are_before_each_layer_and_after_the_last(name, kind):
     trunk = AutoModel.from_config(small(norm_type=name)).eval()
     assert all(type(norm) is kind for norm in [*(layer.norm for layer in trunk.layers), trunk.norm])
     layer, x = trunk.layers[0], torch.randn(2, 4, 8)
@@ -922,7 +922,7 @@ def test_translation_equals_torchs_stacks_and_a_loop_over_attention(cell, is_cau
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_source_padding_changes_no_translation(cell, side):
-    model = translator(cell_type=cell, is_causal=False)
+    model = translator(cell_type=cell, is_causal=False).double()  # its sums differ by less on every processor
     ids, mask = padded_rows(side)
     target = tokens(4, 6)
     alone = torch.cat(
@@ -978,7 +978,7 @@ def test_a_decoder_reads_the_start_token_and_then_its_labels():
     assert half.item() == pytest.approx(ours.loss.item() / 2)
 
 
-def test_a_translator_says_that_it_ignores_the_positions_of_a_target(caplog):
+def test_a_warning_says_that_target_positions_are_ignored(caplog):
     model, ids = translator(), tokens(2, 4)
     expected = model(ids, decoder_input_ids=ids).logits
     transformers.utils.logging.warning_once.cache_clear()

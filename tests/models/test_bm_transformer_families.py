@@ -183,7 +183,7 @@ def test_convert_names_weights_without_a_place():
 
 
 def test_convert_saves_nothing_when_outputs_differ(tmp_path, monkeypatch):
-    """As a setting that nobody thought of would do."""
+    """Simulates an unsupported setting that the checks do not know."""
     oracle_of("GPT2LMHeadModel").save_pretrained(tmp_path / "theirs")
     from bmtk.hub import convert as module
 

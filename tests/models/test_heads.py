@@ -67,7 +67,7 @@ def test_question_answering_loss_by_hand():
     assert (outputs.start_logits[0].softmax(-1)[3], outputs.end_logits[0].softmax(-1)[3]) == (0, 0)
 
 
-def test_labels_that_ask_nothing_cost_nothing():
+def test_a_batch_without_labels_to_predict_has_loss_zero():
     for name in ("bert-MaskedLM", "bert-TokenClassification", "translator-Seq2SeqLM"):
         loss = CASES[f"transformer_{name}"].model()(**tokens(), labels=torch.full((4, 12), -100)).loss
         assert loss == 0, name

@@ -133,7 +133,7 @@ def test_a_causal_trunk_reads_its_last_position_only():
 
 @pytest.mark.parametrize("positions", ["rotary", "sinusoidal", "learned"])
 @torch.no_grad()
-def test_patches_are_told_apart(positions):
+def test_position_embeddings_distinguish_equal_patches(positions):
     """Patches in another order are not the same patches in another order: each knows its place."""
     model = model_of(position_embedding_type=positions, initializer_range=0.5, num_time_features=0)
     values = torch.randn(1, 12, 2)

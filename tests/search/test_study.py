@@ -16,8 +16,8 @@ from bmtk.arguments import read_yaml
 from bmtk.search.space import read_space
 from bmtk.search.study import explore, open_study, search_settings, summary
 from bmtk.search.trial import RecipeTrials, TrialFailed
+from bmtk.tasks import TASKS
 from bmtk.tasks.causal_lm import CausalLMArguments
-from bmtk.tasks.sequence_classification import SequenceClassification
 from bmtk.training.signals import Stopped, StopRequest
 from recipes import finetune, pretrain
 
@@ -310,7 +310,9 @@ def test_a_search_goes_by_the_metric_that_its_rows_decide(tmp_path, labels, more
         [*argv, "--search_space", "learning_rate=0.1,0.3", *more]
     )
     reported, settings = [], [*settings, architecture]
-    search_settings(search, settings, SequenceClassification, recipe=str(tmp_path / "recipe.py"), log=reported.append)
+    search_settings(
+        search, settings, TASKS["sequence_classification"], recipe=str(tmp_path / "recipe.py"), log=reported.append
+    )
     assert {read_yaml(path)["learning_rate"] for path in (tmp_path / "run").rglob("trial.yaml")} == {0.1, 0.3}
     assert read_yaml(tmp_path / "run" / "best.yaml")["learning_rate"] == best
     assert f"trial {metric:>10}  values" in reported[-1]
@@ -323,7 +325,7 @@ def test_two_trials_of_a_recipe_and_what_they_leave(tmp_path, monkeypatch, capsy
     (tmp_path / "secret.txt").write_text(text[:5000], encoding="utf-8")
     (tmp_path / "seen.txt").write_text(text[5000:20000], encoding="utf-8")
     files = ["--train_file", str(tmp_path / "seen.txt"), "--validation_file", str(tmp_path / "seen.txt")]
-    files += ["--test_file", str(tmp_path / "secret.txt"), "--data_name", "made up"]
+    files += ["--test_file", str(tmp_path / "secret.txt"), "--data_name", "made up", "--leakage", "allow"]
     folder = tmp_path / "run"
     space = ["--search_space", "learning_rate=1e-6,3e-3", "hidden_dropout=0..0.2"]
     command = ["--preset", "smoke", *files, *CUT, "--output_dir", str(folder), "--search", "optuna", *space]

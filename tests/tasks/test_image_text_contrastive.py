@@ -16,6 +16,7 @@ from bmtk.data.image_transforms import BatchTransform, apply_batch_transform, dr
 from bmtk.models import BmImageProcessor
 from bmtk.tasks.image_text_contrastive import TASK, ImageTextContrastiveArguments, ranks
 from bmtk.training.arguments import LoopArguments
+from bmtk.training.finetuning_arguments import FineTuningArguments, resolve_defaults
 from recipes import evaluate, finetune, predict, pretrain
 
 SHAPES = finetune.CONFIGS.parent / "data" / "captioned_shapes"
@@ -93,9 +94,9 @@ def test_a_step_is_not_cut_into_parts():
             objective.train_batches(batch_size=16, seed=0, **sizes)
     (batch,) = objective.train_batches(batch_size=16, micro_batch_size=16, seed=0)[0]
     assert len(batch["labels"]) == objective.num_items(batch) == 16
-    args = finetune.finetuning.FineTuningArguments(gradient_accumulation_steps=3)
+    args = FineTuningArguments(gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match=f"{message} 3 parts"):
-        finetune.finetuning.settle(args, objective)
+        resolve_defaults(args, objective)
     assert LoopArguments().micro_batch_size == 0
 
 
