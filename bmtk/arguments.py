@@ -145,7 +145,7 @@ class RunConfig:
         """The raw value of `key`: from the command line, else from the file, else `default`."""
         return self.cli_values.get(key, self.file_values.get(key, default))
 
-    def bind(self, classes: list[type], *, description: str) -> list[Any]:
+    def bind(self, classes: list[Any], *, description: str) -> list[Any]:
         """Instances of `classes` (dataclasses), in order; a name that two of them declare belongs to the first.
 
         Exits after `--help`, and with one line on stderr and status 2 for a value of the wrong type.

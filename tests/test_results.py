@@ -10,7 +10,7 @@ from benchmarks import results
 def write_run(folder, *, seed=1, metrics=None, task="sequence_classification", seconds=90.0, name="reviews", **config):
     content = {
         "task": task,
-        "about": {"main_metric": "accuracy"},
+        "about": {"main_metric": "loss" if task == "causal_lm" else "accuracy"},
         "metrics": metrics or {},
         "config": {"seed": seed, "output_dir": str(folder), "hidden_size": 32, **config},
         "data": {"name": name},
