@@ -281,7 +281,7 @@ def test_no_configuration_file_postpones_its_annotations():
 # Classes -------------------------------------------------------------------------------------------------------------
 
 CLASSES = {node.name: node for path in GUARDED for node in tree_of(path).body if isinstance(node, ast.ClassDef)}
-MOST_METHODS = 24
+MOST_METHODS = 25
 # Attributes that a base class of another library gives birth to.
 CACHE_LAYER = {"keys", "values", "device", "dtype"}  # of transformers' CacheLayerMixin
 BORN_ELSEWHERE = {
@@ -325,6 +325,11 @@ def test_no_attribute_is_born_outside_a_constructor(name):
     """What an object has can be read in one place; that it is not known yet is a None, with its type."""
     known = set().union(*(born(ancestor) for ancestor in lineage(CLASSES[name])))
     assert assigned_to_self(CLASSES[name]) - known == set()
+
+
+def test_no_two_classes_have_one_name():
+    names = [node.name for path in GUARDED for node in tree_of(path).body if isinstance(node, ast.ClassDef)]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))

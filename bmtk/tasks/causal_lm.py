@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 
 from bmtk.data.batches import GlobalBatches
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
@@ -71,9 +71,9 @@ class CausalLMObjective(CorpusObjective):
 
     padding_side = "left"  # so that prompts end together
 
-    @property
-    def keeps_order(self) -> bool:
-        return self.args.carry_state
+    def __init__(self, data: CorpusData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
+        super().__init__(data, config, labels=labels)
+        self.keeps_order = self.args.carry_state
 
     def packed(self, store: TokenStore, split: str) -> PackedRows:
         is_measured = split != "train" and self.args.eval_context_length

@@ -88,7 +88,6 @@ class CorpusData(TaskData):
     needs_mask: ClassVar[bool] = False  # whether the tokenizer must have a token that hides another
 
     def __init__(self, task: Task, args: CorpusArguments, **reading: Any):
-        self.sampled_share = 1.0
         self.temporary: tempfile.TemporaryDirectory[str] | None = None  # goes with the data
         super().__init__(task, args, **reading)
         self.tokenizer = self._tokenizer()
@@ -322,10 +321,6 @@ class CorpusObjective(Objective):
 
     def units_per_row(self, split: str) -> float:
         return self.args.context_length
-
-    @property
-    def sampled_share(self) -> float:
-        return self.data.sampled_share
 
     def sizes(self) -> dict[str, dict[str, float]]:
         stores = {split: rows.store for split, rows in self.rows.items()}

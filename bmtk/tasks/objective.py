@@ -33,20 +33,14 @@ class Objective:
         """
         self.data, self.config = data, config
         self.args, self.notes = data.args, data.notes
+        self.name = data.task.name
+        self.auto_class: Any = data.task.auto_class
+        self.unit = data.task.unit  # what throughput is counted in
+        # The part of the training data that `rows` has: below 1 only for the plan of a large corpus.
+        self.sampled_share = data.sampled_share
+        # Whether `train_batches` go in an order that means something, so that no other sampler may shuffle them.
+        self.keeps_order = False
         self.rows: dict[str, Any] = {}  # split -> encoded rows
-
-    @property
-    def name(self) -> str:
-        return self.data.task.name
-
-    @property
-    def unit(self) -> str:
-        """What throughput is counted in."""
-        return self.data.task.unit
-
-    @property
-    def auto_class(self) -> Any:
-        return self.data.task.auto_class
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -84,11 +78,6 @@ class Objective:
         """The validation rows that are measured while training; all are in the end."""
         return self.rows.get("validation")
 
-    @property
-    def sampled_share(self) -> float:
-        """The part of the training data that `rows` has: below 1 only for the plan of a large corpus."""
-        return 1.0
-
     # ------------------------------------------------------------------------------------------------ batches
 
     def batch_rows(self, rows: Any, *, is_training: bool = False) -> Rows:
@@ -112,11 +101,6 @@ class Objective:
     def batches_in_order(self, rows: Any, **sizes: Any) -> Iterator[dict[str, Any]]:
         """Every one of `rows` once; `sizes` are sequential_batches' own arguments."""
         return sequential_batches(self.batch_rows(rows), **sizes)
-
-    @property
-    def keeps_order(self) -> bool:
-        """Whether `train_batches` go in an order that means something, so that no other sampler may shuffle them."""
-        return False
 
     # ------------------------------------------------------------------------------------------------ loss
 

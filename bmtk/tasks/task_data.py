@@ -107,6 +107,7 @@ class TaskData:
         self.seed, self.folder, self.is_plan, self.loading = seed, folder, is_plan, loading
         self.notes: list[str] = []  # what was found in the data, and what was decided without being asked for
         self.holds_out = False  # whether the validation rows were training rows
+        self.sampled_share = 1.0  # the part of the training data that was read: below 1 only for a plan
         self.rows: dict[str, Any] = self._read(splits)
         self._keep_apart()
 

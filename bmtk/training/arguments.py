@@ -173,7 +173,7 @@ class LoopArguments(SharedArguments):
 
     @property
     def batching(self) -> dict[str, int]:
-        """Which rows make a step, and how they are cut: arguments of `Objective.train_batches`."""
+        """Which rows make a step, and how they are cut: arguments of `TrainingObjective.train_batches`."""
         return {"batch_size": self.batch_size, "micro_batch_size": self.micro_batch_size, "seed": self.seed}
 
     def total_steps(self, steps_per_epoch: int | float) -> int:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from .protocols import Batch, Figure, Objective, Prediction, Sample
+from .protocols import Batch, Figure, Prediction, Sample, TrainingObjective
 from .updates import on_device
 
 ERRORS = frozenset("loss mse mae mase wer cer perplexity rank byte".split())  # last words of metrics that should fall
@@ -64,7 +64,9 @@ def predict_all(
 class Evaluator:
     """Evaluates an objective's splits by a model while it trains, each row on one of the processes."""
 
-    def __init__(self, objective: Objective, model: torch.nn.Module, accelerator: Accelerator, *, batch_size: int):
+    def __init__(
+        self, objective: TrainingObjective, model: torch.nn.Module, accelerator: Accelerator, *, batch_size: int
+    ):
         self.objective, self.model, self.accelerator, self.batch_size = objective, model, accelerator, batch_size
         self.kept: dict[str, list[Prediction]] = {}  # of the last evaluation, which is that of the finished model
 
@@ -90,7 +92,11 @@ class Evaluator:
 
 
 def measure(
-    objective: Objective, model: torch.nn.Module, predict_split: Callable[[str], list[Prediction]], *, seed: int
+    objective: TrainingObjective,
+    model: torch.nn.Module,
+    predict_split: Callable[[str], list[Prediction]],
+    *,
+    seed: int,
 ) -> Results:
     """Metrics, samples and figures of the splits but the training rows; `predict_split` gives their predictions."""
     model.eval()

@@ -14,7 +14,7 @@ from bmtk.errors import UserError
 from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check
 from .evaluation import lower_is_better
 from .prepared import natural_precision
-from .protocols import Objective
+from .protocols import TrainingObjective
 from .trainer_names import SCHEDULER_TYPES, BatchSizes, contradiction, strategy_of
 
 # Fields of Trainer that a shared field can stand for, or that the former ones decide.
@@ -200,7 +200,7 @@ def choose_best_by(args: TrainingArguments, metric: str, *, among: Collection[st
         args.greater_is_better = not lower_is_better(args.metric_for_best_model)
 
 
-def resolve_defaults(args: FineTuningArguments, objective: Objective) -> None:
+def resolve_defaults(args: FineTuningArguments, objective: TrainingObjective) -> None:
     """Fill in the defaults that depend on the objective, and check that the settings fit it.
 
     Raises: UserError for a setting that has no effect or no place there, and as `choose_best_by`.

@@ -17,7 +17,7 @@ from bmtk.errors import UserError
 
 from .arguments import LoopArguments
 from .prepared import Prepared, prepare
-from .protocols import Objective, TrainBatches
+from .protocols import TrainBatches, TrainingObjective
 from .tbptt import tbptt_state
 from .updates import Losses, Updater
 
@@ -53,7 +53,7 @@ class RangeTest:
         figure.savefig(path, bbox_inches="tight")
 
 
-def suggest_rate(objective: Objective, model: Any, args: LoopArguments, accelerator: Accelerator) -> str:
+def suggest_rate(objective: TrainingObjective, model: Any, args: LoopArguments, accelerator: Accelerator) -> str:
     """Run the test on the training rows; return its result in words, and draw it into `args.output_dir`."""
     prepared = prepare(model, args, accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}

@@ -25,7 +25,7 @@ class TrainBatches(Protocol):
     def __getitem__(self, step: int) -> list[Batch]: ...
 
 
-class Scorer(Protocol):
+class TrainingScorer(Protocol):
     """Outputs become predictions, and predictions of a whole split become metrics."""
 
     @property
@@ -55,7 +55,7 @@ class Scorer(Protocol):
         """Figures for the report."""
 
 
-class Objective(Protocol):
+class TrainingObjective(Protocol):
     """Encoded rows, batches and the loss of one run."""
 
     rows: dict[str, Any]  # split -> encoded rows
@@ -69,7 +69,7 @@ class Objective(Protocol):
         """What throughput is counted in."""
 
     @property
-    def scorer(self) -> Scorer: ...
+    def scorer(self) -> TrainingScorer: ...
 
     @property
     def auto_class(self) -> Any:
@@ -133,5 +133,5 @@ class BindableData(Protocol):
     def new_config(self, model_type: str, chosen: Mapping[str, object], *, preset: str | None = None) -> Any:
         """The configuration of a new model."""
 
-    def bind(self, config: Any, *, labels: Sequence[str] = ()) -> Objective:
+    def bind(self, config: Any, *, labels: Sequence[str] = ()) -> TrainingObjective:
         """Write into `config` what the data decide, and encode the rows for it."""

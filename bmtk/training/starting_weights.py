@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from bmtk.errors import UserError
 
 from .adapters import ADAPTER_CONFIG
-from .protocols import BindableData, Objective
+from .protocols import BindableData, TrainingObjective
 from .quantization import quantization, quantize_subclasses
 
 
@@ -41,7 +41,7 @@ def starting_config(run: StartingPoint, data: BindableData, chosen: Mapping[str,
 
 
 def starting_weights(
-    objective: Objective, config: PreTrainedConfig, run: StartingPoint, *, quantize: str | None = None
+    objective: TrainingObjective, config: PreTrainedConfig, run: StartingPoint, *, quantize: str | None = None
 ) -> PreTrainedModel:
     """A model of `config` with the head of `objective`: with the weights of `run.model`, or new ones.
 

@@ -21,7 +21,7 @@ from .finetuning_arguments import FineTuningArguments
 from .gradients import gradient_rules
 from .layers import decay_rates_by_depth
 from .optimizers import OptimizerSettings, build_optimizer, trained_parameters
-from .protocols import Batch, Objective, Prediction
+from .protocols import Batch, Prediction, TrainingObjective
 from .trainer_patches import PatchedTrainer, SetEpoch, StopEarly
 from .updates import Losses, LossSum
 
@@ -43,7 +43,7 @@ class TaskTrainer(PatchedTrainer):
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the items of the whole step
     args: FineTuningArguments
-    objective: Objective
+    objective: TrainingObjective
     model: Any  # a PreTrainedModel or PeftModel; Trainer's own annotations are wider
     train_dataset: Any
     eval_dataset: Any
@@ -52,7 +52,7 @@ class TaskTrainer(PatchedTrainer):
         self,
         model: PreTrainedModel | PeftModel,
         args: FineTuningArguments,
-        objective: Objective,
+        objective: TrainingObjective,
         *,
         callbacks: Sequence[TrainerCallback] = (),
     ):
@@ -185,7 +185,7 @@ def _all_rows(dataloader: DataLoader[Any]) -> Any:
 
 def build_trainer(
     model: PreTrainedModel | PeftModel,
-    objective: Objective,
+    objective: TrainingObjective,
     args: FineTuningArguments,
     *,
     folder: Path,

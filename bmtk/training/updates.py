@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .gradients import GradientRules, gradient_norm
 from .prepared import Prepared
-from .protocols import Batch, Objective
+from .protocols import Batch, TrainingObjective
 from .tbptt import TBPTTState, check_carries
 
 Criterion = Callable[..., torch.Tensor]  # (outputs, batch) -> the sum of the batch's losses
@@ -36,7 +36,7 @@ class Losses:
     inputs_of: Callable[[Batch], Mapping[str, Any]] | None = None  # what the model reads for it; None: all but labels
 
     @classmethod
-    def of(cls, objective: Objective, *, label_smoothing: float = 0.0) -> "Losses":
+    def of(cls, objective: TrainingObjective, *, label_smoothing: float = 0.0) -> "Losses":
         """The losses of an objective; `label_smoothing` is passed to its criterion, which then must have one."""
         criterion = objective.criterion
         if criterion and label_smoothing:
