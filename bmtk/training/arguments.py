@@ -32,12 +32,17 @@ def _setting(default: object, text: str) -> Any:
 class SharedArguments:
     """What both training recipes call by the same names.
 
-    None leaves a choice to the subclass: LoopArguments has defaults of its own, FineTuningArguments those of Trainer.
+    None leaves a choice to the subclass: LoopArguments has defaults of its own, FineTuningArguments those of Trainer,
+    which are named at the end of the help texts.
     """
 
-    num_train_steps: int | None = _setting(None, "optimizer steps; -1: as many as num_train_epochs need")
-    batch_size: int | None = _setting(None, "rows per optimizer step, over all processes and micro-batches together")
-    micro_batch_size: int | None = _setting(None, "rows per process and forward pass; 0: the share of the process")
+    num_train_steps: int | None = _setting(None, "optimizer steps; -1: as many as num_train_epochs need; default: -1")
+    batch_size: int | None = _setting(
+        None, "rows per optimizer step, over all processes and micro-batches together; default: 8 per process"
+    )
+    micro_batch_size: int | None = _setting(
+        None, "rows per process and forward pass; 0: the share of the process; default: 0"
+    )
 
     muon_learning_rate: float = _setting(0.02, "peak learning rate of Muon")
     sgd_momentum: float = _setting(0.9, "share of the last update in SGD's next one (Nesterov); 0: none")
@@ -55,17 +60,25 @@ class SharedArguments:
         0.0, "decay (0.999) of an exponential moving average of the weights, which is evaluated and saved; 0: none"
     )
 
-    schedule: str | None = _setting(None, "learning rate over the run: constant, linear, cosine or wsd")
+    schedule: str | None = _setting(
+        None, "learning rate over the run: constant, linear, cosine or wsd; default: linear"
+    )
     decay_fraction: float = _setting(0.2, "last part of the run in which wsd decays, as a fraction of all steps")
 
-    eval_steps: float | None = _setting(None, "steps between two evaluations; 0: at the end only")
-    save_steps: float | None = _setting(None, "steps between two checkpoints; 0: at the end only")
+    eval_steps: float | None = _setting(
+        None, "steps between two evaluations; 0: at the end only; default: one per epoch"
+    )
+    save_steps: float | None = _setting(
+        None, "steps between two checkpoints; 0: at the end only; default: one per epoch"
+    )
     early_stopping_patience: int = _setting(
         0, "end the run after this many evaluations without a better main metric, and keep the best model; 0: never"
     )
 
     precision: str | None = _setting(
-        None, "fp32, bf16 or fp16 autocast; auto: bf16 on GPUs and CPUs that have instructions for it, else fp32"
+        None,
+        "fp32, bf16 or fp16 autocast; auto: bf16 on GPUs and CPUs that have instructions for it, else fp32; "
+        "default: that of accelerate launch",
     )
 
     def wrong_settings(self) -> Iterator[str]:
@@ -105,8 +118,9 @@ def check(problems: Iterable[str]) -> None:
 
 
 def _shared(name: str, default: object) -> Any:
-    """A field of SharedArguments with a default of the loop's own."""
-    return field(default=default, metadata=SharedArguments.__dataclass_fields__[name].metadata)
+    """A field of SharedArguments with a default of the loop's own in place of Trainer's."""
+    text = SharedArguments.__dataclass_fields__[name].metadata["help"]
+    return field(default=default, metadata={"help": text.split("; default: ")[0]})
 
 
 @dataclass
