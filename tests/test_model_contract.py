@@ -61,9 +61,13 @@ def rows(batch: dict, start: int, stop: int) -> dict:
     return {name: value[start:stop] for name, value in batch.items()}
 
 
-def in_float64(batch: dict) -> dict:
+def in_float64(value):
     """A batch whose sums in another order differ by far less than EXACT on every processor."""
-    return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    if isinstance(value, dict):
+        return {name: in_float64(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [in_float64(item) for item in value]
+    return value.double() if value.is_floating_point() else value
 
 
 def summed_gradients(case: Case, cuts: list[int]) -> dict[str, torch.Tensor]:

@@ -87,7 +87,8 @@ class CTCHead:
         if attention_mask is not None:
             is_padding = torch.arange(logits.shape[1], device=logits.device)[None] >= lengths[:, None]
             blank = F.one_hot(lengths.new_tensor(self.config.pad_token_id), logits.shape[-1]).bool()
-            silence = torch.where(blank, 0.0, torch.finfo(logits.dtype).min).to(logits)
+            # Filled in the logits' own type: the smallest float64 does not fit a default float32 tensor.
+            silence = torch.full_like(logits[0, 0], torch.finfo(logits.dtype).min).masked_fill(blank, 0.0)
             logits = torch.where(is_padding[..., None], silence, logits)
         loss = None
         if labels is not None:
