@@ -33,7 +33,10 @@ from bmtk.settings import setting
 SOURCE_KEYS = frozenset(("dataset", "train_file", "validation_file", "test_file"))
 NAMES_OF_SOURCES = frozenset(("data_name", "data_licence"))
 ABOUT_ROWS = re.compile(r"label_names|\w+_column")  # they fit the file's own data only
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"),
+    *("context_length", "prediction_length"),  # of series
+)
 USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]"
 # What a bare --help shows: the first group of a recipe -> its groups -> their options, of those that the recipe has.
 FIRST_SCREEN: FirstScreen = {

@@ -17,6 +17,7 @@ RAISE_FOR_USERS = (
     "transformers.hf_argparser",
     "transformers.configuration_utils",
     "transformers.dynamic_module_utils",
+    "transformers.integrations.integration_utils",
     "transformers.models.auto.",
     "huggingface_hub.",
     "datasets.load",
@@ -25,6 +26,10 @@ RAISE_FOR_USERS = (
     "accelerate.",
     "peft.",
 )
+
+# Libraries that name a package to install, where one of their options needs it.
+NAME_PACKAGES = ("transformers.", "accelerate.", "peft.", "datasets.")
+LOST_PROCESS = "onnection closed by peer", "onnection reset by peer"  # of gloo and of NCCL's store
 
 
 class UserError(ValueError):
@@ -39,21 +44,35 @@ def user_message(error: BaseException) -> str | None:
     """The message of an error that the user can mend; None for a fault of bmtk.
 
     Mendable: UserError, files (OSError, text that is not UTF-8, an exception of datasets), a configuration that its
-    own checks refuse, a loss that is not finite, too little memory, and ValueErrors of `RAISE_FOR_USERS`.
+    own checks refuse, a loss that is not finite, too little memory, a package that an option of a library needs, and
+    ValueErrors of `RAISE_FOR_USERS`.  A process that lost another one only points to the message of that one.
     """
     if isinstance(error, StrictDataclassError):  # the cause is what a validate_... method of the configuration raised
         return str(error.__cause__ or error)
     if isinstance(error, UserError | OSError | UnicodeDecodeError | FloatingPointError):
         return str(error)
-    if (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    ):  # torch's; torch is slow to import
+    if is_out_of_memory(error):
         return f"out of memory: {error}\nlower micro_batch_size or batch_size, or set gradient_checkpointing"
     if type(error).__module__ == "datasets.exceptions":  # not all of them are OSErrors
+        return str(error)
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PROCESS):
+        return "another process of this run has stopped; its own message says why"
+    if isinstance(error, RuntimeError) and raising_module(error).startswith(
+        "transformers.integrations.integration_utils"
+    ):
+        return str(error)  # of report_to, for a service whose package is not installed
+    if isinstance(error, ImportError) and raising_module(error).startswith(NAME_PACKAGES):
         return str(error)
     if isinstance(error, ValueError) and raising_module(error).startswith(RAISE_FOR_USERS):
         return str(error)
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too little: of Python, of a device, or of torch on a CPU, which has no class for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; slow to import
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
 
 
 def raising_module(error: BaseException) -> str:

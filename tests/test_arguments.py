@@ -6,6 +6,7 @@ import inspect
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets.exceptions import DatasetGenerationError
@@ -24,7 +25,7 @@ from bmtk.arguments import (
     read_yaml,
     resolved_config,
 )
-from bmtk.errors import UserError
+from bmtk.errors import UserError, user_message
 from bmtk.models import FAMILIES
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.option_help import help_topic
@@ -321,6 +322,11 @@ def raise_from(module, error):
         (FloatingPointError("the loss of step 3 is nan"), "the loss of step 3 is nan"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "'utf-8' codec can't decode byte 0xff"),
         (MemoryError("Unable to allocate 9 GiB"), "out of memory: Unable to allocate 9 GiB\nlower micro_batch_size"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "out of memory: DefaultCPUAllocator: can't alloc",
+        ),
+        (RuntimeError("pair.cc:553] Connection closed by peer [::1]:7"), "another process of this run has stopped"),
         (DatasetGenerationError("no column in line 3"), "no column in line 3"),
     ],
 )
@@ -332,6 +338,23 @@ def test_a_users_error_is_one_message_and_status_1(error, shown, capsys, monkeyp
     written = capsys.readouterr().err
     assert written.startswith(f"\nerror: {shown}")
     assert "Traceback" not in written
+
+
+def test_a_package_that_a_library_asks_for_is_the_users_to_install():
+    for module, shown in [("transformers.trainer_optimizer", "pip install x"), ("bmtk.tasks.boxes", None)]:
+        with pytest.raises(ImportError) as raised:
+            raise_from(module, ImportError("pip install x"))
+        assert user_message(raised.value) == shown
+    # Attention of transformers' models stands beside the services of report_to.
+    for module, shown in [("integration_utils", "pip install wandb"), ("sdpa_attention", None)]:
+        with pytest.raises(RuntimeError) as failed:
+            raise_from(f"transformers.integrations.{module}", RuntimeError("pip install wandb"))
+        assert user_message(failed.value) == shown
+
+
+def test_a_forecast_of_no_steps_is_refused():
+    with pytest.raises(UserError, match=r"^prediction_length=0 must be at least 1$"):
+        chosen_fields(SimpleNamespace(hidden_size=8, context_length=None, prediction_length=0))
 
 
 @pytest.mark.parametrize(

@@ -42,33 +42,28 @@ TOLERATED_SHARE = 0.01  # of the measured text: set phrases recur in honest corp
 class SharedLines:
     """How much of a measured text stands in the training text, in long lines of either.
 
-    `share` is the part of the characters of the measured lines that occur in the training text; `example` is the
+    `shares` has the part of the characters of each split's lines that occur in the training text; `example` is the
     first such line.  The training text is read once, and only fingerprints of the measured text are kept.
     """
 
     def __init__(self, train: Iterable[str], measured: Mapping[str, Iterable[str]]):
-        self.sizes: dict[bytes, int] = {}  # of each measured line, by its fingerprint
-        self.split_of: dict[bytes, str] = {}
-        for split, texts in measured.items():
-            for line in _lines(texts):
-                self.sizes[_mark(line)] = len(line)
-                self.split_of.setdefault(_mark(line), split)
+        # Split -> size of each of its lines, by fingerprint.  Each split by itself: a large validation text would
+        # hide that a small test text is trained on.
+        self.sizes = {split: {_mark(line): len(line) for line in _lines(texts)} for split, texts in measured.items()}
+        marks = set().union(*self.sizes.values())
         self.found: set[bytes] = set()
         self.example = ""
-        for line in _lines(train) if self.sizes else ():
-            mark = _mark(line)
-            if mark in self.sizes:
+        for line in _lines(train) if marks else ():
+            if (mark := _mark(line)) in marks:
                 self.found.add(mark)
                 self.example = self.example or line
 
     @property
-    def share(self) -> float:
-        return sum(self.sizes[mark] for mark in self.found) / max(1, sum(self.sizes.values()))
-
-    @property
-    def splits(self) -> list[str]:
-        """The splits that share text with the training text."""
-        return sorted({self.split_of[mark] for mark in self.found}, reverse=True)
+    def shares(self) -> dict[str, float]:
+        return {
+            split: sum(sizes[mark] for mark in self.found & sizes.keys()) / max(1, sum(sizes.values()))
+            for split, sizes in self.sizes.items()
+        }
 
     def has_line_of(self, text: str) -> bool:
         """Whether a document has a line that is measured on, too."""

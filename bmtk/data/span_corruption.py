@@ -35,11 +35,7 @@ class CorruptedSpans(EpochDataset):
         mean_span_length: float,
         seed: int,
     ):
-        if not 0 < noise_density < 1 or mean_span_length < 1:
-            raise UserError(
-                f"noise_density={noise_density} must be between 0 and 1, "
-                f"mean_span_length={mean_span_length} at least 1"
-            )
+        check_noise(noise_density, mean_span_length)
         self.rows, self.store, self.seed = rows, rows.store, seed
         self.sentinels, self.end_token_id = np.asarray(sentinels, np.int64), end_token_id
         self.noise_density, self.mean_span_length = noise_density, mean_span_length
@@ -101,3 +97,11 @@ def _parts(total: int, count: int, draw: np.random.Generator) -> np.ndarray:
     """`count` lengths of at least 1 that add up to `total`, each such division as likely as any other."""
     cuts = np.sort(draw.choice(total - 1, count - 1, replace=False)) + 1
     return np.diff(np.concatenate(([0], cuts, [total])))
+
+
+def check_noise(noise_density: float, mean_span_length: float) -> None:
+    """Raises: UserError for a share that is none, or spans shorter than a token."""
+    if not 0 < noise_density < 1 or mean_span_length < 1:
+        raise UserError(
+            f"noise_density={noise_density} must be between 0 and 1, mean_span_length={mean_span_length} at least 1"
+        )

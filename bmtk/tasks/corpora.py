@@ -26,7 +26,7 @@ from .objective import Objective
 from .scorer import Scorer
 from .task import Task
 from .task_data import LEAKAGE, SourceArguments, TaskData
-from .texts import pad_texts
+from .texts import load_tokenizer, pad_texts
 
 SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus is not tokenised yet
 
@@ -158,6 +158,8 @@ class CorpusData(TaskData):
         if (texts.num_bytes or SAMPLE_CHARACTERS + 1) <= SAMPLE_CHARACTERS or self.is_tokenised(texts, split):
             return texts
         sample = texts.head(SAMPLE_CHARACTERS)
+        if sum(map(len, sample)) < SAMPLE_CHARACTERS:  # a file holds more than its texts: nothing is left unread
+            return texts
         num_bytes = sum(len(text.encode()) for text in sample)
         if split == "train" and texts.num_bytes:
             self.sampled_share = min(1.0, num_bytes / texts.num_bytes)
@@ -184,16 +186,21 @@ class CorpusData(TaskData):
         if "train" not in self.rows or not measured or self.args.leakage == "allow" or self._is_known_to_be_apart():
             return
         shared = SharedLines(self.rows["train"], measured)
-        if shared.share <= TOLERATED_SHARE:
+        shares = {split: share for split, share in shared.shares.items() if share > TOLERATED_SHARE}
+        if not shares:
             self._remember_apart()
             return
+        parts = " and ".join(f"{share:.0%} of the {split} text" for split, share in shares.items())
         found = (
-            f"{shared.share:.0%} of the {' and '.join(shared.splits)} text, in lines of 32 characters or more, is "
-            f"also in the training text (for example {shared.example[:80]!r})"
+            f"{parts}, in lines of 32 characters or more, is also in the training text "
+            f"(for example {shared.example[:80]!r})"
         )
         if self.args.leakage != "drop":
             options = ("dataset", "train_file", "validation_file", "test_file")
-            sources = ", ".join(f"{name}={value}" for name in options if (value := getattr(self.args, name)))
+            given = {name: value for name in options if (value := getattr(self.args, name))}
+            sources = ", ".join(
+                f"{name}={value if isinstance(value, str) else ' '.join(value)}" for name, value in given.items()
+            )
             raise UserError(
                 f"{sources}: {found}; leakage=drop leaves its documents out of training, leakage=allow trains on them"
             )
@@ -225,7 +232,7 @@ class CorpusData(TaskData):
             raise UserError(f"model={self.model!r} is a folder without config.json; give one that holds a saved model")
         finished = self.model if self.args.tokenizer in KINDS else self.args.tokenizer
         if finished:
-            return self._with_mask(AutoTokenizer.from_pretrained(finished, **self.loading), finished)
+            return self._with_mask(load_tokenizer(finished, **self.loading), finished)
         texts = self.rows.get("train")
         if texts is None:
             raise UserError(f"tokenizer={self.args.tokenizer} needs a training text; name a finished tokenizer")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
-from bmtk.data.span_corruption import CorruptedSpans, noise_mask, num_spans, with_sentinels
+from bmtk.data.span_corruption import CorruptedSpans, check_noise, noise_mask, num_spans, with_sentinels
 from bmtk.data.token_store import TokenStore
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity
@@ -41,6 +41,10 @@ class DenoisingArguments(CorpusArguments):
     prompts: list[str] | None = setting(None, "texts with <extra_id_0>, ... that the report shows filled in")
 
     free_keys: ClassVar[frozenset[str]] = CorpusArguments.free_keys | {"prompts"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_noise(self.noise_density, self.mean_span_length)  # before any length is computed with them
 
     def settings_that_change(self, metric: str) -> dict[str, str]:
         gaps = dict.fromkeys(("noise_density", "mean_span_length"), "decides which tokens are to be written")

@@ -75,13 +75,7 @@ class TextData(TaskData):
                 raise UserError(f"tokenizer={source} needs training rows to be trained on; name a finished tokenizer")
             size = self.args.vocab_size
             return train_tokenizer(self.training_texts(), kind=source, vocab_size=size, **self.tokenizer_options)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **self.loading)
-        except (OSError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(
-                f"no tokenizer can be loaded from {source!r}: {reason}; name one with tokenizer"
-            ) from error
+        tokenizer = load_tokenizer(source, **self.loading)
         if tokenizer.pad_token is None:
             stand_in = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
             if stand_in is None:
@@ -89,6 +83,16 @@ class TextData(TaskData):
             tokenizer.pad_token = stand_in
             self.notes.append(f"the tokenizer has no padding token: {stand_in!r} stands in for it")
         return tokenizer
+
+
+def load_tokenizer(source: str, **loading: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id.  Raises: UserError if there is none that can be loaded."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **loading)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"no tokenizer can be loaded from {source!r}: {reason}; name one with tokenizer") from error
+    return tokenizer
 
 
 class TextObjective(Objective):

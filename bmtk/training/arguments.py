@@ -84,18 +84,16 @@ class SharedArguments:
     def wrong_settings(self) -> Iterator[str]:
         """What is wrong with the values, in sentences."""
         yield from self._wrong_shared_choices()
-        yield from _too_low(self, {"batch_size": 1, "micro_batch_size": 0, "eval_steps": 0, "save_steps": 0})
+        yield from too_low(self, {"batch_size": 1, "micro_batch_size": 0, "eval_steps": 0, "save_steps": 0})
         if self.num_train_steps is not None and self.num_train_steps < 1 and self.num_train_steps != -1:
             yield f"num_train_steps={self.num_train_steps} is out of range; give at least 1, or -1 for whole epochs"
         names = ("muon_learning_rate", "unfreeze_epochs", "l1_penalty", "early_stopping_patience", "decay_fraction")
-        yield from _too_low(self, dict.fromkeys(names, 0))
+        yield from too_low(self, dict.fromkeys(names, 0))
         if self.decay_fraction > 1:
             yield f"decay_fraction={self.decay_fraction} is a fraction; give a number from 0 to 1"
         if not 0 < self.layer_lr_decay <= 1:
             yield f"layer_lr_decay={self.layer_lr_decay} is out of range; give a number above 0, and at most 1"
-        for name in ("sgd_momentum", "ema_decay"):
-            if not 0 <= vars(self)[name] < 1:
-                yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0 and below 1"
+        yield from not_below_one(self, ("sgd_momentum", "ema_decay"))
 
     def _wrong_shared_choices(self) -> Iterator[str]:
         for name, allowed in {"schedule": SCHEDULES, "precision": PRECISIONS}.items():
@@ -104,11 +102,17 @@ class SharedArguments:
                 yield f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}"
 
 
-def _too_low(args: object, at_least: Mapping[str, int]) -> Iterator[str]:
+def too_low(args: object, at_least: Mapping[str, int]) -> Iterator[str]:
     for name, lowest in at_least.items():
         value = vars(args)[name]
         if value is not None and not lowest <= value < math.inf:
             yield f"{name}={value} is out of range; give a number of at least {lowest}"
+
+
+def not_below_one(args: object, names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        if not 0 <= vars(args)[name] < 1:
+            yield f"{name}={vars(args)[name]} is out of range; give a number of at least 0 and below 1"
 
 
 def check(problems: Iterable[str]) -> None:
@@ -174,10 +178,8 @@ class LoopArguments(SharedArguments):
     def _wrong_numbers(self) -> Iterator[str]:
         at_least = {"logging_steps": 1, "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0}
         at_least |= {"adam_epsilon": 0, "max_grad_norm": 0, "warmup_steps": 0, "min_lr_ratio": 0, "seed": 0}
-        yield from _too_low(self, at_least)
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= vars(self)[name] < 1:
-                yield f"{name}={vars(self)[name]} is out of range; give a number of at least 0 and below 1"
+        yield from too_low(self, at_least)
+        yield from not_below_one(self, ("adam_beta1", "adam_beta2"))
         if self.min_lr_ratio > 1:
             yield f"min_lr_ratio={self.min_lr_ratio} is a fraction; give a number from 0 to 1"
         if self.early_stopping_patience and not self.eval_steps:

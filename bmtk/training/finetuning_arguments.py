@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from bmtk.errors import UserError
 
-from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check
+from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check, not_below_one, too_low
 from .evaluation import lower_is_better
 from .prepared import natural_precision
 from .protocols import TrainingObjective
@@ -56,6 +57,7 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
     lr_scheduler_type: str = _trainers("schedule, with more choices; without both, linear")
     bf16: bool = _trainers("precision=bf16; without both, that of accelerate launch")
     fp16: bool = _trainers("precision=fp16")
+    use_cpu: bool = field(default=False, metadata={"help": "train on the CPU, also where there is another device"})
     eval_strategy: str = _trainers("when to evaluate: no, steps or epoch; without eval_steps, epoch")
     save_strategy: str = _trainers(
         "when to write a checkpoint: no, steps, epoch or best; without save_steps, epoch, or with the evaluations "
@@ -102,25 +104,32 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
     do_predict: bool = _fixed(False)
 
     def __post_init__(self) -> None:
-        check([*self._wrong_choices(), *self.wrong_settings(), *self._contradictions()])
+        check([*self._wrong_choices(), *self._wrong_numbers(), *self.wrong_settings(), *self._contradictions()])
         self.load_best_model_at_end |= self.early_stopping_patience > 0
         sizes = self.per_device_train_batch_size, self.gradient_accumulation_steps
         batch = BatchSizes(self.batch_size, self.micro_batch_size, *sizes)
         before = {name: getattr(self, name) for name in TRANSLATED}
+        chose_device = self.use_cpu
         self._translate()
         self._cut(batch, processes=int(os.environ.get("WORLD_SIZE", "1")))  # DeepSpeed's settings are made of it
         chosen = self.metric_for_best_model, self.greater_is_better
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except ValueError as error:  # of Trainer's own checks, enumerations and JSON, all about settings
+            raise UserError(str(error)) from error
         self._cut(batch, processes=self.world_size * max(1, self.n_gpu))
         self.metric_for_best_model, self.greater_is_better = chosen  # Trainer's default is the loss
         if self.precision and not (self.bf16 or self.fp16):
             self.mixed_precision = "no"  # not that of accelerate launch
-        self.derived_fields = frozenset(name for name in TRANSLATED if before[name] is None) - self._kept_on_record
+        derived = {name for name in TRANSLATED if before[name] is None}
+        self.derived_fields = frozenset(derived | (set() if chose_device else {"use_cpu"})) - self._kept_on_record
 
     def _translate(self) -> None:
         """Fill in what Trainer reads, from the shared fields or by default; but for the sizes of batches."""
         precision = natural_precision() if self.precision == "auto" else self.precision
         self.bf16 = precision == "bf16" if precision else bool(self.bf16)
+        if precision == "bf16" and not torch.accelerator.is_available():
+            self.use_cpu = True  # Trainer refuses bf16 on a CPU that was not asked for
         self.fp16 = precision == "fp16" if precision else bool(self.fp16)
         self.max_steps = next((steps for steps in (self.num_train_steps, self.max_steps) if steps is not None), -1)
         if self.schedule:
@@ -170,6 +179,13 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
             yield f"optimizer={self.optimizer} and optim={self.optim} both name an optimizer; leave one of them out"
         if self.early_stopping_patience and "no" in (self.eval_strategy, strategy_of(self.eval_steps)):
             yield f"early_stopping_patience={self.early_stopping_patience} needs evaluations; set eval_strategy"
+
+    def _wrong_numbers(self) -> Iterator[str]:
+        """What Trainer does not check, and torch refuses when the run has begun."""
+        yield from too_low(self, dict.fromkeys(("learning_rate", "adam_epsilon", "dataloader_num_workers", "seed"), 0))
+        yield from not_below_one(self, ("adam_beta1", "adam_beta2"))
+        if not 0 <= self.label_smoothing_factor <= 1:
+            yield f"label_smoothing_factor={self.label_smoothing_factor} is not a share; choose between 0 and 1"
 
     def _contradictions(self) -> Iterator[str]:
         steps = self.num_train_steps

@@ -116,6 +116,32 @@ def test_training_text_that_is_measured_on_is_refused_dropped_or_allowed(tmp_pat
         corpus(tmp_path, LONG[2:], LONG[:3], sample_by="line")
 
 
+def test_a_large_validation_text_does_not_hide_a_leak_of_the_test_text(tmp_path):
+    apart = [f"{line} held out, {i}" for i in range(10) for line in LONG]
+    files = {"train": LONG, "validation": apart, "test": [*LONG[:2], *(line.upper() for line in LONG[:2])]}
+    for split, lines in files.items():
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match=r"^dataset=\S+: 50% of the test text, in lines"):
+        TASK.read(CausalLMArguments(dataset=str(tmp_path), vocab_size=300), folder=tmp_path / "run")
+    named = {f"{split}_file": [str(tmp_path / f"{split}.txt")] for split in files}
+    with pytest.raises(UserError, match=r"^train_file=\S+train\.txt, validation_file=\S+validation\.txt, test_file="):
+        TASK.read(CausalLMArguments(**named, vocab_size=300), folder=tmp_path / "run")
+
+
+def test_a_plan_that_has_read_all_texts_of_a_large_file_estimates_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "SAMPLE_CHARACTERS", 3000)
+    rows = "".join(f"{line},{'x' * 500}\n" for line in LONG)
+    (tmp_path / "train.csv").write_text(f"text,more\n{rows}", encoding="utf-8")
+    (tmp_path / "validation.txt").write_text("\n".join(line.upper() for line in LONG), encoding="utf-8")
+    data = TASK.read(CausalLMArguments(dataset=str(tmp_path), vocab_size=300), folder=tmp_path / "run", is_plan=True)
+    assert (data.sampled_share, data.notes) == (1.0, [])
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer can be loaded from '\S+nothing': .+; name one with tokenizer"):
+        corpus(tmp_path, LONG, [line.upper() for line in LONG], tokenizer=str(tmp_path / "nothing"))
+
+
 def test_set_phrases_are_no_leak(tmp_path):
     """One short line, and one long line in two hundred."""
     phrase = "this sentence stands in many reports of the same kind"

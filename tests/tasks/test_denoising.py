@@ -9,6 +9,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from bmtk.data.tables import read_table
 from bmtk.data.tokenizers import train_tokenizer
+from bmtk.errors import UserError
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.tasks.denoising import TASK, DenoisingArguments
@@ -85,6 +86,11 @@ def test_a_model_or_text_that_knows_no_gaps_is_refused(text, tmp_path):
     train_tokenizer(LINES, kind="byte_bpe", vocab_size=300).save_pretrained(plain)
     with pytest.raises(ValueError, match="plain has no <extra_id_0>: that model was not trained to fill in 2 spans"):
         read(text, model=str(plain))
+
+
+def test_noise_that_cannot_be_is_refused_before_any_length_is_computed_with_it():
+    with pytest.raises(UserError, match=r"noise_density=0\.15 must be between 0 and 1, mean_span_length=0 at"):
+        DenoisingArguments(dataset="anywhere", mean_span_length=0)
 
 
 @pytest.mark.trains

@@ -105,11 +105,28 @@ def test_trainers_defaults_stay_where_nothing_is_given():
         ({"eval_steps": -1}, "eval_steps=-1 is out of range"),
         ({"num_train_steps": 0}, "num_train_steps=0 is out of range; give at least 1, or -1 for whole epochs"),
         ({"early_stopping_patience": 2, "eval_steps": 0}, "early_stopping_patience=2 needs evaluations"),
+        ({"label_smoothing_factor": 3.0}, "label_smoothing_factor=3.0 is not a share; choose between 0 and 1"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 is out of range; give a number of at least 0"),
+        ({"seed": -1}, "seed=-1 is out of range"),
+        ({"adam_beta2": 1.0}, "adam_beta2=1.0 is out of range; give a number of at least 0 and below 1"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers=-1 is out of range"),
+        ({"lr_scheduler_type": "foo"}, "foo is not a valid SchedulerType, please select one of"),
+        ({"eval_strategy": "foo"}, "foo is not a valid IntervalStrategy, please select one of"),
+        ({"lr_scheduler_kwargs": "{bad"}, "Expecting property name enclosed in double quotes"),
     ],
 )
 def test_two_names_that_contradict_and_values_out_of_range_are_one_clear_error(settings, message):
     with pytest.raises(UserError, match=message):
         finetuning(**settings)
+
+
+def test_precision_bf16_needs_no_further_setting_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(finetuning_arguments, "natural_precision", lambda: "bf16")
+    for precision in ("bf16", "auto"):
+        args = FineTuningArguments(output_dir="unused", precision=precision)
+        assert (args.bf16, args.use_cpu) == (True, True)
+        assert "use_cpu" not in arguments.resolved_config(args)
 
 
 def test_precision_fp32_wins_over_the_launcher(monkeypatch):
