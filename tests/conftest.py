@@ -12,6 +12,8 @@ for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "
 _home = tempfile.TemporaryDirectory(prefix="bmtk-tests-", ignore_cleanup_errors=True)
 os.environ |= {
     "HF_HOME": _home.name,
+    # torch.compile reuses kernels from here, also those that were made for another ATEN_CPU_CAPABILITY.
+    "TORCHINDUCTOR_CACHE_DIR": f"{_home.name}/inductor",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
