@@ -1,5 +1,6 @@
 """The flat YAML file, the command line over it, --help, and errors."""
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassError
 
@@ -338,6 +340,15 @@ def test_a_users_error_is_one_message_and_status_1(error, shown, capsys, monkeyp
     written = capsys.readouterr().err
     assert written.startswith(f"\nerror: {shown}")
     assert "Traceback" not in written
+
+
+@pytest.mark.parametrize("end", [None, SystemExit(143)], ids=["done", "asked to stop"])
+def test_a_process_that_ends_in_order_leaves_its_process_group(end, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    with contextlib.suppress(SystemExit), clean_errors():
+        if end:
+            raise end
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_package_that_a_library_asks_for_is_the_users_to_install():
