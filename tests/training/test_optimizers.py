@@ -166,7 +166,7 @@ def test_frozen_parameters_are_in_no_group():
 
 
 def test_the_two_optimizers_step_as_torchs_own_do(monkeypatch):
-    # Torch's own always rounds to bfloat16, and then the order of sums decides.  In float32 both are the formula itself.
+    # Torch's own always rounds to bfloat16, where the order of sums decides.  In float32 both are the formula itself.
     monkeypatch.setattr(optimizers, "multiplies_bfloat16_fast", lambda device: False)
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
     model, oracle = tiny_model(), tiny_model()
