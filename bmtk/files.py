@@ -59,6 +59,14 @@ def write_json(path: str | Path, content: object, *, indent: int = 2, ensure_asc
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=ensure_ascii) + "\n")
 
 
+def read_json(path: str | Path) -> object:
+    """The content of a JSON file; None if there is no such file, or it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Give the body a new folder beside `path` to fill, and move it to `path` when the body ends.
@@ -73,6 +81,31 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield beside
         move_folder(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def adding_to_folder(directory: str | Path, *, last: str) -> Iterator[Path]:
+    """Give the body a new folder to fill, and move each of its files into `directory` when the body ends.
+
+    Files of the same names are replaced, and all others are kept; the file `last` is moved when the others are there.
+    If the body raises, nothing is moved.  One process at a time may add to a folder.
+    """
+    directory = Path(directory)
+    beside = directory / f"{PARTIAL}new"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        paths = [path for path in beside.rglob("*") if path.is_file()]
+        names = sorted((path.relative_to(beside) for path in paths), key=lambda name: (str(name) == last, name))
+        for name in names:
+            flush(beside / name)
+        for name in names:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(beside / name, directory / name)
+        flush(directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

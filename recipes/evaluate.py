@@ -26,6 +26,7 @@ from bmtk.files import write_json
 from bmtk.hub import run_record, summary
 from bmtk.tasks import task_named
 from bmtk.training.evaluation import predict_all
+from bmtk.training.signals import ending_signals
 from bmtk.training.trained_model import TrainedModel
 
 OF_TRAINING = (
@@ -123,5 +124,5 @@ def write_metrics(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with arguments.clean_errors():
+    with arguments.clean_errors(), ending_signals():
         main(sys.argv[1:])

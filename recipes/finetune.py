@@ -11,6 +11,7 @@ An interrupted run is resumed by the same command.
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.errors import UserError
 from bmtk.hub import run_record, summary
-from bmtk.hub.finalize import FinishedRun, finalize_run
+from bmtk.hub.finalize import FinishedRun, finalize_run, is_finished, show_finished
 from bmtk.hub.run_record import ModelRecord
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
@@ -37,8 +38,8 @@ from bmtk.training.finetuning_arguments import FineTuningArguments, loop_argumen
 from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.profiling import seconds_per_step
 from bmtk.training.resume import checkpoint_to_resume
-from bmtk.training.run_folder import CHECKPOINTS, held
-from bmtk.training.signals import deferred_signals
+from bmtk.training.run_folder import CHECKPOINTS, check_data, check_tokenizer, held
+from bmtk.training.signals import deferred_signals, ending_signals, on_stop
 from bmtk.training.starting_weights import starting_config, starting_weights
 from bmtk.training.trainer import TaskTrainer, build_trainer, evaluate, save
 from bmtk.training.trainer_names import without_replaced
@@ -84,17 +85,18 @@ def main(argv: list[str]) -> None:
     folder = Path(args.output_dir)
     free_keys = finetuning_arguments.FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys
     check = {"overwrite": args.overwrite_output_dir, "resume": args.may_resume, "free_keys": free_keys}
-    signals = deferred_signals(second_stops_at_once=args.world_size == 1)
-    with held(folder, settings, is_main=is_main, **check), signals as request:
+    with held(folder, settings, is_main=is_main, **check):
+        with args.main_process_first():  # before the others look at the folder
+            if is_main:
+                check_data(folder, data)
+                check_tokenizer(folder, data)
+            finished_before = is_finished(folder, {**settings, **objective.decided_settings})
+        if finished_before:
+            return show_finished(folder, run=run, objective=objective, log=print) if is_main else None
         history = RecordHistory(folder, unit=objective.unit)
-        callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
-        trainer = build_trainer(model, objective, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
-        trainer.accelerator.wait_for_everyone()  # what the main process deletes is gone
-        checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)
-        if checkpoint and is_main:
-            print(f"going on from {checkpoint}")
-        trainer.train(resume_from_checkpoint=checkpoint)
-        results = evaluate(trainer)
+        trainer = train(model, objective, args, history)
+        with on_stop(partial(save, trainer, folder, merge=adapter.merge_adapter)):
+            results = evaluate(trainer)
         save(trainer, folder, merge=adapter.merge_adapter)
         if is_main:
             finished = FinishedRun(
@@ -123,6 +125,23 @@ def start(
     if not run.model:
         objective.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
     return objective, adapt(model, adapter, task_type=data.task.peft_task_type)
+
+
+def train(
+    model: PreTrainedModel | PeftModel, objective: Objective, args: FineTuningArguments, history: RecordHistory
+) -> TaskTrainer:
+    """Train to the end, from the newest checkpoint if there is one; a signal ends it between two steps."""
+    folder = Path(args.output_dir)
+    stopping = {"second_stops_at_once": args.world_size == 1, "max_minutes": args.max_minutes}
+    with deferred_signals(**stopping) as request:
+        callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
+        trainer = build_trainer(model, objective, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
+        trainer.accelerator.wait_for_everyone()  # what the main process deletes is gone
+        checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)
+        if checkpoint and args.process_index == 0:
+            print(f"going on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
 
 
 def model_record(trainer: TaskTrainer, run: arguments.RunArguments, adapter: AdapterArguments) -> ModelRecord:
@@ -154,5 +173,5 @@ def plan(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with arguments.clean_errors():
+    with arguments.clean_errors(), ending_signals():
         main(sys.argv[1:])

@@ -30,6 +30,7 @@ from bmtk.tasks import task_named
 from bmtk.tasks.inference import PictureFolder, PredictionFile, read_inputs
 from bmtk.tasks.scorer import Scorer
 from bmtk.tasks.task import Prediction
+from bmtk.training.signals import ending_signals
 from bmtk.training.trained_model import TrainedModel
 from bmtk.training.updates import on_device
 
@@ -138,5 +139,5 @@ def write(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with arguments.clean_errors():
+    with arguments.clean_errors(), ending_signals():
         main(sys.argv[1:])

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, set_seed
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import run_record, summary
-from bmtk.hub.finalize import FinishedRun, finalize_run
+from bmtk.hub.finalize import FinishedRun, finalize_run, is_finished, show_finished
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
 from bmtk.tasks.objective import Objective
@@ -33,9 +33,10 @@ from bmtk.training.loop import train
 from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.prepared import build_accelerator, prepare
 from bmtk.training.profiling import seconds_per_step
-from bmtk.training.run_folder import held
+from bmtk.training.run_folder import check_data, check_tokenizer, held
 from bmtk.training.run_log import Hooks
 from bmtk.training.schedules import build_schedule
+from bmtk.training.signals import ending_signals
 from bmtk.training.starting_weights import starting_config, starting_weights
 from bmtk.training.throughput import build_meter
 from bmtk.training.updates import Losses
@@ -75,6 +76,8 @@ def main(argv: list[str]) -> None:
         started_at = run_record.now()
         objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)
         accelerator.print(notes_of(objective), end="", flush=True)
+        if is_finished(folder, {**settings, **objective.decided_settings}):
+            return accelerator.on_main_process(show_finished)(folder, run=run, objective=objective, log=print)
         state, results, speeds = fit(model, objective, args, settings, accelerator)
         if accelerator.is_main_process:
             save_model(folder, model, objective.processor)
@@ -104,8 +107,13 @@ def start(
     """The objective, and the model that training starts from: the same on every process."""
     with accelerator.main_process_first():
         data = task_named(run.task).read(data_args, seed=seed, folder=folder, **run.reading)
+        is_kept = accelerator.is_main_process and not run.is_plan
+        if is_kept:
+            check_data(folder, data)
+        config = starting_config(run, data, chosen)
+        if is_kept:
+            check_tokenizer(folder, data)
     set_seed(seed)
-    config = starting_config(run, data, chosen)
     objective = data.bind(config)
     return objective, starting_weights(objective, config, run)
 
@@ -168,5 +176,5 @@ def plan(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with arguments.clean_errors():
+    with arguments.clean_errors(), ending_signals():
         main(sys.argv[1:])

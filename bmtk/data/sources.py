@@ -15,6 +15,8 @@ from typing import Any
 
 from bmtk.errors import UserError
 
+from .fingerprints import FileDigests
+
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SAMPLE_BY = ("document", "line")
@@ -27,7 +29,7 @@ class Texts:
     """Documents that can be iterated again and again, in the same order.
 
     `name` is what error messages call them; `fingerprint` changes whenever the documents may have changed (it is made
-    of file names, sizes and modification times, so nothing is read for it). Blank documents are left out.
+    of the names and the content of the files). Blank documents are left out.
     Raises: UserError while iterating, if there is no document at all, or a file is not what its name says.
     """
 
@@ -35,6 +37,7 @@ class Texts:
     fingerprint: str
     parts: tuple[Callable[[], Iterator[str]], ...]
     num_bytes: int | None = None  # of the files; None if they are not counted
+    marks: tuple[str, ...] = ()  # name and fingerprint of each file or Hub data set
 
     def __iter__(self) -> Iterator[str]:
         is_empty = True
@@ -49,7 +52,8 @@ class Texts:
     def without(self, is_left_out: Callable[[str], bool], *, mark: str) -> "Texts":
         """Without the documents that `is_left_out`; `mark` changes whenever other documents are."""
         fingerprint = hashlib.sha256(f"{self.fingerprint} without {mark}".encode()).hexdigest()
-        return Texts(self.name, fingerprint, (lambda: (text for text in self if not is_left_out(text)),))
+        kept = (lambda: (text for text in self if not is_left_out(text)),)
+        return Texts(self.name, fingerprint, kept, marks=self.marks)
 
     def head(self, num_characters: int) -> list[str]:
         """The first documents, the last of them cut, with `num_characters` together; all if they have fewer."""
@@ -68,13 +72,14 @@ def read_texts(
     split: str = "train",
     text_column: str = "text",
     sample_by: str = "document",
+    digests: FileDigests | None = None,
 ) -> Texts:
     """Find the documents of a file, a folder, a Hub data set (`owner/name` or `owner/name:config`), or a list of them.
 
     `split` selects the files of a folder (`train.txt`, `train-00001.parquet`, `train/...`; all files of a folder
     without such names are "train") or the split of a Hub data set; a file named directly is always read whole.
     `text_column` is the key or column of .jsonl, .csv, .parquet and Hub rows. `sample_by` makes one document of each
-    .txt file ("document") or of each of its lines ("line").
+    .txt file ("document") or of each of its lines ("line"). `digests` knows files that were read before.
     Raises: FileNotFoundError for a path that is not there; UserError for everything else that cannot be read.
     """
     if sample_by not in SAMPLE_BY:
@@ -82,22 +87,24 @@ def read_texts(
     sources = [source] if isinstance(source, str | Path) else list(source)
     if not sources:
         raise UserError("source is an empty list; name at least one file, folder or Hub data set")
+    digests = digests or FileDigests()
     parts: list[Callable[[], Iterator[str]]] = []
-    marks: list[object] = []  # what changes when the documents do
+    marks: list[str] = []  # what changes when the documents do
+    num_bytes: int | None = 0
     for item in map(str, sources):
         if Path(item).expanduser().exists() or _looks_like_a_path(item):
             files = _files(Path(item).expanduser(), split)
             parts += [_file_part(file, text_column, sample_by) for file in files]
-            marks += [_file_mark(file) for file in files]
+            marks += [f"{file.name} {digests.of(file)}" for file in files]
+            num_bytes = None if num_bytes is None else num_bytes + sum(file.stat().st_size for file in files)
         else:
             part, mark = _hub_part(item, split, text_column)
             parts.append(part)
             marks.append(mark)
+            num_bytes = None  # not known before it is read
     description = json.dumps([marks, text_column, sample_by])
     name = f"{', '.join(map(str, sources))} (split {split!r})"
-    sizes = [int(mark[1]) for mark in marks if isinstance(mark, list)]  # that of a Hub data set is not known
-    num_bytes = sum(sizes) if len(sizes) == len(marks) else None
-    return Texts(name, hashlib.sha256(description.encode()).hexdigest(), tuple(parts), num_bytes)
+    return Texts(name, hashlib.sha256(description.encode()).hexdigest(), tuple(parts), num_bytes, tuple(marks))
 
 
 def has_split(source: str, split: str) -> bool:
@@ -150,11 +157,6 @@ def _is_named_after(path: Path, names: Sequence[str]) -> bool:
     """Whether the file's stem up to the first of `-_.`, or the first folder on the way to it, is one of `names`."""
     stem = path.name.replace("-", ".").replace("_", ".").split(".")[0]
     return stem in names or (len(path.parts) > 1 and path.parts[0] in names)
-
-
-def _file_mark(path: Path) -> list[str | int]:
-    facts = path.stat()
-    return [path.name, facts.st_size, facts.st_mtime_ns]
 
 
 def _file_part(path: Path, text_column: str, sample_by: str) -> Callable[[], Iterator[str]]:

@@ -1,5 +1,7 @@
 """The end of every run: its record, card, report and resolved config beside the weights, then the push."""
 
+import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +9,17 @@ from typing import Any, Protocol
 
 import yaml
 
-from bmtk.files import write_text
+from bmtk.files import read_json, write_text
 
 from .card import write_card
 from .publish import publish
 from .redaction import scrub
 from .report import write_report
-from .run_record import ModelRecord, RunRecord, bmtk_version, launch_command
+from .run_record import RUN_RECORD, ModelRecord, RunRecord, bmtk_version, launch_command
 from .summary import run_summary
+
+MODELS = ("config.json", "adapter_config.json")
+OF_PUBLISHING = frozenset(("push_to_hub", "private"))
 
 
 class RunSettings(Protocol):
@@ -87,6 +92,30 @@ class FinishedRun:
     model: ModelRecord
     throughput: Mapping[str, float | None]
     results: FinalResults
+
+
+def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether `folder` holds model, record and report of the run with just these settings."""
+    record = read_json(folder / RUN_RECORD)
+    has_model = any((folder / name).is_file() for name in MODELS) and any(folder.glob("*.safetensors"))
+    if not isinstance(record, dict) or not has_model or not (folder / "report.html").is_file():
+        return False
+    former, now = record.get("config", {}), json.loads(json.dumps(scrub(dict(config))))
+    return all(former.get(key) == value for key, value in now.items() if key not in OF_PUBLISHING)
+
+
+def show_finished(
+    folder: Path, *, run: RunSettings, objective: DescribedObjective, log: Callable[[str], None]
+) -> None:
+    """The results of a run that needs no more steps, how to train its model on, and the push that `run` asks for."""
+    log(run_summary(folder, next_command=objective.next_command(folder)))
+    log(
+        f"\nfinished: the run in {folder} was complete before, so nothing was trained. To train its model on, run the "
+        f"recipe with --model {shlex.quote(str(folder))} and another --output_dir; to train it anew, set "
+        "--overwrite_output_dir true"
+    )
+    if run.push_to_hub:
+        publish(folder, run.push_to_hub, private=run.private, log=log)
 
 
 def finalize_run(

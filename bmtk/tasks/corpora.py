@@ -1,9 +1,10 @@
 """What the language-modelling tasks share: a corpus, a tokenizer, and token stores cut into rows."""
 
-import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,14 +13,15 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from bmtk.data.batches import Rows
 from bmtk.data.decontamination import TOLERATED_SHARE, SharedLines
+from bmtk.data.fingerprints import FileDigests, Marks
 from bmtk.data.masking import BLANKS
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
-from bmtk.data.sources import Texts, has_split, read_texts
+from bmtk.data.sources import Texts, has_split, read_texts, text_fingerprint
 from bmtk.data.tables import check_column
 from bmtk.data.token_store import TokenStore, build_token_store
-from bmtk.data.tokenizers import KINDS, mask_token, train_tokenizer
+from bmtk.data.tokenizers import KINDS, mask_token, tokenizer_fingerprint, train_tokenizer
 from bmtk.errors import UserError
-from bmtk.files import write_json
+from bmtk.files import read_json, replacing_folder, write_json
 from bmtk.settings import setting
 
 from .objective import Objective
@@ -28,6 +30,9 @@ from .task import Task
 from .task_data import LEAKAGE, SourceArguments, TaskData
 from .texts import load_tokenizer, pad_texts
 
+logger = logging.getLogger(__name__)
+
+TRAINED_ON = "trained_on.json"  # beside a kept tokenizer: how it was made, and its fingerprint
 SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus is not tokenised yet
 
 
@@ -85,12 +90,35 @@ class CorpusData(TaskData):
     text that was read.
     """
 
+    unit: ClassVar[str] = "file"
     needs_mask: ClassVar[bool] = False  # whether the tokenizer must have a token that hides another
 
     def __init__(self, task: Task, args: CorpusArguments, **reading: Any):
         self.temporary: tempfile.TemporaryDirectory[str] | None = None  # goes with the data
         super().__init__(task, args, **reading)
-        self.tokenizer = self._tokenizer()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The named tokenizer, or one trained on the training text when it is first asked for.
+
+        Not before: a run that goes on with other data is refused first.
+        """
+        return self._tokenizer()
+
+    @cached_property
+    def digests(self) -> FileDigests:
+        """Of the files of the corpus, kept beside their tokens; a plan reads no file for them."""
+        return FileDigests(
+            None if self.is_plan and not self.corpus.is_dir() else self.corpus / "digests.json",
+            may_read=not self.is_plan,
+        )
+
+    @property
+    def marks(self) -> Marks:
+        return {
+            split: texts.marks if isinstance(texts, Texts) else [text_fingerprint(texts)]
+            for split, texts in self.rows.items()
+        }
 
     @property
     def corpus(self) -> Path:
@@ -151,7 +179,8 @@ class CorpusData(TaskData):
 
     def _texts(self, split: str) -> Texts:
         source = self.args.files[split] or self.args.dataset
-        return read_texts(source, split=split, text_column=self.args.text_column, sample_by=self.args.sample_by)
+        how = {"text_column": self.args.text_column, "sample_by": self.args.sample_by}
+        return read_texts(source, split=split, digests=self.digests, **how)
 
     def _sample(self, texts: Texts, split: str) -> Texts | list[str]:
         """For a plan: all of a corpus that is small or tokenised already, else its beginning."""
@@ -175,10 +204,8 @@ class CorpusData(TaskData):
         return sample
 
     def is_tokenised(self, texts: Texts, split: str) -> bool:
-        manifest = self.corpus / split / "manifest.json"
-        if not manifest.is_file():
-            return False
-        return json.loads(manifest.read_text(encoding="utf-8")).get("source_fingerprint") == texts.fingerprint
+        manifest = read_json(self.corpus / split / "manifest.json")
+        return isinstance(manifest, dict) and manifest.get("source_fingerprint") == texts.fingerprint
 
     def _keep_apart(self) -> None:
         """See to it that no text is trained on that is measured on; the answer for the same files is remembered."""
@@ -216,8 +243,7 @@ class CorpusData(TaskData):
         return [f"{split} {texts.fingerprint}" for split, texts in self.rows.items() if isinstance(texts, Texts)]
 
     def _is_known_to_be_apart(self) -> bool:
-        stamp = self.corpus / "apart.json"
-        return stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == self._split_marks()
+        return read_json(self.corpus / "apart.json") == self._split_marks()
 
     def _remember_apart(self) -> None:
         if self.is_plan:
@@ -238,15 +264,12 @@ class CorpusData(TaskData):
             raise UserError(f"tokenizer={self.args.tokenizer} needs a training text; name a finished tokenizer")
         kind = {"kind": self.args.tokenizer, "vocab_size": self.args.vocab_size, "with_mask": self.needs_mask}
         identity = {**kind, "texts": texts.fingerprint if isinstance(texts, Texts) else None}
-        folder = self.corpus / "tokenizer"
-        stamp = folder / "trained_on.json"
-        if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == identity:
-            return AutoTokenizer.from_pretrained(folder)
+        if kept := kept_tokenizer(self.corpus / "tokenizer", identity):
+            return kept
         tokenizer = train_tokenizer(texts, **kind)
         tokenizer.model_max_length = self.args.longest_row
         if not self.is_plan:
-            tokenizer.save_pretrained(folder)
-            write_json(stamp, identity)
+            keep_tokenizer(tokenizer, self.corpus / "tokenizer", identity)
         return tokenizer
 
     def _with_mask(self, tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
@@ -264,6 +287,28 @@ class CorpusData(TaskData):
             f"the tokenizer has no mask token: {tokenizer.mask_token} (id {tokenizer.mask_token_id}) is new"
         )
         return tokenizer
+
+
+def kept_tokenizer(folder: Path, identity: Mapping[str, object]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that `keep_tokenizer` saved for the same `identity`; None if there is none, or it is damaged."""
+    stamp = read_json(folder / TRAINED_ON)
+    if not isinstance(stamp, dict) or any(stamp.get(key) != value for key, value in identity.items()):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        if tokenizer_fingerprint(tokenizer) == stamp.get("fingerprint"):
+            return tokenizer
+        problem = "it is another one than was saved"
+    except Exception as error:  # tokenizers raises bare Exceptions
+        problem = str(error)
+    logger.warning("the tokenizer in %s is damaged (%s); training it again on the same text", folder, problem)
+    return None
+
+
+def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, identity: Mapping[str, object]) -> None:
+    with replacing_folder(folder) as beside:
+        tokenizer.save_pretrained(beside)
+        write_json(beside / TRAINED_ON, {**identity, "fingerprint": tokenizer_fingerprint(tokenizer)})
 
 
 class CorpusObjective(Objective):

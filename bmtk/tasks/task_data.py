@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bmtk.data.decontamination import Leaks
-from bmtk.data.fingerprints import fingerprints
+from bmtk.data.fingerprints import Marks, differences, fingerprints, row_marks
 from bmtk.data.tables import SPLITS, check_column, read_splits
+from bmtk.data.tokenizers import tokenizer_fingerprint
 from bmtk.errors import UserError
 from bmtk.settings import setting
 
@@ -173,6 +174,23 @@ class TaskData:
     def about(self) -> dict[str, str | None]:
         """As `Task.about`, with what the rows decide."""
         return {**self.task.about, **(self.label_type.about if self.label_type else {})}
+
+    unit: ClassVar[str] = "row"  # what `marks` has one of, in words
+
+    @property
+    def marks(self) -> Marks:
+        """Split -> a mark of each row that was read: two data sets with the same marks hold the same."""
+        return {split: row_marks(rows) for split, rows in self.rows.items()}
+
+    @property
+    def tokenizer_mark(self) -> str | None:
+        """A mark of the tokenizer, where the data have one."""
+        tokenizer = getattr(self, "tokenizer", None)
+        return tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
+
+    def differences(self, former: Marks) -> list[str]:
+        """In what the data differ from those with the marks `former`, in words."""
+        return differences(former, self.marks, unit=self.unit)
 
     def source_record(self) -> dict[str, object]:
         """Name, source and licence of the data."""

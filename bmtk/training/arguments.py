@@ -20,7 +20,7 @@ NONFINITE = ("stop", "skip")
 # memory, not what is learned.
 FREE_KEYS = frozenset(
     "output_dir overwrite_output_dir logging_steps eval_steps save_steps save_total_limit "
-    "micro_batch_size gradient_checkpointing torch_compile nonfinite".split()
+    "micro_batch_size gradient_checkpointing torch_compile nonfinite max_minutes".split()
 )
 
 
@@ -75,6 +75,11 @@ class SharedArguments:
         0, "end the run after this many evaluations without a better main metric, and keep the best model; 0: never"
     )
 
+    max_minutes: float | None = _setting(
+        None,
+        "stop after this time, with a checkpoint that the same command goes on from (exit code 124); default: never",
+    )
+
     precision: str | None = _setting(
         None,
         "fp32, bf16 or fp16 autocast; auto: bf16 on GPUs and CPUs that have instructions for it, else fp32; "
@@ -89,6 +94,8 @@ class SharedArguments:
             yield f"num_train_steps={self.num_train_steps} is out of range; give at least 1, or -1 for whole epochs"
         names = ("muon_learning_rate", "unfreeze_epochs", "l1_penalty", "early_stopping_patience", "decay_fraction")
         yield from too_low(self, dict.fromkeys(names, 0))
+        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
+            yield f"max_minutes={self.max_minutes} is out of range; give a number above 0"
         if self.decay_fraction > 1:
             yield f"decay_fraction={self.decay_fraction} is a fraction; give a number from 0 to 1"
         if not 0 < self.layer_lr_decay <= 1:

@@ -170,7 +170,7 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class StopOnRequest(TrainerCallback):
-    """After SIGINT or SIGTERM, finishes the step, saves a checkpoint that resumes exactly, and ends the process."""
+    """After a signal or `max_minutes`, finishes the step, saves a checkpoint that resumes exactly, and ends the process."""
 
     def __init__(self, request: StopRequest):
         self.request = request
@@ -196,7 +196,7 @@ class StopOnRequest(TrainerCallback):
             raise Stopped(self.request.exit_code)
 
     def _any_process_was_asked(self, args: TrainingArguments) -> bool:
-        asked = self.request.signal_number != 0
+        asked = bool(self.request)
         if not torch.distributed.is_initialized():
             return asked
         flag = torch.tensor(float(asked), device=args.device)

@@ -17,7 +17,6 @@ over. Nothing is pickled.
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,9 +30,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from bmtk.errors import UserError
-from bmtk.files import PARTIAL, delete_partial, flush
+from bmtk.files import PARTIAL, adding_to_folder, delete_partial
 
-from .manifest import damages, dump_json, files, written_whole
+from .manifest import damages, dump_json, written_whole
 from .prepared import Prepared
 from .resume import newest_whole, numbered
 from .rng_state import rng_state
@@ -202,20 +201,8 @@ def save_model(directory: str | Path, model: PreTrainedModel, processor: Process
     Every file is written beside and renamed, config.json last: until the end there is no model to load, or the former
     one.
     """
-    directory = Path(directory)
-    beside = directory / f"{PARTIAL}model"
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with adding_to_folder(directory, last="config.json") as beside:
         _write_model(beside, model, processor)
-        names = sorted(files(beside), key=lambda name: (name == "config.json", name))
-        for name in names:
-            flush(beside / name)
-        for name in names:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(beside / name, directory / name)
-        flush(directory)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write_model(folder: Path, model: PreTrainedModel, processor: Processor | None) -> None:

@@ -27,7 +27,7 @@ TRANSLATED = (
 FREE_KEYS = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint logging_steps save_total_limit report_to disable_tqdm "
     "run_name micro_batch_size per_device_eval_batch_size dataloader_num_workers dataloader_pin_memory "
-    "merge_adapter".split()
+    "merge_adapter max_minutes".split()
 )
 
 
@@ -93,6 +93,7 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
     hub_private_repo: bool | None = _fixed(None)
     hub_always_push: bool = _fixed(False)
     hub_revision: str | None = _fixed(None)
+    enable_jit_checkpoint: bool = _fixed(False)  # saves at SIGTERM and ends with success: `StopOnRequest` does it
     save_only_model: bool = _fixed(False)  # True resumes with a new optimizer and schedule, without a warning
     include_num_input_tokens_seen: str = _fixed("no")
     remove_unused_columns: bool = _fixed(False)

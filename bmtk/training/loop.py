@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -42,8 +43,8 @@ def train(
     `schedule(step)` multiplies the learning rates of optimizer step `step`, counted from 0.
     Where the optimizer keeps an average of the weights, the model has it in evaluations, and when this returns.
 
-    Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop"; Stopped (exit code 130 or 143)
-    after SIGINT or SIGTERM, when the step is finished and saved.
+    Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop"; Stopped after a signal or
+    args.max_minutes, when the step is finished and saved.
     """
     optimizer, accelerator = prepared.optimizer, prepared.accelerator
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
@@ -52,29 +53,47 @@ def train(
     run = RunLog(accelerator, args, state, total=total, meter=meter or Meter(), hooks=_averaged(hooks, prepared))
     run.begin()
     prepared.model.train()
-    with deferred_signals(second_stops_at_once=accelerator.num_processes == 1) as request, run.bar() as bar:
+    stopping = {"second_stops_at_once": accelerator.num_processes == 1, "max_minutes": args.max_minutes}
+    with deferred_signals(**stopping) as request, run.bar() as bar:
+        vote = StopVote(request, accelerator)
         if state.step:
             run.evaluate_if_due()  # the run may have been stopped before it came to this
         for step in run.steps():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step)
-            run.add(update := updater.step(batches[step], step, stop_requested=request.signal_number != 0))
+            run.add(update := updater.step(batches[step], step, stop_requested=bool(request)))
             bar.update()
-            _after_step(run, update, request, bar, learning_rate=optimizer.param_groups[0]["lr"])
+            _after_step(run, update, vote, bar, learning_rate=optimizer.param_groups[0]["lr"])
     if optimizer.average:
         optimizer.average.apply()
     run.load_best()
     return state
 
 
-def _after_step(run: RunLog, update: Update, request: StopRequest, bar: "tqdm[Any]", *, learning_rate: float) -> None:
+class StopVote:
+    """Whether the run ends after a step because a process was asked to stop; all processes come to the same answer."""
+
+    def __init__(self, request: StopRequest, accelerator: Accelerator):
+        self.request, self.accelerator = request, accelerator
+        self.former: torch.Tensor | None = None
+
+    def says_stop(self, update: Update) -> bool:
+        """On several GPUs it is the vote of the step before, which is there without waiting for this step's work."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.request)
+        if self.accelerator.device.type == "cpu":
+            return bool(update.stop_requests)
+        former, self.former = self.former, update.stop_requests
+        return former is not None and bool(former)
+
+
+def _after_step(run: RunLog, update: Update, vote: StopVote, bar: "tqdm[Any]", *, learning_rate: float) -> None:
     """Log, stop, evaluate and save, where it is due after a step that was added to the run."""
-    is_logged = run.is_due(run.args.logging_steps)
-    if is_logged:
+    if run.is_due(run.args.logging_steps):
         bar.set_postfix_str(run.log(learning_rate), refresh=False)
-    if _must_stop(update, request, run.accelerator, may_wait=is_logged):
+    if vote.says_stop(update):
         run.save()
-        raise _stopped(request, run.state, run.total, saved=run.hooks.save is not None)
+        raise _stopped(vote.request, run.state, run.total, saved=run.hooks.save is not None)
     run.evaluate_if_due()
     if run.must_save:
         run.save()
@@ -100,13 +119,6 @@ def _averaged(hooks: Hooks, prepared: Prepared) -> Hooks:
     if not average or not hooks.evaluate:
         return hooks
     return replace(hooks, evaluate=average.applied()(hooks.evaluate))
-
-
-def _must_stop(update: Update, request: StopRequest, accelerator: Accelerator, *, may_wait: bool) -> bool:
-    """Whether the run ends here; all processes come to the same answer, on a GPU only where they may wait for it."""
-    if accelerator.num_processes == 1:
-        return request.signal_number != 0
-    return (may_wait or accelerator.device.type == "cpu") and bool(update.stop_requests)
 
 
 def _stopped(request: StopRequest, state: TrainState, total: int, *, saved: bool) -> Stopped:

@@ -2,27 +2,35 @@
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bmtk.errors import UserError
-from bmtk.files import delete_partial, write_json
+from bmtk.files import delete_partial, read_json, write_json
 
 from .arguments import FREE_KEYS
 
+logger = logging.getLogger(__name__)
+
 RUN_CONFIG = "run_config.json"  # resolved configuration of the run that the folder holds
+DATA_MARKS = "data_marks.json"  # what the run learns from, by content
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
+READS_A_MODEL = ("model", "tokenizer")
+LENGTH = {"num_train_epochs", "num_train_steps", "max_steps"}  # over which the learning rate decays
 FROM_A_RUN = (
     CHECKPOINTS,
     "history.jsonl",
     RUN_CONFIG,
+    DATA_MARKS,
     "run.json",
+    "report.html",
     "config.json",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -46,14 +54,15 @@ def check_output_dir(
     weights and history first, and no other file.  Only the main process calls this, inside `locked`, so that a run
     which is still going on is never deleted.
 
-    Raises: UserError if the folder holds another run or another model (or any, and `resume` is False), or cannot be
-    written.
+    Raises: UserError if the folder holds another run or another model (or any, and `resume` is False), if `config`
+    names something in it that would be deleted, or if it cannot be written.
     """
     directory = Path(directory)
     config = json.loads(json.dumps(config))  # tuples become lists, as in the file
     with _as_user_error(directory):
         directory.mkdir(parents=True, exist_ok=True)
         if overwrite:
+            _keep_inputs(directory, config)
             _delete_run(directory)
         elif not (found := _what_would_be_lost(directory)):
             pass  # nothing yet, or a run that ended before its first checkpoint: mended settings may replace it
@@ -91,28 +100,106 @@ def _refuse_another_run(directory: Path, config: Mapping[str, object], free_keys
             f"{directory / RUN_CONFIG} cannot be read ({error}); set overwrite_output_dir to start anew"
         ) from None
     absent = "(absent)"
-    lines = [
-        f"{key}: {former.get(key, absent)!r} there, {config.get(key, absent)!r} now"
+    lines = {
+        key: f"{key}: {former.get(key, absent)!r} there, {config.get(key, absent)!r} now"
         for key in sorted(former.keys() | config.keys())
         if key not in free_keys and former.get(key) != config.get(key)  # a newer version knows more keys, all unset
-    ]
-    if lines:
-        raise UserError(
-            f"output_dir={str(directory)!r} holds another run; it differs in\n  "
-            + "\n  ".join(lines)
-            + "\nchoose another output_dir, give the settings of the run that is there to resume it, or set "
-            "overwrite_output_dir to delete it"
-        )
+    }
+    if not lines:
+        return
+    another = "another output_dir"
+    if lines.keys() <= LENGTH:
+        another += f" and model={_newest_model(directory)} to train its weights on, with a schedule of their own"
+    raise UserError(
+        f"output_dir={str(directory)!r} holds another run; it differs in\n  "
+        + "\n  ".join(lines.values())
+        + f"\nchoose {another}; give the settings of the run that is there to resume it; or set overwrite_output_dir "
+        "to delete it"
+    )
+
+
+def _newest_model(directory: Path) -> Path:
+    """Where the weights of the run in `directory` can be loaded from: its end, or its newest checkpoint."""
+    checkpoints = [*(directory / CHECKPOINTS).glob("*-*[0-9]")]
+    newest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=directory)
+    return directory if (directory / "config.json").exists() else newest
+
+
+class MarkedData(Protocol):
+    """What is read of the data of a run, to know them again."""
+
+    @property
+    def marks(self) -> Mapping[str, Sequence[str]]:
+        """Split -> a mark of each row, or of each file."""
+
+    @property
+    def tokenizer_mark(self) -> str | None: ...
+
+    def differences(self, former: Any) -> list[str]:
+        """In what the data differ from those with the marks `former`, in words."""
+
+
+def check_data(directory: str | Path, data: MarkedData) -> None:
+    """Make sure that the run in `directory` goes on with the very data that it has learned from; else note them.
+
+    Called before anything is made of the data, by the main process, inside `held`.
+    Raises: UserError that says in what they differ.
+    """
+    former = read_json(Path(directory) / DATA_MARKS)
+    if not _what_would_be_lost(Path(directory)):
+        former = None
+    elif not isinstance(former, dict):
+        former = None
+        logger.warning("the run in %s has no record of its data, so they cannot be compared with these", directory)
+    elif found := data.differences(former["splits"]):
+        raise UserError(_of_other_data(directory, found))
+    marks = {split: list(marks) for split, marks in data.marks.items()}
+    write_json(Path(directory) / DATA_MARKS, {**(former or {}), "splits": marks}, indent=0)
+
+
+def check_tokenizer(directory: str | Path, data: MarkedData) -> None:
+    """The same for its tokenizer; after `check_data`, since a tokenizer may have to be trained on the data."""
+    path = Path(directory) / DATA_MARKS
+    known: Any = read_json(path)
+    if known.get("tokenizer", data.tokenizer_mark) != data.tokenizer_mark:
+        raise UserError(_of_other_data(directory, ["another tokenizer"]))
+    write_json(path, {**known, "tokenizer": data.tokenizer_mark}, indent=0)
+
+
+def _of_other_data(directory: str | Path, found: Sequence[str]) -> str:
+    return (
+        f"output_dir={str(directory)!r} holds a run that has learned from other data:\n  "
+        + "\n  ".join(found)
+        + f"\nchoose another output_dir and model={_newest_model(Path(directory))} to train its weights on; restore "
+        "the former data to resume; or set overwrite_output_dir to delete it"
+    )
 
 
 def _what_would_be_lost(directory: Path) -> list[str]:
     """What a run has left that took time to make: checkpoints, weights, facts."""
-    found = [name for name in _what_is_there(directory) if name not in (RUN_CONFIG, "history.jsonl")]
+    found = [name for name in _what_is_there(directory) if name not in (RUN_CONFIG, DATA_MARKS, "history.jsonl")]
     return [name for name in found if name != CHECKPOINTS or any((directory / CHECKPOINTS).iterdir())]
 
 
 def _what_is_there(directory: Path) -> list[str]:
     return sorted(path.name for pattern in FROM_A_RUN for path in directory.glob(pattern))
+
+
+def _keep_inputs(directory: Path, config: Mapping[str, object]) -> None:
+    """Raises: UserError if the new run reads what overwriting would delete."""
+    folder = directory.resolve()
+    deleted = [folder / name for name in _what_is_there(folder)]
+    for key, value in config.items():
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str) or not text or key in ("output_dir", "corpus_dir"):
+                continue
+            path = Path(text).expanduser().resolve()
+            is_its_model = deleted and key in READS_A_MODEL and path == folder
+            if is_its_model or any(path == one or one in path.parents for one in deleted):
+                raise UserError(
+                    f"{key}={text!r} is in output_dir={str(directory)!r}, whose run overwrite_output_dir would delete "
+                    f"before it is read; choose another output_dir, or copy {path} to another place"
+                )
 
 
 def _delete_run(directory: Path) -> None:

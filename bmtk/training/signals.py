@@ -1,54 +1,167 @@
-"""Ending a run from outside: SIGINT and SIGTERM are noted, and obeyed between two steps."""
+"""Ending a run from outside: signals and a limit of time, obeyed between two steps of training, and at once elsewhere."""
 
+import ctypes
 import logging
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what Slurm can send before its time limit
+TIME_IS_OVER = 124  # exit code after max_minutes; that of timeout(1)
+GRACE_SECONDS = 10.0  # until a process that is busy outside of Python is ended
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+STARTED = time.monotonic()
+
 
 class Stopped(SystemExit):
-    """The run was asked to stop, and has been saved; the exit code is 128 + the signal's number (130 or 143)."""
+    """The run was asked to stop, and has been saved as far as it had come.
+
+    Its exit code is 128 + the signal's number (130, 138 or 143), or 124 after `max_minutes`.
+    """
 
 
 class StopRequest:
-    """The first SIGINT or SIGTERM that came; `signal_number` is 0 as long as none did."""
+    """The first signal that came, or the end of the time that a run may take."""
 
-    def __init__(self) -> None:
-        self.signal_number = 0
+    def __init__(self, max_minutes: float | None = None):
+        self.signal_number = 0  # 0 as long as none came
+        self.max_minutes = max_minutes
+        self.is_noted = False
+
+    def __bool__(self) -> bool:
+        """Whether the run is to stop."""
+        if self.signal_number or not self.time_is_over:
+            return self.signal_number != 0
+        if not self.is_noted:
+            logger.warning("max_minutes=%g are over: finishing this step, then saving", self.max_minutes)
+        self.is_noted = True
+        return True
+
+    @property
+    def time_is_over(self) -> bool:
+        """Whether the process has run for `max_minutes`."""
+        return self.max_minutes is not None and time.monotonic() - STARTED >= 60 * self.max_minutes
 
     @property
     def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM, and 143 where another process received the signal."""
-        return 128 + (self.signal_number or signal.SIGTERM)
+        """Also for a process that was asked to stop by another one: its launcher reports the first it sees."""
+        if self.signal_number or not self.time_is_over:
+            return 128 + (self.signal_number or signal.SIGTERM)
+        return TIME_IS_OVER
 
 
 @contextmanager
-def deferred_signals(*, second_stops_at_once: bool) -> Iterator[StopRequest]:
-    """Note SIGINT and SIGTERM instead of ending the process, as long as the body runs.
+def deferred_signals(*, second_stops_at_once: bool, max_minutes: float | None = None) -> Iterator[StopRequest]:
+    """Note a signal instead of ending the process, as long as the body runs.
 
-    second_stops_at_once: a second signal has its usual effect.  Not for several processes: their launcher passes a
-    signal on that the terminal has sent to every process already.  Outside the main thread no signal can be noted.
+    second_stops_at_once: the same signal once more has its usual effect.  Not for several processes: their launcher
+    passes a signal on that the terminal has sent to every process already.  Outside the main thread no signal can be
+    noted.
     """
-    request = StopRequest()
+    request = StopRequest(max_minutes)
+
+    def note(number: int, former: Any) -> None:
+        if not request.signal_number:
+            request.signal_number = number
+            logger.warning("%s: finishing this step, then saving", signal.Signals(number).name)
+        elif second_stops_at_once and number == request.signal_number:
+            signal.signal(number, former)
+            signal.raise_signal(number)
+
+    with _handled_by(note):
+        yield request
+
+
+@contextmanager
+def ending_signals() -> Iterator[None]:
+    """End the process in order when a signal comes, as long as the body runs: by `Stopped`, within `GRACE_SECONDS`.
+
+    The handler of a signal runs between two instructions of Python, and training a tokenizer, say, is one of them: a
+    thread ends the process if it has not come to its handler in time.  Whatever bmtk writes is either whole or absent
+    then.
+    """
+    end_with_launcher()
+    reached = threading.Event()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def stop(number: int, former: Any) -> NoReturn:
+        reached.set()
+        signal.signal(number, former)  # once more: at once
+        logger.warning("%s: stopped; what was saved is whole, and the same command goes on", _name(number))
+        raise Stopped(128 + number)
+
+    def watch() -> None:
+        for number in iter(lambda: os.read(reading, 1)[0], 0):
+            if number in SIGNALS and not is_deferred() and not reached.wait(GRACE_SECONDS) and not is_deferred():
+                sys.stderr.write(f"{_name(number)}: stopped\n")
+                os._exit(128 + number)
+
+    def is_deferred() -> bool:
+        return signal.getsignal(signal.SIGTERM) is not mine
+
+    with _handled_by(stop):
+        mine = signal.getsignal(signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread():
+            former = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.set_wakeup_fd(former)
+            os.write(writing, bytes(1))
+
+
+@contextmanager
+def on_stop(save: Callable[[], None]) -> Iterator[None]:
+    """Call `save` if a signal ends the body, so that what was done before it is not lost."""
+    try:
+        yield
+    except Stopped:
+        save()
+        raise
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call `handler(number, former handler)` for each of `SIGNALS`, in the main thread."""
     former: dict[int, Any] = {}
 
-    def note(number: int, frame: object) -> None:
-        if request.signal_number:
-            if second_stops_at_once:
-                signal.signal(number, former[number])
-                signal.raise_signal(number)
-            return
-        request.signal_number = number
-        logger.warning("%s: finishing this step, then saving", signal.Signals(number).name)
+    def call(number: int, frame: object) -> None:
+        handler(number, former[number])
 
     if threading.current_thread() is threading.main_thread():
-        former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        former = {number: signal.signal(number, call) for number in SIGNALS}
     try:
-        yield request
+        yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for number, handler_before in former.items():
+            signal.signal(number, handler_before)
+
+
+def end_with_launcher() -> None:
+    """Have the system send SIGTERM when `accelerate launch` ends, which does not pass on its own (Linux only).
+
+    Only then: a process that was started by a shell is to outlive it.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return
+    if b"accelerate" in command:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name

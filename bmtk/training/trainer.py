@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from bmtk.errors import UserError
+from bmtk.files import adding_to_folder
 
+from .adapters import ADAPTER_CONFIG
 from .averaging import WeightAverage
 from .callbacks import AverageWeights, ProgressBar
 from .evaluation import Results, measure, predict_all
@@ -250,6 +252,10 @@ def save(trainer: TaskTrainer, directory: str | Path, *, merge: bool) -> None:
     if merge:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         trainer.model_wrapped = trainer.model
-    trainer.save_model(str(directory))
-    if trainer.is_world_process_zero():
-        (Path(directory) / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load
+    if not trainer.is_world_process_zero():
+        trainer.save_model(str(directory))  # takes part in gathering weights that are spread over processes
+        return
+    is_adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    with adding_to_folder(directory, last=ADAPTER_CONFIG if is_adapter else "config.json") as beside:
+        trainer.save_model(str(beside))
+        (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load

@@ -50,11 +50,11 @@ class PatchedTrainer(Trainer):
         return totals[0].clamp(min=1)
 
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
-        """Fault (transformers 5.23): trains a step though a callback has asked to stop when training began.
+        """Fault (transformers 5.23): trains a step though none is left, or a callback has asked to stop at the begin.
 
-        A resumed run that had stopped early would train on.
+        A run whose `max_steps` end inside an epoch, or that had stopped early, would train on when it is resumed.
         """
-        if not self.control.should_training_stop:
+        if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
