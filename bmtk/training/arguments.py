@@ -77,7 +77,7 @@ class SharedArguments:
 
     max_minutes: float | None = _setting(
         None,
-        "stop after this time, with a checkpoint that the same command goes on from (exit code 124); default: never",
+        "stop after this time, with a checkpoint that the same command resumes (exit code 124); default: never",
     )
 
     precision: str | None = _setting(

@@ -170,7 +170,7 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class StopOnRequest(TrainerCallback):
-    """After a signal or `max_minutes`, finishes the step, saves a checkpoint that resumes exactly, and ends the process."""
+    """After a signal or `max_minutes`, finishes the step, saves a checkpoint that resumes exactly, and ends."""
 
     def __init__(self, request: StopRequest):
         self.request = request

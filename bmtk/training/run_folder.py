@@ -197,7 +197,7 @@ def _keep_inputs(directory: Path, config: Mapping[str, object]) -> None:
             is_its_model = deleted and key in READS_A_MODEL and path == folder
             if is_its_model or any(path == one or one in path.parents for one in deleted):
                 raise UserError(
-                    f"{key}={text!r} is in output_dir={str(directory)!r}, whose run overwrite_output_dir would delete "
+                    f"{key}={text!r} is in output_dir={str(directory)!r}, which overwrite_output_dir would delete "
                     f"before it is read; choose another output_dir, or copy {path} to another place"
                 )
 

@@ -1,4 +1,4 @@
-"""Ending a run from outside: signals and a limit of time, obeyed between two steps of training, and at once elsewhere."""
+"""Ending a run from outside: signals and a limit of time, obeyed between two steps, outside of training at once."""
 
 import ctypes
 import logging

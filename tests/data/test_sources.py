@@ -158,7 +158,7 @@ def test_the_fingerprint_changes_when_the_documents_may_have_changed(tmp_path):
     assert read_texts(file, text_column="body").fingerprint != first
     assert read_texts([file, file]).fingerprint != first
     os.utime(file, ns=(11, 11))
-    assert read_texts(file).fingerprint != first
+    assert read_texts(file).fingerprint == first  # of the content
     write(file, "xy")
     os.utime(file, ns=(10, 10))
     assert read_texts(file).fingerprint != first
