@@ -87,9 +87,8 @@ def main(argv: list[str]) -> None:
     check = {"overwrite": args.overwrite_output_dir, "resume": args.may_resume, "free_keys": free_keys}
     with held(folder, settings, is_main=is_main, **check):
         with args.main_process_first():  # before the others look at the folder
-            if is_main:
-                check_data(folder, data)
-                check_tokenizer(folder, data)
+            check_data(folder, data, is_main=is_main)
+            check_tokenizer(folder, data, is_main=is_main)
             finished_before = is_finished(folder, {**settings, **objective.decided_settings})
         if finished_before:
             return show_finished(folder, run=run, objective=objective, log=print) if is_main else None

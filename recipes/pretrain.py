@@ -107,12 +107,10 @@ def start(
     """The objective, and the model that training starts from: the same on every process."""
     with accelerator.main_process_first():
         data = task_named(run.task).read(data_args, seed=seed, folder=folder, **run.reading)
-        is_kept = accelerator.is_main_process and not run.is_plan
-        if is_kept:
-            check_data(folder, data)
+        is_noted = accelerator.is_main_process and not run.is_plan
+        check_data(folder, data, is_main=is_noted)
         config = starting_config(run, data, chosen)
-        if is_kept:
-            check_tokenizer(folder, data)
+        check_tokenizer(folder, data, is_main=is_noted)
     set_seed(seed)
     objective = data.bind(config)
     return objective, starting_weights(objective, config, run)

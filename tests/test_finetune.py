@@ -119,7 +119,7 @@ def test_the_same_command_again_finds_the_run_complete(finetuned, capsys):
     before = (finetuned / "model.safetensors").read_bytes(), history(finetuned)
     run(finetuned, *LONG)
     assert ((finetuned / "model.safetensors").read_bytes(), history(finetuned)) == before
-    assert "going on from " in capsys.readouterr().out
+    assert "finished: the run in " in capsys.readouterr().out
 
 
 def test_the_resolved_config_repeats_the_run(finetuned, tmp_path):

@@ -139,12 +139,14 @@ class MarkedData(Protocol):
         """In what the data differ from those with the marks `former`, in words."""
 
 
-def check_data(directory: str | Path, data: MarkedData) -> None:
-    """Make sure that the run in `directory` goes on with the very data that it has learned from; else note them.
+def check_data(directory: str | Path, data: MarkedData, *, is_main: bool) -> None:
+    """Make sure that the run in `directory` goes on with the very data that it has learned from, and note them.
 
-    Called before anything is made of the data, by the main process, inside `held`.
+    Called before anything is made of the data, inside `held`; only the main process does it.
     Raises: UserError that says in what they differ.
     """
+    if not is_main:
+        return
     former = read_json(Path(directory) / DATA_MARKS)
     if not _what_would_be_lost(Path(directory)):
         former = None
@@ -157,8 +159,10 @@ def check_data(directory: str | Path, data: MarkedData) -> None:
     write_json(Path(directory) / DATA_MARKS, {**(former or {}), "splits": marks}, indent=0)
 
 
-def check_tokenizer(directory: str | Path, data: MarkedData) -> None:
-    """The same for its tokenizer; after `check_data`, since a tokenizer may have to be trained on the data."""
+def check_tokenizer(directory: str | Path, data: MarkedData, *, is_main: bool) -> None:
+    """The same for their tokenizer; after `check_data`, since a tokenizer may have to be trained on the data."""
+    if not is_main:
+        return
     path = Path(directory) / DATA_MARKS
     known: Any = read_json(path)
     if known.get("tokenizer", data.tokenizer_mark) != data.tokenizer_mark:

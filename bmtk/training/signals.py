@@ -8,9 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ class StopRequest:
 def deferred_signals(*, second_stops_at_once: bool, max_minutes: float | None = None) -> Iterator[StopRequest]:
     """Note a signal instead of ending the process, as long as the body runs.
 
-    second_stops_at_once: the same signal once more has its usual effect.  Not for several processes: their launcher
-    passes a signal on that the terminal has sent to every process already.  Outside the main thread no signal can be
-    noted.
+    second_stops_at_once: Ctrl-C once more stops without saving.  Not for several processes: their launcher passes a
+    signal on that the terminal has sent to every process already.  (Another SIGTERM has no effect: the system sends
+    one for each thread of a launcher that ends.)  Outside the main thread no signal can be noted.
     """
     request = StopRequest(max_minutes)
 
@@ -72,7 +72,7 @@ def deferred_signals(*, second_stops_at_once: bool, max_minutes: float | None = 
         if not request.signal_number:
             request.signal_number = number
             logger.warning("%s: finishing this step, then saving", signal.Signals(number).name)
-        elif second_stops_at_once and number == request.signal_number:
+        elif second_stops_at_once and number == request.signal_number == signal.SIGINT:
             signal.signal(number, former)
             signal.raise_signal(number)
 
@@ -93,9 +93,11 @@ def ending_signals() -> Iterator[None]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
 
-    def stop(number: int, former: Any) -> NoReturn:
+    def stop(number: int, former: Any) -> None:
+        if reached.is_set() and number != signal.SIGINT:
+            return
         reached.set()
-        signal.signal(number, former)  # once more: at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C once more: at once
         logger.warning("%s: stopped; what was saved is whole, and the same command goes on", _name(number))
         raise Stopped(128 + number)
 
@@ -152,15 +154,17 @@ def end_with_launcher() -> None:
     """Have the system send SIGTERM when `accelerate launch` ends, which does not pass on its own (Linux only).
 
     Only then: a process that was started by a shell is to outlive it.
+    Raises: Stopped if the launcher has ended already, while modules were imported.
     """
     if not sys.platform.startswith("linux"):
         return
-    try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-    except OSError:
-        return
-    if b"accelerate" in command:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    is_orphan = os.getppid() == 1 and os.getpgrp() != 1  # of a container, 1 may be the shell that has started it
+    if is_orphan and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        logger.warning("accelerate launch has ended: stopped")
+        raise Stopped(128 + signal.SIGTERM)
+    with suppress(OSError):
+        if b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _name(number: int) -> str:
