@@ -33,15 +33,14 @@ from bmtk.tasks.objective import Objective
 from bmtk.tasks.task_data import TaskData
 from bmtk.training import finetuning_arguments
 from bmtk.training.adapters import AdapterArguments, adapt
-from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
+from bmtk.training.callbacks import RecordHistory
 from bmtk.training.finetuning_arguments import FineTuningArguments, loop_arguments, resolve_defaults
 from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.profiling import seconds_per_step
-from bmtk.training.resume import checkpoint_to_resume
-from bmtk.training.run_folder import CHECKPOINTS, check_data, check_tokenizer, held
-from bmtk.training.signals import deferred_signals, ending_signals, on_stop
+from bmtk.training.run_folder import check_data, check_tokenizer, held
+from bmtk.training.signals import ending_signals, on_stop
 from bmtk.training.starting_weights import starting_config, starting_weights
-from bmtk.training.trainer import TaskTrainer, build_trainer, evaluate, save
+from bmtk.training.trainer import TaskTrainer, evaluate, save, train
 from bmtk.training.trainer_names import without_replaced
 from bmtk.training.updates import Losses
 
@@ -124,23 +123,6 @@ def start(
     if not run.model:
         objective.notes.append(f"no model is given: a new {run.model_type} learns from these data alone")
     return objective, adapt(model, adapter, task_type=data.task.peft_task_type)
-
-
-def train(
-    model: PreTrainedModel | PeftModel, objective: Objective, args: FineTuningArguments, history: RecordHistory
-) -> TaskTrainer:
-    """Train to the end, from the newest checkpoint if there is one; a signal ends it between two steps."""
-    folder = Path(args.output_dir)
-    stopping = {"second_stops_at_once": args.world_size == 1, "max_minutes": args.max_minutes}
-    with deferred_signals(**stopping) as request:
-        callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
-        trainer = build_trainer(model, objective, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
-        trainer.accelerator.wait_for_everyone()  # what the main process deletes is gone
-        checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)
-        if checkpoint and args.process_index == 0:
-            print(f"going on from {checkpoint}")
-        trainer.train(resume_from_checkpoint=checkpoint)
-    return trainer
 
 
 def model_record(trainer: TaskTrainer, run: arguments.RunArguments, adapter: AdapterArguments) -> ModelRecord:

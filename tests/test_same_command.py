@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bmtk.errors import UserError
+from bmtk.training.signals import Stopped
 from recipes import finetune, pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -44,9 +45,9 @@ def pretrained(data, out, *argv):
     return out
 
 
-def finetuned(data, out, *argv):
+def finetuned(data, out, *argv, steps=STEPS):
     files = ["--train_file", str(data / "train.csv"), "--validation_file", str(data / "validation.csv")]
-    sizes = ["--batch_size", "8", "--disable_tqdm", "true", *STEPS]
+    sizes = ["--batch_size", "8", "--disable_tqdm", "true", *steps]
     finetune.main(["--preset", "smoke", *files, *sizes, "--output_dir", str(out), *argv])
     return out
 
@@ -153,3 +154,32 @@ def test_overwriting_deletes_no_input(key, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=rf"{key}='{value}' is in output_dir=.*overwrite_output_dir would delete"):
         finetuned(data, out, "--overwrite_output_dir", "true", f"--{key}", value)
     assert bytes_of(out) == before
+
+
+@RUNS
+def test_a_run_that_has_used_its_time_goes_on_to_the_very_same_weights(make, run, tmp_path, monkeypatch):
+    data = make(tmp_path / "data")
+    whole, out = run(data, tmp_path / "whole"), tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        run(data, out, "--max_minutes", "0.001")
+    assert stopped.value.code == 124
+    assert len(list((out / "checkpoints").iterdir())) == 1
+    assert not (out / "run.json").exists()
+    run(data, out)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, whole))
+    assert all(ours[name].equal(value) for name, value in theirs.items())
+
+
+def test_a_signal_in_the_final_evaluation_loses_no_weights(tmp_path, monkeypatch):
+    data, out = tables(tmp_path / "data"), tmp_path / "run"
+
+    def interrupted(trainer):
+        raise Stopped(143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "evaluate", interrupted)
+        with pytest.raises(Stopped):
+            finetuned(data, out, steps=["--max_steps", "3", "--save_strategy", "no"])
+    stopped = load_file(out / "model.safetensors")
+    whole = load_file(finetuned(data, tmp_path / "whole") / "model.safetensors")
+    assert all(stopped[name].equal(value) for name, value in whole.items())

@@ -17,13 +17,16 @@ from bmtk.files import adding_to_folder
 
 from .adapters import ADAPTER_CONFIG
 from .averaging import WeightAverage
-from .callbacks import AverageWeights, ProgressBar
+from .callbacks import AverageWeights, ProgressBar, RecordHistory, StopOnNonFinite, StopOnRequest
 from .evaluation import Results, measure, predict_all
 from .finetuning_arguments import FineTuningArguments
 from .gradients import gradient_rules
 from .layers import decay_rates_by_depth
 from .optimizers import OptimizerSettings, build_optimizer, trained_parameters
 from .protocols import Batch, Prediction, TrainingObjective
+from .resume import checkpoint_to_resume
+from .run_folder import CHECKPOINTS
+from .signals import deferred_signals
 from .trainer_patches import PatchedTrainer, SetEpoch, StopEarly
 from .updates import Losses, LossSum
 
@@ -245,6 +248,26 @@ def evaluate(trainer: TaskTrainer) -> Results:
         return trainer.predictions(trainer.get_eval_dataloader(objective.rows[split]), split)
 
     return measure(objective, trainer.accelerator.unwrap_model(trainer.model), predict_split, seed=trainer.args.seed)
+
+
+def train(
+    model: PreTrainedModel | PeftModel, objective: TrainingObjective, args: FineTuningArguments, history: RecordHistory
+) -> TaskTrainer:
+    """Train to the end of the run, from the newest checkpoint in `args.output_dir` if there is one.
+
+    Raises: Stopped after a signal or `args.max_minutes`, when the step is finished and saved.
+    """
+    folder = Path(args.output_dir)
+    stopping: Any = {"second_stops_at_once": args.world_size == 1, "max_minutes": args.max_minutes}
+    with deferred_signals(**stopping) as request:
+        callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
+        trainer = build_trainer(model, objective, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
+        trainer.accelerator.wait_for_everyone()  # what the main process deletes is gone
+        checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)
+        if checkpoint:
+            trainer.accelerator.print(f"going on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
 
 
 def save(trainer: TaskTrainer, directory: str | Path, *, merge: bool) -> None:
