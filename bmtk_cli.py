@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import runpy
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,16 @@ from typing import Any
 DESCRIPTION = """\
 bmtk: pretrain, fine-tune and publish neural networks the Hugging Face way.
 
-This command publishes, converts and inspects models. Training is done by the recipes:
-
-  accelerate launch recipes/pretrain.py --config recipes/configs/causal_lm/<name>.yaml
-  accelerate launch recipes/finetune.py --config recipes/configs/sequence_classification/<name>.yaml
+The first four commands run a recipe in one process. `accelerate launch recipes/NAME.py` runs the same recipe, with
+the same options, on several devices.
 """
 EPILOG = """\
 example:
+  bmtk pretrain --preset smoke                           a small language model, in seconds
+  bmtk finetune --preset smoke                           a classifier of texts, in seconds
+  bmtk finetune --dataset rows.csv --output_dir mine     one of your own
+  bmtk evaluate --model mine --test_file other.csv       its metrics on other rows
+  bmtk predict --model mine --input new.csv              a label for each of new rows
   bmtk models                                            families, heads, presets and parameter counts
   bmtk convert microsoft/resnet-18 outputs/resnet-18     convert a model of transformers to bmtk
   bmtk info outputs/pretrain                             class, size and results of a model folder
@@ -26,9 +31,16 @@ example:
   bmtk push outputs/pretrain user/my-model --private     push it, load it back, compare outputs
 
 next:
-  `bmtk push --help` lists what is sent and what never is. After `import bmtk` (or with trust_remote_code=True) anyone
-  can load a published model by its name: AutoModelForCausalLM.from_pretrained("user/my-model").
+  `bmtk finetune --help` lists the options of a recipe, `bmtk push --help` what is sent and what never is. After
+  `import bmtk` (or with trust_remote_code=True) anyone can load a published model by its name:
+  AutoModelForCausalLM.from_pretrained("user/my-model").
 """
+RECIPES = {
+    "pretrain": "pretrain a new model, or continue with a pretrained one",
+    "finetune": "fine-tune a model, or train a new one, for a task",
+    "evaluate": "evaluate a trained model on labelled rows",
+    "predict": "predict for new rows, images or recordings",
+}
 PUSH = """\
 Publish the folder that a recipe or save_pretrained wrote.
 
@@ -54,6 +66,9 @@ Parameters are counted on the meta device, which allocates no memory, with the h
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; the exit status is 0, 1 for an error (reported on stderr), 2 for a usage error."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in RECIPES:  # has options of its own, --help among them
+        return run_recipe(argv[0], argv[1:])
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -77,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("bmtk", description=DESCRIPTION, epilog=EPILOG, formatter_class=plain)
     parser.add_argument("--version", action="version", version=f"bmtk {installed_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for name, purpose in RECIPES.items():
+        commands.add_parser(name, help=purpose)
 
     publishes = "publish a folder on the Hub and check that it loads"
     push = commands.add_parser("push", help=publishes, description=PUSH, formatter_class=plain)
@@ -121,6 +138,24 @@ def installed_version() -> str:
         return version("big-model-toolkit")
     except PackageNotFoundError:
         return "(not installed: running from a folder)"
+
+
+def run_recipe(name: str, argv: list[str]) -> int:
+    """Run a recipe in this process, as `python recipes/NAME.py` does; it ends the process itself if it fails."""
+    path = recipes_folder() / f"{name}.py"
+    print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)
+    sys.argv = [str(path), *argv]
+    runpy.run_path(str(path), run_name="__main__")
+    return 0
+
+
+def recipes_folder() -> Path:
+    """The recipes of a clone, beside this file; else those that are installed with the package."""
+    beside = Path(__file__).parent / "recipes"
+    installed = find_spec("bmtk_recipes")
+    if (beside / "finetune.py").is_file() or installed is None or not installed.submodule_search_locations:
+        return beside
+    return Path(installed.submodule_search_locations[0])
 
 
 def run_push(arguments: argparse.Namespace) -> int:

@@ -136,7 +136,7 @@ class RunConfig:
             if task != default_task and "preset" not in cli:
                 return cls({}, argv)  # the default file is for another task
             path = configs / task / f"{cli.get('preset', default_name)}.yaml"
-        values = read_yaml(path)
+        values = with_shipped_data(read_yaml(path), configs.parent)
         if SOURCE_KEYS & cli.keys():  # the user's own data are neither mixed with the file's nor named after it
             is_default = not {"config", "preset"} & cli.keys()
             dropped = SOURCE_KEYS | NAMES_OF_SOURCES
@@ -322,6 +322,20 @@ def clean_errors() -> Iterator[None]:
             prefix = "error" if rank == "0" else f"error (process {rank})"
             sys.stderr.write(f"\n{prefix}: {message}\n  (BMTK_DEBUG=1 shows where this was raised)\n")
         sys.exit(1)
+
+
+def with_shipped_data(values: dict[str, object], recipes: Path) -> dict[str, object]:
+    """Values of a config file, whose paths `recipes/data/...` are found also where the working folder is no clone."""
+
+    def found(value: object) -> object:
+        if isinstance(value, list):
+            return [found(item) for item in value]
+        if not isinstance(value, str) or not value.startswith("recipes/data/") or Path(value).exists():
+            return value
+        shipped = recipes / value.removeprefix("recipes/")
+        return str(shipped) if shipped.exists() else value
+
+    return {key: found(value) for key, value in values.items()}
 
 
 def leave_process_group() -> None:

@@ -1,5 +1,6 @@
 """The wheel: everything that runs is in it, and nothing else."""
 
+import os
 import re
 import subprocess
 import sys
@@ -25,7 +26,22 @@ def test_the_wheel_holds_every_module_and_template_and_no_test(wheel):
     wanted = {
         str(path.relative_to(ROOT)) for path in (ROOT / "bmtk").rglob("*") if path.suffix in {".py", ".html", ".md"}
     }
-    assert packed == wanted | {"bmtk_cli.py"}
+    shipped = [path for path in (ROOT / "recipes").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    recipes = {f"bmtk_{path.relative_to(ROOT)}" for path in shipped}
+    assert packed == wanted | {"bmtk_cli.py"} | recipes
+
+
+def test_the_installed_command_finds_recipes_and_data_without_a_clone(wheel, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    wheel.extractall(site)
+    elsewhere.mkdir()
+    env = {**os.environ, "PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-P", "-m", "bmtk_cli", "finetune", "--preset", "smoke", "--output_dir", "run"]
+    done = subprocess.run([*command, "--max_steps", "2"], cwd=elsewhere, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("loading PyTorch and transformers ...\n")
+    assert "next: " in done.stdout
+    assert (elsewhere / "run" / "model.safetensors").is_file()
 
 
 def test_the_metadata_names_distribution_licence_and_pythons(wheel):
