@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,12 +32,12 @@ from bmtk.settings import setting
 # Sources of a run's data, and their names for the model card: the command line replaces all of them or none.
 SOURCE_KEYS = frozenset(("dataset", "train_file", "validation_file", "test_file"))
 NAMES_OF_SOURCES = frozenset(("data_name", "data_licence"))
-ABOUT_ROWS = re.compile(r"label_names|\w+_column")  # they fit the file's own data only
+UNSET = "null"  # on the command line: neither this nor the file's value, but the default
 SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"),
     *("context_length", "prediction_length"),  # of series
 )
-USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]"
+USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]   (--key null: as if FILE did not set it)"
 # What a bare --help shows: the first group of a recipe -> its groups -> their options, of those that the recipe has.
 FIRST_SCREEN: FirstScreen = {
     "run": {
@@ -111,13 +111,19 @@ class RunArguments:
         return {"model": self.model, "splits": splits, "is_plan": self.is_plan, **self.loading}
 
 
+_origins: dict[str, Path] = {}  # the file that has set a key, for messages about its value
+
+
 class RunConfig:
     """The flat values of a run: a YAML file and the command line over it."""
 
     def __init__(self, file_values: dict[str, object], argv: list[str], path: Path | None = None):
-        self.file_values, self.path = file_values, path
-        self.argv = argv
-        self.cli_values = dict(_cli_pairs(argv))
+        self.path = path
+        given = dict(_cli_pairs(argv))
+        unset = {key for key, value in given.items() if value == UNSET}
+        self.argv = _without_unset(argv) if unset else argv
+        self.cli_values = {key: value for key, value in given.items() if key not in unset}
+        self.file_values = {key: value for key, value in file_values.items() if key not in unset}
 
     @classmethod
     def read(cls, argv: list[str], *, configs: Path, default: str) -> "RunConfig":
@@ -137,12 +143,23 @@ class RunConfig:
                 return cls({}, argv)  # the default file is for another task
             path = configs / task / f"{cli.get('preset', default_name)}.yaml"
         values = with_shipped_data(read_yaml(path), configs.parent)
-        if SOURCE_KEYS & cli.keys():  # the user's own data are neither mixed with the file's nor named after it
-            is_default = not {"config", "preset"} & cli.keys()
-            dropped = SOURCE_KEYS | NAMES_OF_SOURCES
-            dropped |= {key for key in values if is_default and ABOUT_ROWS.fullmatch(key)}
-            values = {key: value for key, value in values.items() if key not in dropped}
         return cls(values, argv, path)
+
+    def drop_facts_of_other_data(self, facts: Collection[str]) -> tuple[list[str], list[str]]:
+        """Leave out what a config file says of its own data, where the command line names others.
+
+        facts: settings that are about data.  Names of columns stay, for other data may have them too.
+        Returns: remarks on it, and the settings of columns that stay.
+        """
+        if not SOURCE_KEYS & self.cli_values.keys() or not SOURCE_KEYS & self.file_values.keys():
+            return [], []
+        of_file = [key for key in self.file_values if key in facts and key not in self.cli_values]
+        columns = [key for key in of_file if key.endswith("_column")]
+        dropped = [key for key in of_file if key not in (*columns, *NAMES_OF_SOURCES)]
+        without = SOURCE_KEYS | NAMES_OF_SOURCES | set(dropped)
+        self.file_values = {key: value for key, value in self.file_values.items() if key not in without}
+        remark = f"{self.path} is about other data; not used of it: {', '.join(dropped)}"
+        return [remark] if dropped else [], columns
 
     def get(self, key: str, default: object = None) -> object:
         """The raw value of `key`: from the command line, else from the file, else `default`."""
@@ -161,6 +178,8 @@ class RunConfig:
         if (topic := help_topic(self.argv)) is not None:
             parser.show_help(topic, FIRST_SCREEN)
         self._refuse_unknown([f for cls in classes for f in dataclasses.fields(cls)])
+        _origins.clear()
+        _origins.update({key: self.path for key in self.file_values if self.path and key not in self.cli_values})
         in_file = [text for key, value in self.file_values.items() for text in _as_argv(key, value)]
         return list(parser.parse_args_into_dataclasses([*in_file, *self.argv], look_for_args_file=False))
 
@@ -285,7 +304,8 @@ def chosen_fields(architecture: object) -> dict[str, object]:
 
 def read_yaml(path: Path) -> dict[str, object]:
     """The flat mapping in a YAML file.  Raises FileNotFoundError or UserError that name the file and the remedy."""
-    if not path.is_file():
+    path = path.expanduser()
+    if not path.exists() or path.is_dir():  # a pipe, as of <(...), is no regular file
         folder = path.parent if path.parent.is_dir() else path.parent.parent
         there = sorted(p.stem for p in folder.glob("*") if p.suffix == ".yaml" or p.is_dir())
         hint = f"; {folder} holds {', '.join(there)}" if there else ""
@@ -319,9 +339,16 @@ def clean_errors() -> Iterator[None]:
             sys.stderr.write(fault_report(error))
         else:
             rank = os.environ.get("RANK", "0")
+            message += origin_of_value(message)
             prefix = "error" if rank == "0" else f"error (process {rank})"
             sys.stderr.write(f"\n{prefix}: {message}\n  (BMTK_DEBUG=1 shows where this was raised)\n")
         sys.exit(1)
+
+
+def origin_of_value(message: str) -> str:
+    """A line that says which config file has set the values that `message` is about; "" if none has."""
+    named = [key for key in re.findall(r"\b(\w+)=", message) if key in _origins]
+    return f"\n  ({named[0]} is set by {_origins[named[0]]})" if named else ""
 
 
 def with_shipped_data(values: dict[str, object], recipes: Path) -> dict[str, object]:
@@ -367,6 +394,17 @@ def _cli_pairs(argv: list[str]) -> Iterator[tuple[str, str | bool]]:
         key, equals, value = text[2:].partition("=")
         following = argv[position + 1] if position + 1 < len(argv) else "--"
         yield key.replace("-", "_"), value if equals else (True if following.startswith("--") else following)
+
+
+def _without_unset(argv: list[str]) -> list[str]:
+    """The command line without `--key null` and `--key=null`."""
+    kept: list[str] = []
+    for text in argv:
+        if text == UNSET and kept and kept[-1].startswith("--") and "=" not in kept[-1]:
+            kept.pop()
+        elif not (text.startswith("--") and text.endswith(f"={UNSET}")):
+            kept.append(text)
+    return kept
 
 
 def _as_argv(key: str, value: object) -> list[str]:

@@ -23,6 +23,7 @@ from bmtk import arguments
 from bmtk.hub import run_record, summary
 from bmtk.hub.finalize import FinishedRun, finalize_run, is_finished, show_finished
 from bmtk.search.study import SearchArguments, search_settings
+from bmtk.settings import about_data
 from bmtk.tasks import task_named
 from bmtk.tasks.objective import Objective
 from bmtk.tasks.task_data import SourceArguments
@@ -48,11 +49,13 @@ def read_arguments(argv: list[str]) -> list[Any]:
     """The settings of config file and command line: run, data, loop and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="causal_lm/tiny_shakespeare")
     task = task_named(values.get("task", "causal_lm"))
+    remarks, columns = values.drop_facts_of_other_data(about_data(task.arguments))
     model_type = arguments.model_type_of(values)
     architecture = arguments.model_fields(model_type)
     groups = [arguments.RunArguments, task.arguments, LoopArguments, SearchArguments, architecture]
     bound = values.bind(groups, description=__doc__)
     bound[0].task, bound[0].model_type = task.name, model_type
+    bound[1].remarks, bound[1].borrowed_columns = remarks, columns
     return bound
 
 

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import os
 import re
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,19 +81,54 @@ def test_a_value_of_the_wrong_type_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: argument --num_steps/--num-steps: invalid int value: 'many'\n"
 
 
-def test_own_data_replace_the_sources_and_labels_of_the_default_file(tmp_path):
+def test_own_data_replace_what_a_file_says_of_its_own(tmp_path):
     (tmp_path / "task").mkdir()
     path = tmp_path / "task" / "first.yaml"
     path.write_text(
         "{dataset: theirs, data_name: Theirs, label_names: [bad, good], text_column: sentence, num_steps: 1}"
     )
+    facts = ("data_name", "label_names", "text_column", "class_weights")
 
     def read(*argv):
-        return RunConfig.read(["--dataset", "mine", *argv], configs=tmp_path, default="task/first").file_values
+        values = RunConfig.read(argv, configs=tmp_path, default="task/first")
+        return values.drop_facts_of_other_data(facts), values.file_values
 
-    assert read() == {"num_steps": 1}
-    asked_for = {"label_names": ["bad", "good"], "text_column": "sentence", "num_steps": 1}
-    assert read("--config", str(path)) == read("--preset", "first") == asked_for
+    for which in ([], ["--config", str(path)], ["--preset", "first"]):
+        (remarks, columns), left = read(*which, "--dataset", "mine")
+        assert remarks == [f"{path} is about other data; not used of it: label_names"]
+        assert columns == ["text_column"]
+        assert left == {"text_column": "sentence", "num_steps": 1}
+    assert read("--num_steps", "2") == (([], []), read_yaml(path))  # the data are those of the file
+    path.write_text("{label_names: [bad, good]}")
+    assert read("--dataset", "mine") == (([], []), {"label_names": ["bad", "good"]})  # the file is about any data
+
+
+@pytest.mark.parametrize("argv", [["--size", "null"], ["--size=null"]])
+def test_a_key_of_the_file_is_unset_on_the_command_line(argv):
+    values = RunConfig({"size": 3, "steps": 2}, ["--steps", "4", *argv, "--flag"])
+    assert (values.file_values, values.argv) == ({"steps": 2}, ["--steps", "4", "--flag"])
+    assert values.get("size") is None
+
+
+def test_an_error_names_the_file_that_has_set_the_value(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("BMTK_DEBUG", raising=False)
+    values = RunConfig({"task": "x"}, [], tmp_path / "mine.yaml")
+    values.bind([RunArguments], description="")
+    with pytest.raises(SystemExit), clean_errors():
+        raise UserError("task='x' is unknown")
+    assert f"\n  (task is set by {tmp_path / 'mine.yaml'})" in capsys.readouterr().err
+    RunConfig({"task": "x"}, ["--task", "y"], tmp_path / "mine.yaml").bind([RunArguments], description="")
+    with pytest.raises(SystemExit), clean_errors():
+        raise UserError("task='y' is unknown")
+    assert "is set by" not in capsys.readouterr().err
+
+
+def test_a_config_file_may_be_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("steps: 3"))
+    writer.start()
+    assert read_yaml(tmp_path / "pipe") == {"steps": 3}
+    writer.join()
 
 
 def test_an_unknown_key_is_named_with_its_file():

@@ -17,7 +17,7 @@ from bmtk.data.tbptt import TBPTTBatches
 from bmtk.data.token_store import TokenStore
 from bmtk.errors import UserError
 from bmtk.metrics.texts import bits_per_byte, perplexity
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .corpora import CorpusArguments, CorpusData, CorpusObjective, CorpusScorer
 from .scorer import mean_loss
@@ -30,7 +30,7 @@ class CausalLMArguments(CorpusArguments):
 
     _argument_group_name = "data of causal_lm"
 
-    prompts: list[str] | None = setting(None, "beginnings that the samples of the report go on from")
+    prompts: list[str] | None = fact(None, "beginnings that the samples of the report go on from")
     sample_tokens: int = setting(200, "tokens per sample; 0: no samples")
     eval_context_length: int | None = setting(
         None, "tokens per row of an evaluation; longer rows give later tokens more to go by; default: context_length"

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from bmtk.data.labels import in_order, some
 from bmtk.errors import UserError
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .label_types import LabelType, OneLabel
 from .task_data import DataArguments
@@ -19,8 +19,8 @@ from .task_data import DataArguments
 class ClassificationArguments(DataArguments):
     """Which labels, and how a wrong one counts in training."""
 
-    label_column: str = setting("label", "column of the label")
-    label_names: list[str] | None = setting(None, "names of the integer labels 0, 1, ... in that order")
+    label_column: str = fact("label", "column of the label")
+    label_names: list[str] | None = fact(None, "names of the integer labels 0, 1, ... in that order")
     loss: str | None = setting(
         None,
         "training loss; of labels: cross_entropy (the default; binary if a row has several labels), or focal (rows "
@@ -29,7 +29,7 @@ class ClassificationArguments(DataArguments):
     focal_gamma: float = setting(
         2.0, "of loss focal: a row's loss counts (1 - probability of its label) to this power"
     )
-    class_weights: list[str] | None = setting(
+    class_weights: list[str] | None = fact(
         None,
         "factor of each label in the training loss, in order; balanced: by how rare a label is",
     )

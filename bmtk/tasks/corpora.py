@@ -22,7 +22,7 @@ from bmtk.data.token_store import TokenStore, build_token_store
 from bmtk.data.tokenizers import KINDS, mask_token, tokenizer_fingerprint, train_tokenizer
 from bmtk.errors import UserError
 from bmtk.files import read_json, replacing_folder, write_json
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .objective import Objective
 from .scorer import Scorer
@@ -50,8 +50,8 @@ class CorpusArguments(SourceArguments):
         "training text that is also validation or test text: stop (the default), drop (leave out its documents) or "
         "allow",
     )
-    text_column: str = setting("text", "column that holds the text (.jsonl, .csv, .parquet, Hub)")
-    sample_by: str = setting("document", "make one document of each .txt file ('document') or of each 'line'")
+    text_column: str = fact("text", "column that holds the text (.jsonl, .csv, .parquet, Hub)")
+    sample_by: str = fact("document", "make one document of each .txt file ('document') or of each 'line'")
     tokenizer: str = setting(
         "byte_bpe", "byte_bpe, char, word or uncased_word: train one; or folder or Hub id of a finished one"
     )

@@ -19,7 +19,7 @@ from bmtk.data.span_corruption import CorruptedSpans, check_noise, noise_mask, n
 from bmtk.data.token_store import TokenStore
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .corpora import CorpusArguments, CorpusData, CorpusObjective, CorpusScorer
 from .scorer import mean_loss
@@ -38,7 +38,7 @@ class DenoisingArguments(CorpusArguments):
 
     noise_density: float = setting(0.15, "share of a row's tokens that are cut out")
     mean_span_length: float = setting(3.0, "tokens of a span that is cut out, on average")
-    prompts: list[str] | None = setting(None, "texts with <extra_id_0>, ... that the report shows filled in")
+    prompts: list[str] | None = fact(None, "texts with <extra_id_0>, ... that the report shows filled in")
 
     free_keys: ClassVar[frozenset[str]] = CorpusArguments.free_keys | {"prompts"}
 

@@ -25,7 +25,7 @@ from bmtk.data.masking import draws
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.metrics.retrieval import retrieval_scores
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .figures import as_png
 from .images import ImageArguments, ImageRows, image_processor_for, rows_with_images, undecoded_images
@@ -46,8 +46,8 @@ class ImageTextContrastiveArguments(ImageArguments, TextArguments, DataArguments
 
     _argument_group_name = "data and towers of image_text_contrastive"
 
-    caption_column: str = setting("caption", "column of the caption")
-    other_caption_columns: list[str] | None = setting(
+    caption_column: str = fact("caption", "column of the caption")
+    other_caption_columns: list[str] | None = fact(
         None, "columns of other texts of the image; in training one of all is drawn in each epoch"
     )
     image_augmentation: float = setting(

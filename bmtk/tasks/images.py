@@ -20,7 +20,7 @@ from bmtk.data.image_transforms import Augmentation
 from bmtk.data.media import ON_CORRUPT, decode_image, image_header, in_colour
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .objective import Objective
 from .task_data import SourceArguments, TaskData
@@ -34,7 +34,7 @@ KINDS = {"1": "black and white", "L": "greyscale", "P": "palette", "RGB": "colou
 class ImageArguments(SourceArguments):
     """Where the images are, and what is made of them."""
 
-    image_column: str = setting("image", "column of the image")
+    image_column: str = fact("image", "column of the image")
     on_corrupt: str = setting("stop", "images that cannot be read: stop, or skip (leave their rows out, with a note)")
     cache_megabytes: int = setting(
         1024, "megabytes of memory: a split's images are decoded once if they fit into it, else every time"
@@ -56,7 +56,7 @@ class AugmentedImageArguments(ImageArguments):
     random_crop: int = setting(
         0, "training images move by up to this many pixels along each side, mirrored at the edges"
     )
-    horizontal_flip: bool = setting(False, "mirror every second training image")
+    horizontal_flip: bool = fact(False, "mirror every second training image")
     rand_augment: int = setting(0, "transformations of each training image, drawn from 14 (RandAugment)")
     rand_augment_magnitude: float = setting(0.3, "their strength, from 0 to 1")
     colour_jitter: float = setting(0.0, "brightness, contrast and saturation change by up to this share")

@@ -18,7 +18,7 @@ from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.token_store import TokenStore
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .corpora import CorpusArguments, CorpusData, CorpusObjective, CorpusScorer
 from .scorer import mean_loss
@@ -37,7 +37,7 @@ class MaskedLMArguments(CorpusArguments):
 
     mlm_probability: float = setting(0.15, "share of a row's tokens that are hidden and to be guessed")
     whole_word_masking: bool = setting(False, "hide all tokens of a word or none")
-    prompts: list[str] | None = setting(None, "texts with <mask> that the report shows filled in")
+    prompts: list[str] | None = fact(None, "texts with <mask> that the report shows filled in")
 
     free_keys: ClassVar[frozenset[str]] = CorpusArguments.free_keys | {"prompts"}
 

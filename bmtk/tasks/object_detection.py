@@ -20,7 +20,7 @@ from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.labels import agreed_labels, in_order, some
 from bmtk.errors import UserError
 from bmtk.metrics.boxes import average_precisions, summary
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .box_figures import Boxes, image_with_boxes, images_with_boxes
 from .boxes import objects_within_images, read_objects
@@ -41,12 +41,12 @@ class ObjectDetectionArguments(ImageArguments, DataArguments):
 
     _argument_group_name = "data of object_detection"
 
-    objects_column: str = setting(
+    objects_column: str = fact(
         "objects", "column of the objects: bbox ([left, top, width, height] in pixels) and category, a list of each"
     )
-    label_names: list[str] | None = setting(None, "names of the integer categories 0, 1, ... in that order")
+    label_names: list[str] | None = fact(None, "names of the integer categories 0, 1, ... in that order")
     score_threshold: float = setting(0.5, "least score of a box that is written or drawn; metrics use all boxes")
-    flip: str = setting("horizontal", "training images are mirrored at random: none, horizontal, or both ways")
+    flip: str = fact("horizontal", "training images are mirrored at random: none, horizontal, or both ways")
     scale_jitter: float = setting(0.25, "training images are zoomed at random by 1 / (1 + this) to 1 + this; 0: off")
     colour_jitter: float = setting(
         0.2, "brightness, contrast and saturation of training images change by up to this share; 0: off"

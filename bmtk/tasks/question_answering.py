@@ -19,7 +19,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.metrics.answers import agreement, is_chinese
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .answer_spans import best_answers, log_probabilities, losses_of, span_scores
 from .context_windows import NO_CHARACTER, ContextWindows, PadWindows, separate_pairs
@@ -39,16 +39,14 @@ class QuestionAnsweringArguments(TextArguments, DataArguments):
 
     _argument_group_name = "data of question_answering"
 
-    question_column: str = setting("question", "column of the question")
-    context_column: str = setting("context", "column of the text that holds the answer")
-    answers_column: str = setting("answers", 'column of the answers: {"text": [...], "answer_start": [...]}')
+    question_column: str = fact("question", "column of the question")
+    context_column: str = fact("context", "column of the text that holds the answer")
+    answers_column: str = fact("answers", 'column of the answers: {"text": [...], "answer_start": [...]}')
     max_question_length: int = setting(64, "tokens read of a question")
     stride: int = setting(64, "tokens of a text that two windows share, for texts longer than max_length")
     max_answer_length: int = setting(30, "tokens of a predicted answer, at most")
     n_best: int = setting(3, "answers that a prediction holds, the best first")
-    scored_by: str | None = setting(
-        None, "words (SQuAD) or characters (CMRC 2018); default: by the script of the texts"
-    )
+    scored_by: str | None = fact(None, "words (SQuAD) or characters (CMRC 2018); default: by the script of the texts")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.media import ON_CORRUPT, audio_seconds, decode_audio
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .figures import spectrograms
 from .objective import Objective
@@ -30,8 +30,8 @@ SHOWN = 6  # recordings in a figure
 class RecordingArguments(AudioAugmentationArguments):
     """Where the recordings are, how a new model reads them, and what is done to them in training."""
 
-    audio_column: str = setting("audio", "column of the recording")
-    sampling_rate: int = setting(
+    audio_column: str = fact("audio", "column of the recording")
+    sampling_rate: int = fact(
         16000, "samples per second that a new model reads; recordings at other rates are resampled"
     )
     frame_ms: float = setting(25.0, "milliseconds of sound that a frame of a new model holds")

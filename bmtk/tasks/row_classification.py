@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset
 
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .classification import ClassificationArguments, Labels, LabelSet, labels_of
 from .label_types import LABEL_TYPES, LabelType, Numbers, OneLabel, SeveralLabels
@@ -24,11 +24,11 @@ NOTED = {SeveralLabels: "several labels a row", Numbers: "numbers with fractions
 class RowClassificationArguments(ClassificationArguments):
     """What a row's label is."""
 
-    problem_type: str | None = setting(
+    problem_type: str | None = fact(
         None,
         f"{', '.join(LABEL_TYPES)}; default: several labels where cells are lists, numbers where some have a fraction",
     )
-    label_separator: str | None = setting(None, "what stands between the labels of a row, where they are one text")
+    label_separator: str | None = fact(None, "what stands between the labels of a row, where they are one text")
     threshold: float = setting(0.5, "of several labels, those with at least this probability are predicted")
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from bmtk.data.tables import check_column
-from bmtk.settings import setting
+from bmtk.settings import fact
 
 from .label_types import LabelType
 from .row_classification import RowClassificationArguments, RowLabels, RowScorer
@@ -22,7 +22,7 @@ class SequenceClassificationArguments(TextArguments, RowClassificationArguments)
 
     _argument_group_name = "data of sequence_classification"
 
-    text_column: str = setting("text", "column of the text")
+    text_column: str = fact("text", "column of the text")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ from datasets import Dataset
 from bmtk.data.series import Series, bounds, read_series, shared_steps
 from bmtk.data.tables import SPLITS, check_column, one_table, read_splits, read_table
 from bmtk.errors import UserError
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .task import Task
 from .task_data import DataArguments, TaskData
@@ -26,10 +26,10 @@ NO_TIMES = "none"
 class SeriesTableArguments(DataArguments):
     """Which columns, and which rows train, validate and test."""
 
-    time_column: str = setting("date", "column of the time stamps; none: the rows are in order and have none")
-    target_columns: list[str] | None = setting(None, "columns to forecast; default: all that hold numbers")
-    id_column: str | None = setting(None, "column that names the series of a row, if a table holds several")
-    split_rows: list[float] | None = setting(
+    time_column: str = fact("date", "column of the time stamps; none: the rows are in order and have none")
+    target_columns: list[str] | None = fact(None, "columns to forecast; default: all that hold numbers")
+    id_column: str | None = fact(None, "column that names the series of a row, if a table holds several")
+    split_rows: list[float] | None = fact(
         None,
         "how one table is split, in order of time: rows of training, validation and test, or shares [0.7 0.1 0.2]; "
         "the first windows of a part have their context in the part before it",

@@ -20,7 +20,7 @@ from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.metrics.texts import error_rates
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .ctc import best_path, positions_needed, prefix_beam_search, row_losses
 from .ctc_tokens import SPACE, TOKEN_UNITS, CtcTokens, new_ctc_tokenizer
@@ -40,7 +40,7 @@ class SpeechRecognitionArguments(RecordingArguments, DataArguments):
 
     _argument_group_name = "data of speech_recognition"
 
-    transcription_column: str = setting("transcription", "column of the transcription")
+    transcription_column: str = fact("transcription", "column of the transcription")
     text_case: str = setting("lower", "letters of the transcriptions: lower, upper, or keep them as they are")
     keep_punctuation: bool = setting(False, "leave punctuation and symbols in transcriptions; apostrophes stay")
     token_unit: str = setting("characters", "what a new model writes: characters, or words of its training rows")

@@ -16,7 +16,7 @@ from bmtk.data.fingerprints import Marks, differences, fingerprints, row_marks
 from bmtk.data.tables import SPLITS, check_column, read_splits
 from bmtk.data.tokenizers import tokenizer_fingerprint
 from bmtk.errors import UserError
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .task import Task
 
@@ -38,8 +38,12 @@ class SourceArguments:
     leakage: str = setting(
         "stop", "training rows whose input is also among the validation or test rows: stop, drop (them) or allow"
     )
-    data_name: str | None = setting(None, "name of the data on the model card; default: the source's own name")
-    data_licence: str | None = setting(None, "licence of the data, for the model card")
+    data_name: str | None = fact(None, "name of the data on the model card; default: the source's own name")
+    data_licence: str | None = fact(None, "licence of the data, for the model card")
+
+    # Of a config file that is about other data: what was not used of it, and settings of columns that were.
+    remarks: Sequence[str] = dataclasses.field(default=(), init=False)
+    borrowed_columns: Sequence[str] = dataclasses.field(default=(), init=False)
 
     # Settings that may differ when a run is resumed: they change what is shown, not what is learned.
     free_keys: ClassVar[frozenset[str]] = frozenset(("data_name", "data_licence"))
@@ -68,7 +72,7 @@ class DataArguments(SourceArguments):
     """Also how rows are held out."""
 
     validation_fraction: float = setting(0.1, "share of the training rows held out if no validation rows are given")
-    group_column: str | None = setting(
+    group_column: str | None = fact(
         None, "rows with the same value here, such as a speaker, are held out together; of questions: their text"
     )
 
@@ -106,7 +110,9 @@ class TaskData:
         """
         self.task, self.args, self.model = task, args, model
         self.seed, self.folder, self.is_plan, self.loading = seed, folder, is_plan, loading
-        self.notes: list[str] = []  # what was found in the data, and what was decided without being asked for
+        self.notes: list[str] = list(
+            args.remarks
+        )  # what was found in the data, and what was decided without being asked for
         self.holds_out = False  # whether the validation rows were training rows
         self.sampled_share = 1.0  # the part of the training data that was read: below 1 only for a plan
         self.rows: dict[str, Any] = self._read(splits)
@@ -201,9 +207,20 @@ class TaskData:
     # ------------------------------------------------------------------------------------------------ reading
 
     def _read(self, splits: Sequence[str]) -> dict[str, Any]:
-        tables = {split: self.readable_rows(table, split) for split, table in self._tables(splits).items()}
+        tables = self._tables(splits)
+        self._use_own_columns(tables)
+        tables = {split: self.readable_rows(table, split) for split, table in tables.items()}
         read = {split: self.read_rows(table, split, labelled=True) for split, table in tables.items()}
         return {split: rows for split, rows in read.items() if rows is not None}
+
+    def _use_own_columns(self, tables: Mapping[str, Dataset]) -> None:
+        """Read the usual column where the one that a config file names for other data is not there."""
+        there = {column for table in tables.values() for column in table.column_names}
+        for key in self.args.borrowed_columns if tables else ():
+            usual = type(self.args).__dataclass_fields__[key].default
+            if getattr(self.args, key) not in there and (usual is None or usual in there):
+                setattr(self.args, key, usual)
+            self.notes.append(f"{key}={getattr(self.args, key)}")
 
     def _tables(self, splits: Sequence[str]) -> dict[str, Dataset]:
         """The splits that exist; validation rows are held out of the training rows if none are given."""

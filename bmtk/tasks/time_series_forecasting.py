@@ -23,7 +23,7 @@ from bmtk.data.tables import one_table
 from bmtk.data.windows import ChangedWindows, Windows, windows_of
 from bmtk.errors import UserError
 from bmtk.metrics.forecasts import column_errors, quantile_scores, scores
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from . import forecasts
 from .objective import Objective
@@ -41,10 +41,10 @@ class TimeSeriesForecastingArguments(SeriesTableArguments):
 
     _argument_group_name = "data of time_series_forecasting"
 
-    time_features: list[str] | None = setting(
+    time_features: list[str] | None = fact(
         None, f"cycles in which the model reads each time stamp: {', '.join(CALENDAR)}; default: none"
     )
-    season: int | None = setting(None, "steps of a season, for naive forecasts and MASE; default: a day, week or year")
+    season: int | None = fact(None, "steps of a season, for naive forecasts and MASE; default: a day, week or year")
     jitter: float = setting(
         0.0, "noise on the context of training windows, in standard deviations of the column (of the training rows)"
     )

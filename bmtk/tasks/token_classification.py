@@ -20,7 +20,7 @@ from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.metrics.entities import Entity, agreement, entities, is_scheme, single_words
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .classification import ClassificationArguments, LabelSet, labels_of, one_label
 from .figures import confusion_matrix
@@ -41,9 +41,9 @@ class TokenClassificationArguments(TextArguments, ClassificationArguments):
 
     _argument_group_name = "data of token_classification"
 
-    token_column: str = setting("tokens", "column of the words: lists, or texts with blanks between words")
-    label_column: str = setting("tags", "column of the tags, one for each word: IOB1, IOB2, BIOES, or plain labels")
-    word_separator: str = setting(" ", "what stands between two words of a sentence; for Chinese characters: ''")
+    token_column: str = fact("tokens", "column of the words: lists, or texts with blanks between words")
+    label_column: str = fact("tags", "column of the tags, one for each word: IOB1, IOB2, BIOES, or plain labels")
+    word_separator: str = fact(" ", "what stands between two words of a sentence; for Chinese characters: ''")
     stride: int | None = setting(
         None, "tokens that two windows share, of a sentence longer than max_length; default: a quarter of a window"
     )

@@ -20,7 +20,7 @@ from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity, sentence_chrf, translation_scores
-from bmtk.settings import setting
+from bmtk.settings import fact, setting
 
 from .figures import sentence_scores
 from .scorer import Scorer, mean_loss, spread_and_worst
@@ -39,11 +39,11 @@ class TranslationArguments(TextArguments, DataArguments):
 
     _argument_group_name = "data of translation"
 
-    source_language: str | None = setting(None, "key of the texts that are read, in translation_column: de, en, ...")
-    target_language: str | None = setting(None, "key of the texts that are written; columns may be named so, too")
-    translation_column: str = setting("translation", 'column of the pairs: {"de": ..., "en": ...}')
-    source_column: str | None = setting(None, "column of the texts that are read; over source_language")
-    target_column: str | None = setting(None, "column of the texts that are written; over target_language")
+    source_language: str | None = fact(None, "key of the texts that are read, in translation_column: de, en, ...")
+    target_language: str | None = fact(None, "key of the texts that are written; columns may be named so, too")
+    translation_column: str = fact("translation", 'column of the pairs: {"de": ..., "en": ...}')
+    source_column: str | None = fact(None, "column of the texts that are read; over source_language")
+    target_column: str | None = fact(None, "column of the texts that are written; over target_language")
     prefix: str = setting("", "text put before every source, such as T5's 'translate English to German: '")
     lower_case: bool = setting(False, "read and write lower case; BLEU and chrF then ignore case")
     max_target_length: int | None = setting(None, "tokens written per text, at most; default: the model's limit")
@@ -53,7 +53,7 @@ class TranslationArguments(TextArguments, DataArguments):
     preview_rows: int | None = setting(
         None, "validation rows of evaluations while training, the first ones; None: all"
     )
-    bleu_tokenizer: str | None = setting(None, "how BLEU cuts words: 13a, zh, char, intl, none; default: by language")
+    bleu_tokenizer: str | None = fact(None, "how BLEU cuts words: 13a, zh, char, intl, none; default: by language")
 
     free_keys = SourceArguments.free_keys | {"num_beams", "length_penalty", "bleu_tokenizer"}
 
