@@ -17,7 +17,7 @@ from typing import Any
 
 import datasets
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
@@ -71,6 +71,7 @@ def main(argv: list[str]) -> None:
     if search.search:
         return search_settings(search, groups, task, recipe=__file__, log=print)
     is_main, started_at = args.process_index == 0, run_record.now()
+    PartialState().print("reading the data ...", flush=True)
     with args.main_process_first():
         data = task.read(data_args, seed=args.seed, **run.reading)
     set_seed(args.seed)
@@ -152,6 +153,7 @@ def plan(
         per_step=round(step_rows * objective.units_per_row("train")),
         unit=objective.unit,
         seconds_per_step=seconds_per_step(model, batches, Accelerator(), losses),
+        decided={"learning rate": args.learning_rate, "rows per step": step_rows},
     )
 
 

@@ -19,7 +19,6 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 from transformers import set_seed
 
 import bmtk  # noqa: F401  registers the model families
@@ -30,6 +29,7 @@ from bmtk.tasks import task_named
 from bmtk.tasks.inference import PictureFolder, PredictionFile, read_inputs
 from bmtk.tasks.scorer import Scorer
 from bmtk.tasks.task import Prediction
+from bmtk.training.progress import Bar
 from bmtk.training.signals import ending_signals
 from bmtk.training.trained_model import TrainedModel
 from bmtk.training.updates import on_device
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     batches = objective.batches_in_order(rows, batch_size=args.batch_size)
     scorer = objective.scorer
     set_seed(args.seed)
-    with output, tqdm(total=len(rows), desc="predicting", unit="row") as bar:
+    with output, Bar(total=len(rows), desc="predicting", unit="row") as bar:
         for batch in batches:
             predictions = scorer.predict(model, on_device(batch, accelerator.device))
             write(predictions, int(bar.n), scorer, (rows, table), output, pictures)

@@ -108,6 +108,7 @@ def start(
     folder: Path,
 ) -> tuple[Objective, PreTrainedModel]:
     """The objective, and the model that training starts from: the same on every process."""
+    accelerator.print("reading the data ...", flush=True)
     with accelerator.main_process_first():
         data = task_named(run.task).read(data_args, seed=seed, folder=folder, **run.reading)
         is_noted = accelerator.is_main_process and not run.is_plan
@@ -172,6 +173,7 @@ def plan(
         per_step=round(args.batch_size * objective.units_per_row("train")),
         unit=objective.unit,
         seconds_per_step=seconds_per_step(model, batches, accelerator, Losses.of(objective)),
+        decided={"learning rate": args.learning_rate, "rows per step": args.batch_size},
     )
 
 

@@ -1,5 +1,6 @@
 """What the terminal shows when a run ends: samples, a table of the run, where it is, and what to type next."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,25 @@ def run_summary(directory: str | Path, *, next_command: str) -> str:
 
 
 def run_plan(
-    config: dict[str, Any], model: Any, *, steps: int, epochs: float, per_step: int, unit: str, seconds_per_step: float
+    config: dict[str, Any],
+    model: Any,
+    *,
+    steps: int,
+    epochs: float,
+    per_step: int,
+    unit: str,
+    seconds_per_step: float,
+    decided: Mapping[str, object],
 ) -> str:
-    """The plan of a run: its resolved config, its size, and how long it would take on this machine."""
+    """The plan of a run: its resolved config, its size, and how long it would take on this machine.
+
+    `decided` are settings to show whatever their source, by default too.
+    """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = [
         ("model", type(model).__name__),
         ("parameters", f"{model.num_parameters():,} ({trainable:,} trained)"),
+        *decided.items(),
         (f"{unit} per step", per_step),
         ("steps", f"{steps:,} ({epochs:.3g} epochs)"),
         (f"{unit} in all", steps * per_step),

@@ -216,11 +216,13 @@ class TaskData:
     def _use_own_columns(self, tables: Mapping[str, Dataset]) -> None:
         """Read the usual column where the one that a config file names for other data is not there."""
         there = {column for table in tables.values() for column in table.column_names}
-        for key in self.args.borrowed_columns if tables else ():
+        borrowed = self.args.borrowed_columns if tables else ()
+        for key in borrowed:
             usual = type(self.args).__dataclass_fields__[key].default
             if getattr(self.args, key) not in there and (usual is None or usual in there):
                 setattr(self.args, key, usual)
-            self.notes.append(f"{key}={getattr(self.args, key)}")
+        if borrowed:
+            self.notes.append(f"columns: {', '.join(f'{key}={getattr(self.args, key)}' for key in borrowed)}")
 
     def _tables(self, splits: Sequence[str]) -> dict[str, Dataset]:
         """The splits that exist; validation rows are held out of the training rows if none are given."""

@@ -13,6 +13,7 @@ from bmtk.errors import UserError
 from .averaging import WeightAverage
 from .gradients import gradient_norm
 from .history import History
+from .progress import Bar, evaluation_line
 from .signals import Stopped, StopRequest
 
 PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test/"}
@@ -92,6 +93,19 @@ def recorded_metrics(logs: Mapping[str, float]) -> dict[str, float]:
 class ProgressBar(ProgressCallback):
     """Trainer's progress bar with the last loss beside it, and a line for each evaluation."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.current_step = 0
+        self.training_bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            shape: Any = {"total": state.max_steps, "initial": state.global_step}
+            self.training_bar = Bar(**shape, unit="step", dynamic_ncols=True)
+        self.current_step = state.global_step
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -105,10 +119,7 @@ class ProgressBar(ProgressCallback):
         if "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.1e}", refresh=False)
         elif metrics := recorded_metrics(logs):
-            words = ", ".join(
-                f"{key.replace('/', ' ').replace('_', ' ')} {value:.4f}" for key, value in metrics.items()
-            )
-            self.training_bar.write(f"step {state.global_step}: {words}")
+            self.training_bar.write(evaluation_line(state.global_step, metrics))
 
 
 class HasAverage(Protocol):

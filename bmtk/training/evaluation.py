@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
+from .progress import Bar
 from .protocols import Batch, Figure, Prediction, Sample, TrainingObjective
 from .updates import on_device
 
@@ -52,7 +52,7 @@ def predict_all(
     predictions: list[Prediction] = []
     model.eval()
     hidden = not (show_progress and accelerator.is_main_process and num_batches >= SHORT)
-    with tqdm(total=num_batches, desc=description, leave=False, disable=hidden) as bar:
+    with Bar(total=num_batches, desc=description, leave=False, disable=hidden) as bar:
         for batch in batches:
             with accelerator.autocast():
                 predictions += predict(model, on_device(batch, accelerator.device))

@@ -15,6 +15,7 @@ from bmtk.errors import UserError
 from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check, not_below_one, too_low
 from .evaluation import lower_is_better
 from .prepared import natural_precision
+from .progress import few_steps_note
 from .protocols import TrainingObjective
 from .trainer_names import SCHEDULER_TYPES, BatchSizes, contradiction, strategy_of
 
@@ -228,9 +229,19 @@ def resolve_defaults(args: FineTuningArguments, objective: TrainingObjective) ->
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect on {objective.name}, whose loss is "
             "the model's own; leave it out"
         )
+    _note_few_steps(args, objective)
     objective.check_micro_batches(args.gradient_accumulation_steps * args.world_size)
     if objective.keeps_order:
         raise UserError("Trainer shuffles the rows; carry_state=True is for recipes/pretrain.py")
+
+
+def _note_few_steps(args: FineTuningArguments, objective: TrainingObjective) -> None:
+    """Note that the run is short, if it is and no setting says in how many steps it is to end."""
+    if "train" not in objective.rows or args.max_steps > 0:
+        return
+    num_rows = round(len(objective.rows["train"]) / objective.sampled_share)
+    if note := few_steps_note(args.total_steps(num_rows), args.num_train_epochs):
+        objective.notes.append(note)
 
 
 def loop_arguments(args: FineTuningArguments) -> LoopArguments:

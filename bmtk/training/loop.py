@@ -7,16 +7,15 @@ optimizer, a schedule and an accelerator.
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from .arguments import LoopArguments
 from .checkpoint import TrainState
 from .gradients import gradient_rules
 from .prepared import Prepared
+from .progress import Bar
 from .protocols import TrainBatches
 from .run_log import Hooks, RunLog
 from .signals import Stopped, StopRequest, deferred_signals
@@ -87,7 +86,7 @@ class StopVote:
         return former is not None and bool(former)
 
 
-def _after_step(run: RunLog, update: Update, vote: StopVote, bar: "tqdm[Any]", *, learning_rate: float) -> None:
+def _after_step(run: RunLog, update: Update, vote: StopVote, bar: Bar, *, learning_rate: float) -> None:
     """Log, stop, evaluate and save, where it is due after a step that was added to the run."""
     if run.is_due(run.args.logging_steps):
         bar.set_postfix_str(run.log(learning_rate), refresh=False)

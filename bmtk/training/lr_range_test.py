@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 
 from bmtk.errors import UserError
 
 from .arguments import LoopArguments
 from .prepared import Prepared, prepare
+from .progress import Bar
 from .protocols import TrainBatches, TrainingObjective
 from .tbptt import tbptt_state
 from .updates import Losses, Updater
@@ -84,7 +84,7 @@ def range_test(prepared: Prepared, batches: TrainBatches, losses: Losses) -> Ran
     average = 0.0
     prepared.model.train()
     hidden = not accelerator.is_main_process
-    for step, factor in enumerate(tqdm(factors, desc="learning-rate range test", leave=False, disable=hidden)):
+    for step, factor in enumerate(Bar(factors, desc="learning-rate range test", leave=False, disable=hidden)):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * float(factor)
         update = updater.step(batches[step])

@@ -2,14 +2,12 @@
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from bmtk.errors import UserError
 
@@ -18,6 +16,7 @@ from .checkpoint import TrainState
 from .early_stopping import is_better, is_exhausted
 from .evaluation import lower_is_better
 from .history import History
+from .progress import Bar, evaluation_line
 from .rng_state import preserved_rng_state, seed_process, set_rng_state
 from .throughput import Meter
 from .updates import Update
@@ -69,11 +68,10 @@ class RunLog:
             self.state.rng_state = None
         self.meter.start(self.state.seconds)
 
-    def bar(self) -> "tqdm[Any]":
-        """Make the progress bar, which only the main process shows; it is drawn less often outside a terminal."""
-        interval = 0.5 if sys.stderr.isatty() else 20.0
+    def bar(self) -> Bar:
+        """Make the progress bar, which only the main process shows."""
         hidden = not self.accelerator.is_main_process
-        return tqdm(total=self.total, initial=self.state.step, unit="step", mininterval=interval, disable=hidden)
+        return Bar(total=self.total, initial=self.state.step, unit="step", dynamic_ncols=True, disable=hidden)
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, counted from 0, until the run ends."""
@@ -160,6 +158,8 @@ class RunLog:
             state.metrics = dict(evaluate())
         state.evaluated_step = state.step
         self._write({"step": state.step, **state.metrics})
+        if self.accelerator.is_main_process:
+            Bar.write(evaluation_line(state.step, state.metrics))
         if self.args.early_stopping_patience:
             self._compare()
 
