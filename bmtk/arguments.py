@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import json
 import os
 import re
@@ -121,9 +122,9 @@ class RunConfig:
         self.path = path
         given = dict(_cli_pairs(argv))
         unset = {key for key, value in given.items() if value == UNSET}
-        self.argv = _without_unset(argv) if unset else argv
+        self.argv = [re.sub(r"^(--\w+=)?~/", rf"\1{Path.home()}/", text) for text in _without_unset(argv)]
         self.cli_values = {key: value for key, value in given.items() if key not in unset}
-        self.file_values = {key: value for key, value in file_values.items() if key not in unset}
+        self.file_values = {key: _at_home(value) for key, value in file_values.items() if key not in unset}
 
     @classmethod
     def read(cls, argv: list[str], *, configs: Path, default: str) -> "RunConfig":
@@ -325,6 +326,9 @@ def clean_errors() -> Iterator[None]:
 
     BMTK_DEBUG=1 lets every exception through.  A process that ends in order leaves its process group first.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter is no reason to end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
         leave_process_group()
@@ -394,6 +398,13 @@ def _cli_pairs(argv: list[str]) -> Iterator[tuple[str, str | bool]]:
         key, equals, value = text[2:].partition("=")
         following = argv[position + 1] if position + 1 < len(argv) else "--"
         yield key.replace("-", "_"), value if equals else (True if following.startswith("--") else following)
+
+
+def _at_home(value: object) -> object:
+    """`value` with ~/ replaced by the home folder, which a shell does for the command line only."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _without_unset(argv: list[str]) -> list[str]:

@@ -94,7 +94,7 @@ class ProgressBar(ProgressCallback):
     """Trainer's progress bar with the last loss beside it, and a line for each evaluation."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.current_step = 0
         self.training_bar: Any = None
 
