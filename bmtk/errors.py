@@ -1,6 +1,7 @@
 """Errors that a user can mend, separated from faults of bmtk."""
 
 import platform
+import re
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 
@@ -61,6 +62,9 @@ def user_message(error: BaseException) -> str | None:
         "transformers.integrations.integration_utils"
     ):
         return str(error)  # of report_to, for a service whose package is not installed
+    if isinstance(error, PackageNotFoundError):  # transformers' own check of an optional package
+        name = re.sub(r".*The '(.+?)' distribution.*", r"\1", str(error.args[0]), flags=re.DOTALL)
+        return f"an option needs the package {name}, which is not installed: pip install '{name}', or leave it out"
     if isinstance(error, ImportError) and raising_module(error).startswith(NAME_PACKAGES):
         return str(error)
     if isinstance(error, ValueError) and raising_module(error).startswith(RAISE_FOR_USERS):

@@ -4,10 +4,14 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import io
 import os
 import re
+import shlex
+import sys
 import threading
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +19,7 @@ import pytest
 import torch
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassError
+from transformers.utils.versions import require_version
 
 import bmtk  # noqa: F401
 from bmtk.arguments import (
@@ -33,6 +38,8 @@ from bmtk.errors import UserError, user_message
 from bmtk.models import FAMILIES
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.option_help import help_topic
+from bmtk.tasks.objective import python_command
+from bmtk.training.finetuning_arguments import FineTuningArguments
 
 
 @dataclass
@@ -121,6 +128,42 @@ def test_an_error_names_the_file_that_has_set_the_value(tmp_path, capsys, monkey
     with pytest.raises(SystemExit), clean_errors():
         raise UserError("task='y' is unknown")
     assert "is set by" not in capsys.readouterr().err
+
+
+def test_the_home_folder_is_found_in_files_and_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = RunConfig({"model": "~/x", "train_file": ["~/a", "b~/c"]}, ["--output_dir=~/out", "--note", "a ~/ b"])
+    assert values.file_values == {"model": "/home/me/x", "train_file": ["/home/me/a", "b~/c"]}
+    assert values.argv == ["--output_dir=/home/me/out", "--note", "a ~/ b"]
+
+
+def test_a_terminal_that_cannot_show_a_letter_ends_no_run(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    with clean_errors():
+        sys.stdout.write("très ✓")
+    assert shown.getvalue() == rb"tr\xe8s \u2713"
+
+
+def test_a_missing_package_of_an_option_is_named():
+    with pytest.raises(PackageNotFoundError) as raised:
+        require_version("no-such-package>=0.9.3")
+    assert user_message(raised.value) == (
+        "an option needs the package no-such-package>=0.9.3, which is not installed: "
+        "pip install 'no-such-package>=0.9.3', or leave it out"
+    )
+
+
+def test_a_service_that_reports_are_sent_to_is_checked_with_the_arguments():
+    with pytest.raises(
+        UserError, match=r"report_to=tensorboard: .*\(pip install tensorboard, or leave report_to out\)"
+    ):
+        FineTuningArguments(output_dir="x", report_to=["tensorboard"])
+
+
+@pytest.mark.parametrize("source", ["print('a')", 'print("it\'s")', "print('$HOME `x`')", "print('a\\n')"])
+def test_a_line_of_python_is_quoted_for_the_shell(source):
+    assert shlex.split(python_command(source)) == ["python", "-c", source]
 
 
 def test_a_config_file_may_be_a_pipe(tmp_path):

@@ -1,6 +1,5 @@
 """Causal language modelling: predict the next token of packed text.  Loss in nats per token; also bits per byte."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from bmtk.metrics.texts import bits_per_byte, perplexity
 from bmtk.settings import fact, setting
 
 from .corpora import CorpusArguments, CorpusData, CorpusObjective, CorpusScorer
+from .objective import python_command
 from .scorer import mean_loss
 from .task import Prediction, Task
 
@@ -96,11 +96,11 @@ class CausalLMObjective(CorpusObjective):
         return str(self.tokenizer.decode(store.document(0)[1 : 1 + count]))
 
     def next_command(self, directory: Path) -> str:
-        prompt = json.dumps((self.args.prompts or [self.first_words()])[0])
-        return (
-            f'python -c "import bmtk; from transformers import pipeline; '
-            f"print(pipeline('text-generation', model='{directory}')({prompt.replace(chr(34), chr(39))}, "
-            f"max_new_tokens=100)[0]['generated_text'])\""
+        prompt = (self.args.prompts or [self.first_words()])[0]
+        return python_command(
+            "import bmtk; from transformers import pipeline; "
+            f"print(pipeline('text-generation', model={str(directory)!r})({prompt!r}, "
+            "max_new_tokens=100)[0]['generated_text'])"
         )
 
 

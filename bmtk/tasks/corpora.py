@@ -109,7 +109,7 @@ class CorpusData(TaskData):
     def digests(self) -> FileDigests:
         """Of the files of the corpus, kept beside their tokens; a plan reads no file for them."""
         return FileDigests(
-            None if self.is_plan and not self.corpus.is_dir() else self.corpus / "digests.json",
+            None if self.is_plan and not self.corpus.is_dir() else self.corpus / ".digests.json",
             may_read=not self.is_plan,
         )
 

@@ -3,6 +3,7 @@
 Loss in nats per token of the target.  Measured rows are corrupted the same way every time, whatever the run's seed.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,8 @@ class DenoisingObjective(CorpusObjective):
 
     def next_command(self, directory: Path) -> str:
         """transformers 5 has no pipeline for encoder-decoders."""
-        return f"accelerate launch recipes/finetune.py --task translation --model {directory} --dataset FOLDER"
+        start = "accelerate launch recipes/finetune.py --task translation"
+        return f"{start} --model {shlex.quote(str(directory))} --dataset FOLDER"
 
 
 class DenoisingScorer(CorpusScorer):

@@ -1,5 +1,6 @@
 """Data bound to a configuration: encoded rows, batches, and the loss of a batch."""
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -150,12 +151,17 @@ class Objective:
     def next_command(self, directory: Path) -> str:
         """What to type to see the result; pipeline() would give an adapter the labels of its base."""
         if (directory / "adapter_config.json").is_file():
-            return f"accelerate launch recipes/evaluate.py --model {directory}"
-        return (
-            f'python -c "import bmtk; from transformers import pipeline; '
-            f"print(pipeline('{self.about['pipeline_tag']}', model='{directory}')({self.example_input()}))\""
+            return f"accelerate launch recipes/evaluate.py --model {shlex.quote(str(directory))}"
+        return python_command(
+            "import bmtk; from transformers import pipeline; "
+            f"print(pipeline('{self.about['pipeline_tag']}', model={str(directory)!r})({self.example_input()}))"
         )
 
     def example_input(self) -> str:
         """Python source of what `pipeline` may be called with."""
         return "'A text of your own.'"
+
+
+def python_command(source: str) -> str:
+    """The command that runs one line of Python, quoted for a shell, in double quotes if nothing in it forbids that."""
+    return f'python -c "{source}"' if not set(source) & set('"$`\\!') else f"python -c {shlex.quote(source)}"

@@ -5,6 +5,7 @@ in one batch, and compete in one softmax.  So the answer is the best of all wind
 trained.
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,7 @@ class QuestionAnsweringObjective(TextObjective):
 
     def next_command(self, directory: Path) -> str:
         """transformers 5 has no pipeline for this task."""
-        return f"accelerate launch recipes/predict.py --model {directory} --input QUESTIONS.jsonl"
+        return f"accelerate launch recipes/predict.py --model {shlex.quote(str(directory))} --input QUESTIONS.jsonl"
 
     def _num_tokens(self, split: str) -> int:
         return sum(self.rows[split]["length"])

@@ -1,5 +1,6 @@
 """What the tasks that read recordings share: a feature extractor, and recordings that are decoded when needed."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ class RecordingObjective(Objective):
 
     def next_command(self, directory: Path) -> str:
         """Not pipeline(): it needs ffmpeg, and does not resample without torchaudio."""
-        return f"accelerate launch recipes/predict.py --model {directory} --input a_recording.wav"
+        return f"accelerate launch recipes/predict.py --model {shlex.quote(str(directory))} --input a_recording.wav"
 
 
 def extractor_for(config: PreTrainedConfig, data: RecordingData) -> Any:

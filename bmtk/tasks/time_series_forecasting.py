@@ -6,6 +6,7 @@ Values are standardised by the training rows; the mean and deviation of each col
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,7 +230,10 @@ class TimeSeriesForecastingObjective(Objective):
 
     def next_command(self, directory: Path) -> str:
         source = self.args.dataset or (self.args.test_file or self.args.train_file)[0]
-        return f"accelerate launch recipes/predict.py --model {directory} --input {source} --output forecast.csv"
+        return (
+            shlex.join(["accelerate", "launch", "recipes/predict.py", "--model", str(directory), "--input", source])
+            + " --output forecast.csv"
+        )
 
 
 def series_of_model(model: str | None, config: PreTrainedConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from bmtk.metrics.texts import perplexity, sentence_chrf, translation_scores
 from bmtk.settings import fact, setting
 
 from .figures import sentence_scores
+from .objective import python_command
 from .scorer import Scorer, mean_loss, spread_and_worst
 from .task import Criterion, Prediction, Task
 from .task_data import DataArguments, SourceArguments
@@ -284,11 +285,12 @@ class TranslationObjective(TextObjective):
         """transformers 5 has no pipeline that translates; `generate()` searches as `prepare_to_save` sets it."""
         if (directory / "adapter_config.json").is_file():
             return super().next_command(directory)
-        return (
-            'python -c "import bmtk; from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; '
-            f"t, m = T.from_pretrained('{directory}'), M.from_pretrained('{directory}'); "
+        folder = str(directory)
+        return python_command(
+            "import bmtk; from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; "
+            f"t, m = T.from_pretrained({folder!r}), M.from_pretrained({folder!r}); "
             f"print(t.batch_decode(m.generate(**t([{self.example_input()}], return_tensors='pt')), "
-            'skip_special_tokens=True))"'
+            "skip_special_tokens=True))"
         )
 
     def example_input(self) -> str:

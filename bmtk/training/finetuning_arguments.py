@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
 from bmtk.errors import UserError
@@ -119,6 +120,7 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
             super().__post_init__()  # type: ignore[no-untyped-call]
         except ValueError as error:  # of Trainer's own checks, enumerations and JSON, all about settings
             raise UserError(str(error)) from error
+        self._check_reporting()
         self._cut(batch, processes=self.world_size * max(1, self.n_gpu))
         self.metric_for_best_model, self.greater_is_better = chosen  # Trainer's default is the loss
         if self.precision and not (self.bf16 or self.fp16):
@@ -144,6 +146,14 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
         self.save_strategy = self.save_strategy or strategy_of(self.save_steps) or "epoch"
         if self.save_steps is None:
             self.save_steps = TrainingArguments.save_steps
+
+    def _check_reporting(self) -> None:
+        """Trainer makes the reports' callbacks when the data are prepared; a missing package is named before that."""
+        for name in self.report_to or ():  # a list by now
+            try:
+                get_reporting_integration_callbacks([name])[0]()
+            except (RuntimeError, ImportError) as error:
+                raise UserError(f"report_to={name}: {error} (pip install {name}, or leave report_to out)") from error
 
     def _cut(self, batch: BatchSizes, *, processes: int) -> None:
         self.per_device_train_batch_size, self.gradient_accumulation_steps = batch.resolve(processes)

@@ -138,8 +138,9 @@ def test_a_plan_that_has_read_all_texts_of_a_large_file_estimates_nothing(tmp_pa
 
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
+    data = corpus(tmp_path, LONG, [line.upper() for line in LONG], tokenizer=str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"no tokenizer can be loaded from '\S+nothing': .+; name one with tokenizer"):
-        corpus(tmp_path, LONG, [line.upper() for line in LONG], tokenizer=str(tmp_path / "nothing"))
+        _ = data.tokenizer
 
 
 def test_set_phrases_are_no_leak(tmp_path):
