@@ -42,8 +42,8 @@ class SourceArguments:
     data_licence: str | None = fact(None, "licence of the data, for the model card")
 
     # Of a config file that is about other data: what was not used of it, and settings of columns that were.
-    remarks: Sequence[str] = dataclasses.field(default=(), init=False)
-    borrowed_columns: Sequence[str] = dataclasses.field(default=(), init=False)
+    remarks: Sequence[str] = dataclasses.field(default=(), init=False, compare=False, repr=False)
+    borrowed_columns: Sequence[str] = dataclasses.field(default=(), init=False, compare=False, repr=False)
 
     # Settings that may differ when a run is resumed: they change what is shown, not what is learned.
     free_keys: ClassVar[frozenset[str]] = frozenset(("data_name", "data_licence"))
