@@ -105,6 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     push.add_argument("--message", default="Publish with bmtk", help="commit message (default: %(default)r)")
     push.add_argument("--dry-run", action="store_true", help="check the folder and list the files; send nothing")
+    push.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that an adapter's base brings, to verify it"
+    )
     push.set_defaults(run=run_push)
 
     convert = commands.add_parser(
@@ -172,6 +175,7 @@ def run_push(arguments: argparse.Namespace) -> int:
             revision=arguments.revision,
             commit_message=arguments.message,
             dry_run=arguments.dry_run,
+            trust_remote_code=arguments.trust_remote_code,
             log=lambda line: print(line, flush=True),
         )
     except PublishError as error:

@@ -22,6 +22,8 @@ import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import run_record, summary
 from bmtk.hub.finalize import FinishedRun, finalize_run, is_finished, show_finished
+from bmtk.hub.publish import check_publishing
+from bmtk.hub.secrets import without_secrets
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.settings import about_data
 from bmtk.tasks import task_named
@@ -64,8 +66,9 @@ def main(argv: list[str]) -> None:
     task, groups = task_named(run.task), [run, data_args, args, architecture]
     if search.search:
         return search_settings(search, groups, task, recipe=__file__, log=print)
-    settings, chosen = arguments.resolved_config(*groups), arguments.chosen_fields(architecture)
+    settings, chosen = without_secrets(arguments.resolved_config(*groups)), arguments.chosen_fields(architecture)
     accelerator = build_accelerator(args)
+    check_publishing(run.push_to_hub, is_main=accelerator.is_main_process)
     folder = Path(args.output_dir)
     if run.is_plan:
         objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)

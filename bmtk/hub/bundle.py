@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from bmtk.errors import UserError
+
+from .secrets import SECRET
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX, "adapter_model.safetensors")
@@ -28,7 +31,7 @@ CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 PAPERS = ("README.md", "LICENSE", "report.html", "run.json", "recipe.yaml")
 ALLOWED = (*WEIGHTS, *TOKENIZER, *PROCESSOR, *BESIDE_TOKENIZER, *CONFIGS, *PAPERS)
 
-TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{20,}")  # the shape of an access token of the Hub
+MODULE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 class PublishError(UserError):
@@ -69,7 +72,7 @@ def read_bundle(directory: str | Path) -> Bundle:
     code, problems = code_files(directory)
     files = {name for name in present if is_allowed(name)} | code
     problems += (adapter_problems if "adapter_config.json" in files else model_problems)(directory, files)
-    problems += weight_problems(directory, files)
+    problems += weight_problems(directory, files) + link_problems(directory, files)
     if problems:
         raise PublishError(f"{directory} cannot be published:\n" + "\n".join(f"  - {line}" for line in problems))
     left_out = sorted(path.name + "/" * path.is_dir() for path in directory.iterdir() if path.name not in files)
@@ -92,7 +95,9 @@ def code_files(directory: Path) -> tuple[set[str], list[str]]:
         for auto_name, reference in (auto_map if isinstance(auto_map, dict) else {holder: auto_map}).items():
             for name in filter(None, reference if isinstance(reference, list) else [reference]):
                 module, _, class_name = name.partition(".")
-                if "--" in module:
+                if not MODULE.fullmatch(module.rpartition("--")[2]):
+                    problems.append(f"{holder}: {auto_name} names {name}, which is no module beside it")
+                elif "--" in module:
                     problems.append(
                         f"{holder}: {auto_name} takes its code from {module.split('--')[0]}, which can change at any "
                         "time; save the model with its own code (import bmtk, from_pretrained, save_pretrained)"
@@ -129,7 +134,8 @@ def with_siblings(directory: Path, name: str) -> set[str]:
         if name not in found:
             found.add(name)
             imports = [node for node in ast.walk(parse(directory / name)) if isinstance(node, ast.ImportFrom)]
-            waiting += [f"{node.module}.py" for node in imports if node.level == 1 and node.module]
+            modules = [node.module for node in imports if node.level == 1 and node.module]
+            waiting += [f"{module}.py" for module in modules if MODULE.fullmatch(module)]
     return found
 
 
@@ -187,13 +193,23 @@ def weight_problems(directory: Path, files: set[str]) -> list[str]:
     return problems
 
 
+def link_problems(directory: Path, files: set[str]) -> list[str]:
+    """Files of other places: a link would publish what it points to, whatever that is."""
+    links = [name for name in sorted(files) if (directory / name).is_symlink()]
+    return [
+        f"{name} is a symbolic link to {os.readlink(directory / name)}; put the file itself there, if it may be public"
+        for name in links
+    ]
+
+
 def refuse_tokens(bundle: Bundle, active_token: str | None) -> None:
     """Raise PublishError if a file to be published holds the active token, or anything shaped like a token."""
     holders = [name for name, path in bundle.files.items() if holds_token(path, active_token)]
     if holders:
         raise PublishError(
-            f"{', '.join(holders)} in {bundle.directory} hold what looks like an access token; nothing was sent. "
-            "Remove it, and revoke that token at https://huggingface.co/settings/tokens if the file was ever shared"
+            f"{', '.join(holders)} in {bundle.directory} hold what looks like an access token or a private key; "
+            "nothing was sent. Remove it, and revoke it where it was made (https://huggingface.co/settings/tokens) if "
+            "the file was ever shared"
         )
 
 
@@ -204,4 +220,4 @@ def holds_token(path: Path, active_token: str | None) -> bool:
         if header < 0:
             file.seek(0)
         text = file.read(header).decode("utf-8", errors="ignore")
-    return bool(TOKEN.search(text)) or bool(active_token and active_token in text)
+    return bool(SECRET.search(text)) or bool(active_token and active_token in text)

@@ -35,6 +35,9 @@ class RunSettings(Protocol):
     @property
     def private(self) -> bool: ...
 
+    @property
+    def trust_remote_code(self) -> bool: ...
+
 
 class MainMetric(Protocol):
     """What is read of a scorer."""
@@ -115,7 +118,7 @@ def show_finished(
         "--overwrite_output_dir true"
     )
     if run.push_to_hub:
-        publish(folder, run.push_to_hub, private=run.private, log=log)
+        publish(folder, run.push_to_hub, private=run.private, trust_remote_code=run.trust_remote_code, log=log)
 
 
 def finalize_run(
@@ -153,4 +156,4 @@ def finalize_run(
     write_report(folder)
     log(run_summary(folder, next_command=objective.next_command(folder)))
     if run.push_to_hub:
-        publish(folder, run.push_to_hub, private=run.private, log=log)
+        publish(folder, run.push_to_hub, private=run.private, trust_remote_code=run.trust_remote_code, log=log)

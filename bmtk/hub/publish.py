@@ -16,18 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    constants,
+    get_token,
+    snapshot_download,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from .bundle import TOKEN, Bundle, PublishError, is_allowed, read_bundle, read_json, refuse_tokens
+from .bundle import PROCESSOR, Bundle, PublishError, is_allowed, read_bundle, read_json, refuse_tokens
 from .card import write_card
+from .secrets import SECRET
 from .verification import record_outputs, verify
 
 logger = logging.getLogger(__name__)
 
 TRANSIENT = (408, 412, 429, 500, 502, 503, 504)  # 412: somebody else's commit came first
 PAUSES = (0.5, 1.0, 2.0)  # seconds before each new attempt
+LONGEST_PAUSE = 60.0
 NEUTRAL = {".gitattributes", "README.md", "LICENSE"}  # what a repository may hold before a model is in it
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN; create a token at https://huggingface.co/settings/tokens"
 
@@ -42,6 +52,7 @@ def publish(
     commit_message: str = "Publish with bmtk",
     revision: str | None = None,
     dry_run: bool = False,
+    trust_remote_code: bool = False,
     log: Log = logger.info,
 ) -> str:
     """Push a saved model or adapter to `repo_id`, load it back in a clean process, compare, and return its address.
@@ -49,6 +60,7 @@ def publish(
     private: for a new repository; refused where the repository exists and is public.
     revision: branch to commit to, made if missing; None is the main branch.
     dry_run: check and list the files; nothing is sent, and the Hub is not asked.
+    trust_remote_code: run code that the base of an adapter brings, to verify the adapter.
     Raises: PublishError, in words for the user; its text never holds a token.
     """
     with tempfile.TemporaryDirectory(prefix="bmtk-publish-") as folder, plain_words(repo_id):
@@ -64,14 +76,15 @@ def publish(
         if get_token() is None:
             raise PublishError(f"not logged in to the Hub; {LOGIN}")
         base = adapter_base(bundle) if bundle.is_adapter else None
-        can_verify = base is not None or not bundle.is_adapter
+        is_trusted = base is None or trust_remote_code or not brings_foreign_code(base)
+        can_verify = is_trusted and (base is not None or not bundle.is_adapter)
         if can_verify:
             record_here(bundle, room, base)
         pushed = patiently(lambda: push(bundle, repo_id, private, revision, commit_message), log)
         log(f"pushed to {url}, commit {pushed.sha}")
         if can_verify:
             verify_there(room, pushed, needs_token=pushed.private or bundle.is_adapter, log=log)
-        log(conclusion(bundle, url, base))
+        log(conclusion(bundle, url, base, is_trusted=is_trusted))
         return url
 
 
@@ -136,6 +149,60 @@ def adapter_base(bundle: Bundle) -> str | None:
         return HfApi(token=get_token()).model_info(base).id
     except (HfHubHTTPError, HFValidationError, httpx2.TransportError):
         return None
+
+
+def brings_foreign_code(base: str) -> bool:
+    """Whether a model, a folder or a Hub id, comes with code that is not that of this bmtk; nothing of it is run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(base)
+        if not folder.is_dir():
+            patterns = ["*.py", "*config.json"]
+            folder = Path(snapshot_download(base, allow_patterns=patterns, local_dir=scratch, token=get_token()))
+        holders = ("config.json", "tokenizer_config.json", *PROCESSOR)
+        if not any(read_json(folder / holder).get("auto_map") for holder in holders):
+            return False
+        ours = Path(__file__).parent.parent / "models"
+        return any(
+            not (ours / path.name).is_file() or path.read_bytes() != (ours / path.name).read_bytes()
+            for path in folder.glob("*.py")
+        ) or any("--" in str(read_json(folder / holder).get("auto_map", "")) for holder in holders)
+
+
+def check_publishing(repo_id: str | None, *, is_main: bool) -> None:
+    """Find out before a run what would stop `publish` after it: the name, the login, the right to write.
+
+    Only the main process asks, if there is a name.  A Hub that does not answer now may do so later: a warning.
+    Raises: PublishError.
+    """
+    if repo_id is None or not is_main:
+        return
+    check_repo_id(repo_id)
+    if get_token() is None:
+        raise PublishError(f"push_to_hub={repo_id}: not logged in to the Hub; {LOGIN}")
+    owner = repo_id.split("/")[0]
+    try:
+        found = HfApi(token=get_token()).whoami()
+    except OfflineModeIsEnabled as error:
+        raise PublishError(f"push_to_hub={repo_id}, but HF_HUB_OFFLINE is set; unset it, or leave one out") from error
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise PublishError(redact(explain(error, repo_id))) from error
+        logger.warning(
+            "the Hub answered %d, so the right to write to %s is not known", error.response.status_code, repo_id
+        )
+        return
+    except httpx2.TransportError as error:
+        logger.warning(
+            "the Hub does not answer now (%s); the model is to be pushed to %s", type(error).__name__, repo_id
+        )
+        return
+    names = [found["name"], *(org["name"] for org in found.get("orgs", ()))]
+    role = found.get("auth", {}).get("accessToken", {}).get("role")
+    if owner not in names or role == "read":
+        raise PublishError(
+            f"push_to_hub={repo_id}: the token of {found['name']} may not write to {owner!r}; use a token with write "
+            f"access, or publish under {' or '.join(names)}"
+        )
 
 
 def record_here(bundle: Bundle, room: Path, base: str | None) -> None:
@@ -204,13 +271,18 @@ def verify_there(room: Path, pushed: ModelInfo, needs_token: bool, log: Log) -> 
         )
 
 
-def conclusion(bundle: Bundle, url: str, base: str | None) -> str:
+def conclusion(bundle: Bundle, url: str, base: str | None, *, is_trusted: bool) -> str:
     """The last line of the log: published, and what was verified, or why it could not be."""
     if not bundle.is_adapter:
         return f"published: {url} (loads without bmtk, with the same outputs)"
     named = read_json(bundle.directory / "adapter_config.json")["base_model_name_or_path"]
     if base is None:
         return f"pushed, not verified: the adapter at {url} needs its base model {named}, which cannot be reached here"
+    if not is_trusted:
+        return (
+            f"pushed, not verified: the base {named} of the adapter at {url} brings its own code, which was not run; "
+            "read it, then push again with --trust-remote-code"
+        )
     advice = f"; its base {named} is a folder of this machine: publish that too, or nobody else can load the adapter"
     return f"published: {url} (loads without bmtk, with the same outputs){advice if Path(base).is_dir() else ''}"
 
@@ -226,9 +298,15 @@ def patiently(action: Callable[[], ModelInfo], log: Log) -> ModelInfo:
             if error.response.status_code not in TRANSIENT:
                 raise
             reason = f"the Hub answered {error.response.status_code}"
+            pause = max(pause, wanted_pause(error.response.headers.get("Retry-After")))
         log(f"{reason}; trying again in {pause:g} s")
         time.sleep(pause)
     return action()
+
+
+def wanted_pause(retry_after: str | None) -> float:
+    """Seconds that the Hub asks to wait (RFC 9110: a number, or a date that is not read), at most a minute."""
+    return min(float(retry_after), LONGEST_PAUSE) if retry_after and retry_after.strip().isdecimal() else 0.0
 
 
 @contextmanager
@@ -263,4 +341,4 @@ def explain(error: HfHubHTTPError, repo_id: str) -> str:
 def redact(text: str) -> str:
     """The text without the active token and without anything shaped like a token."""
     active = get_token()
-    return TOKEN.sub("hf_***", text.replace(active, "hf_***") if active else text)
+    return SECRET.sub("hf_***", text.replace(active, "hf_***") if active else text)

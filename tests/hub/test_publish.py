@@ -1,5 +1,7 @@
 """Publishing against the stand-in Hub: what is sent, what is refused, what is verified, what is logged."""
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -23,7 +25,9 @@ from transformers import (
 )
 
 from bmtk.hub.bundle import PublishError, read_bundle, refuse_tokens
-from bmtk.hub.publish import with_card
+from bmtk.hub.publish import wanted_pause, with_card
+from bmtk.hub.redaction import scrub_command
+from bmtk.hub.secrets import without_secrets
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.models.modeling_bm_transformer import BmTransformerForCausalLM
 
@@ -46,12 +50,15 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 PUBLISHER = """
 import json, os, sys
-from bmtk.hub.publish import PublishError, publish
+from bmtk.hub.publish import PublishError, check_publishing, publish
 for line in sys.stdin:
     job = json.loads(line)
     os.environ["HF_TOKEN"] = job.pop("token") or ""
     outcome = {"url": None, "error": None, "log": []}
     try:
+        if job.pop("only_check", False):
+            check_publishing(job["repo_id"], is_main=True)
+            job["dry_run"] = True
         outcome["url"] = publish(job.pop("directory"), job.pop("repo_id"), log=outcome["log"].append, **job)
     except PublishError as error:
         outcome["error"] = str(error)
@@ -288,6 +295,26 @@ def test_an_adapter_is_verified_on_its_base_and_says_what_others_will_miss(hub, 
     assert f"its base {decoder} is a folder of this machine: publish that too" in outcome.log[-1]
 
 
+def test_the_code_of_a_base_is_not_run_unasked(hub, publish, decoder, adapter, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(decoder, base)
+    shutil.copytree(adapter, folder)
+    (folder / "README.md").unlink()
+    canary = tmp_path / "canary"
+    code = base / "modeling_bm_transformer.py"
+    code.write_text(f"open({str(canary)!r}, 'w').write('ran')\n" + code.read_text())
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(base))
+    outcome = publish(folder, "ann/foreign")
+    assert outcome.error is None
+    assert outcome.log[-1].startswith("pushed, not verified: ")
+    assert (
+        "brings its own code, which was not run; read it, then push again with --trust-remote-code" in outcome.log[-1]
+    )
+    assert not canary.exists()
+    assert publish(folder, "ann/foreign", trust_remote_code=True).log[-1].startswith("published: ")
+    assert canary.exists()
+
+
 def test_an_adapter_without_its_base_is_pushed_and_not_called_published(hub, publish, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
     edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="ann/nowhere")
@@ -404,9 +431,109 @@ def test_a_token_in_a_file_stops_everything(hub, publish, copied):
     (copied / "run.json").write_text(json.dumps({"command": f"train --hub_token {BOB}"}))
     outcome = publish(copied, "ann/leak")
     assert "run.json" in outcome.error
-    assert "access token; nothing was sent" in outcome.error
+    assert "access token or a private key; nothing was sent" in outcome.error
     assert BOB not in outcome.error
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "run.json", "tokenizer.json", "stems_bm.py"])
+def test_a_link_is_not_followed(hub, publish, copied, tmp_path, name):
+    secret = tmp_path / "secret"
+    secret.write_text((copied / name).read_text() if (copied / name).exists() else "my licence")
+    (copied / name).unlink(missing_ok=True)
+    (copied / name).symlink_to(secret)
+    outcome = publish(copied, "ann/link")
+    assert f"{name} is a symbolic link to {secret}; put the file itself there" in outcome.error
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("module", ["/abs/x", "../x", "a/b", "ann/other--../x"])
+def test_code_of_another_place_is_refused(copied, tmp_path, module):
+    auto_map = json.loads((copied / "config.json").read_text())["auto_map"]
+    edit_json(copied / "config.json", auto_map={**auto_map, "AutoModel": f"{module}.Secret"})
+    with pytest.raises(
+        PublishError, match=rf"AutoModel names {re.escape(module)}\.Secret, which is no module beside it"
+    ):
+        read_bundle(copied)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "problem"),
+    [
+        ("me", ANN, "'me' is not a repository name; write USER/NAME"),
+        ("ann/new", None, "push_to_hub=ann/new: not logged in to the Hub; log in with `hf auth login`"),
+        ("ann/new", "hf_" + "x" * 20, "the Hub does not accept the token"),
+        (
+            "bob/new",
+            ANN,
+            "the token of ann may not write to 'bob'; use a token with write access, or publish under ann",
+        ),
+        ("ann/new", ANN_READ_ONLY, "the token of ann may not write to 'ann'"),
+    ],
+    ids=["name", "no token", "unknown token", "of another", "read only"],
+)
+def test_what_would_stop_the_push_is_found_before_the_run(hub, publish, decoder, repo_id, token, problem):
+    assert problem in publish(decoder, repo_id, token=token, only_check=True).error
+
+
+def test_a_run_that_may_be_pushed_or_whose_hub_is_away_goes_on(hub, publish, decoder):
+    assert publish(decoder, "ann/new", only_check=True).error is None
+    hub.fail_once("GET", "whoami", "drop")
+    assert publish(decoder, "ann/new", only_check=True).error is None
+    assert {path for _, path, _ in hub.requests} == {"/api/whoami-v2"}
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_push_waits_as_long_as_the_hub_asks(hub, publish, decoder, status):
+    hub.fail_once("POST", "/commit/", status)
+    outcome = publish(decoder, f"ann/busy{status}")
+    assert outcome.error is None
+    assert f"the Hub answered {status}; trying again in 0.5 s" in outcome.log
+
+
+def test_the_pause_that_the_hub_asks_for_is_kept():
+    assert [wanted_pause(text) for text in (None, "3", "900", "Sun, 29 Nov 2026 07:28:00 GMT")] == [0, 3, 60, 0]
+
+
+# Put together at run time, so that no file of the project holds anything shaped like a key.
+KEYS = {
+    "hugging face": "hf_" + "aB3" * 11,
+    "oauth": "hf_oauth_" + "aB3" * 11,
+    "jwt": "hf_jwt_" + "eyJabc.def-" * 3,
+    "github": "ghp_" + "aB3" * 12,
+    "github fine": "github_pat_" + "a_B3" * 8,
+    "gitlab": "glpat-" + "a-B3" * 5,
+    "openai": "sk-" + "proj-aB3" * 4,
+    "amazon": "AKIA" + "ABCD" * 4,
+    "google": "AIza" + "aB3-_" * 7,
+    "slack": "xoxb-" + "123-abc" * 3,
+    "pypi": "pypi-" + "AgEI" * 9,
+    "private key": "-----BEGIN RSA " + "PRIVATE KEY-----\nMIIabc\n-----END RSA PRIVATE KEY-----",
+    "openssh": "-----BEGIN OPENSSH " + "PRIVATE KEY-----\nb3Bl",
+}
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_a_key_is_redacted_from_records_and_never_pushed(copied, key):
+    assert without_secrets({"a": [f"x {key} y"]}) == {"a": ["x [redacted] y"]} or "BEGIN" in key
+    assert key.splitlines()[-1] not in scrub_command(f"train --note '{key}'")
+    (copied / "recipe.yaml").write_text(f"note: {key}")
+    with pytest.raises(PublishError, match=r"recipe.yaml in .* access token or a private key; nothing was sent"):
+        refuse_tokens(read_bundle(copied), None)
+
+
+def test_what_a_run_writes_is_not_taken_for_a_key(published, hub, decoder):
+    hashes = [hashlib.sha256(str(number).encode()) for number in range(2000)]
+    texts = [*(one.hexdigest() for one in hashes), *(base64.b64encode(one.digest() * 9).decode() for one in hashes)]
+    texts += [
+        "hf_transformer_layers",
+        "the task-sk-learn",
+        "https://example.org/a@b",
+        "akia",
+        "risk-assessment-of-models",
+    ]
+    assert [text for text in texts if without_secrets(text) != text] == []
+    refuse_tokens(read_bundle(decoder), None)
 
 
 def test_the_active_token_is_found_whatever_its_shape_even_in_a_header(decoder, copied):
