@@ -118,6 +118,8 @@ class TimeSeriesForecastingObjective(Objective):
             )
         columns: list[str] = self._columns() if is_trained else of_model["columns"]
         self.tables = SeriesTables(data, columns)
+        if not is_trained:
+            self.tables.known = {name: of_model[name] for name in ("time_format", "utc_offset") if name in of_model}
         self.series = self._learned(of_model.get("time_features")) if is_trained else of_model
         if is_trained:
             config.series = self.series
@@ -128,7 +130,7 @@ class TimeSeriesForecastingObjective(Objective):
         table, args = self.data.rows["train"], self.args
         if args.target_columns:
             return list(args.target_columns)
-        columns, others = numeric_columns(table, {args.time_column, args.id_column})
+        columns, others = numeric_columns(table, {args.time_column, self.data.id_column})
         if not columns:
             raise UserError(f"no column of the train data holds numbers; its columns are {some(table.column_names)}")
         if others:
@@ -147,6 +149,7 @@ class TimeSeriesForecastingObjective(Objective):
             "columns": list(tables.columns),
             "time_features": list(features or ()),
             "season": season,
+            **tables.known,
             **scaling_of(ranges, season, tables.columns),
         }
 
@@ -196,7 +199,7 @@ class TimeSeriesForecastingObjective(Objective):
         before = f" (after {first:,} others)" if first else ""
         raise UserError(
             f"{name}: {last - first:,} rows{before} are too few for one window; it needs context_length="
-            f"{context}{future}"
+            f"{context}{future}; lower these, or give this part more rows (split_rows)"
         )
 
     def training_rows(self) -> Windows | ChangedWindows | None:
@@ -319,10 +322,12 @@ class TimeSeriesForecastingScorer(Scorer):
         """What names each forecast step of a series: the series, and its time stamp or number."""
         args, horizon = self.objective.args, self.objective.config.prediction_length
         series = self.objective.tables.series(table, "input")[window]
-        name = {args.id_column: series.name} if args.id_column else {}
+        id_column = self.objective.data.id_column
+        name = {id_column: series.name} if id_column else {}
         if series.times is None:
             return [{**name, "step": step} for step in range(1, horizon + 1)]
-        return [{**name, args.time_column: str(time)} for time in times_after(series.times, horizon)]
+        written = series.time_format.written if series.time_format else str
+        return [{**name, args.time_column: written(time)} for time in times_after(series.times, horizon)]
 
     def _in_units(self, value: float, column: int) -> float:
         return float(f"{value * self.series['std'][column] + self.series['mean'][column]:.6g}")
