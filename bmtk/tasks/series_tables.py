@@ -149,7 +149,7 @@ class SeriesData(TaskData):
         args = self.args
         if not splits or not (args.dataset or any(args.files.values())):
             return super()._tables(splits)  # nothing, or an error that names what to set
-        tables = read_splits(args.dataset, files=args.files, splits=splits)
+        tables = read_splits(args.dataset, files=args.files, splits=splits, notes=self.notes)
         self.holds_out = "train" in tables and "validation" in splits and "validation" not in tables
         if self.holds_out:
             self.parts = TableParts(

@@ -195,11 +195,15 @@ class TimeSeriesForecastingObjective(Objective):
         if last >= context + needed and last - first >= needed:
             return
         name = f"series {series.name!r} of the {where} rows" if series.name else f"the {where} rows"
-        future = f" and prediction_length={horizon} to compare with" if has_future else ""
+        future = (
+            f" and prediction_length={horizon} to compare with: lower these, or give this part more rows (split_rows)"
+            if has_future
+            else ""
+        )
         before = f" (after {first:,} others)" if first else ""
         raise UserError(
             f"{name}: {last - first:,} rows{before} are too few for one window; it needs context_length="
-            f"{context}{future}; lower these, or give this part more rows (split_rows)"
+            f"{context}{future}"
         )
 
     def training_rows(self) -> Windows | ChangedWindows | None:
