@@ -25,7 +25,7 @@ from bmtk.settings import setting
 from .box_figures import Boxes, image_with_boxes, images_with_boxes
 from .boxes import objects_within_images, read_objects
 from .classification import labels_of
-from .images import ImageArguments, ImageData, ImageObjective, ImageRows
+from .images import ImageArguments, ImageData, ImageObjective, ImageRows, flatness
 from .scorer import Scorer, mean_loss, spread_and_worst
 from .task import Prediction, Task
 from .task_data import DataArguments
@@ -78,8 +78,16 @@ class DetectionRows(EpochDataset, ImageRows):
 
     first_epoch = -1
 
-    def __init__(self, rows: Dataset, where: str, *, augmentation: BoxAugmentation, seed: int):
-        super().__init__(rows, where)
+    def __init__(
+        self,
+        rows: Dataset,
+        where: str,
+        *,
+        image_range: Sequence[float] | None,
+        augmentation: BoxAugmentation,
+        seed: int,
+    ):
+        super().__init__(rows, where, image_range)
         self.augmentation, self.seed = augmentation, seed
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -149,7 +157,12 @@ class ObjectDetectionObjective(ImageObjective):
             rows = rows.remove_columns("names").add_column("labels", labels)
         args = self.args
         augmentation = BoxAugmentation(args.flip, args.scale_jitter, args.colour_jitter)
-        return DetectionRows(rows, where, augmentation=augmentation, seed=self.data.seed)
+        found = DetectionRows(
+            rows, where, image_range=self.image_range, augmentation=augmentation, seed=self.data.seed
+        )
+        if where == "train":
+            self.notes += flatness(found)
+        return found
 
     def _ids_of(self, names: Sequence[str], place: str) -> list[int]:
         if unknown := [name for name in names if name not in self.ids]:
