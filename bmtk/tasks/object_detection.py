@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForObjectDetection, PreTrainedConfig
 
-from bmtk.data.box_transforms import FLIPS, BoxAugmentation
+from bmtk.data.box_transforms import FLIPS, FORMATS, BoxAugmentation
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.labels import agreed_labels, in_order, some
 from bmtk.errors import UserError
@@ -23,7 +23,7 @@ from bmtk.metrics.boxes import average_precisions, summary
 from bmtk.settings import setting
 
 from .box_figures import Boxes, image_with_boxes, images_with_boxes
-from .boxes import objects_within_images, read_objects
+from .boxes import in_pixels, objects_within_images, read_objects, sizes_of
 from .classification import labels_of
 from .images import ImageArguments, ImageData, ImageObjective, ImageRows, flatness
 from .scorer import Scorer, mean_loss, spread_and_worst
@@ -44,6 +44,11 @@ class ObjectDetectionArguments(ImageArguments, DataArguments):
     objects_column: str = setting(
         "objects", "column of the objects: bbox ([left, top, width, height] in pixels) and category, a list of each"
     )
+    box_format: str | None = setting(
+        None,
+        "; ".join(f"{name}: {meaning}" for name, meaning in FORMATS.items())
+        + "; default: ltwh, refused if the boxes look like another",
+    )
     label_names: list[str] | None = setting(None, "names of the integer categories 0, 1, ... in that order")
     score_threshold: float = setting(0.5, "least score of a box that is written or drawn; metrics use all boxes")
     flip: str = setting("horizontal", "training images are mirrored at random: none, horizontal, or both ways")
@@ -56,6 +61,8 @@ class ObjectDetectionArguments(ImageArguments, DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.box_format not in (None, *FORMATS):
+            raise UserError(f"box_format={self.box_format!r} is unknown; choose one of {', '.join(FORMATS)}")
         if self.flip not in FLIPS:
             raise UserError(f"flip={self.flip!r} is unknown; choose one of {', '.join(FLIPS)}")
         if self.scale_jitter < 0:
@@ -123,7 +130,9 @@ class ObjectDetectionData(ImageData):
         if not labelled:
             return Dataset.from_dict({"image": images})
         objects = read_objects(table, self.args.objects_column, where, names=self.args.label_names)
-        objects = objects_within_images(images, objects, where, self.notes)
+        sizes = sizes_of(images, where)
+        objects = in_pixels(objects, sizes, self.args.box_format, where)
+        objects = objects_within_images(sizes, objects, where, self.notes)
         if not any(names for _, names in objects):
             raise UserError(f"objects_column={self.args.objects_column!r} of the {where} data holds no box at all")
         boxes, names = [boxes.tolist() for boxes, _ in objects], [names for _, names in objects]
