@@ -130,7 +130,7 @@ class TimeSeriesForecastingObjective(Objective):
         table, args = self.data.rows["train"], self.args
         if args.target_columns:
             return list(args.target_columns)
-        columns, others = numeric_columns(table, {args.time_column, self.data.id_column})
+        columns, others = numeric_columns(table, {args.time_column, self.data.id_column or ""})
         if not columns:
             raise UserError(f"no column of the train data holds numbers; its columns are {some(table.column_names)}")
         if others:
