@@ -138,6 +138,8 @@ def test_boxes_of_objects_cut_by_the_edge_are_no_corners():
     centre, size = draw.uniform(0, 100, (500, 2)), draw.uniform(10, 60, (500, 2))
     boxes = np.concatenate((centre - size / 2, size), axis=1)  # half of them reach beyond some edge of 100 x 100
     assert likely_format(boxes, np.full((500, 2), 100)) == "ltwh"
+    small = np.array([[2, 3, 10, 12], [5, 5, 20, 30]])  # that would fit as corners, but need not be any
+    assert likely_format(small, np.full((2, 2), 100)) == "ltwh"
     inside = clip_boxes(boxes, 100, 100)
     corners = np.concatenate((inside[:, :2], inside[:, :2] + inside[:, 2:]), axis=1)
     assert likely_format(corners, np.full((500, 2), 100)) == "ltrb"
