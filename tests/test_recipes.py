@@ -183,7 +183,8 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     ("argv", "message"),
     [
         (["--train_file", "no.txt", "--validation_file", "no.txt"], r"source='no.txt' does not exist"),
-        (["--train_file", "mine.txt"], r"validation_file is not set: name a text that is not trained on"),
+        (["--train_file", "mine.txt"], r"source='mine.txt' does not exist"),
+        (["--validation_fraction", "1"], r"validation_fraction=1.0 is not a share; choose between 0 and 1"),
         (["--hidden_size", "0"], r"hidden_size=0 must be at least 1"),
         (["--model", "tests"], r"model='tests' is a folder without config.json"),
         (["-seed", "1"], r"'-seed' is no option; options begin with two dashes: '--seed'"),

@@ -10,7 +10,13 @@ import PIL.Image
 import PIL.ImageEnhance
 from PIL.Image import Resampling, Transpose
 
+FORMATS = {
+    "ltwh": "[left, top, width, height] in pixels",
+    "ltrb": "[left, top, right, bottom] in pixels",
+    "yolo": "[centre x, centre y, width, height] as shares of the image",
+}
 FLIPS = ("none", "horizontal", "both")
+LEAST_BEYOND, LEAST_CORNERS = 0.1, 0.95  # shares of boxes that make them corners: beyond the image, fit as corners
 LEAST_VISIBLE = 0.3  # share of a box that a zoomed image must still show: what is nearly gone has no edges to learn
 
 
@@ -19,6 +25,28 @@ def clip_boxes(boxes: np.ndarray, width: float, height: float) -> np.ndarray:
     size = np.array([width, height])
     low, high = boxes[:, :2].clip(0, size), (boxes[:, :2] + boxes[:, 2:]).clip(0, size)
     return np.concatenate((low, (high - low).clip(0)), axis=1)
+
+
+def as_ltwh(boxes: np.ndarray, size: tuple[int, int], box_format: str) -> np.ndarray:
+    """Boxes (N, 4) of one of FORMATS, in an image of `size` (width, height), as "ltwh"."""
+    first, second = boxes[:, :2], boxes[:, 2:]
+    if box_format == "ltrb":
+        return np.concatenate((first, second - first), axis=1)
+    if box_format == "yolo":
+        return np.concatenate((first - second / 2, second), axis=1) * np.array([*size, *size])
+    return boxes
+
+
+def likely_format(boxes: np.ndarray, sizes: np.ndarray) -> str:
+    """Which of FORMATS boxes (N, 4) in images of `sizes` (N, 2: width, height) seem to be written in."""
+    if not len(boxes) or not np.isfinite(boxes).all():
+        return "ltwh"
+    if ((boxes >= 0) & (boxes <= 1)).all() and (sizes > 8).all():
+        return "yolo"
+    first, second, limit = boxes[:, :2], boxes[:, 2:], sizes + 1  # a pixel of rounding
+    beyond = (first + second > limit).any(1).mean()
+    are_corners = ((second > first) & (second <= limit) & (first >= -1)).all(1).mean()
+    return "ltrb" if beyond >= LEAST_BEYOND and are_corners >= LEAST_CORNERS else "ltwh"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +24,20 @@ import soxr
 
 from bmtk.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+from .folders import visible_files
+
+# What browsers, cameras and editors write; those that the installed Pillow and libsndfile can read.
+PICTURES = ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .avif .ppm .pgm .pbm .pnm .jp2 .tga"
+IMAGE_SUFFIXES = tuple(
+    suffix for suffix in PICTURES.split() if PIL.Image.registered_extensions().get(suffix) in PIL.Image.OPEN
+)
+SOUNDS = {
+    **dict.fromkeys((".wav", ".flac", ".mp3", ".ogg", ".oga", ".aiff", ".aif", ".aifc", ".au", ".caf", ".w64"), ""),
+    ".opus": "OPUS",  # of Ogg, in libsndfile 1.0.29 and later
+}
+AUDIO_SUFFIXES = tuple(
+    suffix for suffix, kind in SOUNDS.items() if not kind or kind in soundfile.available_subtypes("OGG")
+)
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)
 ON_CORRUPT = ("stop", "skip")  # what to do about a file that cannot be read
 Found = TypeVar("Found")
@@ -33,25 +46,30 @@ Media = Mapping[str, Any]  # {"bytes", "path"}: one of them, or a path that is k
 FILE_NAME = "file_name"  # the column of metadata that names a file
 
 
-def media_files(folder: Path) -> list[Path]:
-    """Images or recordings in and below a folder, by name."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in MEDIA_SUFFIXES and path.is_file())
+def media_kind(path: Path) -> str:
+    """Of a file, by its suffix: image, audio, or nothing."""
+    suffix = path.suffix.lower()
+    return "image" if suffix in IMAGE_SUFFIXES else "audio" if suffix in AUDIO_SUFFIXES else ""
 
 
-def has_media(folder: Path) -> bool:
-    return next((True for path in folder.rglob("*") if path.suffix.lower() in MEDIA_SUFFIXES), False)
+def majority_kind(files: Sequence[Path], folder: Path) -> str:
+    """The kind of most of the files: image or audio; nothing if none is either.  Raises: UserError if none wins."""
+    counts = Counter(kind for kind in map(media_kind, files) if kind).most_common()
+    if len(counts) == 2 and counts[0][1] == counts[1][1]:
+        raise UserError(f"{folder} holds {counts[0][1]:,} image and as many audio files; give a folder of one kind")
+    return counts[0][0] if counts else ""
 
 
 def media_rows(folder: Path, files: Sequence[Path]) -> datasets.Dataset:
     """A row for each file: `image` or `audio`, and the columns of metadata, or `label`, the name of its own folder.
 
-    Raises: UserError for a mixture of kinds, or metadata that name files that are not there.
+    Raises: UserError if there are no files, or metadata name files that are not there.
     """
-    kinds = {"image" if path.suffix.lower() in IMAGE_SUFFIXES else "audio" for path in files}
+    kinds = {media_kind(path) for path in files}
     if len(kinds) != 1:
         raise UserError(f"{folder} holds {' and '.join(sorted(kinds)) or 'no'} files; give a folder of one kind")
     (kind,) = kinds
-    tables = [path for name in METADATA for path in sorted(folder.rglob(name))]
+    tables = metadata_files(folder)
     if tables:
         chosen = set(files)
         rows = [row for table in tables for row in _metadata(table) if row[FILE_NAME] in chosen]
@@ -64,6 +82,12 @@ def media_rows(folder: Path, files: Sequence[Path]) -> datasets.Dataset:
         columns = {"label": [path.parent.name for path in files]} if is_sorted_by_class else {}
     values = [{"bytes": None, "path": str(path)} for path in paths]
     return datasets.Dataset.from_dict({kind: values, **columns})
+
+
+def metadata_files(folder: Path) -> list[Path]:
+    """Tables below a folder that name the files beside them."""
+    found = visible_files(folder, lambda path: path.name in METADATA)
+    return sorted(found, key=lambda path: METADATA.index(path.name))
 
 
 def _metadata(table: Path) -> list[dict[str, Any]]:

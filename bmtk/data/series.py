@@ -1,7 +1,8 @@
 """Numbers over time: series read from tables, and what follows from their time stamps.  C columns."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,9 +10,20 @@ from datasets import Dataset
 
 from bmtk.errors import UserError
 
-MISSING_WORDS = {"", "nan", "na", "n/a", "null", "none", "-"}
-GAPS_SHOWN = 3
-DAY, NO_TIME = pd.Timedelta(days=1), pd.Timedelta(0)
+from .times import (
+    DAY,
+    MISSING_WORDS,
+    NO_TIME,
+    TimeFormat,
+    read_times,
+    regular_step,
+    step_in_words,
+    times_after,
+    usual_step,
+)
+
+SHOWN = 3  # gaps, repeated stamps and odd steps that a note names
+HOUR = pd.Timedelta(hours=1)
 
 # Name -> where in the cycle a time stamp is, from 0 to 1.
 CALENDAR = {
@@ -31,6 +43,7 @@ class Series:
     name: str
     values: np.ndarray
     times: pd.DatetimeIndex | None
+    time_format: TimeFormat | None = None  # how `times` were written
 
     def __len__(self) -> int:
         return len(self.values)
@@ -51,32 +64,68 @@ def numeric_columns(table: Dataset, others: Collection[str]) -> tuple[list[str],
     return numeric, [name for name in names if name not in numeric]
 
 
+@dataclass(frozen=True)
+class SeriesColumns:
+    """Which columns of a table are read, and how its time stamps are written."""
+
+    values: Sequence[str]
+    time: str | None
+    name: str | None  # column with the name of each row's series
+    time_format: str | None = None  # as for `read_times`
+    known: Mapping[str, Any] | None = None  # likewise
+
+
 def read_series(
-    table: Dataset,
-    columns: Sequence[str],
-    *,
-    time_column: str | None,
-    id_column: str | None,
-    may_have_gaps: bool,
-    where: str,
+    table: Dataset, columns: SeriesColumns, *, may_have_gaps: bool, where: str
 ) -> tuple[list[Series], list[str]]:
-    """A series for each name in `id_column` (one, if there is none), in order of time; and what is odd, in words.
+    """A series for each name (one, if there is no column of names), in order of time; and what is odd, in words.
 
     Raises: UserError for an invalid time stamp, for a column without numbers, and for gaps unless there may be
     any.
     """
-    values, notes = np.stack([_numbers(table[name]) for name in columns], axis=1), []
-    if gaps := _gaps(table, columns, values):
+    values, notes = np.stack([_numbers(table[name]) for name in columns.values], axis=1), []
+    if gaps := _gaps(table, columns.values, values):
         notes.append(f"{where}: {gaps}")
         if not may_have_gaps:
             raise UserError(
                 f"{notes[0]}.  missing_values=fill reads the value before a gap, missing_values=mask tells the model"
             )
-        if empty := [name for name, column in zip(columns, values.T, strict=True) if np.isnan(column).all()]:
+        if empty := [name for name, column in zip(columns.values, values.T, strict=True) if np.isnan(column).all()]:
             raise UserError(f"{where}: {', '.join(empty)} holds no number at all; leave it out of target_columns")
-    times = _times(table[time_column], f"{where}: {time_column}") if time_column else None
-    series = _by_name(table[id_column] if id_column else None, times, values)
+    names = [str(name) for name in table[columns.name]] if columns.name else [""] * len(table)
+    place, times = f"{where}: {columns.time}", None
+    if columns.time:
+        times = read_times(
+            table[columns.time], place, time_format=columns.time_format, groups=names, known=columns.known
+        )
+    series = _by_name(names, values, None if times is None else times.stamps)
+    if times is not None:
+        series = [replace(one, time_format=times.format) for one in series]
+        if times.note:
+            notes.append(f"{place}: {times.note}; {_span(series)}")
+        _check_repeated(series, place, has_names=columns.name is not None)
     return series, notes + [f"{where}: {note}" for one in series for note in irregularities(one)]
+
+
+def _span(series: Sequence[Series]) -> str:
+    """First and last time, and the step of the longest series."""
+    times = [one.times for one in series if one.times is not None]
+    step = step_in_words(usual_step(max(times, key=len)))
+    return f"{min(one[0] for one in times)} to {max(one[-1] for one in times)}, a step is {step}"
+
+
+def _check_repeated(series: Sequence[Series], place: str, *, has_names: bool) -> None:
+    """Raise UserError where most stamps stand in several rows: several series were taken for one."""
+    for one in series:
+        assert one.times is not None, "called for series with time stamps"
+        repeated = one.times[one.times.duplicated()]
+        if len(repeated) * 2 >= len(one) > 2:
+            name = f" of {one.name}" if one.name else ""
+            remedy = "correct them" if has_names else "id_column names the column that keeps several series apart"
+            raise UserError(
+                f"{place}: {len(repeated):,} of {len(one):,} time stamps{name} are repeated (first: {repeated[0]}); "
+                f"{remedy}, or time_column=none reads the rows in their order"
+            )
 
 
 def _numbers(cells: Iterable[object]) -> np.ndarray:
@@ -90,7 +139,7 @@ def _gaps(table: Dataset, columns: Sequence[str], values: np.ndarray) -> str:
     if not len(places):
         return ""
     found = []
-    for row, column in places[:GAPS_SHOWN].tolist():
+    for row, column in places[:SHOWN].tolist():
         cell = table[row][columns[column]]
         is_empty = cell is None or str(cell).strip().lower() in MISSING_WORDS
         found.append(f"{columns[column]} of row {row + 1} {'is missing' if is_empty else f'holds {cell!r}'}")
@@ -98,50 +147,27 @@ def _gaps(table: Dataset, columns: Sequence[str], values: np.ndarray) -> str:
     return f"{len(places):,} of {values.size:,} values are no numbers ({', '.join(found)}{more})"
 
 
-def _times(values: Iterable[object], column: str) -> pd.DatetimeIndex:
-    cells = pd.Series(list(values), dtype=object)
-    stamps = pd.to_datetime(cells, errors="coerce", utc=True)
-    wrong = np.flatnonzero(stamps.isna())
-    if len(wrong):
-        raise UserError(
-            f"{column} of row {wrong[0] + 1} holds {cells[wrong[0]]!r}, no time stamp such as 2024-01-31 18:00:00 "
-            f"({len(wrong):,} of {len(stamps):,} rows); time_column=none reads the rows in their order"
-        )
-    return pd.DatetimeIndex(stamps).tz_localize(None)
-
-
-def _by_name(ids: Iterable[object] | None, times: pd.DatetimeIndex | None, values: np.ndarray) -> list[Series]:
-    names = np.array([""] * len(values) if ids is None else [str(name) for name in ids])
+def _by_name(names: Sequence[str], values: np.ndarray, times: pd.DatetimeIndex | None) -> list[Series]:
     series = []
-    for name in dict.fromkeys(names.tolist()):
-        rows = np.flatnonzero(names == name)
-        if times is not None:
+    for name, places in pd.Series(names).groupby(np.asarray(names, dtype=object), sort=False).indices.items():
+        rows = np.asarray(places)
+        if times is not None and not _goes_back_an_hour(times[rows]):
             rows = rows[np.argsort(times[rows], kind="stable")]
-        series.append(Series(name, values[rows], None if times is None else times[rows]))
+        series.append(Series(str(name), values[rows], None if times is None else times[rows]))
     return series
 
 
+def _goes_back_an_hour(times: pd.DatetimeIndex) -> bool:
+    """Whether rows are in order of time but for the clock that goes back in autumn, less than an hour in the stamps.
+
+    Sorting would mix up the hour before and the hour after.
+    """
+    steps = times[1:] - times[:-1]
+    back = steps[steps < NO_TIME]
+    return 0 < len(back) <= times.year.nunique() and bool((back > -HOUR).all()) and times.has_duplicates
+
+
 # ------------------------------------------------------------------------------------------------ time
-
-
-def regular_step(times: pd.DatetimeIndex) -> pd.DateOffset | None:
-    """The step between any two time stamps: a length, or a number of months (on one day of the month, or its last)."""
-    lengths = (times[1:] - times[:-1]).unique()
-    if len(lengths) == 1 and lengths[0] > NO_TIME:
-        return pd.tseries.frequencies.to_offset(lengths[0])
-    months = np.unique(np.diff(times.year * 12 + times.month))
-    if len(months) != 1 or months[0] < 1:
-        return None
-    if times.is_month_end.all():
-        return pd.offsets.MonthEnd(int(months[0]))
-    return pd.DateOffset(months=int(months[0])) if times.day.nunique() == 1 else None
-
-
-def usual_step(times: pd.DatetimeIndex) -> pd.DateOffset:
-    """The step between time stamps, or the most common one; a day if there is none."""
-    lengths = pd.Series(times[1:] - times[:-1])
-    lengths = lengths[lengths > NO_TIME]
-    return regular_step(times) or pd.tseries.frequencies.to_offset(lengths.mode()[0] if len(lengths) else DAY)
 
 
 def irregularities(series: Series) -> list[str]:
@@ -150,21 +176,28 @@ def irregularities(series: Series) -> list[str]:
     if times is None or len(times) < 2 or regular_step(times):
         return []
     lengths = pd.Series(times[1:] - times[:-1])
-    repeated, forward = times[1:][lengths == NO_TIME], lengths[lengths > NO_TIME]
-    notes = [f"{len(repeated):,} time stamps{name} are repeated (first: {repeated[0]})"] if len(repeated) else []
-    odd = forward[forward != forward.mode()[0]] if len(forward) else forward
+    usual = lengths[lengths > NO_TIME].mode()
+    repeated, odd = times[times.duplicated()], lengths[(lengths != NO_TIME) & ~lengths.isin(usual[:1])]
+    notes = []
+    if len(repeated):
+        notes.append(f"{len(repeated):,} time stamps{name} are repeated (first: {_some(repeated)})")
     if len(odd):
         notes.append(
-            f"{len(odd):,} of {len(lengths):,} steps{name} are not {forward.mode()[0]} long (first: after "
-            f"{times[odd.index[0]]}); windows count rows, not time"
+            f"{len(odd):,} of {len(lengths):,} steps{name} are not {usual[0]} long (first: after "
+            f"{_some(times[odd.index])}); windows count rows, not time"
         )
+    has_zone = series.time_format is not None and series.time_format.zone is not None
+    if not has_zone and len(repeated) and usual[0] <= HOUR and repeated.month.isin((4, 9, 10, 11)).all():
+        if repeated.hour.isin((0, 1, 2, 3)).all():
+            notes.append(
+                f"the repeated time stamps{name} look like local time whose clock goes back in autumn (daylight "
+                "saving): kept in the order of the rows; stamps in UTC or with an offset leave no doubt"
+            )
     return notes
 
 
-def times_after(times: pd.DatetimeIndex, steps: int) -> pd.DatetimeIndex:
-    """The next `steps` time stamps."""
-    step = usual_step(times)
-    return pd.DatetimeIndex([times[-1] + step * (i + 1) for i in range(steps)])
+def _some(times: pd.DatetimeIndex) -> str:
+    return ", ".join(map(str, times[:SHOWN])) + (", ..." if len(times) > SHOWN else "")
 
 
 def usual_season(times: pd.DatetimeIndex | None) -> int:

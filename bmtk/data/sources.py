@@ -16,6 +16,7 @@ from typing import Any
 from bmtk.errors import UserError
 
 from .fingerprints import FileDigests
+from .folders import visible_files
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -110,7 +111,7 @@ def read_texts(
 def has_split(source: str, split: str) -> bool:
     """Whether the folder `source` has files named after `split`; False for other sources."""
     folder, wanted = Path(source).expanduser(), SPLIT_NAMES.get(split, (split,))
-    files = (path for path in folder.rglob("*") if path.suffix in SUFFIXES) if folder.is_dir() else ()
+    files = visible_files(folder, lambda path: path.suffix in SUFFIXES) if folder.is_dir() else ()
     return any(_is_named_after(path.relative_to(folder), wanted) for path in files)
 
 
@@ -139,7 +140,7 @@ def _files(path: Path, split: str) -> list[Path]:
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
-    files = sorted(f for f in folder.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    files = visible_files(folder, lambda path: path.suffix in SUFFIXES)
     if not files:
         raise UserError(f"source={str(folder)!r} holds no file that ends in {', '.join(SUFFIXES)}")
     wanted = SPLIT_NAMES.get(split, (split,))

@@ -4,16 +4,21 @@ For data sets of examples (a text and its label); corpora of documents are read 
 """
 
 import csv
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 
 from bmtk.errors import UserError
 
-from .media import MEDIA_SUFFIXES, has_media, media_files, media_rows, undecoded
+from .folders import Listing, list_folder
+from .media import majority_kind, media_kind, media_rows, metadata_files, undecoded
 from .sources import SPLIT_NAMES
+
+logger = logging.getLogger(__name__)
 
 SPLITS = tuple(SPLIT_NAMES)
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of `datasets`
@@ -22,17 +27,21 @@ SUFFIXES = (*DELIMITERS, *BUILDERS)
 
 
 def read_splits(
-    dataset: str | None, *, files: Mapping[str, Sequence[str] | None], splits: Sequence[str] = SPLITS
+    dataset: str | None,
+    *,
+    files: Mapping[str, Sequence[str] | None],
+    splits: Sequence[str] = SPLITS,
+    notes: list[str] | None = None,
 ) -> dict[str, datasets.Dataset]:
     """Those of `splits` that `dataset` has; where `files` names files for a split, these instead.
 
     `dataset` is a folder (files or sub-folders named after the splits), a single file (all of it is the first of
-    `splits`), or a Hub id `owner/name`, with `:config` after it if need be.
+    `splits`), or a Hub id `owner/name`, with `:config` after it if need be.  `notes` gets what was left out.
     Raises: FileNotFoundError for a path that is not there; UserError for everything else that cannot be read.
     """
     found = {}
     if dataset is not None and any(not files.get(split) for split in splits):
-        found = _local_splits(dataset, splits) if _is_local(dataset) else _hub_splits(dataset)
+        found = _local_splits(dataset, splits, notes) if _is_local(dataset) else _hub_splits(dataset)
     for split in splits:
         if names := files.get(split):
             found[split] = read_table([Path(name).expanduser() for name in names])
@@ -49,14 +58,16 @@ def read_all(source: str, *, option: str) -> datasets.Dataset:
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{option}={str(path)!r} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
-    if path.is_file() and path.suffix.lower() in MEDIA_SUFFIXES:
-        return media_rows(path.parent, [path])
-    if path.is_dir() and has_media(path):
-        return media_rows(path, media_files(path))
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    if path.is_file():
+        return media_rows(path.parent, [path]) if media_kind(path) else read_table([path])
+    listing = list_folder(path)
+    kind = _folder_kind(listing)
+    files = _files_of_kind(listing, kind)
+    for note in _notes_of(listing, kind, files):
+        logger.warning("note: %s", note)
     if not files:
         raise UserError(f"{option}={str(path)!r} holds no table ({', '.join(SUFFIXES)}), image or recording")
-    return read_table(files)
+    return read_table(files) if kind == "table" else media_rows(path, files)
 
 
 def read_table(paths: Sequence[Path]) -> datasets.Dataset:
@@ -100,7 +111,8 @@ def one_table(dataset: str | None) -> list[Path]:
     """The table of a data set that is a single file, or a folder with one table named after no split; else nothing."""
     path = Path(dataset or "").expanduser()
     if dataset and path.is_dir():
-        files = [file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()]
+        listing = list_folder(path)
+        files = _files_of_kind(listing, "table") if _folder_kind(listing) == "table" else []
         named = [file for file in files if any(_belongs(file.relative_to(path), split) for split in SPLITS)]
         return files if len(files) == 1 and not named else []
     return [path] if dataset and path.is_file() and path.suffix in SUFFIXES else []
@@ -121,15 +133,18 @@ def _is_local(dataset: str) -> bool:
     return looks_like_a_path or Path(dataset).exists()
 
 
-def _local_splits(dataset: str, splits: Sequence[str]) -> dict[str, datasets.Dataset]:
+def _local_splits(dataset: str, splits: Sequence[str], notes: list[str] | None) -> dict[str, datasets.Dataset]:
     path = Path(dataset).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"dataset={str(path)!r} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
     if path.is_file():
         return {splits[0]: read_table([path])}
-    if has_media(path):
-        return _media_splits(path, splits)
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    listing, kept = list_folder(path), notes if notes is not None else []
+    kind = _folder_kind(listing)
+    files = _files_of_kind(listing, kind)
+    kept += _notes_of(listing, kind, files)
+    if kind != "table":
+        return _media_splits(path, files, splits, kept)
     found = {split: [file for file in files if _belongs(file.relative_to(path), split)] for split in SPLIT_NAMES}
     if not any(found.values()):
         there = ", ".join(str(file.relative_to(path)) for file in files[:8]) or "none of these kinds"
@@ -137,16 +152,80 @@ def _local_splits(dataset: str, splits: Sequence[str]) -> dict[str, datasets.Dat
             f"dataset={str(path)!r} holds no file named after train, validation or test ({', '.join(SUFFIXES)}); "
             f"there is: {there}; name the files with train_file and validation_file"
         )
+    named = {file for names in found.values() for file in names}
+    if unnamed := [file.name for file in files if file not in named]:
+        kept.append(
+            f"{path}: {len(unnamed):,} tables are named after no split, and not read: {', '.join(unnamed[:4])}"
+        )
     return {split: read_table(names) for split, names in found.items() if names and split in splits}
 
 
-def _media_splits(path: Path, splits: Sequence[str]) -> dict[str, datasets.Dataset]:
+def _media_splits(
+    path: Path, files: Sequence[Path], splits: Sequence[str], notes: list[str]
+) -> dict[str, datasets.Dataset]:
     """Rows of `path/train/...`, `path/test/...`; a folder without such parts is all of the first of `splits`."""
-    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
-    parts = {split: [f for f in folders if f.name in names] for split, names in SPLIT_NAMES.items() if split in splits}
+    tops = {file.relative_to(path).parts[0] for file in files}
+    parts = {split: next((name for name in sorted(tops) if name in SPLIT_NAMES[split]), None) for split in SPLIT_NAMES}
     if not any(parts.values()):
-        return {splits[0]: media_rows(path, media_files(path))}
-    return {split: media_rows(found[0], media_files(found[0])) for split, found in parts.items() if found}
+        return {splits[0]: media_rows(path, files)}
+    found = {
+        split: (path / name, [file for file in files if path / name in file.parents])
+        for split, name in parts.items()
+        if name
+    }
+    outside = len(files) - sum(len(names) for _, names in found.values())
+    if outside:
+        notes.append(f"{path}: {outside:,} files lie in no folder that is named after a split, and are not read")
+    return {split: media_rows(*part) for split, part in found.items() if split in splits}
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix in SUFFIXES
+
+
+def _files_of_kind(listing: Listing, kind: str) -> list[Path]:
+    """The tables of a folder, or its files of one kind of media."""
+    return [path for path in listing.files if (_is_table(path) if kind == "table" else media_kind(path) == kind)]
+
+
+def _notes_of(listing: Listing, kind: str, files: Sequence[Path]) -> list[str]:
+    """What of a folder is hidden, and what else is not read."""
+    about_media = metadata_files(listing.folder) if kind != "table" else []
+    name = {"table": "tables", "image": "images", "audio": "recordings"}[kind]
+    return [note for note in (listing.hidden_note, listing.left_out_note([*files, *about_media], name)) if note]
+
+
+def _folder_kind(listing: Listing) -> str:
+    """What most examples of a folder are: image, audio, or rows of tables ("table").
+
+    An example is a file, or a row.  Tables that are named after no split are metadata of images that lie in folders.
+    """
+    path, tables = listing.folder, _files_of_kind(listing, "table")
+    kind = majority_kind(listing.files, path)
+    if not kind or not tables:
+        return kind or "table"
+    media = _files_of_kind(listing, kind)
+    about_media = set(metadata_files(path))
+    tables = [table for table in tables if table not in about_media]
+    are_named = any(_belongs(table.relative_to(path), split) for table in tables for split in SPLITS)
+    if not are_named and len({file.parent for file in media}) > 1:
+        return kind
+    return "table" if _num_rows_reach(tables, len(media) + 1) else kind
+
+
+def _num_rows_reach(tables: Sequence[Path], count: int) -> bool:
+    """Whether tables have `count` rows together; of texts their lines are counted, and no more than needed."""
+    for table in tables:
+        if table.suffix == ".parquet":
+            count -= pyarrow.parquet.read_metadata(table).num_rows
+            continue
+        with table.open("rb") as file:
+            count += table.suffix in DELIMITERS  # the header
+            while count > 0 and (part := file.read(1 << 20)):
+                count -= part.count(b"\n")
+        if count <= 0:
+            return True
+    return count <= 0
 
 
 def _belongs(path: Path, split: str) -> bool:

@@ -1,6 +1,7 @@
-"""Image processor on Pillow and numpy: resize, crop, greyscale, normalize, and the boxes of detectors.
+"""Image processor on Pillow and numpy: depth, resize, crop, greyscale, normalize, and the boxes of detectors.
 
-Transparent images are composited on white.
+Transparent images are composited on white.  Images of more than 8 bits (Pillow's I;16, I and F, numpy's uint16) are
+read between `image_range`, the values that are black and white; by default those of 16 bits.
 
 B images, Q locations, K classes.  The weights of red, green and blue are Pillow's own (ITU-R BT.601).
 """
@@ -20,9 +21,11 @@ LUMINANCE = np.array([19595, 38470, 7471]) / 65536  # of red, green and blue
 
 
 class BmImageProcessorKwargs(ImagesKwargs, total=False):
-    """do_convert_grayscale (`bool`, *optional*): one channel, the luminance, instead of three."""
+    """do_convert_grayscale (`bool`, *optional*): one channel, the luminance, instead of three.
+    image_range (`list[float]`, *optional*): the values of images of more than 8 bits that are black and white."""
 
     do_convert_grayscale: bool
+    image_range: list[float]
 
 
 class BmImageProcessor(PilBackend):
@@ -35,6 +38,7 @@ class BmImageProcessor(PilBackend):
     do_center_crop = False
     do_convert_rgb = True
     do_convert_grayscale = False
+    image_range = None
     do_rescale = True
     do_normalize = True
     image_mean = [0.5, 0.5, 0.5]
@@ -56,7 +60,10 @@ class BmImageProcessor(PilBackend):
             images = [with_channel(image) for image in images]
         return super()._prepare_images_structure(with_channel(images), expected_ndims)
 
-    def process_image(self, image, do_convert_rgb=None, do_convert_grayscale=None, **kwargs) -> np.ndarray:
+    def process_image(
+        self, image, do_convert_rgb=None, do_convert_grayscale=None, image_range=None, **kwargs
+    ) -> np.ndarray:
+        image = in_eight_bits(image, image_range)
         if isinstance(image, PIL.Image.Image) and image.has_transparency_data:
             image = on_white(image)
         if do_convert_grayscale:
@@ -120,6 +127,23 @@ def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
     """The image composited on white; Pillow's own conversion shows the arbitrary colour of transparent pixels."""
     image = image.convert("RGBA")
     return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def in_eight_bits(image, image_range):
+    """An image of more than 8 bits in 8, black and white at the ends of `image_range`; another one as it is."""
+    is_float = isinstance(image, PIL.Image.Image) and image.mode == "F"
+    is_whole = isinstance(image, PIL.Image.Image) and image.mode.startswith("I")
+    if not (is_float or is_whole or (isinstance(image, np.ndarray) and image.dtype == np.uint16)):
+        return image
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=-np.inf, neginf=-np.inf, posinf=np.inf)
+    low, high = image_range or (0, 65535)
+    if image_range is None and (is_float or values.min() < low or values.max() > high):
+        raise ValueError(
+            f"an image of mode {image.mode} holds values from {values.min():g} to {values.max():g}; pass image_range, "
+            "the values that are black and white"
+        )
+    values = ((values.clip(low, high) - low) / (high - low) * 255).round().astype(np.uint8)
+    return PIL.Image.fromarray(values) if isinstance(image, PIL.Image.Image) else values
 
 
 def with_channel(image):

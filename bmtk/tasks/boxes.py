@@ -1,4 +1,7 @@
-"""The boxes of images as tables hold them.  A box is [left, top, width, height] in pixels of its image, as in COCO."""
+"""The boxes of images as tables hold them.
+
+A box is [left, top, width, height] in pixels of its image, as in COCO; other formats become that when they are read.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from bmtk.data.box_transforms import clip_boxes
+from bmtk.data.box_transforms import FORMATS, as_ltwh, clip_boxes, likely_format
 from bmtk.data.labels import label_name
 from bmtk.data.media import image_size
 from bmtk.data.tables import check_column
@@ -41,7 +44,7 @@ def _objects(value: Any, place: str, names: Sequence[str] | None) -> Objects:
         raise UserError(f"{place} has {len(boxes)} bbox and {len(labels)} {kinds}; give one for each object")
     for box in boxes:
         if not isinstance(box, list | tuple) or len(box) != 4 or None in box:
-            raise UserError(f"{place} has the bbox {box}; give [left, top, width, height] in pixels")
+            raise UserError(f"{place} has the bbox {box}; give {FORMATS['ltwh']}")
     named = [label_name(label, names if kinds == "category" else None, f"{kinds} of {place}") for label in labels]
     return np.array(boxes, dtype=float).reshape(-1, 4), named
 
@@ -54,15 +57,44 @@ def _names_of_type(kind: Any) -> list[str] | None:
     return kind.names if isinstance(kind, ClassLabel) else None
 
 
+def sizes_of(images: Sequence[dict[str, Any]], where: str) -> list[tuple[int, int]]:
+    """Width and height of each image."""
+    return [image_size(image, f"the image of {where} row {row}") for row, image in enumerate(images, 1)]
+
+
+def in_pixels(
+    objects: Sequence[Objects], sizes: Sequence[tuple[int, int]], box_format: str | None, where: str
+) -> list[Objects]:
+    """Objects with boxes of `box_format`, with boxes as [left, top, width, height].
+
+    Raises: UserError if no format is set, and the boxes look like another than that.
+    """
+    if box_format is None:
+        boxes = np.concatenate([boxes for boxes, _ in objects]) if objects else np.zeros((0, 4))
+        of_boxes = np.repeat(np.array(sizes).reshape(-1, 2), [len(boxes) for boxes, _ in objects], axis=0)
+        box_format = likely_format(boxes, of_boxes)
+        if box_format != "ltwh":
+            reason = {
+                "ltrb": "reach beyond their image as [left, top, width, height] and fit as [left, top, right, bottom]",
+                "yolo": "hold numbers between 0 and 1 only, and look like shares of their image",
+            }[box_format]
+            raise UserError(
+                f"boxes of the {where} data {reason} (the first: {boxes[0].tolist()} in an image of "
+                f"{of_boxes[0][0]} x {of_boxes[0][1]}).  If they are {FORMATS[box_format]}, set box_format="
+                f"{box_format}; if they are {FORMATS['ltwh']}, set box_format=ltwh"
+            )
+    return [(as_ltwh(boxes, size, box_format), names) for (boxes, names), size in zip(objects, sizes, strict=True)]
+
+
 def objects_within_images(
-    images: Sequence[dict[str, Any]], objects: Sequence[Objects], where: str, notes: list[str]
+    sizes: Sequence[tuple[int, int]], objects: Sequence[Objects], where: str, notes: list[str]
 ) -> list[Objects]:
     """The objects, clipped at the edges of their images; notes count them, and those of which nothing is left."""
     kept: list[Objects] = []
     left_out: list[tuple[int, list[float]]] = []
     num_clipped = 0
-    for row, (image, (boxes, names)) in enumerate(zip(images, objects, strict=True), 1):
-        inside = clip_boxes(boxes, *image_size(image, f"the image of {where} row {row}"))
+    for row, (size, (boxes, names)) in enumerate(zip(sizes, objects, strict=True), 1):
+        inside = clip_boxes(boxes, *size)
         stays = np.array((inside[:, 2:] > 0).all(1) & np.isfinite(boxes).all(1))
         left_out += [(row, box) for box in boxes[~stays].tolist()]
         num_clipped += int((~np.isclose(inside, boxes).all(1))[stays].sum())

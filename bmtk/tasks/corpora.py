@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from bmtk.data.batches import Rows
 from bmtk.data.decontamination import TOLERATED_SHARE, SharedLines
 from bmtk.data.fingerprints import FileDigests, Marks
+from bmtk.data.held_out_texts import hold_out
 from bmtk.data.masking import BLANKS
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.sources import Texts, has_split, read_texts, text_fingerprint
@@ -33,6 +34,7 @@ from .texts import load_tokenizer, pad_texts
 logger = logging.getLogger(__name__)
 
 TRAINED_ON = "trained_on.json"  # beside a kept tokenizer: how it was made, and its fingerprint
+HELD_OUT = 0.1  # of a corpus without a validation text
 SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus is not tokenised yet
 
 
@@ -40,10 +42,16 @@ SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus
 class CorpusArguments(SourceArguments):
     """Which text, which tokenizer, how much context."""
 
-    dataset: str | None = setting(None, "folder or Hub id (owner/name) with a train and a validation split")
+    dataset: str | None = setting(None, "folder or Hub id (owner/name) with a train and a validation split, or a file")
     train_file: list[str] | None = setting(None, "training text: .txt, .jsonl, .csv or .parquet files, or folders")
     validation_file: list[str] | None = setting(None, "validation text, likewise")
     test_file: list[str] | None = setting(None, "text of the final test, likewise; default: that of dataset, if any")
+    # None stands for a tenth, as below.
+    validation_fraction: float | None = setting(
+        None,
+        f"share of the training text held out if no validation text is given (default {HELD_OUT}): whole documents, "
+        "or stretches of a few long ones",
+    )
     # None stands for stop, so that runs from before this setting existed can be resumed.
     leakage: str | None = setting(  # type: ignore[assignment]
         None,
@@ -64,6 +72,8 @@ class CorpusArguments(SourceArguments):
     def __post_init__(self) -> None:
         if self.leakage not in (None, *LEAKAGE):
             raise UserError(f"leakage={self.leakage!r} is unknown; choose one of {', '.join(LEAKAGE)}")
+        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction={self.validation_fraction} is not a share; choose between 0 and 1")
         if self.context_length < 1:
             raise UserError(f"context_length={self.context_length} must be at least 1 token")
 
@@ -162,20 +172,25 @@ class CorpusData(TaskData):
         if "train" in splits:
             self._check_sources()
         texts = {split: self._texts(split) for split in splits if self._has(split)}
+        self.holds_out = "train" in texts and "validation" in splits and "validation" not in texts
+        if self.holds_out:
+            found = hold_out(texts["train"], self.args.validation_fraction or HELD_OUT, self.seed)
+            self.notes.append(found.note)
+            others = {split: part for split, part in texts.items() if split != "train"}
+            texts = {"train": found.train, "validation": found.validation, **others}
         return {split: self._sample(part, split) for split, part in texts.items()} if self.is_plan else texts
 
     def _check_sources(self) -> None:
         if not self.args.dataset and not self.args.train_file:
-            raise UserError("no training text: set dataset (a folder or Hub id), or train_file and validation_file")
-        if not self.args.dataset and not self.args.validation_file:
-            raise UserError(
-                "validation_file is not set: name a text that is not trained on, or a dataset with a validation split"
-            )
+            raise UserError("no training text: set dataset (a folder, a file or a Hub id), or train_file")
 
     def _has(self, split: str) -> bool:
-        if self.args.files[split]:
-            return True
-        return self.args.dataset is not None and (split != "test" or has_split(self.args.dataset, split))
+        """Whether there is a text of a split; a file, and a folder that names no splits, hold training text only."""
+        dataset = self.args.dataset
+        if self.args.files[split] or dataset is None:
+            return bool(self.args.files[split])
+        is_local = Path(dataset).expanduser().exists()
+        return split == "train" or has_split(dataset, split) or (split == "validation" and not is_local)
 
     def _texts(self, split: str) -> Texts:
         source = self.args.files[split] or self.args.dataset

@@ -28,7 +28,15 @@ from bmtk.metrics.retrieval import retrieval_scores
 from bmtk.settings import fact, setting
 
 from .figures import as_png
-from .images import ImageArguments, ImageRows, image_processor_for, rows_with_images, undecoded_images
+from .images import (
+    ImageArguments,
+    ImageRows,
+    find_range,
+    flatness,
+    image_processor_for,
+    rows_with_images,
+    undecoded_images,
+)
 from .scorer import Scorer
 from .task import Criterion, Prediction, Task
 from .task_data import DataArguments, build_config, known_fields
@@ -141,6 +149,7 @@ class ImageTextContrastiveObjective(TextObjective):
             raise UserError(f"a {config.model_type} is not two towers; leave model out to make a new one")
         super().__init__(data, config)
         images = image_processor_for(config.vision_config, data.model, **data.loading)
+        self.image_range = find_range(data, images)
         self._processor: Any = VisionTextDualEncoderProcessor(images, self.tokenizer)
 
     @property
@@ -163,7 +172,9 @@ class ImageTextContrastiveObjective(TextObjective):
             self.notes.append(
                 f"{num_cut:,} of {len(rows):,} {where} captions are longer than {self.longest} tokens: cut"
             )
-        images = ImageRows(rows.select_columns("image"), where)
+        images = ImageRows(rows.select_columns("image"), where, self.image_range)
+        if where == "train":
+            self.notes += flatness(images)
         return Pairs(
             images,
             [texts[0] for texts in captions],

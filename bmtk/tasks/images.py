@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import PIL.Image
 import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from bmtk.data.epoch_dataset import EpochDataset
+from bmtk.data.image_depth import eight_bits, flat_share, is_deep, range_of
 from bmtk.data.image_transforms import Augmentation
 from bmtk.data.media import ON_CORRUPT, decode_image, image_header, in_colour
 from bmtk.data.tables import check_column
@@ -27,7 +29,11 @@ from .task_data import SourceArguments, TaskData
 
 SURVEYED = 1000  # rows whose sizes and kinds are noted, and whose pixels are averaged where not all are in memory
 AT_ONCE = 256  # rows that are decoded together
-KINDS = {"1": "black and white", "L": "greyscale", "P": "palette", "RGB": "colour", "RGBA": "colour"}  # PIL's modes
+LOOKED_AT = 100  # training images, at most, that are looked at for whether they show anything
+KINDS = {
+    **{"1": "black and white", "L": "greyscale", "P": "palette", "RGB": "colour", "RGBA": "colour"},  # PIL's modes
+    **{"I;16": "16-bit greyscale", "I;16B": "16-bit greyscale", "I": "32-bit greyscale", "F": "greyscale of floats"},
+}
 
 
 @dataclass
@@ -35,6 +41,11 @@ class ImageArguments(SourceArguments):
     """Where the images are, and what is made of them."""
 
     image_column: str = fact("image", "column of the image")
+    image_range: list[float] | None = fact(
+        None,
+        "values that are black and white in images of more than 8 bits (0 4095 of a 12-bit camera); default: found in "
+        "the data, and kept with the model",
+    )
     on_corrupt: str = setting("stop", "images that cannot be read: stop, or skip (leave their rows out, with a note)")
     cache_megabytes: int = setting(
         1024, "megabytes of memory: a split's images are decoded once if they fit into it, else every time"
@@ -47,6 +58,8 @@ class ImageArguments(SourceArguments):
         super().__post_init__()
         if self.on_corrupt not in ON_CORRUPT:
             raise UserError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}")
+        if self.image_range is not None and (len(self.image_range) != 2 or self.image_range[0] >= self.image_range[1]):
+            raise UserError(f"image_range={self.image_range} must be two numbers, black and white, such as 0 4095")
 
 
 @dataclass
@@ -93,6 +106,7 @@ class ImageObjective(Objective):
     def __init__(self, data: ImageData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
         super().__init__(data, config, labels=labels)
         self.image_processor = image_processor_for(config, data.model, **data.loading)
+        self.image_range = find_range(data, self.image_processor)
         self._scale: np.ndarray | None = None  # (C, 256): what each value of a pixel becomes, made on first use
 
     @property
@@ -104,11 +118,10 @@ class ImageObjective(Objective):
         limit = 0 if where == "input" else self.args.cache_megabytes * 10**6
         is_augmented = where == "train" and self.args.augmentation != Augmentation()
         augmentation = self.args.augmentation if is_augmented else None
-        found = PixelRows(
-            ImageRows(rows, where), self.resized, limit=limit, augmentation=augmentation, seed=self.data.seed
-        )
+        images = ImageRows(rows, where, self.image_range)
+        found = PixelRows(images, self.resized, limit=limit, augmentation=augmentation, seed=self.data.seed)
         if where == "train":
-            self.notes += [survey(rows, found.shape), found.whereabouts]
+            self.notes += [survey(rows, found.shape), found.whereabouts, *flatness(images)]
         return found
 
     def resized(self, images: list[Any]) -> np.ndarray:
@@ -201,11 +214,59 @@ def _image_processor(config: PreTrainedConfig, model: str | None, **loading: Any
     return processor_class(size={"height": side, "width": side}) if fits else processor_class()
 
 
-class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows whose image is decoded when it is asked for; errors name the row."""
+def find_range(data: TaskData, processor: Any) -> list[float] | None:
+    """Black and white of images of more than 8 bits, as set, as the model was trained, or as found in the rows.
 
-    def __init__(self, rows: Dataset, where: str):
-        self.rows, self.where = rows, where
+    What is found is kept in `processor`, so that the saved one makes the same of them.
+    """
+    trained = getattr(processor, "image_range", None)
+    found: list[float] | None = data.args.image_range or trained
+    if found is None:
+        deep = [value for rows in data.rows.values() for value in _spread(rows) if _is_deep(value)]
+        of_data = range_of(decode_image(value, "an image of more than 8 bits") for value in deep)
+        if of_data is None:
+            return None
+        (low, high), reason = of_data
+        data.notes.append(
+            f"images of more than 8 bits hold {reason}: {low:g} is read as black and {high:g} as white (image_range); "
+            "pipelines of transformers cut them off at 255 before the processor sees them: use recipes/predict.py"
+        )
+        found = [low, high]
+    processor.image_range = list(found)
+    return found
+
+
+def _is_deep(value: dict[str, Any]) -> bool:
+    """Of an image that can be read; others are reported where they are decoded."""
+    try:
+        return is_deep(image_header(value)[1])
+    except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError):
+        return False
+
+
+def _spread(rows: Dataset) -> list[dict[str, Any]]:
+    """The images of up to `SURVEYED` rows from all over."""
+    values: list[dict[str, Any]] = rows[np.linspace(0, len(rows) - 1, min(len(rows), SURVEYED)).astype(int)]["image"]
+    return values
+
+
+def flatness(rows: "ImageRows") -> list[str]:
+    """A warning if at least half of the images show next to nothing."""
+    chosen = np.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).astype(int).tolist()
+    share = flat_share([np.asarray(in_colour(row["image"])) for row in rows.images(chosen)])
+    if share < 0.5:
+        return []
+    return [
+        f"{share:.0%} of the {rows.where} images looked at are nearly of one colour (their pixels deviate by less "
+        "than 2 of 255): look at some of them; images of more than 8 bits may need image_range"
+    ]
+
+
+class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows whose image is decoded when it is asked for, in 8 bits; errors name the row."""
+
+    def __init__(self, rows: Dataset, where: str, image_range: Sequence[float] | None = None):
+        self.rows, self.where, self.image_range = rows, where, image_range
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -214,12 +275,19 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return self.images(indices)
+
+    def images(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows as they are, whatever a subclass makes of them in training."""
         columns = self.rows[list(indices)]
         columns["image"] = [
-            decode_image(value, f"the image of {self.where} row {index + 1}")
+            self._decoded(value, f"the image of {self.where} row {index + 1}")
             for index, value in zip(indices, columns["image"], strict=True)
         ]
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _decoded(self, value: dict[str, Any], where: str) -> Any:
+        return eight_bits(decode_image(value, where), self.image_range, where)
 
 
 class PixelRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForObjectDetection, PreTrainedConfig
 
-from bmtk.data.box_transforms import FLIPS, BoxAugmentation
+from bmtk.data.box_transforms import FLIPS, FORMATS, BoxAugmentation
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.labels import agreed_labels, in_order, some
 from bmtk.errors import UserError
@@ -23,9 +23,9 @@ from bmtk.metrics.boxes import average_precisions, summary
 from bmtk.settings import fact, setting
 
 from .box_figures import Boxes, image_with_boxes, images_with_boxes
-from .boxes import objects_within_images, read_objects
+from .boxes import in_pixels, objects_within_images, read_objects, sizes_of
 from .classification import labels_of
-from .images import ImageArguments, ImageData, ImageObjective, ImageRows
+from .images import ImageArguments, ImageData, ImageObjective, ImageRows, flatness
 from .scorer import Scorer, mean_loss, spread_and_worst
 from .task import Prediction, Task
 from .task_data import DataArguments
@@ -44,6 +44,11 @@ class ObjectDetectionArguments(ImageArguments, DataArguments):
     objects_column: str = fact(
         "objects", "column of the objects: bbox ([left, top, width, height] in pixels) and category, a list of each"
     )
+    box_format: str | None = fact(
+        None,
+        "; ".join(f"{name}: {meaning}" for name, meaning in FORMATS.items())
+        + "; default: ltwh, refused if the boxes look like another",
+    )
     label_names: list[str] | None = fact(None, "names of the integer categories 0, 1, ... in that order")
     score_threshold: float = setting(0.5, "least score of a box that is written or drawn; metrics use all boxes")
     flip: str = fact("horizontal", "training images are mirrored at random: none, horizontal, or both ways")
@@ -56,6 +61,8 @@ class ObjectDetectionArguments(ImageArguments, DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.box_format not in (None, *FORMATS):
+            raise UserError(f"box_format={self.box_format!r} is unknown; choose one of {', '.join(FORMATS)}")
         if self.flip not in FLIPS:
             raise UserError(f"flip={self.flip!r} is unknown; choose one of {', '.join(FLIPS)}")
         if self.scale_jitter < 0:
@@ -78,8 +85,16 @@ class DetectionRows(EpochDataset, ImageRows):
 
     first_epoch = -1
 
-    def __init__(self, rows: Dataset, where: str, *, augmentation: BoxAugmentation, seed: int):
-        super().__init__(rows, where)
+    def __init__(
+        self,
+        rows: Dataset,
+        where: str,
+        *,
+        image_range: Sequence[float] | None,
+        augmentation: BoxAugmentation,
+        seed: int,
+    ):
+        super().__init__(rows, where, image_range)
         self.augmentation, self.seed = augmentation, seed
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -115,7 +130,9 @@ class ObjectDetectionData(ImageData):
         if not labelled:
             return Dataset.from_dict({"image": images})
         objects = read_objects(table, self.args.objects_column, where, names=self.args.label_names)
-        objects = objects_within_images(images, objects, where, self.notes)
+        sizes = sizes_of(images, where)
+        objects = in_pixels(objects, sizes, self.args.box_format, where)
+        objects = objects_within_images(sizes, objects, where, self.notes)
         if not any(names for _, names in objects):
             raise UserError(f"objects_column={self.args.objects_column!r} of the {where} data holds no box at all")
         boxes, names = [boxes.tolist() for boxes, _ in objects], [names for _, names in objects]
@@ -149,7 +166,12 @@ class ObjectDetectionObjective(ImageObjective):
             rows = rows.remove_columns("names").add_column("labels", labels)
         args = self.args
         augmentation = BoxAugmentation(args.flip, args.scale_jitter, args.colour_jitter)
-        return DetectionRows(rows, where, augmentation=augmentation, seed=self.data.seed)
+        found = DetectionRows(
+            rows, where, image_range=self.image_range, augmentation=augmentation, seed=self.data.seed
+        )
+        if where == "train":
+            self.notes += flatness(found)
+        return found
 
     def _ids_of(self, names: Sequence[str], place: str) -> list[int]:
         if unknown := [name for name in names if name not in self.ids]:

@@ -17,6 +17,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 
+from bmtk.data.squad import flattened, is_nested
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.metrics.answers import agreement, is_chinese
@@ -89,6 +90,16 @@ class QuestionAnsweringData(TextData):
         """By default the text: a model that was trained on one question about it has seen it for the others."""
         return "group_column" if self.args.group_column else "context_column"
 
+    def readable_rows(self, table: Dataset, where: str) -> Dataset:
+        """A file in SQuAD's nested form becomes rows."""
+        if not is_nested(table):
+            return table
+        rows = flattened(
+            table, {name: getattr(self.args, f"{name}_column") for name in ("question", "context", "answers")}
+        )
+        self.notes.append(f"{where}: a nested file as SQuAD's own: {len(rows):,} questions")
+        return rows
+
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         """Questions without an answer are left out, but not of those to be predicted."""
         columns = {name: getattr(self.args, f"{name}_column") for name in ("question", "context")}
@@ -119,9 +130,8 @@ class QuestionAnsweringData(TextData):
         """(text, first character) of each answer; written as a dictionary of lists, or a list of dictionaries."""
         try:
             if isinstance(value, dict):
-                return [
-                    (str(text), int(start)) for text, start in zip(value["text"], value["answer_start"], strict=True)
-                ]
+                texts, starts = value["text"] or [], value["answer_start"] or []
+                return [(str(text), int(start)) for text, start in zip(texts, starts, strict=True)]
             return [(str(answer["text"]), int(answer["answer_start"])) for answer in value or []]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -132,16 +142,23 @@ class QuestionAnsweringData(TextData):
     def _located(self, rows: Dataset, where: str) -> Dataset:
         """Make the start of answers that stand elsewhere NO_CHARACTER; training rows need another answer then."""
 
-        def checked(row: dict[str, Any]) -> dict[str, Any]:
-            answers = list(zip(row["texts"], row["starts"], strict=True))
-            is_there = [
-                start >= 0 and text != "" and row["context"].startswith(text, start) for text, start in answers
-            ]
-            starts = zip(row["starts"], is_there, strict=True)
-            return {"starts": [start if there else NO_CHARACTER for start, there in starts]}
+        in_units: list[str] = []  # of answers whose start is not counted in characters
 
-        rows = rows.map(checked)
+        def checked(row: dict[str, Any]) -> dict[str, Any]:
+            starts = []
+            for text, start in zip(row["texts"], row["starts"], strict=True):
+                found, units = located(row["context"], text, start)
+                starts.append(found)
+                in_units.extend([units] if units else [])
+            return {"starts": starts}
+
+        rows = rows.map(checked, load_from_cache_file=False)
         starts = [start for of_row in rows["starts"] for start in of_row]
+        for units in sorted(set(in_units)):
+            self.notes.append(
+                f"{in_units.count(units):,} of {len(starts):,} {where} answers are where answer_start counts {units}, "
+                "not characters: read so"
+            )
         if count := starts.count(NO_CHARACTER):
             answers = f"{count:,} of {len(starts):,} {where} answers"
             self.notes.append(f"{answers} are not in the text at their answer_start: nothing is learned from them")
@@ -151,6 +168,22 @@ class QuestionAnsweringData(TextData):
         if not kept:
             raise UserError(f"none of the {len(rows):,} train rows has an answer that is in its text at answer_start")
         return rows.select(kept)
+
+
+def located(context: str, text: str, start: int) -> tuple[int, str]:
+    """The first character of an answer, NO_CHARACTER if it is not at `start`; and in what `start` is counted, if not
+    in characters: JavaScript counts 2 for an emoji, others bytes.
+    """
+    if start < 0 or not text:
+        return NO_CHARACTER, ""
+    if context.startswith(text, start):
+        return start, ""
+    if not context.isascii():
+        for units, encoding, size in (("UTF-16 units", "utf-16-le", 2), ("bytes", "utf-8", 1)):
+            before = context.encode(encoding, "surrogatepass")[: start * size].decode(encoding, "ignore")
+            if context.startswith(before + text):
+                return len(before), units
+    return NO_CHARACTER, ""
 
 
 class QuestionAnsweringObjective(TextObjective):

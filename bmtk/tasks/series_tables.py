@@ -7,8 +7,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from bmtk.data.series import Series, bounds, read_series, shared_steps
+from bmtk.data.series import Series, SeriesColumns, bounds, read_series, shared_steps
+from bmtk.data.series_rows import one_row_a_step
 from bmtk.data.tables import SPLITS, check_column, one_table, read_splits, read_table
+from bmtk.data.times import NAMED_FORMATS, ORDERS, UNITS, TimeFormat, check_time_format
 from bmtk.errors import UserError
 from bmtk.settings import fact, setting
 
@@ -27,6 +29,11 @@ class SeriesTableArguments(DataArguments):
     """Which columns, and which rows train, validate and test."""
 
     time_column: str = fact("date", "column of the time stamps; none: the rows are in order and have none")
+    time_format: str | None = fact(
+        None,
+        f"how time stamps are written: {', '.join(NAMED_FORMATS)}, or a pattern such as '%d.%m.%Y %H:%M'; default: "
+        "found in the whole column",
+    )
     target_columns: list[str] | None = fact(None, "columns to forecast; default: all that hold numbers")
     id_column: str | None = fact(None, "column that names the series of a row, if a table holds several")
     split_rows: list[float] | None = fact(
@@ -48,6 +55,7 @@ class SeriesTableArguments(DataArguments):
             raise UserError(
                 f"missing_values={self.missing_values!r} is unknown; choose one of {', '.join(MISSING_VALUES)}"
             )
+        check_time_format(self.time_format)
         shares = self.split_rows
         if shares and (
             min(shares) < 0 or not 2 <= len(shares) <= 3 or shares[0] == 0 or sum(shares) > 1 >= max(shares)
@@ -74,7 +82,10 @@ class TableParts:
         if last > len(series):
             shares = ", ".join(f"{share:g}" for share in self.shares)
             name = f"series {series.name!r}" if series.name else "the table"
-            raise UserError(f"split_rows=[{shares}] ends with row {last:,}; {name} has {len(series):,} rows")
+            raise UserError(
+                f"split_rows=[{shares}] ends with row {last:,}; {name} has {len(series):,} rows: give shares, which "
+                "fit any table (split_rows 0.7 0.1 0.2)"
+            )
         return series, first, last
 
     def num_unused(self, series: Series) -> int:
@@ -89,12 +100,35 @@ class SeriesData(TaskData):
 
     def __init__(self, task: Task, args: SeriesTableArguments, **reading: Any):
         self.parts = TableParts()
+        self.id_column: str | None = args.id_column
+        # By the id of a table that has one row a series: the table, kept so that no other gets its id, and its steps.
+        self._steps: dict[int, tuple[Dataset, Dataset]] = {}
         super().__init__(task, args, **reading)
 
+    def readable_rows(self, table: Dataset, where: str) -> Dataset:
+        """One row for each step.  A table that is cut into splits stays one table."""
+        if id(table) not in self._steps:
+            time_column = None if self.args.time_column == NO_TIMES else self.args.time_column
+            found, self.id_column, note = one_row_a_step(
+                table,
+                where,
+                time_column=time_column,
+                id_column=self.args.id_column,
+                time_format=self.args.time_format,
+            )
+            self._steps[id(table)] = table, found
+            self.notes += [note] if note else []
+        return self._steps[id(table)][1]
+
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
-        for option, name in (("time_column", self.args.time_column), ("id_column", self.args.id_column)):
-            if name not in (None, NO_TIMES):
-                check_column(table, name, option=option, where=where)
+        if self.id_column is not None:
+            check_column(table, self.id_column, option="id_column", where=where)
+        name = self.args.time_column
+        if name != NO_TIMES and name not in table.column_names:
+            raise UserError(
+                f"time_column={name!r} is not in the {where} data; its columns are {', '.join(table.column_names)}; "
+                "time_column=none reads the rows in their order"
+            )
         return table
 
     def _tables(self, splits: Sequence[str]) -> dict[str, Dataset]:
@@ -115,7 +149,7 @@ class SeriesData(TaskData):
         args = self.args
         if not splits or not (args.dataset or any(args.files.values())):
             return super()._tables(splits)  # nothing, or an error that names what to set
-        tables = read_splits(args.dataset, files=args.files, splits=splits)
+        tables = read_splits(args.dataset, files=args.files, splits=splits, notes=self.notes)
         self.holds_out = "train" in tables and "validation" in splits and "validation" not in tables
         if self.holds_out:
             self.parts = TableParts(
@@ -134,7 +168,8 @@ class SeriesTables:
     """The series of `columns` in the tables of some data.  Each table is read once, when it is first asked for."""
 
     def __init__(self, data: SeriesData, columns: Sequence[str]):
-        self.args, self.notes, self.parts, self.columns = data.args, data.notes, data.parts, columns
+        self.data, self.args, self.notes, self.parts, self.columns = data, data.args, data.notes, data.parts, columns
+        self.known: dict[str, Any] = {}  # how the stamps of the training rows are written, where that needs saying
         # By the id of the table, which is kept beside its series: no other table can get its id.
         self._read: dict[int, tuple[Dataset, list[Series]]] = {}
 
@@ -176,14 +211,28 @@ class SeriesTables:
             check_column(table, name, option="target_columns", where=where.removesuffix(" rows"))
         series, notes = read_series(
             table,
-            self.columns,
-            time_column=None if args.time_column == NO_TIMES else args.time_column,
-            id_column=args.id_column,
+            SeriesColumns(
+                self.columns,
+                time=None if args.time_column == NO_TIMES else args.time_column,
+                name=self.data.id_column,
+                time_format=args.time_format,
+                known=self.known,
+            ),
             may_have_gaps=args.missing_values != "stop",
             where=where,
         )
         self.notes += notes
+        if not self.known:  # training rows are read first
+            self.known = known_format(series[0].time_format)
         return series
+
+
+def known_format(found: TimeFormat | None) -> dict[str, Any]:
+    """What later tables of the same series should know of the time stamps; nothing of usual ones without an offset."""
+    if found is None or (found.name not in (*UNITS, *ORDERS) and found.zone is None):
+        return {}
+    named = {} if found.name == "year_first" else {"time_format": found.name}
+    return named | ({} if found.zone is None else {"utc_offset": found.clock})
 
 
 def _percent(shares: Sequence[float]) -> str:

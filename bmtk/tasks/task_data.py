@@ -230,7 +230,7 @@ class TaskData:
             return {}
         if not (self.args.dataset or any(self.args.files.values())):
             raise UserError("no data: set dataset (a folder, a file or a Hub id), or train_file")
-        tables = read_splits(self.args.dataset, files=self.args.files, splits=splits)
+        tables = read_splits(self.args.dataset, files=self.args.files, splits=splits, notes=self.notes)
         self.holds_out = "train" in tables and "validation" in splits and "validation" not in tables
         if self.holds_out:
             tables |= self._held_out(tables["train"])

@@ -119,6 +119,8 @@ class TimeSeriesForecastingObjective(Objective):
             )
         columns: list[str] = self._columns() if is_trained else of_model["columns"]
         self.tables = SeriesTables(data, columns)
+        if not is_trained:
+            self.tables.known = {name: of_model[name] for name in ("time_format", "utc_offset") if name in of_model}
         self.series = self._learned(of_model.get("time_features")) if is_trained else of_model
         if is_trained:
             config.series = self.series
@@ -129,7 +131,7 @@ class TimeSeriesForecastingObjective(Objective):
         table, args = self.data.rows["train"], self.args
         if args.target_columns:
             return list(args.target_columns)
-        columns, others = numeric_columns(table, {args.time_column, args.id_column})
+        columns, others = numeric_columns(table, {args.time_column, self.data.id_column or ""})
         if not columns:
             raise UserError(f"no column of the train data holds numbers; its columns are {some(table.column_names)}")
         if others:
@@ -148,6 +150,7 @@ class TimeSeriesForecastingObjective(Objective):
             "columns": list(tables.columns),
             "time_features": list(features or ()),
             "season": season,
+            **tables.known,
             **scaling_of(ranges, season, tables.columns),
         }
 
@@ -193,7 +196,11 @@ class TimeSeriesForecastingObjective(Objective):
         if last >= context + needed and last - first >= needed:
             return
         name = f"series {series.name!r} of the {where} rows" if series.name else f"the {where} rows"
-        future = f" and prediction_length={horizon} to compare with" if has_future else ""
+        future = (
+            f" and prediction_length={horizon} to compare with: lower these, or give this part more rows (split_rows)"
+            if has_future
+            else ""
+        )
         before = f" (after {first:,} others)" if first else ""
         raise UserError(
             f"{name}: {last - first:,} rows{before} are too few for one window; it needs context_length="
@@ -323,10 +330,12 @@ class TimeSeriesForecastingScorer(Scorer):
         """What names each forecast step of a series: the series, and its time stamp or number."""
         args, horizon = self.objective.args, self.objective.config.prediction_length
         series = self.objective.tables.series(table, "input")[window]
-        name = {args.id_column: series.name} if args.id_column else {}
+        id_column = self.objective.data.id_column
+        name = {id_column: series.name} if id_column else {}
         if series.times is None:
             return [{**name, "step": step} for step in range(1, horizon + 1)]
-        return [{**name, args.time_column: str(time)} for time in times_after(series.times, horizon)]
+        written = series.time_format.written if series.time_format else str
+        return [{**name, args.time_column: written(time)} for time in times_after(series.times, horizon)]
 
     def _in_units(self, value: float, column: int) -> float:
         return float(f"{value * self.series['std'][column] + self.series['mean'][column]:.6g}")

@@ -116,6 +116,40 @@ def test_training_text_that_is_measured_on_is_refused_dropped_or_allowed(tmp_pat
         corpus(tmp_path, LONG[2:], LONG[:3], sample_by="line")
 
 
+def test_one_text_is_enough_and_what_is_held_out_is_not_trained_on(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("\n\n".join(LONG), encoding="utf-8")
+
+    def parts(seed=1, **settings):
+        args = CausalLMArguments(**{"dataset": str(path), "vocab_size": 300, **settings})
+        return TASK.read(args, folder=tmp_path / "run", seed=seed)
+
+    data = parts()
+    assert data.notes == [
+        "there is no validation text: 1 of 14 stretches of text, cut at blank lines, are held out "
+        "(validation_fraction=0.1, seed 1)"
+    ]
+    lines = {split: {line for text in data.rows[split] for line in text.split("\n\n") if line} for split in data.rows}
+    assert lines["train"] | lines["validation"] == set(LONG)
+    assert not lines["train"] & lines["validation"]
+    assert len(lines["validation"]) == 3
+    assert list(parts(dataset=None, train_file=[str(path)]).rows["validation"]) == list(data.rows["validation"])
+    assert list(parts(seed=3).rows["validation"]) != list(data.rows["validation"])
+    assert len(list(parts(validation_fraction=0.3).rows["validation"])) == 2
+    assert data.bind(data.new_config("bm_rnn", SMALL)).rows["validation"].store.num_documents == 1
+    path.write_text("\n\n".join([*LONG, *LONG]), encoding="utf-8")
+    with pytest.raises(UserError, match="of the validation text, in lines of 32 characters or more, is also in the"):
+        parts()
+
+
+def test_a_folder_without_a_validation_part_is_held_out_of_too(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(LONG), encoding="utf-8")
+    args = CausalLMArguments(dataset=str(tmp_path), vocab_size=300, leakage="allow", sample_by="line")
+    data = TASK.read(args, folder=tmp_path / "run")
+    assert {split: len(list(texts)) for split, texts in data.rows.items()} == {"train": 72, "validation": 8}
+
+
 def test_a_large_validation_text_does_not_hide_a_leak_of_the_test_text(tmp_path):
     apart = [f"{line} held out, {i}" for i in range(10) for line in LONG]
     files = {"train": LONG, "validation": apart, "test": [*LONG[:2], *(line.upper() for line in LONG[:2])]}

@@ -27,6 +27,8 @@ from transformers import (
 )
 
 from bmtk.data.media import in_colour
+from bmtk.data.tables import read_all
+from bmtk.errors import UserError
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.tasks.image_classification import TASK, ImageClassificationArguments, mixed_labels
 from bmtk.training import callbacks
@@ -122,6 +124,47 @@ def test_transparent_pixels_are_white_in_colour_and_in_grey(tmp_path):
         objective = bound(tmp_path, [clear, noise()], config=config)
         assert (objective.rows["train"][0]["pixels"] == 255).all()
     assert "50.0% partly transparent, put on white" in "; ".join(objective.notes)
+
+
+def test_images_of_12_bits_are_what_8_bit_copies_are_from_training_to_prediction(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (8, 10, 12))
+    values[0, 0, :2] = 0, 4095
+    deep = [PIL.Image.fromarray(one.astype(np.uint16)) for one in values]
+    shallow = [PIL.Image.fromarray(np.rint(one / 4095 * 255).astype(np.uint8)) for one in values]
+    found = {}
+    for name, images in (("deep", deep), ("shallow", shallow)):
+        for split in ("train", "validation"):
+            write_images(tmp_path / name / split, images if split == "train" else images[:2])
+        found[name] = bound(tmp_path / name, leakage="allow")
+    assert np.array_equal(found["deep"].rows["train"].kept, found["shallow"].rows["train"].kept)
+    notes = " ".join(found["deep"].notes)
+    assert "hold whole numbers from 0 to 4095: 0 is read as black and 4095 as white" in notes
+    assert "16-bit greyscale" in notes
+    # a saved processor and the model's own folder make the same of an image whose own values are few
+    dark = PIL.Image.fromarray((values[1] // 16).astype(np.uint16))
+    grey = PIL.Image.fromarray(np.rint((values[1] // 16) / 4095 * 255).astype(np.uint8))
+    model = tmp_path / "model"
+    found["deep"].processor.save_pretrained(model)
+    found["deep"].config.save_pretrained(model)
+    data = TASK.read(ImageClassificationArguments(), splits=(), model=str(model))
+    objective = data.bind(found["deep"].config)
+    assert objective.processor.image_range == [0, 4095]
+    dark.save(tmp_path / "dark.png")
+    rows = objective.encode_inputs(read_all(str(tmp_path / "dark.png"), option="input"))
+    batch = objective.collator()([rows[0]])["pixel_values"]
+    for image in (dark, grey):
+        expected = objective.processor(image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(batch, expected)
+
+
+def test_images_that_show_nothing_are_warned_of(tmp_path):
+    flat = [PIL.Image.new("RGB", (12, 10), (number, 9, 9)) for number in range(5)]
+    objective = bound(tmp_path, images=[*flat, *(noise(seed=seed) for seed in range(3))])
+    (note,) = (note for note in objective.notes if "nearly of one colour" in note)
+    assert note.startswith("62% of the train images looked at are nearly of one colour")
+    assert not any("nearly of one colour" in note for note in bound(tmp_path / "other").notes)
+    with pytest.raises(UserError, match=r"image_range=\[9\.0, 1\.0\] must be two numbers, black and white"):
+        ImageClassificationArguments(image_range=[9.0, 1.0])
 
 
 def test_an_image_is_turned_as_its_camera_says(tmp_path):

@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, DetrConfig, pipeline
 
-from bmtk.data.box_transforms import BoxAugmentation, clip_boxes
+from bmtk.data.box_transforms import BoxAugmentation, clip_boxes, likely_format
 from bmtk.metrics.boxes import average_precisions
 from bmtk.models.boxes_bm import pairwise_iou
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
@@ -108,6 +108,42 @@ def test_boxes_become_what_a_detector_reads(tmp_path):
     for label in (second, third):
         assert (label["boxes"].shape, label["class_labels"].shape) == ((0, 4), (0,))
     assert objective.sizes() == {"train": {"rows": 3, "boxes": 2}, "validation": {"rows": 1, "boxes": 2}}
+
+
+CORNERS = {"bbox": [[2, 4, 12, 12], [20, 10, 28, 26]], "category": ["cat", "dog"]}
+SHARES = {"bbox": [[7 / 40, 8 / 32, 10 / 40, 8 / 32], [24 / 40, 18 / 32, 8 / 40, 16 / 32]], "category": ["cat", "dog"]}
+
+
+@pytest.mark.parametrize(("objects", "box_format"), [(CORNERS, "ltrb"), (SHARES, "yolo"), (OBJECTS, "ltwh")])
+def test_boxes_of_every_format_become_the_same(tmp_path, objects, box_format):
+    data = read_data(tmp_path, train=(objects,), validation=(objects,), box_format=box_format)
+    boxes = np.array(data.rows["train"]["boxes"][0])
+    assert boxes == pytest.approx(np.array(OBJECTS["bbox"], dtype=float))
+
+
+def test_boxes_that_look_like_corners_or_shares_are_asked_about(tmp_path):
+    beyond = {"bbox": [*CORNERS["bbox"], [22, 3, 40, 32]], "category": ["cat", "dog", "cat"]}
+    with pytest.raises(ValueError, match=r"beyond their image .* set box_format=ltrb; if .* set box_format=ltwh"):
+        read_data(tmp_path, train=(beyond,), validation=(OBJECTS,))
+    with pytest.raises(ValueError, match=r"between 0 and 1 only.* set box_format=yolo"):
+        read_data(tmp_path, train=(SHARES,), validation=(OBJECTS,))
+    data = read_data(tmp_path, train=(beyond,), validation=(OBJECTS,), box_format="ltwh")
+    assert "2 of 3 train boxes reach beyond their image: cut at its edge" in data.notes
+    with pytest.raises(ValueError, match="box_format='xyxy' is unknown; choose one of ltwh, ltrb, yolo"):
+        read_data(tmp_path, box_format="xyxy")
+
+
+def test_boxes_of_objects_cut_by_the_edge_are_no_corners():
+    draw = np.random.default_rng(0)
+    centre, size = draw.uniform(0, 100, (500, 2)), draw.uniform(10, 60, (500, 2))
+    boxes = np.concatenate((centre - size / 2, size), axis=1)  # half of them reach beyond some edge of 100 x 100
+    assert likely_format(boxes, np.full((500, 2), 100)) == "ltwh"
+    small = np.array([[2, 3, 10, 12], [5, 5, 20, 30]])  # that would fit as corners, but need not be any
+    assert likely_format(small, np.full((2, 2), 100)) == "ltwh"
+    inside = clip_boxes(boxes, 100, 100)
+    corners = np.concatenate((inside[:, :2], inside[:, :2] + inside[:, 2:]), axis=1)
+    assert likely_format(corners, np.full((500, 2), 100)) == "ltrb"
+    assert likely_format(inside, np.full((500, 2), 100)) == "ltwh"
 
 
 def test_boxes_without_area_in_their_image_are_left_out_counted_and_the_first_is_named(tmp_path):

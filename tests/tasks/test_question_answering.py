@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForQuestionAnswering
 
+from bmtk.data.tables import read_table
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
@@ -149,6 +150,58 @@ def test_answers_that_are_not_where_they_should_be_are_not_learned(tmp_path):
     batch = objective.collator()([objective.rows["validation"][0]])
     assert objective.num_items(batch) == 0
     assert batch["labels"].shape == (0, 4)
+
+
+def test_a_nested_file_of_squad_gives_the_same_rows_as_a_flat_one(tmp_path):
+    def nested(rows):
+        """As SQuAD 2.0 has it: answers are a list, and questions without one have other keys."""
+        questions = [
+            {"id": str(place), "question": one["question"], "is_impossible": not one["answers"]["text"]}
+            | {
+                "answers": [
+                    {"text": text, "answer_start": start}
+                    for text, start in zip(one["answers"]["text"], one["answers"]["answer_start"], strict=True)
+                ]
+            }
+            | ({} if one["answers"]["text"] else {"plausible_answers": [{"text": "Oslo", "answer_start": 40}]})
+            for place, one in enumerate(rows)
+        ]
+        return {"version": "v2.0", "data": [{"title": "x", "paragraphs": [{"context": CONTEXT, "qas": questions}]}]}
+
+    rows = [*TRAIN, row("Who is rich ?", answers=[])]
+    flat = read_data(tmp_path, rows)
+    files = {}
+    for name, content in (("train", rows), ("validation", OTHERS)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(nested(content)), encoding="utf-8")
+        files[f"{name}_file"] = [str(tmp_path / f"{name}.json")]
+    data = TASK.read(QuestionAnsweringArguments(**files, tokenizer="uncased_word"))
+    for split in ("train", "validation"):
+        for column in ("question", "context", "texts", "starts"):
+            assert list(data.rows[split][column]) == list(flat.rows[split][column])
+    assert data.notes[0] == "train: a nested file as SQuAD's own: 3 questions"
+    assert "1 of 3 train questions have no answer: left out" in data.notes
+    asked = data.readable_rows(read_table([tmp_path / "train.json"]), "input")
+    assert data.read_rows(asked, "input", labelled=False)["question"] == [one["question"] for one in rows]
+
+
+def test_starts_are_characters_and_those_of_javascript_and_of_bytes_are_found(tmp_path):
+    context = "👩‍👩‍👧 été שלום 🇩🇪 Bo lives in Oslo 🚢 ."
+    start = context.index("Oslo")
+    units = {
+        "characters": start,
+        "UTF-16 units": len(context[:start].encode("utf-16-le")) // 2,
+        "bytes": len(context[:start].encode()),
+    }
+    assert len(set(units.values())) == 3
+    for name, at in units.items():
+        data = read_data(tmp_path, [row(context=context, answers=[("Oslo", at)])])
+        assert list(data.rows["train"]["starts"]) == [[start]]
+        noted = [note for note in data.notes if "answer_start" in note]
+        assert noted == (
+            [f"1 of 1 train answers are where answer_start counts {name}, not characters: read so"]
+            if name != "characters"
+            else []
+        )
 
 
 def outputs_for(batch, seed=0):

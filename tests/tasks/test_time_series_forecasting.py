@@ -520,6 +520,70 @@ def test_a_line_of_a_forecast_names_series_column_and_step(tmp_path, alone):
     }
 
 
+def forecast_lines(objective, table):
+    """The lines of forecasts from the end of a table."""
+    table = objective.data.readable_rows(table, "input")
+    rows, scorer = objective.encode_inputs(table), objective.scorer
+    with torch.no_grad():
+        predictions = scorer.predict(model_of(objective.config), rows.batch(range(len(rows))))
+    return [line for index, one in enumerate(predictions) for line in scorer.lines(one, index, rows, table)]
+
+
+def test_forecasts_are_written_as_the_input_and_a_short_one_is_read_as_the_training_table(tmp_path):
+    times = pd.date_range("2024-01-20", periods=60, freq="D")
+    written = [f"{time:%d/%m/%Y}" for time in times]
+    path = write(tmp_path / "x.csv", numbers(), times=written)
+    trained = bind(read(path))
+    assert trained.config.series["time_format"] == "day_first"
+    assert any("read day first" in note and "a step is 1 day" in note for note in trained.notes)
+    short = write(tmp_path / "short.csv", numbers(9), times=[f"0{day}/03/2024" for day in range(1, 10)])
+    later = read(None, splits=(), split_rows=None).bind(trained.config)
+    lines = forecast_lines(later, read_table([Path(short)]))
+    assert [line["date"] for line in lines[:4]] == ["10/03/2024", "11/03/2024", "12/03/2024", "13/03/2024"]
+    data = read(None, splits=(), split_rows=None, time_format="month_first")
+    lines = forecast_lines(data.bind(trained.config), read_table([Path(short)]))
+    assert lines[0]["date"] == "10/03/2024"  # nine months on, 3 October
+
+
+def test_stamps_with_an_offset_are_continued_with_it(tmp_path):
+    times = [f"{time.isoformat()}+05:30" for time in pd.date_range("2024-01-20", periods=60, freq="h")]
+    objective = bind(read(write(tmp_path / "x.csv", numbers(), times=times)))
+    assert objective.config.series["utc_offset"] == 330
+    lines = forecast_lines(objective, read_table([tmp_path / "x.csv"]))
+    assert lines[0]["date"] == "2024-01-22T12:00:00+05:30"
+
+
+def test_one_row_a_series_is_split_trained_and_forecast_as_one_row_a_step(tmp_path):
+    values = numbers(60, 1)[:, 0]
+    lines = [{"id": name, "load": (values + shift).tolist()} for name, shift in (("b", 0), ("a", 5))]
+    path = tmp_path / "wide.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    data = read(str(path), split_rows=[0.5, 0.25, 0.25], time_column="none")
+    objective = bind(data)
+    assert data.notes[-1] == "train: one row a series: 2 series of 60 to 60 steps, named by id"
+    names = {"id": ["b"] * 60 + ["a"] * 60}
+    long = write(tmp_path / "long.csv", [[v] for v in [*values, *(values + 5)]], names=["load"], more=names)
+    settings = {"split_rows": [0.5, 0.25, 0.25], "time_column": "none", "id_column": "id", "target_columns": ["load"]}
+    other = bind(read(long, **settings))
+    assert objective.config.series == other.config.series
+    for split in ("train", "validation", "test"):
+        assert objective.rows[split].starts.tolist() == other.rows[split].starts.tolist()
+    lines = forecast_lines(objective, read_table([path]))
+    assert [(line["id"], line["step"]) for line in lines] == [(name, step) for name in "ba" for step in (1, 2, 3, 4)]
+
+
+def test_errors_name_the_remedy(tmp_path):
+    path = write(tmp_path / "x.csv", numbers())
+    with pytest.raises(ValueError, match=r"time_column='when' is not in the train data.*time_column=none reads"):
+        read(path, time_column="when")
+    with pytest.raises(ValueError, match=r"ends with row 90; the table has 60 rows: give shares, which fit any"):
+        bind(read(path, split_rows=[90, 8, 8]))
+    with pytest.raises(ValueError, match=r"are too few for one window; .* lower these, or give this part more rows"):
+        bind(read(path, split_rows=[56, 2, 2]))
+    with pytest.raises(ValueError, match=r"time_format='day first' is unknown; choose one of year_first, day_first"):
+        read(path, time_format="day first")
+
+
 def test_what_changes_a_metric_depends_on_the_metric_and_on_the_tables(tmp_path):
     path = write(tmp_path / "x.csv", numbers())
     one_table = TimeSeriesForecastingArguments(dataset=path)
