@@ -123,6 +123,6 @@ def _parts(
         mark = hashlib.sha256(f"{texts.fingerprint} {name} {share}".encode()).hexdigest()
         part_of_bytes = share.fraction if wanted else 1 - share.fraction
         num_bytes = None if texts.num_bytes is None else round(texts.num_bytes * part_of_bytes)
-        return Texts(f"{texts.name}, the part that is {name}", mark, (documents,), num_bytes)
+        return Texts(f"{texts.name}, the part that is {name}", mark, (documents,), num_bytes, texts.marks)
 
     return HeldOut(part(False), part(True), f"there is no validation text: {words} are held out {share}")

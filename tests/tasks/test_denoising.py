@@ -85,7 +85,7 @@ def test_a_model_or_text_that_knows_no_gaps_is_refused(text, tmp_path):
     BmTransformerConfig(vocab_size=300).save_pretrained(plain)
     train_tokenizer(LINES, kind="byte_bpe", vocab_size=300).save_pretrained(plain)
     with pytest.raises(ValueError, match="plain has no <extra_id_0>: that model was not trained to fill in 2 spans"):
-        read(text, model=str(plain))
+        _ = read(text, model=str(plain)).tokenizer
 
 
 def test_noise_that_cannot_be_is_refused_before_any_length_is_computed_with_it():

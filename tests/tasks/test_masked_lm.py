@@ -190,7 +190,7 @@ def test_bad_settings_and_models_are_one_clear_error(text, tmp_path):
     with pytest.raises(UserError, match=r"mlm_probability=1\.5 is not a share; choose between 0 and 1"):
         read(text, mlm_probability=1.5)
     with pytest.raises(ValueError, match="needs at least 258"):
-        read(text, vocab_size=257)
+        _ = read(text, vocab_size=257).tokenizer
     data = read(text)
     with pytest.raises(ValueError, match="needs is_causal=False: a causal trunk does not see what follows"):
         AutoModelForMaskedLM.from_config(
@@ -207,9 +207,10 @@ def test_bad_settings_and_models_are_one_clear_error(text, tmp_path):
     (tmp_path / "plain" / "config.json").write_text("{}")
     args = MaskedLMArguments(train_file=[str(text)], validation_file=[str(text)], leakage="allow")
     with pytest.raises(UserError, match="has no mask token, so that model was not trained to fill one in"):
-        TASK.read(args, model=str(tmp_path / "plain"), folder=tmp_path / "other")
+        _ = TASK.read(args, model=str(tmp_path / "plain"), folder=tmp_path / "other").tokenizer
     data = read(text, tokenizer=str(tmp_path / "plain"))
     new = len(tokenizer)
+    assert len(data.tokenizer) == new + 1
     assert data.notes == [f"the tokenizer has no mask token: <mask> (id {new}) is new"]
     assert data.config_fields["vocab_size"] == new + 1
     assert data.tokenizer("cat <mask>")["input_ids"] == [*tokenizer("cat")["input_ids"], new]
