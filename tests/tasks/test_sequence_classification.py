@@ -294,7 +294,7 @@ def test_bad_data_is_one_clear_error(tmp_path, settings, message):
         (
             "train.csv",
             b"text,label\na,1\nb, c,1\n",
-            r"train\.csv, row 2: 3 cells where the header has 2 \(text, label",
+            r"train\.csv, line 3: the row has 3 fields, the header 2; quote the fields that hold ','.*text, label",
         ),
         ("train.csv", b"text,label\n\xff,1\n", r"train\.csv is not a table in UTF-8 with a header line"),
         ("train.jsonl", b'{"text": "a"\n', r"train\.jsonl cannot be read: \w+"),
