@@ -141,13 +141,12 @@ def _read_delimited(path: Path, layout: TableFormat, notes: list[str]) -> datase
     nameless = [place + 1 for place in kept if not columns[place]]
     if len(nameless) > 1:
         raise UserError(f"{path}: columns {', '.join(map(str, nameless))} have cells and no name; name them")
-    found: dict[str, list[Any]] = {}
-    for place in kept:
-        name, values = columns[place], printed_values(cells[place])
-        if values is not None:
-            notes.append(f"column {name!r} of {path} holds values that were printed as text: they are read as values")
-        found[name] = list(cells[place]) if values is None else values
-    return _dataset(found, path, notes)
+    found = {columns[place]: list(cells[place]) for place in kept}
+    printed = {name: values for name, values in ((n, printed_values(c)) for n, c in found.items()) if values}
+    if printed:
+        names = ", ".join(map(repr, printed))
+        notes.append(f"{path}: {names} hold values that were printed as text, such as lists: they are read as values")
+    return _dataset({**found, **printed}, path, notes)
 
 
 def _note_breaks_and_quotes(path: Path, rows: Sequence[tuple[int, list[str]]], notes: list[str]) -> None:

@@ -51,7 +51,7 @@ class TableFormat:
             )
         if self.encoding is not None:
             try:
-                is_of_text = codecs.lookup(self.encoding)._is_text_encoding  # type: ignore[attr-defined]
+                is_of_text = codecs.lookup(self.encoding)._is_text_encoding
             except LookupError:
                 is_of_text = False
             if not is_of_text:

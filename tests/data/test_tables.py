@@ -289,7 +289,7 @@ def test_a_column_is_read_as_values_only_if_every_cell_is_one(tmp_path):
     path = tmp_path / "a.csv"
     pandas.DataFrame({"tokens": [["a", "b"], ["c"]], "id": ["x", "y"]}).to_csv(path, index=False)
     assert read(path, notes)[:] == {"tokens": [["a", "b"], ["c"]], "id": ["x", "y"]}
-    assert notes == [f"column 'tokens' of {path} holds values that were printed as text: they are read as values"]
+    assert notes == [f"{path}: 'tokens' hold values that were printed as text, such as lists: they are read as values"]
 
 
 def test_a_list_is_no_text_and_a_printed_one_no_label():

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from bmtk.tasks.inference import PredictionFile, beside_inputs, read_inputs, refuse_to_overwrite, shown
+from recipes import predict
 
 
 def written(path, rows, **options):
@@ -35,9 +36,9 @@ def test_a_csv_of_unlike_rows_has_the_columns_of_all(tmp_path):
 
 def test_an_error_leaves_the_former_file(tmp_path):
     (tmp_path / "p.csv").write_text("former")
-    with pytest.raises(KeyError), PredictionFile(str(tmp_path / "p.csv")) as output:
-        output.write({"a": 1})
-        raise KeyError
+    unwritable = ({name: 1} if name < "c" else {1: object()} for name in "abc")
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        written(tmp_path / "p.csv", unwritable)
     assert (tmp_path / "p.csv").read_text() == "former"
     assert os.listdir(tmp_path) == ["p.csv"]
 
@@ -59,7 +60,7 @@ def test_formulas_are_counted_and_quoted_on_request(tmp_path):
 
 def test_a_column_of_the_input_is_never_overwritten():
     assert beside_inputs({"text": "a"}, {"prediction": "b"}) == {"text": "a", "prediction": "b"}
-    with pytest.raises(ValueError, match="columns of its own called prediction, score, .*; rename or remove them"):
+    with pytest.raises(ValueError, match=r"columns of its own called prediction, score, .*; rename or remove them"):
         beside_inputs({"text": "a", "score": 1, "prediction": "MINE"}, {"prediction": "b", "score": 0.5})
 
 
@@ -102,3 +103,11 @@ def test_the_output_may_not_be_what_is_read(tmp_path):
     (tmp_path / "other.csv").write_text("text\na\n")
     refuse_to_overwrite(str(table), str(tmp_path / "other.csv"))
     assert read_inputs(str(table))[:] == {"text": ["a"]}
+
+
+def test_predict_refuses_to_write_over_its_input_before_it_loads_a_model(tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text("text\na\n")
+    with pytest.raises(ValueError, match=r"is one of the files of input"):
+        predict.main(["--model", str(tmp_path / "no_model"), "--input", str(table), "--output", str(table)])
+    assert table.read_text() == "text\na\n"
