@@ -75,7 +75,8 @@ def read_arguments(argv: list[str]) -> tuple[EvaluationArguments, Any]:
     known = {f.name for f in dataclasses.fields(task.arguments)} - set(OF_TRAINING)
     trained_on = Path(str(recipe.get("dataset"))).is_file() and not task.data.cuts_one_table
     if any(values.get(key) for key in SOURCES) or trained_on:
-        known -= set(SOURCES)  # other rows; and a single file was trained on, unless the task cuts it
+        # Other rows; and a single file was trained on, unless the task cuts it.
+        known -= {*SOURCES, "delimiter", "encoding"}
     values.file_values = {**{key: value for key, value in recipe.items() if key in known}, **values.file_values}
     evaluation, data_args = values.bind([EvaluationArguments, task.arguments], description=__doc__)
     evaluation.task = task.name

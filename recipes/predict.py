@@ -26,7 +26,7 @@ from bmtk import arguments
 from bmtk.errors import UserError
 from bmtk.hub import run_record
 from bmtk.tasks import task_named
-from bmtk.tasks.inference import PictureFolder, PredictionFile, read_inputs
+from bmtk.tasks.inference import PictureFolder, PredictionFile, read_inputs, refuse_to_overwrite
 from bmtk.tasks.scorer import Scorer
 from bmtk.tasks.task import Prediction
 from bmtk.training.progress import Bar
@@ -43,6 +43,8 @@ OF_TRAINING = (
     "validation_file",
     "test_file",
     "validation_fraction",
+    "delimiter",
+    "encoding",
 )
 
 
@@ -58,6 +60,9 @@ class PredictionArguments:
         metadata={"help": "rows (.csv, .tsv, .jsonl, .json, .parquet), one image or recording, or a folder"},
     )
     output: str = field(default="predictions.csv", metadata={"help": "file to write: .csv or .jsonl"})
+    spreadsheet_safe: bool = field(
+        default=False, metadata={"help": "in .csv, put an apostrophe before texts that a spreadsheet would run: =1+1"}
+    )
     pictures: str | None = field(
         default=None, metadata={"help": "empty or new folder for the images with predicted boxes drawn over them"}
     )
@@ -96,8 +101,10 @@ def main(argv: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     args, data_args = read_arguments(argv)
     loading = {"trust_remote_code": True} if args.trust_remote_code else {}
-    table = read_inputs(str(args.input))
-    output = PredictionFile(args.output)
+    refuse_to_overwrite(str(args.input), args.output)
+    notes: list[str] = []
+    table = read_inputs(str(args.input), data_args.layout, notes)
+    output = PredictionFile(args.output, spreadsheet_safe=args.spreadsheet_safe)
     pictures = PictureFolder(args.pictures, task_named(args.task)) if args.pictures else None
     trained = TrainedModel(str(args.model), **loading)
     data = task_named(args.task).read(data_args, model=args.model, splits=(), **loading)
@@ -114,7 +121,7 @@ def main(argv: list[str]) -> None:
             predictions = scorer.predict(model, on_device(batch, accelerator.device))
             write(predictions, int(bar.n), scorer, (rows, table), output, pictures)
             bar.update(len(predictions))
-    print("".join(f"note: {line}\n" for line in objective.notes), end="")
+    print("".join(f"note: {line}\n" for line in [*notes, *objective.notes, *output.notes]), end="")
     print(f"{output.count:,} predictions written to {output.path}")
 
 

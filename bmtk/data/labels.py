@@ -5,19 +5,30 @@ from collections.abc import Collection, Iterable, Sequence
 
 from bmtk.errors import UserError
 
+from .printed import looks_printed
+
 
 def label_name(value: object, names: Sequence[str] | None, where: str) -> str:
-    """The label as a word: a string as it is, an integer by `names` if these are given, else as its digits.
+    """The label as a word: a string without the blanks around it, an integer by `names` if these are given, else as
+    its digits.
 
-    Raises: UserError, naming the place `where`, for a missing value, a fraction, or a number that has no name.
+    Raises: UserError, naming the place `where`, for a missing value, a fraction, a number that has no name, or what
+    is no word.
     """
+    value = value.strip() if isinstance(value, str) else value
     if isinstance(value, float) and value.is_integer():  # how a column of integers with a gap is read
         value = int(value)
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         raise UserError(f"{where} is empty; label the row or take it out")
     if isinstance(value, float):
         raise UserError(f"{where} holds {value}; a label is a string or an integer")
+    if looks_printed(value) or isinstance(value, list | dict | bytes):
+        raise UserError(
+            f"{where} holds {str(value)[:60]}, and a label is one word or number; several labels of a row are a list: "
+            "in CSV every cell of the column must then be such a list, whole and with commas"
+        )
     name = str(value)
+    names = [known.strip() for known in names or ()]
     if not names or name in names:
         return name
     if not is_integer(name) or not 0 <= int(name) < len(names):
@@ -25,6 +36,14 @@ def label_name(value: object, names: Sequence[str] | None, where: str) -> str:
             f"{where} holds {name!r}, which is neither one of label_names ({some(names)}) nor the number of one"
         )
     return names[int(name)]
+
+
+def note_blanks(values: Iterable[object], notes: list[str], *, option: str, where: str) -> None:
+    """Note how many labels, or lists of them, have blanks around them, which `label_name` takes off."""
+    flat = (item for value in values for item in (value if isinstance(value, list) else [value]))
+    found = [item for item in flat if isinstance(item, str) and item != item.strip() and item.strip()]
+    if found:
+        notes.append(f"{option}: {len(found):,} {where} labels have blanks around them, taken off: {found[0]!r}")
 
 
 def in_order(names: Collection[str]) -> list[str]:
@@ -40,6 +59,7 @@ def ids_of_known(names: Collection[str], known: Sequence[str]) -> dict[str, int]
     >>> ids_of_known({"0", "1"}, ["good", "bad"])
     {'0': 0, '1': 1}
     """
+    known = [name.strip() for name in known]  # a model may have been trained on labels with blanks
     if set(names) <= set(known):
         return {name: index for index, name in enumerate(known)}
     if known and all(is_integer(name) and 0 <= int(name) < len(known) for name in names):

@@ -6,9 +6,7 @@ A folder is laid out as for ImageFolder and AudioFolder of `datasets`: `class/fi
 """
 
 import contextlib
-import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +22,10 @@ import soxr
 
 from bmtk.errors import UserError
 
+from .delimited import delimited_rows
 from .folders import visible_files
+from .json_rows import json_rows
+from .text_files import TableFormat, Unreadable
 
 # What browsers, cameras and editors write; those that the installed Pillow and libsndfile can read.
 PICTURES = ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .avif .ppm .pgm .pbm .pnm .jp2 .tga"
@@ -92,12 +93,14 @@ def metadata_files(folder: Path) -> list[Path]:
 
 def _metadata(table: Path) -> list[dict[str, Any]]:
     """The rows of one file of metadata, with `file_name` as a path."""
-    rows: list[dict[str, Any]]
-    with table.open(encoding="utf-8-sig", newline="") as file:
+    try:
         if table.suffix == ".csv":
-            rows = list(csv.DictReader(file))
+            (_, columns), *lines = delimited_rows(table, TableFormat())
+            rows = [dict[str, Any](zip(columns, cells, strict=True)) for _, cells in lines]
         else:
-            rows = [json.loads(line) for line in file if line.strip()]
+            rows = [row for _, row in json_rows(table, TableFormat())]
+    except Unreadable as error:
+        raise UserError(error.sentence(table, "a table in UTF-8")) from error
     for number, row in enumerate(rows, 1):
         if FILE_NAME not in row:
             raise UserError(

@@ -1,10 +1,9 @@
-"""Documents from text, JSON-lines, CSV and Parquet files, from folders of them, and from the Hub.
+"""Documents from text, JSON-lines, CSV, TSV and Parquet files, from folders of them, and from the Hub.
 
 A document is one non-blank string. Local files are read as streams: a corpus may be larger than memory, one document
 (or one line of JSON) may not. The order of documents is fixed: sources as given, files of a folder by name.
 """
 
-import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +14,17 @@ from typing import Any
 
 from bmtk.errors import UserError
 
+from .delimited import delimited_rows
 from .fingerprints import FileDigests
 from .folders import visible_files
+from .json_rows import json_rows
+from .text_files import COMPRESSED_SUFFIXES, BadRow, TableFormat, Unreadable, opened_text, suffix_of
 
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet", ".tsv")
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SAMPLE_BY = ("document", "line")
 ROWS_PER_READ = 1024
-LONGEST_CSV_FIELD = (1 << 31) - 1  # the largest number that the csv module takes on every system
+AS_FOUND = TableFormat()
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,15 @@ def read_texts(
     split: str = "train",
     text_column: str = "text",
     sample_by: str = "document",
+    layout: TableFormat = AS_FOUND,
     digests: FileDigests | None = None,
 ) -> Texts:
     """Find the documents of a file, a folder, a Hub data set (`owner/name` or `owner/name:config`), or a list of them.
 
     `split` selects the files of a folder (`train.txt`, `train-00001.parquet`, `train/...`; all files of a folder
     without such names are "train") or the split of a Hub data set; a file named directly is always read whole.
-    `text_column` is the key or column of .jsonl, .csv, .parquet and Hub rows. `sample_by` makes one document of each
-    .txt file ("document") or of each of its lines ("line"). `digests` knows files that were read before.
+    `text_column` is the key or column of .jsonl, .csv, .tsv, .parquet and Hub rows. `sample_by` makes one document of
+    each .txt file ("document") or of each of its lines ("line"). `digests` knows files that were read before.
     Raises: FileNotFoundError for a path that is not there; UserError for everything else that cannot be read.
     """
     if sample_by not in SAMPLE_BY:
@@ -95,15 +98,18 @@ def read_texts(
     for item in map(str, sources):
         if Path(item).expanduser().exists() or _looks_like_a_path(item):
             files = _files(Path(item).expanduser(), split)
-            parts += [_file_part(file, text_column, sample_by) for file in files]
+            parts += [_file_part(file, text_column, sample_by, layout) for file in files]
             marks += [f"{file.name} {digests.of(file)}" for file in files]
-            num_bytes = None if num_bytes is None else num_bytes + sum(file.stat().st_size for file in files)
+            is_packed = any(file.suffix.lower() in COMPRESSED_SUFFIXES for file in files)
+            sizes = None if is_packed else sum(file.stat().st_size for file in files)
+            num_bytes = None if num_bytes is None or sizes is None else num_bytes + sizes
         else:
             part, mark = _hub_part(item, split, text_column)
             parts.append(part)
             marks.append(mark)
             num_bytes = None  # not known before it is read
-    description = json.dumps([marks, text_column, sample_by])
+    is_set = [] if layout == AS_FOUND else [[layout.delimiter, layout.encoding]]
+    description = json.dumps([marks, text_column, sample_by, *is_set])
     name = f"{', '.join(map(str, sources))} (split {split!r})"
     return Texts(name, hashlib.sha256(description.encode()).hexdigest(), tuple(parts), num_bytes, tuple(marks))
 
@@ -111,7 +117,7 @@ def read_texts(
 def has_split(source: str, split: str) -> bool:
     """Whether the folder `source` has files named after `split`; False for other sources."""
     folder, wanted = Path(source).expanduser(), SPLIT_NAMES.get(split, (split,))
-    files = visible_files(folder, lambda path: path.suffix in SUFFIXES) if folder.is_dir() else ()
+    files = visible_files(folder, lambda path: suffix_of(path) in SUFFIXES) if folder.is_dir() else ()
     return any(_is_named_after(path.relative_to(folder), wanted) for path in files)
 
 
@@ -125,7 +131,7 @@ def text_fingerprint(texts: Texts | Sequence[str]) -> str:
 
 
 def _looks_like_a_path(item: str) -> bool:
-    return item.startswith(("/", ".", "~")) or item.count("/") > 1 or "\\" in item or Path(item).suffix in SUFFIXES
+    return item.startswith(("/", ".", "~")) or item.count("/") > 1 or "\\" in item or suffix_of(Path(item)) in SUFFIXES
 
 
 def _files(path: Path, split: str) -> list[Path]:
@@ -134,13 +140,13 @@ def _files(path: Path, split: str) -> list[Path]:
         return _files_of_folder(path, split)
     if not path.exists():
         raise FileNotFoundError(f"source={str(path)!r} does not exist (looked in {Path.cwd()})")
-    if path.suffix not in SUFFIXES:
+    if suffix_of(path) not in SUFFIXES:
         raise UserError(f"source={str(path)!r} ends in {path.suffix!r}; known file types are {', '.join(SUFFIXES)}")
     return [path]
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
-    files = visible_files(folder, lambda path: path.suffix in SUFFIXES)
+    files = visible_files(folder, lambda path: suffix_of(path) in SUFFIXES)
     if not files:
         raise UserError(f"source={str(folder)!r} holds no file that ends in {', '.join(SUFFIXES)}")
     wanted = SPLIT_NAMES.get(split, (split,))
@@ -160,59 +166,52 @@ def _is_named_after(path: Path, names: Sequence[str]) -> bool:
     return stem in names or (len(path.parts) > 1 and path.parts[0] in names)
 
 
-def _file_part(path: Path, text_column: str, sample_by: str) -> Callable[[], Iterator[str]]:
-    if path.suffix == ".txt":
-        return partial(_read_txt, path, sample_by)
-    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix]
-    return partial(reader, path, text_column)
+def _file_part(path: Path, text_column: str, sample_by: str, layout: TableFormat) -> Callable[[], Iterator[str]]:
+    suffix = suffix_of(path)
+    if suffix == ".txt":
+        return partial(_read_txt, path, sample_by, layout)
+    if suffix == ".parquet":
+        return partial(_read_parquet, path, text_column)
+    return partial(_read_jsonl if suffix == ".jsonl" else _read_delimited, path, text_column, layout)
 
 
-def _read_txt(path: Path, sample_by: str) -> Iterator[str]:
+def _read_txt(path: Path, sample_by: str, layout: TableFormat) -> Iterator[str]:
     is_whole = sample_by == "document"
     try:
         # newline="" keeps "\r\n" of a whole document as it is; lines lose their ends, of either kind
-        with path.open(encoding="utf-8-sig", newline="" if is_whole else None) as file:
+        with opened_text(path, layout.encoding, newline="" if is_whole else None) as file:
             if is_whole:
                 yield file.read()
             else:
                 yield from (line.removesuffix("\n") for line in file)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); convert it first, for example with iconv") from error
+    except Unreadable as error:
+        kind = f"{layout.encoding or 'UTF-8'} text"
+        raise UserError(f"{error.sentence(path, kind)}; or convert it first, for example with iconv") from error
 
 
-def _read_jsonl(path: Path, text_column: str) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.isspace():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-            except ValueError as error:  # of JSON or of UTF-8
-                raise UserError(f"{where}: not a line of JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+def _read_jsonl(path: Path, text_column: str, layout: TableFormat) -> Iterator[str]:
+    try:
+        for place, row in json_rows(path, layout):
+            where = f"{path}, {place}"
             _check_column(text_column, list(row), where)
             yield _checked_text(row[text_column], text_column, where)
+    except BadRow as error:
+        raise UserError(error.sentence(path, "JSON lines")) from error
+    except Unreadable as error:
+        place = "" if error.line is None else f", line {error.line}"
+        raise UserError(f"{path}{place}: not a line of JSON ({error.reason})") from error
 
 
-def _read_csv(path: Path, text_column: str) -> Iterator[str]:
-    csv.field_size_limit(LONGEST_CSV_FIELD)  # of the whole process; the default refuses texts of more than 128 KiB
+def _read_delimited(path: Path, text_column: str, layout: TableFormat) -> Iterator[str]:
+    kind = f"a {suffix_of(path)[1:].upper()} file in {layout.encoding or 'UTF-8'}"
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, strict=True)
-            header = next(rows, [])
-            _check_column(text_column, header, path)
-            column = header.index(text_column)
-            for row in rows:
-                if row and len(row) != len(header):
-                    raise UserError(
-                        f"{path}, line {rows.line_num}: the row has {len(row)} fields, the header {len(header)}; "
-                        "quote the fields that hold commas"
-                    )
-                yield row[column] if row else ""
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8 ({error})") from error
+        rows = delimited_rows(path, layout)
+        _, header = next(rows)
+        _check_column(text_column, header, path)
+        column = header.index(text_column)
+        yield from (cells[column] for _, cells in rows)
+    except Unreadable as error:
+        raise UserError(error.sentence(path, kind)) from error
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
@@ -258,6 +257,13 @@ def _checked_text(value: object, text_column: str, where: str | Path) -> str:
     """`value` as a text that UTF-8 can hold; a missing value is a blank text."""
     if value is None:
         return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{where}: text_column={text_column!r} holds bytes that are not UTF-8 ({error})"
+            ) from error
     if not isinstance(value, str):
         raise UserError(f"{where}: text_column={text_column!r} holds {type(value).__name__}, expected text")
     try:

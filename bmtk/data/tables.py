@@ -1,29 +1,34 @@
-"""Rows with columns: CSV, JSON-lines and Parquet files, folders of them or of images or recordings, Hub data sets.
+"""Rows with columns: CSV, JSON and Parquet files, folders of them or of images or recordings, Hub data sets.
 
-For data sets of examples (a text and its label); corpora of documents are read by `sources`.
+For data sets of examples (a text and its label); corpora of documents are read by `sources`.  What is written is what
+is read: in CSV every cell is a text, in JSON a string stays a string and whole numbers keep their digits.
 """
 
-import csv
-import logging
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import pyarrow.parquet
 
 from bmtk.errors import UserError
 
+from .delimited import SUFFIXES as DELIMITED
+from .delimited import delimited_rows, found_dialect
 from .folders import Listing, list_folder
+from .json_rows import SUFFIXES as JSON
+from .json_rows import json_rows
 from .media import majority_kind, media_kind, media_rows, metadata_files, undecoded
+from .printed import looks_printed, printed_values
 from .sources import SPLIT_NAMES
-
-logger = logging.getLogger(__name__)
+from .text_files import TableFormat, Unreadable, is_compressed, suffix_of
 
 SPLITS = tuple(SPLIT_NAMES)
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of `datasets`
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (*DELIMITERS, *BUILDERS)
+SUFFIXES = (*DELIMITED, *JSON, ".parquet")
+AS_FOUND = TableFormat()
+SHOWN = 60  # characters of a cell in notes
 
 
 def read_splits(
@@ -31,26 +36,30 @@ def read_splits(
     *,
     files: Mapping[str, Sequence[str] | None],
     splits: Sequence[str] = SPLITS,
+    layout: TableFormat = AS_FOUND,
     notes: list[str] | None = None,
 ) -> dict[str, datasets.Dataset]:
     """Those of `splits` that `dataset` has; where `files` names files for a split, these instead.
 
     `dataset` is a folder (files or sub-folders named after the splits), a single file (all of it is the first of
-    `splits`), or a Hub id `owner/name`, with `:config` after it if need be.  `notes` gets what was left out.
+    `splits`), or a Hub id `owner/name`, with `:config` after it if need be.  `notes` are added to.
     Raises: FileNotFoundError for a path that is not there; UserError for everything else that cannot be read.
     """
-    found = {}
+    notes, found = [] if notes is None else notes, {}
     if dataset is not None and any(not files.get(split) for split in splits):
-        found = _local_splits(dataset, splits, notes) if _is_local(dataset) else _hub_splits(dataset)
+        wanted = [split for split in splits if not files.get(split)]
+        found = _local_splits(dataset, splits, wanted, layout, notes) if _is_local(dataset) else _hub_splits(dataset)
     for split in splits:
         if names := files.get(split):
-            found[split] = read_table([Path(name).expanduser() for name in names])
+            found[split] = read_table([Path(name).expanduser() for name in names], layout, notes)
     if not any(split in found for split in splits):
         raise UserError(f"there are no {' or '.join(splits)} rows; name a file with {splits[0]}_file")
     return {split: found[split] for split in splits if split in found}
 
 
-def read_all(source: str, *, option: str) -> datasets.Dataset:
+def read_all(
+    source: str, *, option: str, layout: TableFormat = AS_FOUND, notes: list[str] | None = None
+) -> datasets.Dataset:
     """Every row of a table file, a folder of them, an image or recording, or a folder of these; splits play no role.
 
     Raises: FileNotFoundError if there is no such path (`option` named it), UserError if it cannot be read.
@@ -59,52 +68,171 @@ def read_all(source: str, *, option: str) -> datasets.Dataset:
     if not path.exists():
         raise FileNotFoundError(f"{option}={str(path)!r} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
     if path.is_file():
-        return media_rows(path.parent, [path]) if media_kind(path) else read_table([path])
+        return media_rows(path.parent, [path]) if media_kind(path) else read_table([path], layout, notes)
     listing = list_folder(path)
     kind = _folder_kind(listing)
     files = _files_of_kind(listing, kind)
-    for note in _notes_of(listing, kind, files):
-        logger.warning("note: %s", note)
+    if notes is not None:
+        notes += _notes_of(listing, kind, files)
     if not files:
         raise UserError(f"{option}={str(path)!r} holds no table ({', '.join(SUFFIXES)}), image or recording")
-    return read_table(files) if kind == "table" else media_rows(path, files)
+    return read_table(files, layout, notes) if kind == "table" else media_rows(path, files)
 
 
-def read_table(paths: Sequence[Path]) -> datasets.Dataset:
-    """The rows of one or more files of the same kind, in the order given; images and recordings are not decoded."""
+def files_read(source: str) -> list[Path]:
+    """The files that `read_all` reads: tables, or images and recordings and the metadata beside them."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return [path]
+    listing = list_folder(path)
+    kind = _folder_kind(listing)
+    return [*_files_of_kind(listing, kind), *(metadata_files(path) if kind != "table" else ())]
+
+
+def is_table(path: Path) -> bool:
+    """Whether a name is that of a table, compressed or not, in letters of either case."""
+    return suffix_of(path) in SUFFIXES
+
+
+def read_table(
+    paths: Sequence[Path], layout: TableFormat = AS_FOUND, notes: list[str] | None = None
+) -> datasets.Dataset:
+    """The rows of one or more files of the same kind, in the order given; images and recordings are not decoded.
+
+    `notes` are added to: what was found in the files, and what was made of it.
+    """
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"data file {path} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
-    names, suffixes = ", ".join(map(str, paths)), sorted({path.suffix for path in paths})
+    names, suffixes = ", ".join(map(str, paths)), sorted({suffix_of(path) for path in paths})
     if len(suffixes) > 1 or suffixes[0] not in SUFFIXES:
         raise UserError(
             f"{names}: cannot read files that end in {', '.join(suffixes)}; "
-            f"give files of one kind among {', '.join(SUFFIXES)}"
+            f"give files of one kind among {', '.join(SUFFIXES)}, as they are or compressed (.gz, .bz2, .xz, .zst)"
         )
     if any(path.stat().st_size == 0 for path in paths):
         raise UserError(f"{names}: an empty file has no rows")
-    if suffixes[0] in DELIMITERS:
-        return datasets.concatenate_datasets([_read_csv(path, DELIMITERS[path.suffix]) for path in paths])
-    return undecoded(_load(BUILDERS[suffixes[0]], where=names, data_files=[str(path) for path in paths])["train"])
+    notes = [] if notes is None else notes
+    if suffixes[0] in DELIMITED:
+        return datasets.concatenate_datasets([_read_delimited(path, layout, notes) for path in paths])
+    return _read_json(paths, layout, notes) if suffixes[0] in JSON else _read_parquet(paths, notes)
 
 
-def _read_csv(path: Path, delimiter: str) -> datasets.Dataset:
+def _read_delimited(path: Path, layout: TableFormat, notes: list[str]) -> datasets.Dataset:
     """All cells as text: pandas would make numbers and gaps of some, and shift columns where a line is too long."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, delimiter=delimiter, strict=True)
-            columns, *rows = (line for line in lines if line)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a table in UTF-8 with a header line ({error})") from error
+        (_, columns), *rows = delimited_rows(path, layout)
+        dialect = found_dialect(path, layout)
+    except Unreadable as error:
+        kind = f"a table in {layout.encoding or 'UTF-8'} with a header line"
+        raise UserError(error.sentence(path, kind)) from error
     if not rows:
         raise UserError(f"{path} has no rows, only the columns {', '.join(columns)}")
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(columns):
-            raise UserError(
-                f"{path}, row {number}: {len(row)} cells where the header has {len(columns)} "
-                f"({', '.join(columns)}); put a text that holds a {delimiter!r} in double quotes"
-            )
-    return datasets.Dataset.from_dict(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
+    if suffix_of(path) == ".csv" and dialect.delimiter != "," and not layout.delimiter:
+        notes.append(f"{path}: cells are divided by {dialect.delimiter!r}")
+    if dialect.is_unquoted:
+        notes.append(f"{path}: quotes around cells are taken off, as every quote of the file is written as in CSV")
+    else:
+        _note_breaks_and_quotes(path, rows, notes)
+    cells = list(zip(*(row for _, row in rows), strict=True))
+    kept = [place for place, name in enumerate(columns) if name or any(map(str.strip, cells[place]))]
+    nameless = [place + 1 for place in kept if not columns[place]]
+    if len(nameless) > 1:
+        raise UserError(f"{path}: columns {', '.join(map(str, nameless))} have cells and no name; name them")
+    found = {columns[place]: list(cells[place]) for place in kept}
+    printed = {name: values for name, values in ((n, printed_values(c)) for n, c in found.items()) if values}
+    if printed:
+        names = ", ".join(map(repr, printed))
+        notes.append(f"{path}: {names} hold values that were printed as text, such as lists: they are read as values")
+    return _dataset({**found, **printed}, path, notes)
+
+
+def _note_breaks_and_quotes(path: Path, rows: Sequence[tuple[int, list[str]]], notes: list[str]) -> None:
+    """Note cells with a line break, which an open quote makes of several rows, and quotes that are kept."""
+    if suffix_of(path) == ".tsv":
+        found = [(line, cell) for line, row in rows for cell in row if len(cell) > 1 and cell[0] == cell[-1] == '"']
+        what = "begin and end with a double quote, which is kept (if it is not part of them, rename the file to .csv)"
+    else:
+        found = [(line, cell) for line, row in rows for cell in row if "\n" in cell or "\r" in cell]
+        what = "have a line break within quotes: see that no quote was left open"
+    if found:
+        line, cell = found[0]
+        notes.append(f"{path}: {len(found):,} cells {what}; the first in line {line}: {cell[:SHOWN]!r}")
+
+
+def _read_json(paths: Sequence[Path], layout: TableFormat, notes: list[str]) -> datasets.Dataset:
+    """Columns are those of all rows; a value that a row lacks is missing."""
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            for where, row in json_rows(path, layout):
+                _check_unicode(row, path, where)
+                rows.append(row)
+        except Unreadable as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+    if not rows:
+        raise UserError(f"{', '.join(map(str, paths))} has no rows")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return _dataset({name: [row.get(name) for row in rows] for name in columns}, paths[0], notes)
+
+
+def _check_unicode(row: Mapping[str, Any], path: Path, where: str) -> None:
+    """Raise UserError for halves of characters, which JSON can write and UTF-8 cannot."""
+    try:
+        for value in row.values():
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}, {where}: the text is not Unicode ({error}); repair or remove it") from error
+
+
+def _dataset(columns: Mapping[str, list[Any]], path: Path, notes: list[str]) -> datasets.Dataset:
+    """A table in memory; a column of unlike values (numbers and texts) becomes texts, with a note."""
+    arrays = {}
+    for name, values in columns.items():
+        try:
+            arrays[name] = pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
+            kinds = sorted({type(value).__name__ for value in values if value is not None})
+            notes.append(f"column {name!r} of {path} holds unlike values ({', '.join(kinds)}): read as texts")
+            arrays[name] = pyarrow.array([_as_text(value) for value in values], type=pyarrow.string())
+    return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(arrays)))
+
+
+def _as_text(value: object) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _read_parquet(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
+    names = ", ".join(map(str, paths))
+    for path in paths:
+        if is_compressed(path):
+            raise UserError(f"{path} is compressed as a whole, which Parquet is within; unpack it")
+        try:
+            columns = pyarrow.parquet.read_schema(path).names
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        twice = sorted({name for name in columns if columns.count(name) > 1})
+        if twice:
+            raise UserError(f"{path} has a column twice: {', '.join(twice)}; rename or remove one of them")
+    rows = undecoded(_load("parquet", where=names, data_files=[str(path) for path in paths])["train"])
+    return _with_texts_of_bytes(rows, names, notes)
+
+
+def _with_texts_of_bytes(rows: datasets.Dataset, where: str, notes: list[str]) -> datasets.Dataset:
+    """Columns of bytes that are UTF-8 as texts; others stay bytes, which are refused where a text is needed."""
+    table, features = rows.data.table, dict(rows.features)
+    for place, field in enumerate(table.schema):
+        if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
+            try:
+                texts = table.column(place).cast(pyarrow.large_string())
+            except pyarrow.ArrowInvalid:
+                continue
+            notes.append(f"column {field.name!r} of {where} holds bytes: read as text in UTF-8")
+            table, features[field.name] = table.set_column(place, field.name, texts), datasets.Value("large_string")
+    if table is rows.data.table:
+        return rows
+    schema = datasets.Features(features).arrow_schema  # which also says what other columns stand for
+    return datasets.Dataset(datasets.table.InMemoryTable(table.cast(schema)))
 
 
 def one_table(dataset: str | None) -> list[Path]:
@@ -115,36 +243,69 @@ def one_table(dataset: str | None) -> list[Path]:
         files = _files_of_kind(listing, "table") if _folder_kind(listing) == "table" else []
         named = [file for file in files if any(_belongs(file.relative_to(path), split) for split in SPLITS)]
         return files if len(files) == 1 and not named else []
-    return [path] if dataset and path.is_file() and path.suffix in SUFFIXES else []
+    return [path] if dataset and path.is_file() and is_table(path) else []
 
 
 def check_column(rows: datasets.Dataset, column: str, *, option: str, where: str) -> None:
     """Raise UserError, listing the columns there are, if `column` (which `option` asked for) is not in `rows`."""
     if column not in rows.column_names:
+        is_quoted = f'"{column}"' in rows.column_names
+        hint = "; a file whose cells are quoted is read as such if its name ends in .csv" if is_quoted else ""
         raise UserError(
-            f"{option}={column!r} is not in the {where} data; its columns are {', '.join(rows.column_names)}"
+            f"{option}={column!r} is not in the {where} data; its columns are {', '.join(rows.column_names)}{hint}"
         )
 
 
+def text_cells(rows: datasets.Dataset, column: str, *, option: str, where: str) -> list[str]:
+    """The texts of a column: numbers as their digits, missing ones empty.
+
+    Raises: UserError if there is no such column, or a cell is several texts, a structure or bytes.
+    """
+    check_column(rows, column, option=option, where=where)
+    return [as_text(value, f"{option}={column!r} of {where} row {row}") for row, value in enumerate(rows[column], 1)]
+
+
+def as_text(value: object, where: str) -> str:
+    """A cell as one text.  Raises: UserError that names `where` for several texts, a structure or bytes."""
+    if isinstance(value, list | tuple):
+        raise UserError(
+            f"{where} holds a list ({str(value)[:SHOWN]}), and one text is needed: write a row for each of its items, "
+            "or join them (a CSV column whose every cell is a printed list is read as lists; in JSON a string stays "
+            "a string)"
+        )
+    if isinstance(value, dict | bytes):
+        kind = "bytes that are not UTF-8" if isinstance(value, bytes) else f"{', '.join(map(str, value))} together"
+        raise UserError(f"{where} holds {kind} ({str(value)[:SHOWN]}), and one text is needed: give it as a text")
+    return "" if value is None else str(value)
+
+
+def note_printed(texts: Iterable[str], notes: list[str], *, option: str, where: str) -> None:
+    """Note texts that look like printed lists, which are read as they are."""
+    found = [text for text in texts if looks_printed(text)]
+    if found:
+        notes.append(f"{option}: {len(found):,} {where} texts look like printed lists, such as {found[0][:SHOWN]!r}")
+
+
 def _is_local(dataset: str) -> bool:
-    looks_like_a_path = (
-        dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1 or Path(dataset).suffix in SUFFIXES
-    )
+    looks_like_a_path = dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1 or is_table(Path(dataset))
     return looks_like_a_path or Path(dataset).exists()
 
 
-def _local_splits(dataset: str, splits: Sequence[str], notes: list[str] | None) -> dict[str, datasets.Dataset]:
+def _local_splits(
+    dataset: str, splits: Sequence[str], wanted: Sequence[str], layout: TableFormat, notes: list[str]
+) -> dict[str, datasets.Dataset]:
+    """The tables of the `wanted` ones of `splits`."""
     path = Path(dataset).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"dataset={str(path)!r} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
     if path.is_file():
-        return {splits[0]: read_table([path])}
-    listing, kept = list_folder(path), notes if notes is not None else []
+        return {splits[0]: read_table([path], layout, notes)} if splits[0] in wanted else {}
+    listing = list_folder(path)
     kind = _folder_kind(listing)
     files = _files_of_kind(listing, kind)
-    kept += _notes_of(listing, kind, files)
+    notes += _notes_of(listing, kind, files)
     if kind != "table":
-        return _media_splits(path, files, splits, kept)
+        return _media_splits(path, files, splits, notes)
     found = {split: [file for file in files if _belongs(file.relative_to(path), split)] for split in SPLIT_NAMES}
     if not any(found.values()):
         there = ", ".join(str(file.relative_to(path)) for file in files[:8]) or "none of these kinds"
@@ -154,10 +315,10 @@ def _local_splits(dataset: str, splits: Sequence[str], notes: list[str] | None) 
         )
     named = {file for names in found.values() for file in names}
     if unnamed := [file.name for file in files if file not in named]:
-        kept.append(
+        notes.append(
             f"{path}: {len(unnamed):,} tables are named after no split, and not read: {', '.join(unnamed[:4])}"
         )
-    return {split: read_table(names) for split, names in found.items() if names and split in splits}
+    return {split: read_table(names, layout, notes) for split, names in found.items() if names and split in wanted}
 
 
 def _media_splits(
@@ -179,13 +340,9 @@ def _media_splits(
     return {split: media_rows(*part) for split, part in found.items() if split in splits}
 
 
-def _is_table(path: Path) -> bool:
-    return path.suffix in SUFFIXES
-
-
 def _files_of_kind(listing: Listing, kind: str) -> list[Path]:
     """The tables of a folder, or its files of one kind of media."""
-    return [path for path in listing.files if (_is_table(path) if kind == "table" else media_kind(path) == kind)]
+    return [path for path in listing.files if (is_table(path) if kind == "table" else media_kind(path) == kind)]
 
 
 def _notes_of(listing: Listing, kind: str, files: Sequence[Path]) -> list[str]:
@@ -216,11 +373,11 @@ def _folder_kind(listing: Listing) -> str:
 def _num_rows_reach(tables: Sequence[Path], count: int) -> bool:
     """Whether tables have `count` rows together; of texts their lines are counted, and no more than needed."""
     for table in tables:
-        if table.suffix == ".parquet":
+        if suffix_of(table) == ".parquet":
             count -= pyarrow.parquet.read_metadata(table).num_rows
             continue
         with table.open("rb") as file:
-            count += table.suffix in DELIMITERS  # the header
+            count += suffix_of(table) in DELIMITED  # the header
             while count > 0 and (part := file.read(1 << 20)):
                 count -= part.count(b"\n")
         if count <= 0:
@@ -261,5 +418,5 @@ def _load(*args: str, where: str, **options: Any) -> datasets.DatasetDict:
 def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; the folder {path.parent} does not exist either"
-    there = sorted(file.name for file in path.parent.iterdir() if file.suffix in SUFFIXES)
+    there = sorted(file.name for file in path.parent.iterdir() if is_table(file))
     return f"; {path.parent} holds {', '.join(there[:8])}" if there else ""

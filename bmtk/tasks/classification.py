@@ -51,7 +51,7 @@ class Labels:
     def __init__(self, args: Any, kind: LabelType | None = None):
         """`kind` is None where the rows or the model decide it, with `decide`."""
         self.args, self._kind = args, kind
-        self.names: list[str] = list(args.label_names or [])
+        self.names: list[str] = [name.strip() for name in args.label_names or []]
 
     @property
     def kind(self) -> LabelType:

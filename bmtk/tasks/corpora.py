@@ -18,7 +18,7 @@ from bmtk.data.held_out_texts import hold_out
 from bmtk.data.masking import BLANKS
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.sources import Texts, has_split, read_texts, text_fingerprint
-from bmtk.data.tables import check_column
+from bmtk.data.tables import text_cells
 from bmtk.data.token_store import TokenStore, build_token_store
 from bmtk.data.tokenizers import KINDS, mask_token, tokenizer_fingerprint, train_tokenizer
 from bmtk.errors import UserError
@@ -43,7 +43,9 @@ class CorpusArguments(SourceArguments):
     """Which text, which tokenizer, how much context."""
 
     dataset: str | None = setting(None, "folder or Hub id (owner/name) with a train and a validation split, or a file")
-    train_file: list[str] | None = setting(None, "training text: .txt, .jsonl, .csv or .parquet files, or folders")
+    train_file: list[str] | None = setting(
+        None, "training text: .txt, .jsonl, .csv, .tsv or .parquet files, or folders"
+    )
     validation_file: list[str] | None = setting(None, "validation text, likewise")
     test_file: list[str] | None = setting(None, "text of the final test, likewise; default: that of dataset, if any")
     # None stands for a tenth, as below.
@@ -58,7 +60,7 @@ class CorpusArguments(SourceArguments):
         "training text that is also validation or test text: stop (the default), drop (leave out its documents) or "
         "allow",
     )
-    text_column: str = fact("text", "column that holds the text (.jsonl, .csv, .parquet, Hub)")
+    text_column: str = fact("text", "column that holds the text (.jsonl, .csv, .tsv, .parquet, Hub)")
     sample_by: str = fact("document", "make one document of each .txt file ('document') or of each 'line'")
     tokenizer: str = setting(
         "byte_bpe", "byte_bpe, char, word or uncased_word: train one; or folder or Hub id of a finished one"
@@ -70,6 +72,7 @@ class CorpusArguments(SourceArguments):
     free_keys: ClassVar[frozenset[str]] = SourceArguments.free_keys | {"corpus_dir"}
 
     def __post_init__(self) -> None:
+        self.check_layout()
         if self.leakage not in (None, *LEAKAGE):
             raise UserError(f"leakage={self.leakage!r} is unknown; choose one of {', '.join(LEAKAGE)}")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
@@ -143,8 +146,7 @@ class CorpusData(TaskData):
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
         """Texts to predict from, as column "text"."""
-        check_column(table, self.args.text_column, option="text_column", where=where)
-        return Dataset.from_dict({"text": [str(text or "") for text in table[self.args.text_column]]})
+        return Dataset.from_dict({"text": text_cells(table, self.args.text_column, option="text_column", where=where)})
 
     @property
     def config_fields(self) -> dict[str, object]:
@@ -194,7 +196,8 @@ class CorpusData(TaskData):
 
     def _texts(self, split: str) -> Texts:
         source = self.args.files[split] or self.args.dataset
-        how = {"text_column": self.args.text_column, "sample_by": self.args.sample_by}
+        args = self.args
+        how = {"text_column": args.text_column, "sample_by": args.sample_by, "layout": args.layout}
         return read_texts(source, split=split, digests=self.digests, **how)
 
     def _sample(self, texts: Texts, split: str) -> Texts | list[str]:

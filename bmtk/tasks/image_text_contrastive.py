@@ -6,6 +6,7 @@ The loss of a pair is a comparison with the whole batch, so batch_size is a part
 """
 
 import difflib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.image_transforms import BatchTransform, apply_batch_transform, draw_batch_transform
 from bmtk.data.masking import draws
-from bmtk.data.tables import check_column
+from bmtk.data.tables import as_text, check_column
 from bmtk.errors import UserError
 from bmtk.metrics.retrieval import retrieval_scores
 from bmtk.settings import fact, setting
@@ -54,7 +55,9 @@ class ImageTextContrastiveArguments(ImageArguments, TextArguments, DataArguments
 
     _argument_group_name = "data and towers of image_text_contrastive"
 
-    caption_column: str = fact("caption", "column of the caption")
+    caption_column: str = fact(
+        "caption", "column of the caption, or of lists of captions: in training one of a row's is drawn in each epoch"
+    )
     other_caption_columns: list[str] | None = fact(
         None, "columns of other texts of the image; in training one of all is drawn in each epoch"
     )
@@ -88,14 +91,28 @@ class ImageTextContrastiveData(TextData):
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
         columns = [self.args.caption_column, *(self.args.other_caption_columns or ())]
-        for number, name in enumerate(columns):
-            option = "other_caption_columns" if number else "caption_column"
-            check_column(table, name, option=option, where=where)
-        texts = [["" if text is None else str(text) for text in table[name]] for name in columns]
-        captions = [[first, *filter(str.strip, others)] for first, *others in zip(*texts, strict=True)]
+        texts = [
+            self._captions(table, name, "other_caption_columns" if number else "caption_column", where)
+            for number, name in enumerate(columns)
+        ]
+        captions = [[*(first or [""]), *itertools.chain(*others)] for first, *others in zip(*texts, strict=True)]
         images = undecoded_images(table, where, self.args.image_column)
         rows = Dataset.from_dict({"image": images, "captions": captions})
         return self.keep_rows_with_text(rows, [c[0] for c in captions], option="caption_column", where=where)
+
+    def _captions(self, table: Dataset, column: str, option: str, where: str) -> list[list[str]]:
+        """The texts of each row that are not blank: a cell holds one, or a list of them, as in Flickr30k and COCO."""
+        check_column(table, column, option=option, where=where)
+        cells, place = list(table[column]), f"{option}={column!r} of {where} row"
+        counts = [len(cell) for cell in cells if isinstance(cell, list)]
+        if counts:
+            drawn = "one of a row's is drawn in each epoch" if where == "train" else "the first of a row is measured"
+            self.notes.append(
+                f"{option}={column!r} holds lists of {min(counts)} to {max(counts)} {where} captions: {drawn}"
+            )
+        lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
+        texts = [[as_text(item, f"{place} {row}") for item in cell] for row, cell in enumerate(lists, 1)]
+        return [list(filter(str.strip, of_row)) for of_row in texts]
 
     def training_texts(self) -> list[str]:
         return [text for captions in self.rows["train"]["captions"] for text in captions]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 
 from bmtk.data.squad import flattened, is_nested
-from bmtk.data.tables import check_column
+from bmtk.data.tables import check_column, text_cells
 from bmtk.errors import UserError
 from bmtk.metrics.answers import agreement, is_chinese
 from bmtk.settings import fact, setting
@@ -103,9 +103,9 @@ class QuestionAnsweringData(TextData):
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         """Questions without an answer are left out, but not of those to be predicted."""
         columns = {name: getattr(self.args, f"{name}_column") for name in ("question", "context")}
-        for name, column in columns.items():
-            check_column(table, column, option=f"{name}_column", where=where)
-        found = {name: ["" if x is None else str(x) for x in table[column]] for name, column in columns.items()}
+        found = {
+            name: text_cells(table, column, option=f"{name}_column", where=where) for name, column in columns.items()
+        }
         if not labelled:
             return Dataset.from_dict(found)
         check_column(table, self.args.answers_column, option="answers_column", where=where)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset
 
+from bmtk.data.labels import note_blanks
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.settings import fact, setting
@@ -63,6 +64,8 @@ class RowLabels(Labels):
         if not self.is_decided:
             self._decide_by(values, notes)
         kind, names = self.kind, self.args.label_names
+        if not isinstance(kind, Numbers):
+            note_blanks(values, notes, option=f"label_column={name!r}", where=where)
         place = f"label_column={name!r} of {where} row"
         return [kind.value(value, names, f"{place} {row}") for row, value in enumerate(values, 1)]
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from .inference import shown
+from .inference import beside_inputs
 from .task import Prediction
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Scorer:
 
     def lines(self, prediction: Prediction, index: int, rows: Any, table: Dataset) -> list[dict[str, object]]:
         """What predict.py writes for one of `rows`, which `encode_inputs` made of `table`."""
-        return [{**shown(table[index]), **self.describe(prediction)}]
+        return [beside_inputs(table[index], self.describe(prediction))]
 
     def annotated_image(self, prediction: Prediction, index: int, rows: Any) -> Any:
         """The image of one of the rows with what was predicted drawn over it."""

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
-from bmtk.data.tables import check_column
+from bmtk.data.tables import note_printed, text_cells
 from bmtk.settings import fact
 
 from .label_types import LabelType
@@ -41,8 +41,8 @@ class SequenceClassificationData(TextData):
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         """Rows without text are left out, but not of those to be predicted."""
-        check_column(table, self.args.text_column, option="text_column", where=where)
-        texts = ["" if text is None else str(text) for text in table[self.args.text_column]]
+        texts = text_cells(table, self.args.text_column, option="text_column", where=where)
+        note_printed(texts, self.notes, option="text_column", where=where)
         if not labelled:
             return Dataset.from_dict({"text": texts})
         labels = self.labels.read(table, where, self.notes)

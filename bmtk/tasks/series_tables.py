@@ -137,7 +137,7 @@ class SeriesData(TaskData):
         files = one_table(args.dataset) if args.dataset else args.train_file
         if not splits or not files or args.validation_file or args.test_file:
             return self._tables_of_splits(splits)
-        table = read_table([Path(name).expanduser() for name in files])
+        table = read_table([Path(name).expanduser() for name in files], args.layout, self.notes)
         shares = args.split_rows or USUAL_SPLIT
         named = enumerate(SPLITS[: len(shares)])
         self.parts = TableParts(shares, {split: position for position, split in named if shares[position]})
@@ -149,7 +149,8 @@ class SeriesData(TaskData):
         args = self.args
         if not splits or not (args.dataset or any(args.files.values())):
             return super()._tables(splits)  # nothing, or an error that names what to set
-        tables = read_splits(args.dataset, files=args.files, splits=splits, notes=self.notes)
+        how = {"layout": args.layout, "notes": self.notes}
+        tables = read_splits(args.dataset, files=args.files, splits=splits, **how)
         self.holds_out = "train" in tables and "validation" in splits and "validation" not in tables
         if self.holds_out:
             self.parts = TableParts(

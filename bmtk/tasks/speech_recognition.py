@@ -17,7 +17,7 @@ from transformers import AutoModelForCTC, AutoTokenizer, PreTrainedConfig, PreTr
 from bmtk.data.labels import some
 from bmtk.data.media import ON_CORRUPT
 from bmtk.data.packing import IGNORE_INDEX
-from bmtk.data.tables import check_column
+from bmtk.data.tables import text_cells
 from bmtk.errors import UserError
 from bmtk.metrics.texts import error_rates
 from bmtk.settings import fact, setting
@@ -86,8 +86,8 @@ class SpeechRecognitionData(RecordingData):
         if not labelled:
             return self.read_recordings(table, where, labelled=False)[0]
         column = self.args.transcription_column
-        check_column(table, column, option="transcription_column", where=where)
-        texts = [self.normalised("" if text is None else str(text)) for text in table[column]]
+        cells = text_cells(table, column, option="transcription_column", where=where)
+        texts = [self.normalised(text) for text in cells]
         if not any(texts):
             raise UserError(f"transcription_column={column!r} of the {where} data holds no text at all")
         rows, kept = self.read_recordings(table, where, labelled=True)

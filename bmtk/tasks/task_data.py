@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from bmtk.data.decontamination import Leaks
 from bmtk.data.fingerprints import Marks, differences, fingerprints, row_marks
 from bmtk.data.tables import SPLITS, check_column, read_splits
+from bmtk.data.text_files import TableFormat
 from bmtk.data.tokenizers import tokenizer_fingerprint
 from bmtk.errors import UserError
 from bmtk.settings import fact, setting
@@ -32,9 +33,17 @@ class SourceArguments:
     """Where the data are, and what they are called."""
 
     dataset: str | None = setting(None, "folder with train, validation and test parts, a file, or Hub id owner/name")
-    train_file: list[str] | None = setting(None, "training rows: .csv, .tsv, .jsonl, .json, .parquet; over dataset")
+    train_file: list[str] | None = setting(
+        None, "training rows: .csv, .tsv, .jsonl, .json (each also .gz, .bz2, .xz, .zst), .parquet; over dataset"
+    )
     validation_file: list[str] | None = setting(None, "validation rows, likewise")
     test_file: list[str] | None = setting(None, "test rows, likewise")
+    delimiter: str | None = fact(
+        None, "what divides the cells of .csv and .tsv files: a character or tab; default: found in .csv, tab in .tsv"
+    )
+    encoding: str | None = fact(
+        None, "of text files without a byte-order mark, such as windows-1252 or gbk; default: utf-8"
+    )
     leakage: str = setting(
         "stop", "training rows whose input is also among the validation or test rows: stop, drop (them) or allow"
     )
@@ -49,8 +58,18 @@ class SourceArguments:
     free_keys: ClassVar[frozenset[str]] = frozenset(("data_name", "data_licence"))
 
     def __post_init__(self) -> None:
+        self.check_layout()
         if self.leakage not in LEAKAGE:
             raise UserError(f"leakage={self.leakage!r} is unknown; choose one of {', '.join(LEAKAGE)}")
+
+    def check_layout(self) -> None:
+        """Raise UserError for a delimiter or an encoding that there is not."""
+        _ = self.layout
+
+    @property
+    def layout(self) -> TableFormat:
+        """How text tables are written."""
+        return TableFormat(self.delimiter, self.encoding)
 
     def settings_that_change(self, metric: str) -> dict[str, str]:
         """Settings that change what `metric` measures, each with how: no search may choose between models by them."""
@@ -230,7 +249,8 @@ class TaskData:
             return {}
         if not (self.args.dataset or any(self.args.files.values())):
             raise UserError("no data: set dataset (a folder, a file or a Hub id), or train_file")
-        tables = read_splits(self.args.dataset, files=self.args.files, splits=splits, notes=self.notes)
+        how = {"layout": self.args.layout, "notes": self.notes}
+        tables = read_splits(self.args.dataset, files=self.args.files, splits=splits, **how)
         self.holds_out = "train" in tables and "validation" in splits and "validation" not in tables
         if self.holds_out:
             tables |= self._held_out(tables["train"])

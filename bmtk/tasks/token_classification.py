@@ -15,8 +15,9 @@ from datasets import ClassLabel, Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification, PreTrainedConfig
 
-from bmtk.data.labels import label_name
+from bmtk.data.labels import label_name, note_blanks
 from bmtk.data.packing import IGNORE_INDEX
+from bmtk.data.printed import looks_printed
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.metrics.entities import Entity, agreement, entities, is_scheme, single_words
@@ -85,6 +86,11 @@ class TokenClassificationData(TextData):
         check_column(table, column, option=option, where=where)
         found = []
         for row, value in enumerate(table[column], 1):
+            if looks_printed(value):
+                raise UserError(
+                    f"{option}={column!r} of {where} row {row} holds a list that was printed as text, "
+                    f"{value[:60]}, and not every cell of the column can be read as one; mend this row, or give lists"
+                )
             value = value.split() if isinstance(value, str) else [] if value is None else value
             if not isinstance(value, list):
                 raise UserError(
@@ -99,6 +105,7 @@ class TokenClassificationData(TextData):
         lists = self._lists(table, column, "label_column", where)
         feature = getattr(table.features[column], "feature", None)
         names = feature.names if isinstance(feature, ClassLabel) else self.args.label_names
+        note_blanks(lists, self.notes, option=f"label_column={column!r}", where=where)
         place = f"label_column={column!r} of {where} row"
         return [[label_name(value, names, f"{place} {row}") for value in tags] for row, tags in enumerate(lists, 1)]
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from bmtk.data.packing import IGNORE_INDEX
-from bmtk.data.tables import check_column
+from bmtk.data.tables import as_text, text_cells
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity, sentence_chrf, translation_scores
 from bmtk.settings import fact, setting
@@ -146,17 +146,13 @@ class TranslationData(TextData):
             )
         if column or pairs not in table.column_names:
             option = f"{side}_column" if column else f"{side}_language"
-            check_column(table, column or language, option=option, where=where)
-            texts = table[column or language]
-        else:
-            languages = table.features[pairs]
-            if not isinstance(languages, dict) or language not in languages:
-                found = ", ".join(languages) if isinstance(languages, dict) else f"no pairs but {languages}"
-                raise UserError(
-                    f"{side}_language={language!r} is not in {pairs!r} of the {where} data: it has {found}"
-                )
-            texts = [(pair or {}).get(language) for pair in table[pairs]]
-        return ["" if text is None else str(text) for text in texts]
+            return text_cells(table, column or language, option=option, where=where)
+        languages = table.features[pairs]
+        if not isinstance(languages, dict) or language not in languages:
+            found = ", ".join(languages) if isinstance(languages, dict) else f"no pairs but {languages}"
+            raise UserError(f"{side}_language={language!r} is not in {pairs!r} of the {where} data: it has {found}")
+        place = f"{side}_language={language!r} of {where} row"
+        return [as_text((pair or {}).get(language), f"{place} {row}") for row, pair in enumerate(table[pairs], 1)]
 
     @property
     def tokenizer_options(self) -> dict[str, bool]:  # type: ignore[override]  # the settings decide

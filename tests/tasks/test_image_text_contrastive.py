@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor, pipeline
 
@@ -257,3 +257,32 @@ def test_the_trainer_trains_it_as_well(tmp_path, monkeypatch, seed_argv):
     facts = json.loads((tmp_path / "run.json").read_text())
     assert facts["metrics"]["test/loss"] < math.log(40) + 0.5
     assert AutoModel.from_pretrained(tmp_path).config.vision_config.model_type == "bm_cnn"
+
+
+def test_a_cell_of_several_captions_gives_one_that_is_drawn_in_each_epoch(tmp_path):
+    captions = [[f"{name} {number}" for number in range(5)] for name in ("red", "blue", "green")]
+    images = [PIL.Image.new("RGB", (8, 8), name) for name in ("red", "blue", "green")]
+    rows = Dataset.from_dict({"image": images, "caption": [*captions[:2], ["", " ", captions[2][0]]]})
+    rows = rows.cast_column("image", Image())
+    rows.to_parquet(tmp_path / "train.parquet")
+    rows.to_parquet(tmp_path / "validation.parquet")
+    towers = {"vision_config": VISION["bm_cnn"], "text_model_type": "bm_rnn", "text_config": TEXT["bm_rnn"]}
+    args = ImageTextContrastiveArguments(dataset=str(tmp_path), tokenizer="char", leakage="allow", **towers)
+    data = TASK.read(args)
+    assert list(data.rows["train"]["captions"]) == [*captions[:2], ["green 0"]]
+    assert "caption_column='caption' holds lists of 3 to 5 train captions: one of a row's is drawn in each epoch" in (
+        data.notes
+    )
+    found, tokenizer = data.bind(data.new_config("vision-text-dual-encoder", {})).rows["train"], data.tokenizer
+    seen = []
+    for epoch in range(8):
+        found.set_epoch(epoch)
+        expected = np.random.default_rng((data.seed, epoch, 0)).integers(5)
+        text = tokenizer.decode(found[0]["input_ids"], skip_special_tokens=True)
+        assert text == captions[0][expected]
+        seen.append(text)
+    assert len(set(seen)) > 2
+    rows = Dataset.from_dict({"image": images, "caption": [[{"raw": "a"}]] * 3}).cast_column("image", Image())
+    rows.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="caption_column='caption' of train row 1 holds raw together"):
+        TASK.read(args)

@@ -294,7 +294,7 @@ def test_bad_data_is_one_clear_error(tmp_path, settings, message):
         (
             "train.csv",
             b"text,label\na,1\nb, c,1\n",
-            r"train\.csv, row 2: 3 cells where the header has 2 \(text, label",
+            r"train\.csv, line 3: the row has 3 fields, the header 2; quote the fields that hold ','.*text, label",
         ),
         ("train.csv", b"text,label\n\xff,1\n", r"train\.csv is not a table in UTF-8 with a header line"),
         ("train.jsonl", b'{"text": "a"\n', r"train\.jsonl cannot be read: \w+"),
@@ -430,3 +430,36 @@ def test_training_rows_that_are_measured_on_are_refused_dropped_or_noted(tmp_pat
         read_data(tmp_path, rows, rows, leakage="drop")
     with pytest.raises(ValueError, match="leakage='ignore' is unknown; choose one of stop, drop, allow"):
         read_data(tmp_path, leakage="ignore")
+
+
+def test_settings_of_a_table_reach_its_reader_and_its_notes_the_data(tmp_path):
+    content = "text;label\nC'était là;pos \nNon;neg\nOui;pos\n"
+    (tmp_path / "rows.csv").write_bytes(content.encode("windows-1252"))
+    files = {"train_file": [str(tmp_path / "rows.csv")], "validation_fraction": 0.34, "vocab_size": 300}
+    data = TASK.read(SequenceClassificationArguments(**files, encoding="windows-1252"))
+    assert data.labels.names == ["neg", "pos"]
+    assert {text for rows in data.rows.values() for text in rows["text"]} == {"C'était là", "Non", "Oui"}
+    assert data.notes[0] == f"{tmp_path / 'rows.csv'}: cells are divided by ';'"
+    assert any("labels have blanks around them, taken off: 'pos '" in note for note in data.notes)
+    with pytest.raises(ValueError, match="--encoding windows-1252"):
+        TASK.read(SequenceClassificationArguments(**files))
+    for name, value in (("delimiter", ";;"), ("encoding", "utf-9")):
+        with pytest.raises(ValueError, match=f"{name}='{value}' is"):
+            SequenceClassificationArguments(**files, **{name: value})
+
+
+def test_lists_are_several_labels_but_no_text(tmp_path):
+    lines = [f"\"['a', 'b']\",\"['{name}']\"" for name in ("x", "y", "x", "z")]
+    (tmp_path / "rows.csv").write_text("\n".join(["words,kinds", *lines, ""]))
+    files = {"train_file": [str(tmp_path / "rows.csv")], "validation_file": [str(tmp_path / "rows.csv")]}
+    columns = {"text_column": "kinds", "label_column": "words"}
+    with pytest.raises(
+        ValueError, match=r"text_column='kinds' of train row 1 holds a list \(\['x'\]\), and one text is"
+    ):
+        TASK.read(SequenceClassificationArguments(**files, **columns))
+    lines[2] = "\"['a', 'b'\",\"['x'\""
+    (tmp_path / "rows.csv").write_text("\n".join(["words,kinds", *lines, ""]))
+    with pytest.raises(
+        ValueError, match=r"label_column='words' of train row 1 holds \['a', 'b'\], and a label is one"
+    ):
+        TASK.read(SequenceClassificationArguments(**files, **columns))

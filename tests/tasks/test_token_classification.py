@@ -275,3 +275,18 @@ def test_the_smoke_run_learns_and_every_recipe_and_pipeline_reads_it(tmp_path, m
         ("person", "Aunt Corina"),
         ("place", "Berton"),
     ]
+
+
+def test_lists_that_were_printed_are_read_if_all_of_them_can_be(tmp_path):
+    lines = ["tokens,tags", "\"['Ada', 'left']\",\"['B-a ', 'O']\"", "\"['I', 'stay']\",\"['O', 'O']\"", ""]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    files = {"train_file": [str(tmp_path / "rows.csv")], "validation_file": [str(tmp_path / "rows.csv")]}
+    data = TASK.read(TokenClassificationArguments(**files, tokenizer="word", leakage="allow"))
+    assert list(data.rows["train"]["words"]) == [["Ada", "left"], ["I", "stay"]]
+    assert list(data.rows["train"]["label"]) == [["B-a", "O"], ["O", "O"]]
+    assert any("1 train labels have blanks around them" in note for note in data.notes)
+    (tmp_path / "rows.csv").write_text("\n".join(lines).replace("'stay']", "'stay'"))
+    with pytest.raises(
+        ValueError, match=r"token_column='tokens' of train row 1 holds a list that was printed as text"
+    ):
+        TASK.read(TokenClassificationArguments(**files, tokenizer="word"))

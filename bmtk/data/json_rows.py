@@ -1,0 +1,89 @@
+"""Rows of JSON files as they are written: a string stays a string, a whole number keeps all of its digits."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .text_files import BadRow, TableFormat, opened_text, suffix_of
+
+SUFFIXES = (".jsonl", ".json")
+JsonRow = tuple[str, dict[str, Any]]  # where it stands ("line 3", or "row 3" of a list), and its values
+
+
+def json_rows(path: Path, layout: TableFormat) -> Iterator[JsonRow]:
+    """The objects of JSON lines; of .json also those of a list, or the columns of one object.
+
+    Raises: BadRow for what is no JSON or no object, and for a name that an object has twice.
+    """
+    return _lines(path, layout) if suffix_of(path) == ".jsonl" else _whole(path, layout)
+
+
+def _lines(path: Path, layout: TableFormat) -> Iterator[JsonRow]:
+    # Lines end in "\n" alone: JSON strings may hold other ends of lines, such as U+2028
+    with opened_text(path, layout.encoding, newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                try:
+                    value = _read(line)
+                except json.JSONDecodeError as error:
+                    raise BadRow(f"not a line of JSON ({error})", number) from error
+                yield f"line {number}", _checked_row(value, number)
+
+
+def _whole(path: Path, layout: TableFormat) -> Iterator[JsonRow]:
+    with opened_text(path, layout.encoding) as file:
+        text = file.read()
+    try:
+        content = _read(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip()[:1] == "{":
+            yield from _lines(path, layout)
+            return
+        raise BadRow(f"not JSON ({error.msg}, column {error.colno})", error.lineno) from error
+    if isinstance(content, dict):
+        content = _rows_of_columns(content)
+    if not isinstance(content, list):
+        raise BadRow(f"expected a list of JSON objects, found {type(content).__name__}")
+    for number, value in enumerate(content, 1):
+        if not isinstance(value, dict):
+            raise BadRow(f"row {number}: expected a JSON object, found {type(value).__name__}")
+        yield f"row {number}", value
+
+
+def _rows_of_columns(content: dict[str, Any]) -> list[Any]:
+    """{"text": [...], "label": [...]} or, as pandas writes it, {"text": {"0": ...}, ...}; else a single row.
+
+    A list of objects under one name ({"data": [{...}]}) is one cell, as its rows are not those of a table.
+    """
+    columns = list(content.values())
+    if columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        columns = [list(column.values()) for column in columns] if columns[0] else []
+    is_table = (
+        columns
+        and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+        and not (len(columns) == 1 and any(isinstance(cell, dict | list) for cell in columns[0]))
+    )
+    if not is_table:
+        return [content]
+    return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _read(text: str) -> Any:
+    return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_with_each_name_once)
+
+
+def _with_each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise json.JSONDecodeError(f"an object has {twice!r} twice; rename or remove one of them", "", 0)
+    return found
+
+
+def _checked_row(value: Any, number: int) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        hint = "; let the name of a file that is one list end in .json" if isinstance(value, list) else ""
+        raise BadRow(f"expected a JSON object, found {type(value).__name__}{hint}", number)
+    return value

@@ -1,0 +1,199 @@
+"""Text as it lies on disk: compressed or not, in whatever encoding, with errors that name the line and the byte."""
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO, cast
+
+from bmtk.errors import UserError
+
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+# What compressed files begin with: names say less, as servers and browsers unpack files and keep their names.
+MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+NO_TEXT = {
+    b"PK\x03\x04": "it is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV",
+    b"PAR1": "it is a Parquet file; let its name end in .parquet",
+}
+# The first four bytes of UTF-32 begin as UTF-16 does: the longer marks come first.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+OFFERED = ("windows-1252", "gbk", "big5", "shift_jis", "euc-kr", "windows-1251")  # where a file is not UTF-8
+NAMED_DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
+HEAD_BYTES = 4096
+AROUND = 12  # characters that are shown on either side of a byte
+PIECE = 1 << 16  # bytes of a line, which may be the whole file, by which encodings are tried
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """How text tables are written, as far as it is set; the rest is found in each file."""
+
+    delimiter: str | None = None  # one character, or its name
+    encoding: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.delimiter is not None and (len(self.character) != 1 or self.character in '"\n\r'):
+            raise UserError(
+                f"delimiter={self.delimiter!r} is not a single character; give one such as ';', or a name: "
+                f"{', '.join(name for name in NAMED_DELIMITERS if name.isalpha())}"
+            )
+        if self.encoding is not None:
+            try:
+                is_of_text = codecs.lookup(self.encoding)._is_text_encoding
+            except LookupError:
+                is_of_text = False
+            if not is_of_text:
+                raise UserError(
+                    f"encoding={self.encoding!r} is unknown; give a name such as utf-8, utf-16, {', '.join(OFFERED)}"
+                )
+
+    @property
+    def character(self) -> str:
+        """The delimiter; empty if it is to be found."""
+        return NAMED_DELIMITERS.get(self.delimiter or "", self.delimiter or "")
+
+
+class Unreadable(Exception):
+    """Why a file is not what its name says; whoever opened it makes a UserError of `sentence`."""
+
+    def __init__(self, reason: str, line: int | None = None):
+        super().__init__(reason if line is None else f"line {line}: {reason}")
+        self.reason, self.line = reason, line
+
+    def sentence(self, path: Path, kind: str) -> str:
+        """`kind` is what the file should be."""
+        return f"{path} is not {kind} ({self})"
+
+
+class BadRow(Unreadable):
+    """Why one row of a file that is of the right kind cannot be used."""
+
+    def sentence(self, path: Path, kind: str) -> str:
+        return f"{path}, {self}" if self.line else f"{path}: {self}"
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix in lower case, without that of a compression: ".csv" of "Rows.CSV.gz"."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
+
+
+def is_compressed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _compression(file.read(HEAD_BYTES)) is not None
+
+
+@contextmanager
+def opened_bytes(path: Path) -> Iterator[BinaryIO]:
+    """The unpacked content.  Raises: Unreadable, also while it is read, for a damaged archive."""
+    with path.open("rb") as file:
+        kind = _compression(file.read(HEAD_BYTES))
+    try:
+        with _unpacked(path, kind) as content:
+            yield content
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise Unreadable(f"the compressed file ({kind}) is damaged: {error}") from error
+    except OSError as error:
+        if kind is None or error.errno is not None:  # of the disk, not of an archive
+            raise
+        raise Unreadable(f"the compressed file ({kind}) is damaged: {error}") from error
+
+
+@contextmanager
+def opened_text(path: Path, encoding: str | None = None, *, newline: str | None = "") -> Iterator[TextIO]:
+    """The text of a file.  A byte-order mark decides its encoding, else `encoding`, else it is UTF-8.
+
+    `newline` is that of `open`.  Raises: Unreadable, also while it is read, that names the line and the byte.
+    """
+    with opened_bytes(path) as content:
+        head = content.read(HEAD_BYTES)
+    known = next((name for mark, name in MARKS.items() if head.startswith(mark)), encoding) or "utf-8"
+    refuse_other_kinds(head, known)
+    try:
+        with opened_bytes(path) as content, io.TextIOWrapper(content, encoding=known, newline=newline) as text:
+            yield text
+    except UnicodeDecodeError as error:
+        raise _place_of_fault(path, known, error) from error
+
+
+def refuse_other_kinds(head: bytes, encoding: str) -> None:
+    """Raise Unreadable for what is no text, or text in UTF-16 without a mark, which UTF-8 would read with NULs."""
+    reason = next((reason for magic, reason in NO_TEXT.items() if head.startswith(magic)), None)
+    if reason:
+        raise Unreadable(reason)
+    if head.count(0) > len(head) // 4 and not encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32")):
+        side = "le" if head[1::2].count(0) >= head[::2].count(0) else "be"
+        raise Unreadable(f"every second byte is 0, as in UTF-16 without a byte-order mark: set encoding=utf-16-{side}")
+
+
+def _compression(head: bytes) -> str | None:
+    kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
+    if kind == ".bz2" and head[4:10] not in (b"1AY&SY", b"\x17rE8P\x90"):  # a text may begin with BZh
+        return None
+    return kind
+
+
+def _unpacked(path: Path, kind: str | None) -> BinaryIO:
+    if kind is None:
+        return path.open("rb")
+    if kind == ".zst":
+        import pyarrow  # slow to import, and only needed here
+
+        class Unpacked(io.RawIOBase):  # what pyarrow opens lacks methods that a TextIOWrapper calls
+            source = pyarrow.input_stream(str(path), compression="zstd")
+
+            def readable(self) -> bool:
+                return True
+
+            def readinto(self, buffer: Any) -> int:
+                piece = self.source.read(len(buffer))
+                buffer[: len(piece)] = piece
+                return len(piece)
+
+        return cast(BinaryIO, io.BufferedReader(Unpacked()))
+    opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[kind]
+    return cast(BinaryIO, opener(path, "rb"))
+
+
+def _place_of_fault(path: Path, encoding: str, error: UnicodeDecodeError) -> Unreadable:
+    """Where the first byte is that `encoding` does not have, and what the place would be in other encodings."""
+    if encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32")):  # lines do not end in one byte
+        return Unreadable(f"can't decode it as {encoding} ({error.reason}); set encoding to the right one")
+    offset = 0
+    with opened_bytes(path) as content:
+        for number, line in enumerate(content, 1):
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError as found:
+                byte = f"can't decode 0x{line[found.start]:02x} (byte {offset + found.start + 1:,} of the file)"
+                name = "UTF-8" if encoding.startswith("utf-8") else encoding
+                return Unreadable(f"{byte} as {name}; {_offer(line, found.start, encoding)}", number)
+            offset += len(line)
+    return Unreadable(f"can't decode it as {encoding} ({error.reason})")
+
+
+def _offer(line: bytes, start: int, tried: str) -> str:
+    first = max(0, start - PIECE // 2)
+    piece, readings = line[first : first + PIECE], []
+    for name in OFFERED:
+        try:
+            text = piece.decode(name)
+        except UnicodeDecodeError:
+            continue
+        place = len(piece[: start - first].decode(name, errors="ignore"))
+        readings.append(f"{text[max(0, place - AROUND) : place + AROUND].strip()!r} with --encoding {name}")
+    if not readings or not tried.startswith("utf-8"):
+        return f"set encoding to the right one ({', '.join(OFFERED)}, ...), or mend the file"
+    return f"the place reads {', '.join(readings)}: choose one of them, or another encoding"
