@@ -94,6 +94,7 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
     hub_always_push: bool = _fixed(False)
     hub_revision: str | None = _fixed(None)
     save_only_model: bool = _fixed(False)  # True resumes with a new optimizer and schedule, without a warning
+    ignore_data_skip: bool = _fixed(False)  # True trains on the rows of a begun epoch again when a run is resumed
     include_num_input_tokens_seen: str = _fixed("no")
     remove_unused_columns: bool = _fixed(False)
     batch_eval_metrics: bool = _fixed(False)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -20,9 +20,12 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+
+from bmtk.errors import UserError
 
 from .averaging import WeightAverage
-from .batch_sampler import EvenBatchSampler
+from .batch_sampler import EpochSampler, EvenBatchSampler
 from .early_stopping import is_better, is_exhausted
 from .protocols import Batch
 
@@ -34,6 +37,7 @@ class PatchedTrainer(Trainer):
     """
 
     average: WeightAverage | None = None
+    train_sampler: Any = None  # the order of the rows: a function of seed and epoch
 
     def count_items_and_units(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """How many losses of this process's `batches` are summed, and how many units of throughput they hold."""
@@ -49,11 +53,38 @@ class PatchedTrainer(Trainer):
         self.state.num_input_tokens_seen += int(totals[1])  # the one counter of units that a checkpoint keeps
         return totals[0].clamp(min=1)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Fault (transformers 5.23): groups rows by length in an order that the process's own generator draws.
+
+        Dropout moves that generator on, so a run that is resumed past its first epoch would have other batches.  The
+        groups are also made of the rows of one process: several would have other batches than one.
+        """
+        args = self.args
+        try:
+            sampler: Any = super()._get_train_sampler(train_dataset)
+        except ValueError as error:
+            raise UserError(
+                f"train_sampling_strategy={args.train_sampling_strategy}: the rows of this task have no lengths; "
+                "choose random or sequential"
+            ) from error
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= max(1, args.world_size)
+        if isinstance(sampler, (RandomSampler, LengthGroupedSampler)):
+            sampler = EpochSampler(sampler, seed)
+        elif isinstance(sampler, BatchRebalanceSampler):
+            sampler.seed = seed  # 42 otherwise, whatever the seed of the run
+        self.train_sampler = sampler
+        return sampler
+
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
         """Fault (transformers 5.23): trains a step though a callback has asked to stop when training began.
 
-        A resumed run that had stopped early would train on.
+        A resumed run that had stopped early would train on.  Fault (accelerate 1.15): on several processes,
+        the order of an epoch that is resumed in its middle is that of the first one.
         """
+        if hasattr(self.train_sampler, "set_epoch"):
+            self.train_sampler.set_epoch(kwargs["epoch"])
         if not self.control.should_training_stop:
             super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler, skip_first_batches
 from tiny_run import rows, tiny_model
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from bmtk.training.batch_sampler import EvenBatchSampler
+from bmtk.errors import UserError
+from bmtk.training.batch_sampler import EpochSampler, EvenBatchSampler
 from bmtk.training.optimizers import NamedOptimizer
 from bmtk.training.trainer_patches import PatchedTrainer, SetEpoch, StopEarly
 
@@ -48,6 +49,33 @@ def test_trainer_counts_no_labels_that_are_not_one_tensor(tmp_path):
     patched = plain(tmp_path, Counting)
     assert patched._get_num_items_in_batch(boxes, device) == 2
     assert patched.state.num_input_tokens_seen == 5
+
+
+def test_trainer_groups_rows_by_length_in_an_order_of_the_processs_own_generator(tmp_path):
+    settings = {"train_sampling_strategy": "group_by_length", "seed": 3}
+    sampler = plain(tmp_path, **settings)._get_train_sampler()
+    needed = no_longer_needed("transformers", "PatchedTrainer._get_train_sampler, EpochSampler")
+    assert list(sampler) != list(sampler), needed
+    patched = plain(tmp_path, Counting, **settings)._get_train_sampler()
+    assert list(patched) == list(patched)
+    patched.set_epoch(1)
+    assert list(patched) == list(EpochSampler(RandomSampler(range(8)), 4)), "rows of one length are in random order"
+
+
+def test_accelerate_resumes_an_epoch_on_several_processes_in_the_order_of_the_first():
+    sampler = EpochSampler(RandomSampler(range(8)), 0)
+    shard = BatchSamplerShard(EvenBatchSampler(sampler, 2, False, num_processes=2), 2, 0)
+    resumed = skip_first_batches(DataLoaderShard(list(range(8)), batch_sampler=shard, _drop_last=False), 1)
+    resumed.set_epoch(1)
+    assert sampler.epoch == 0, no_longer_needed("accelerate", "the call of set_epoch in PatchedTrainer._run_epoch")
+
+
+def test_rows_without_lengths_are_not_grouped_by_them(tmp_path):
+    rows = [{"pixel_values": torch.ones(1), "labels": torch.ones(1)}] * 8
+    trainer = plain(tmp_path, Counting, train_sampling_strategy="group_by_length")
+    trainer.train_dataset = rows
+    with pytest.raises(UserError, match=r"train_sampling_strategy=group_by_length: the rows .* choose random or sequ"):
+        trainer.get_train_dataloader()
 
 
 class StopAtOnce(TrainerCallback):
