@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bmtk.errors import UserError
 from recipes import finetune
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,7 @@ STEPS = 8  # three an epoch, so a run ends within its third
 # Kinds that no config has today are tried all the same.
 ADAPTER, WORKERS = ("random", True, False, "lora", False), ("group_by_length", True, True, None, True)
 MORE = [ADAPTER, WORKERS, *((name, False, False, None, False) for name in ("sequential", "batch_rebalance"))]
+EXACT = ("group_by_length", True, False, None, False)  # without dropout
 PLAIN = ("random", False, False, None, False)
 
 
@@ -68,6 +70,7 @@ def settings_of(kind: tuple, data: Path) -> list[str]:
     argv += ["--micro_batch_size", "2"] if accumulates else []
     argv += ["--ema_decay", "0.9"] if averages else []
     argv += ["--dataloader_num_workers", "1"] if workers else []
+    argv += ["--hidden_dropout", "0", "--token_dropout", "0"] if kind == EXACT else []
     return argv + (["--adapter", adapter, "--model", str(data / "base")] if adapter else [])
 
 
@@ -130,6 +133,8 @@ def test_a_run_that_is_resumed_at_any_step_is_the_whole_one(kind, data, tmp_path
 def of_two_processes(data, tmp_path_factory) -> Path:
     """A folder with a whole run of each kind and one that was resumed, on two processes that are started once."""
     folder = tmp_path_factory.mktemp("two")
+    cut(run(EXACT, data, folder / "one"), folder / "one on two", step=4)
+    cut(folder / "one", folder / "one on two with other batches", step=4)
     launch([str(data), str(folder), json.dumps(kinds())])  # with two, batches are accumulated elsewhere
     return folder
 
@@ -151,6 +156,32 @@ def test_two_processes_resume_as_exactly_as_one(kind, of_two_processes):
     assert_same_end(of_two_processes / f"{name_of(kind)} resumed", of_two_processes / name_of(kind))
 
 
+def with_other_batches(data: Path, folder: Path) -> None:
+    """Resume a run on two processes as one whose batch size is that of a device."""
+    if torch.distributed.get_rank() == 0:
+        settings = json.loads((folder / "run_config.json").read_text(encoding="utf-8"))
+        settings = {name: value for name, value in settings.items() if name != "batch_size"}
+        settings["per_device_train_batch_size"] = 8
+        (folder / "run_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    argv = settings_of(EXACT, data)
+    for name in ("--batch_size", "--micro_batch_size"):
+        del argv[argv.index(name) : argv.index(name) + 2]
+    with contextlib.chdir(ROOT):
+        finetune.main([*argv, "--per_device_train_batch_size", "8", "--output_dir", str(folder)])
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_the_same_batches(of_two_processes, data, caplog):
+    folder = of_two_processes
+    on_one = run(EXACT, data, cut(folder / "two", folder / "two on one", step=4))
+    assert "was saved by 2 processes, and 1 resume it: the data stay the same" in caplog.text
+    for resumed in (folder / "one on two", on_one, folder / "two"):
+        for (step, loss), (_, expected) in zip(losses(resumed), losses(folder / "one"), strict=True):
+            assert loss == pytest.approx(expected, rel=1e-4), (resumed, step)
+    told = (folder / "told.txt").read_text(encoding="utf-8")
+    assert "saved with 8 rows per optimizer step (num_processes=1), and this run has 16 (num_processes=2)" in told
+
+
 def main(data: Path, folder: Path, kinds: list[tuple]) -> None:
     torch.set_num_threads(1)
     for kind in kinds:
@@ -160,6 +191,13 @@ def main(data: Path, folder: Path, kinds: list[tuple]) -> None:
             cut(whole, resumed, step=7)
         torch.distributed.barrier()
         run(kind, data, resumed)
+    run(EXACT, data, folder / "two")
+    run(EXACT, data, folder / "one on two")
+    try:
+        with_other_batches(data, folder / "one on two with other batches")
+    except UserError as error:
+        if torch.distributed.get_rank() == 0:
+            (folder / "told.txt").write_text(str(error), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 

@@ -65,7 +65,7 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "rows per device in evaluations"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of history.jsonl"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep beside the best"})
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={

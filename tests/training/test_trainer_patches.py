@@ -102,7 +102,35 @@ class LooksAtCheckpoint(TrainerCallback):
 def test_trainer_calls_no_callback_before_a_checkpoint_is_whole(tmp_path):
     look = LooksAtCheckpoint()
     plain(tmp_path, callbacks=[look], max_steps=1, save_strategy="steps", save_steps=1).train()
-    assert look.is_whole, no_longer_needed("transformers", "PatchedTrainer._save_optimizer_and_scheduler")
+    assert look.is_whole, no_longer_needed("transformers", "PatchedTrainer._save_checkpoint")
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 1}
+
+
+def test_trainer_draws_from_the_start_again_where_another_number_of_processes_saved(tmp_path):
+    plain(tmp_path, Counting, **SAVING).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    (checkpoint / "batch.json").write_text('{"num_processes": 2, "rows_per_step": 4}')
+    states = []
+    for kind in (Trainer, Counting):
+        trainer = plain(tmp_path, kind)
+        before = torch.get_rng_state()
+        trainer._load_rng_state(str(checkpoint))
+        states.append(torch.equal(torch.get_rng_state(), before))
+    assert states[0], no_longer_needed("transformers", "PatchedTrainer._load_rng_state")
+    assert not states[1]
+
+
+def test_trainer_goes_on_with_another_batch_size(tmp_path):
+    plain(tmp_path, Counting, **SAVING).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    trainer = plain(tmp_path, gradient_accumulation_steps=2)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 4, no_longer_needed("transformers", "PatchedTrainer._init_training_state")
+    with pytest.raises(UserError, match=r"was saved with 4 rows per optimizer step .* and this run has 8 "):
+        plain(tmp_path, Counting, gradient_accumulation_steps=2).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_schedule_that_is_loaded_leaves_the_rates_of_the_optimizer():
