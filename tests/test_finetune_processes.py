@@ -22,6 +22,7 @@ SHORT = "--num_train_epochs 2 --warmup_steps 0 --save_strategy no --eval_strateg
 TEXT = "--tokenizer word --dataset {data}"
 CASES = {
     "several labels": f"--task sequence_classification {TEXT} --label_column about",
+    "grouped by length": f"--task sequence_classification {TEXT} --train_sampling_strategy group_by_length",
     "numbers": f"--task sequence_classification {TEXT} --label_column stars",
     "tags in windows": f"--task token_classification {TEXT} --max_length 4",
     "speech": "--task speech_recognition --max_steps 3 --eval_strategy no",
@@ -35,7 +36,11 @@ def write_rows(folder: Path) -> None:
         for row in range(100 * first, 100 * first + count):
             words = [WORDS[row * step % 6] for step in range(1, 5 + row % 5)] + [f"n{row}"]
             tags = ["B-thing" if word in THINGS else "O" for word in words]
-            said = {"about": [word for word in THINGS if word in words], "stars": words.count("soup") / 2}
+            said = {
+                "label": words[0],
+                "about": [word for word in THINGS if word in words],
+                "stars": words.count("soup") / 2,
+            }
             rows.append({"text": " ".join(words), "tokens": words, "tags": tags, **said})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -1,9 +1,34 @@
-"""The batches of several processes that train together."""
+"""The order of the rows in an epoch, and the batches of several processes that train together."""
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch.utils.data import BatchSampler, Sampler
+
+
+class EpochSampler(Sampler[int]):
+    """The order of the rows in an epoch, as a function of `seed` and epoch alone.
+
+    `sampler` draws the order, and would draw it from the process's own generator, which dropout and augmentation move
+    on.  Accelerate's sampler of rows in random order adds the epoch to the seed in the same way.
+    """
+
+    def __init__(self, sampler: Any, seed: int):
+        """`sampler` has an attribute `generator` that it draws from."""
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin epoch `epoch`, counted from 0."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
 
 
 class EvenBatchSampler(BatchSampler):

@@ -16,7 +16,6 @@ over. Nothing is pickled.
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,17 +29,18 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from bmtk.errors import UserError
-from bmtk.files import PARTIAL, adding_to_folder, delete_partial
+from bmtk.files import adding_to_folder
 
 from .manifest import damages, dump_json, written_whole
 from .prepared import Prepared
-from .resume import newest_whole, numbered
+from .resume import check_best, delete_older, newest_whole
 from .rng_state import rng_state
 from .run_folder import CHECKPOINTS
 from .tbptt import TBPTTState
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "step-"
 RUN_STATE = "training_state"
 CARRIED = "carried.safetensors"
 
@@ -115,7 +115,7 @@ def save_checkpoint(
 
     Raises: OSError if it cannot be written; older checkpoints are then untouched, and nothing of this one is left.
     """
-    final, accelerator = Path(directory) / CHECKPOINTS / f"step-{state.step:08d}", prepared.accelerator
+    final, accelerator = Path(directory) / CHECKPOINTS / f"{PREFIX}{state.step:08d}", prepared.accelerator
     randomness = _rng_states_of_all(accelerator)
     carried = accelerator.gather(state.recurrent.rows).cpu() if state.recurrent else None
     if accelerator.is_main_process and damages(final):
@@ -125,7 +125,7 @@ def save_checkpoint(
             if carried is not None:
                 save_file({"rows": carried}, folder / RUN_STATE / CARRIED)
             dump_json(folder / RUN_STATE / "config.json", dict(config or {}))
-        _delete_old(final.parent, state, keep=keep)
+        delete_older(final.parent, PREFIX, step=state.step, keep=keep, best=state.best_step)
     accelerator.wait_for_everyone()
     return final
 
@@ -137,16 +137,7 @@ def newest_checkpoint(directory: str | Path) -> Path | None:
 
     Raises: UserError if there are checkpoints, and all of them are damaged.
     """
-    newest, passed_over = newest_whole(numbered(Path(directory) / CHECKPOINTS, "step-"), damages)
-    reports = [f"{folder} is damaged: {'; '.join(problems)}" for folder, problems in passed_over.items()]
-    for report in reports:
-        logger.warning("%s; it is passed over", report)
-    if reports and newest is None:
-        raise UserError(
-            "no checkpoint of this run is whole:\n  " + "\n  ".join(reports) + "\nrestore one of them from a copy, or "
-            "delete the folder (or set overwrite_output_dir) to start the run anew"
-        )
-    return newest
+    return newest_whole(Path(directory) / CHECKPOINTS, PREFIX, damages)
 
 
 def load_checkpoint(folder: str | Path, prepared: Prepared) -> TrainState:
@@ -186,9 +177,8 @@ def load_best(directory: str | Path, state: TrainState, prepared: Prepared) -> N
 
     Raises: UserError if its checkpoint is damaged.
     """
-    folder = Path(directory) / CHECKPOINTS / f"step-{state.best_step:08d}"
-    if problems := damages(folder):
-        raise UserError(f"the best checkpoint {folder} is damaged: {'; '.join(problems)}; restore it, or start anew")
+    folder = Path(directory) / CHECKPOINTS / f"{PREFIX}{state.best_step:08d}"
+    check_best(folder)
     _load_weights(folder, prepared.unwrapped)
     if average := prepared.optimizer.average:
         average.load(folder / RUN_STATE)
@@ -263,19 +253,6 @@ def _rng_states_of_all(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """Generators of all processes, stacked: (processes, ...)."""
     own = {name: value[None].to(accelerator.device) for name, value in rng_state().items()}
     return {name: accelerator.gather(value).cpu() for name, value in own.items()}
-
-
-def _delete_old(directory: Path, state: TrainState, *, keep: int) -> None:
-    """Keep the best and the `keep` newest up to now; a later one is damaged, or it would have been resumed."""
-    up_to_now = [folder for folder in reversed(numbered(directory, "step-")) if _step(folder) <= state.step]
-    for folder in (old for old in up_to_now[:-keep] if _step(old) != state.best_step) if keep else []:
-        # A kill while deleting must not leave half a checkpoint with its final name.
-        os.replace(folder, folder.with_name(f"{PARTIAL}{folder.name}"))
-    delete_partial(directory)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
 
 
 def _num_bytes(prepared: Prepared) -> int:

@@ -67,7 +67,7 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "rows per device in evaluations"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of history.jsonl"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "newest checkpoints to keep beside the best"})
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
@@ -97,6 +97,7 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
     hub_revision: str | None = _fixed(None)
     enable_jit_checkpoint: bool = _fixed(False)  # saves at SIGTERM and ends with success: `StopOnRequest` does it
     save_only_model: bool = _fixed(False)  # True resumes with a new optimizer and schedule, without a warning
+    ignore_data_skip: bool = _fixed(False)  # True trains on the rows of a begun epoch again when a run is resumed
     include_num_input_tokens_seen: str = _fixed("no")
     remove_unused_columns: bool = _fixed(False)
     batch_eval_metrics: bool = _fixed(False)

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from bmtk.files import replacing_folder, sha256
 
 MANIFEST = "manifest.json"
+# What torch.save says on a full disk, in a RuntimeError.
+TORCH_CANNOT_WRITE = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
 
 
 def damages(folder: Path) -> list[str]:
@@ -54,7 +56,9 @@ def written_whole(final: Path, *, num_bytes: int) -> Iterator[Path]:
                 for name in files(beside)
             }
             dump_json(beside / MANIFEST, {"files": listed})
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_CANNOT_WRITE):
+            raise
         raise OSError(
             f"{final} could not be written: {error}. It needs about {num_bytes / 1e6:.1f} MB, and "
             f"{_free_bytes(final) / 1e6:.1f} MB are free. Older checkpoints are whole: make room, then run the same "

@@ -2,14 +2,27 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from bmtk.errors import UserError
+from bmtk.files import PARTIAL, delete_partial
 
+from .manifest import MANIFEST, damages
 from .run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
+
+PREFIX = "checkpoint-"  # how Trainer calls its checkpoints
+BATCH = "batch.json"  # in a checkpoint of Trainer: what made its steps, as `batch_facts` reads it
+# What a checkpoint of Trainer cannot do without; one of each line.
+NEEDED = (
+    ("trainer_state.json",),
+    ("*.safetensors",),
+    ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),  # the last two of FSDP and DeepSpeed
+    ("rng_state*.pth",),
+)
 
 
 def numbered(directory: Path, prefix: str) -> list[Path]:
@@ -18,43 +31,103 @@ def numbered(directory: Path, prefix: str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)), reverse=True)
 
 
-def newest_whole(
-    folders: Sequence[Path], damages: Callable[[Path], list[str]]
-) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The first of `folders` without damages, and the damages of those before it."""
-    passed_over: dict[Path, list[str]] = {}
-    for folder in folders:
+def newest_whole(directory: Path, prefix: str, damages: Callable[[Path], list[str]]) -> Path | None:
+    """The newest folder without damages of those that `numbered` finds, or None if there are no such folders at all.
+
+    Damaged ones are named in a warning, with their files, and passed over.
+
+    Raises: UserError if there are folders, and all of them are damaged.
+    """
+    reports: list[str] = []
+    for folder in numbered(directory, prefix):
         if not (problems := damages(folder)):
-            return folder, passed_over
-        passed_over[folder] = problems
-    return None, passed_over
+            return folder
+        reports.append(f"{folder} is damaged: {'; '.join(problems)}")
+        logger.warning("%s; it is passed over", reports[-1])
+    if reports:
+        raise UserError(
+            "no checkpoint of this run is whole:\n  " + "\n  ".join(reports) + "\nrestore one of them from a copy, or "
+            "delete the folder (or set overwrite_output_dir) to start the run anew"
+        )
+    return None
+
+
+def delete_older(directory: Path, prefix: str, *, step: int, keep: int, best: int | None) -> None:
+    """Keep the checkpoint of the step `best`, and the `keep` newest up to `step`; keep=0: all of them.
+
+    Later ones than `step` are left alone: they are damaged, or they would have been resumed.
+    """
+    up_to_now = [folder for folder in reversed(numbered(directory, prefix)) if step_of(folder) <= step]
+    for folder in (old for old in up_to_now[:-keep] if step_of(old) != best) if keep else []:
+        # A kill while deleting must not leave half a checkpoint with its final name.
+        os.replace(folder, folder.with_name(f"{PARTIAL}{folder.name}"))
+    delete_partial(directory)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer steps that a checkpoint was saved after, by the number in its name."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def checkpoint_to_resume(directory: str | Path, wanted: str | None) -> str | None:
     """The checkpoint folder `wanted`, or the newest whole one of the run (None or "true"); None to start anew.
 
-    Trainer writes `trainer_state.json` last: a folder without a readable one was cut short and is passed over.
-    Raises: UserError if `wanted` is not a whole checkpoint.
+    Every file of it has the sha256 of its manifest, so nothing else is ever loaded.  Checkpoints of former versions
+    have no manifest: one that `wanted` names is accepted with a warning, if no file is missing.
+
+    Raises: UserError if `wanted` is not a whole checkpoint, or if there are checkpoints and none is whole.
     """
     choice = (wanted or "true").lower()
     if choice == "false":
         return None
-    if wanted and choice != "true":
-        if _damages(Path(wanted)):
-            raise UserError(
-                f"resume_from_checkpoint={wanted!r} is not a folder with a whole checkpoint of Trainer; name one, or "
-                "say true (the newest of output_dir) or false (start anew)"
-            )
-        return wanted
-    newest, passed_over = newest_whole(numbered(Path(directory) / CHECKPOINTS, "checkpoint-"), _damages)
-    for folder in passed_over:
-        logger.warning("%s was not written to its end and is passed over", folder)
-    return str(newest) if newest else None
+    if not wanted or choice == "true":
+        newest = newest_whole(Path(directory) / CHECKPOINTS, PREFIX, _damages)
+        return str(newest) if newest else None
+    if problems := _missing(Path(wanted)) or (damages(Path(wanted)) if (Path(wanted) / MANIFEST).exists() else []):
+        raise UserError(
+            f"resume_from_checkpoint={wanted!r} is not a folder with a whole checkpoint of Trainer; name one, or "
+            f"say true (the newest of output_dir) or false (start anew): {'; '.join(problems)}"
+        )
+    if not (Path(wanted) / MANIFEST).exists():
+        logger.warning("%s has no %s: whether its files are as they were written is not known", wanted, MANIFEST)
+    return wanted
+
+
+def check_best(folder: Path) -> None:
+    """Raises: UserError if the checkpoint of a run's best evaluation is damaged."""
+    if problems := damages(folder):
+        raise UserError(f"the best checkpoint {folder} is damaged: {'; '.join(problems)}; restore it, or start anew")
+
+
+def batch_facts(checkpoint: str | Path) -> dict[str, int]:
+    """`num_processes` and `rows_per_step` of the run that saved a checkpoint; nothing if it is of a former version."""
+    path = Path(checkpoint) / BATCH
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _damages(checkpoint: Path) -> list[str]:
+    if (checkpoint / MANIFEST).exists():
+        return damages(checkpoint)
+    problems = [f"{MANIFEST} is missing"]
+    if not _missing(checkpoint):
+        problems.append(
+            f"if a version of bmtk made it that wrote none, name it by resume_from_checkpoint={str(checkpoint)!r}"
+        )
+    return problems
+
+
+def _missing(checkpoint: Path) -> list[str]:
+    """What a folder lacks of a checkpoint of Trainer; its files may still be damaged."""
+    problems = [f"{names[0]} is missing" for names in NEEDED if not any(_found(checkpoint, name) for name in names)]
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        problems += [] if "global_step" in state else ["trainer_state.json has no global_step"]
+    except FileNotFoundError:
+        pass
     except (OSError, ValueError) as error:
-        return [str(error)]
-    return [] if "global_step" in state else ["no global_step"]
+        problems.append(f"trainer_state.json cannot be read ({error})")
+    return problems
+
+
+def _found(checkpoint: Path, pattern: str) -> bool:
+    return any(checkpoint.glob(pattern))

@@ -5,13 +5,15 @@ mends another stands here with the fault behind it.  tests/training/test_trainer
 and fails as soon as an installed version no longer has a fault: then its patch is deleted.
 """
 
+import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -20,11 +22,21 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+
+from bmtk.errors import UserError
+from bmtk.files import PARTIAL
 
 from .averaging import WeightAverage
-from .batch_sampler import EvenBatchSampler
+from .batch_sampler import EpochSampler, EvenBatchSampler
 from .early_stopping import is_better, is_exhausted
+from .manifest import dump_json, written_whole
 from .protocols import Batch
+from .resume import BATCH, PREFIX, batch_facts, check_best, delete_older
+from .rng_state import seed_process
+
+logger = logging.getLogger(__name__)
 
 
 class PatchedTrainer(Trainer):
@@ -34,6 +46,7 @@ class PatchedTrainer(Trainer):
     """
 
     average: WeightAverage | None = None
+    train_sampler: Any = None  # the order of the rows: a function of seed and epoch
 
     def count_items_and_units(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """How many losses of this process's `batches` are summed, and how many units of throughput they hold."""
@@ -49,22 +62,132 @@ class PatchedTrainer(Trainer):
         self.state.num_input_tokens_seen += int(totals[1])  # the one counter of units that a checkpoint keeps
         return totals[0].clamp(min=1)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Fault (transformers 5.23): groups rows by length in an order that the process's own generator draws.
+
+        Dropout moves that generator on, so a run that is resumed past its first epoch would have other batches.  The
+        groups are also made of the rows of one process: several would have other batches than one.
+        """
+        args = self.args
+        try:
+            sampler: Any = super()._get_train_sampler(train_dataset)
+        except ValueError as error:
+            raise UserError(
+                f"train_sampling_strategy={args.train_sampling_strategy}: the rows of this task have no lengths; "
+                "choose random or sequential"
+            ) from error
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= max(1, args.world_size)
+        if isinstance(sampler, (RandomSampler, LengthGroupedSampler)):
+            sampler = EpochSampler(sampler, seed)
+        elif isinstance(sampler, BatchRebalanceSampler):
+            sampler.seed = seed  # 42 otherwise, whatever the seed of the run
+        self.train_sampler = sampler
+        return sampler
+
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
         """Fault (transformers 5.23): trains a step though none is left, or a callback has asked to stop at the begin.
 
         A run whose `max_steps` end inside an epoch, or that had stopped early, would train on when it is resumed.
+        Fault (accelerate 1.15): on several processes, the order of an epoch that is resumed in its middle is that of
+        the first one.
         """
+        if hasattr(self.train_sampler, "set_epoch"):
+            self.train_sampler.set_epoch(kwargs["epoch"])
         if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Fault (transformers 5.23): calls no callback before trainer_state.json, with which a checkpoint is whole.
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Fault (transformers 5.23): writes into the final folder, without sums, and first deletes older ones.
 
-        So the averaged weights are written here: a kill leaves no checkpoint that seems whole and lacks them.
+        Here a checkpoint is written beside, listed with its sums, flushed and renamed, as those of the project's own
+        loop are, and with the averaged weights; older ones are deleted after that.
         """
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.average and self.args.should_save:
-            self.average.save(Path(output_dir))
+        final = Path(self._get_output_dir(trial)) / f"{PREFIX}{self.state.global_step}"
+        beside = final.with_name(f"{PARTIAL}{final.name}")
+        self.store_flos()
+        if best := self.state.best_global_step:
+            self.state.best_model_checkpoint = str(final.with_name(f"{PREFIX}{best}"))
+        is_writer = self.args.should_save
+        with written_whole(final, num_bytes=self._num_bytes()) if is_writer else nullcontext():
+            self.accelerator.wait_for_everyone()  # the folder is there
+            self._write_checkpoint(beside)
+            self.accelerator.wait_for_everyone()  # the generators of all processes are
+        if is_writer:
+            keep = self.args.save_total_limit or 0
+            delete_older(final.parent, PREFIX, step=self.state.global_step, keep=keep, best=best)
+        self.accelerator.wait_for_everyone()  # else the end of one process could cut the saving short
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if not self.args.should_save:
+            return
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load
+        if self.average:
+            self.average.save(folder)
+        items = (*self.callback_handler.callbacks, self.control)
+        self.state.stateful_callbacks = [item for item in items if isinstance(item, ExportableState)]
+        self.state.__post_init__()  # type: ignore[no-untyped-call]  # their states in place of them
+        self.state.save_to_json(str(folder / "trainer_state.json"))  # type: ignore[no-untyped-call]
+        dump_json(folder / BATCH, {"num_processes": self.args.world_size, "rows_per_step": self._rows_per_step})
+
+    @property
+    def _rows_per_step(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _num_bytes(self) -> int:
+        """About how much a checkpoint of Adam takes."""
+        trained = [parameter.requires_grad for parameter in self.model.parameters()]
+        sizes = [parameter.numel() * parameter.element_size() for parameter in self.model.parameters()]
+        return sum(size * (3 if is_trained else 1) for size, is_trained in zip(sizes, trained, strict=True))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Fault (transformers 5.23): goes on with another batch size, or without the best model, and says nothing.
+
+        Steps are counted in rows, so with other batches rows are left out or seen twice.  The best checkpoint is the
+        one in this run's folder, wherever that was moved.
+        """
+        counted: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        checkpoint = kwargs.get("resume_from_checkpoint", args[3] if len(args) > 3 else None)
+        if checkpoint:
+            self._check_batch(checkpoint)
+        if checkpoint and self.args.load_best_model_at_end and (best := self.state.best_global_step):
+            folder = Path(self._get_output_dir(None)) / f"{PREFIX}{best}"
+            check_best(folder)
+            self.state.best_model_checkpoint = str(folder)
+        return counted
+
+    def _check_batch(self, checkpoint: str) -> None:
+        facts = batch_facts(checkpoint)
+        former, rows = facts.get("num_processes", 1), facts.get("rows_per_step", self._rows_per_step)
+        if rows != self._rows_per_step:
+            raise UserError(
+                f"{checkpoint} was saved with {rows} rows per optimizer step (num_processes={former}), and this run "
+                f"has {self._rows_per_step} (num_processes={self.args.world_size}); start as many processes as "
+                f"before, or start anew in another output_dir with batch_size={rows}, kept on any number of processes"
+            )
+        if facts and former != self.args.world_size and self.args.process_index == 0:
+            logger.warning(
+                "%s was saved by %d processes, and %d resume it: the data stay the same, but random numbers (dropout) "
+                "do not",
+                checkpoint,
+                former,
+                self.args.world_size,
+            )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Fault (transformers 5.23): leaves the generators as they are, if another number of processes saved them.
+
+        All processes would then draw the same numbers as at the beginning of the run.
+        """
+        if checkpoint and batch_facts(checkpoint).get("num_processes", self.args.world_size) != self.args.world_size:
+            seed_process(self.args.seed, self.args.process_index, self.state.global_step)
+        else:
+            super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Fault (torch 2.13): a scheduler's load_state_dict leaves the optimizer's learning rates as they were.
@@ -78,6 +201,11 @@ class PatchedTrainer(Trainer):
             group["lr"] = rate
         if self.average and checkpoint:
             self.average.load(Path(checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Fault (transformers 5.23): loads the best weights without a look at whether they are as they were saved."""
+        check_best(Path(str(self.state.best_model_checkpoint)))
+        super()._load_best_model()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Fault (accelerate 1.15): fills the last batches of an epoch up with rows that were trained on before.

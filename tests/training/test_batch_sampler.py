@@ -3,10 +3,14 @@
 import itertools
 
 import pytest
-from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler
+import torch
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from torch.utils.data import BatchSampler, RandomSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
-from bmtk.training.batch_sampler import EvenBatchSampler
+from bmtk.training.batch_sampler import EpochSampler, EvenBatchSampler
+
+LENGTHS = [row * 7 % 12 for row in range(30)]
 
 
 @pytest.mark.parametrize(("batch_size", "num_processes"), [(1, 2), (2, 2), (3, 4), (1, 4), (4, 3)])
@@ -23,3 +27,21 @@ def test_processes_together_see_the_rows_of_each_step_once(batch_size, num_proce
             else:
                 assert list(itertools.chain(*parts)) == step
                 assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch_whatever_was_drawn_before():
+    for seed, epoch in itertools.product((3, 5), (0, 1, 7)):
+        random, grouped = (
+            EpochSampler(sampler, seed)
+            for sampler in (RandomSampler(LENGTHS), LengthGroupedSampler(2, lengths=LENGTHS))
+        )
+        accelerates = SeedableRandomSampler(LENGTHS, data_seed=seed)
+        for sampler in (random, grouped, accelerates):
+            sampler.set_epoch(epoch)
+        torch.rand(epoch)
+        assert len(random) == len(grouped) == 30
+        assert list(random) == list(random) == list(accelerates)
+        generator = torch.Generator().manual_seed(seed + epoch)
+        assert list(grouped) == list(grouped) == get_length_grouped_indices(LENGTHS, 2, generator=generator)
+        assert sorted(grouped) == list(range(30))
+    assert list(random) != list(EpochSampler(RandomSampler(LENGTHS), seed))

@@ -12,10 +12,11 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler, skip_first_batches
 from tiny_run import rows, tiny_model
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from bmtk.training.batch_sampler import EvenBatchSampler
+from bmtk.errors import UserError
+from bmtk.training.batch_sampler import EpochSampler, EvenBatchSampler
 from bmtk.training.optimizers import NamedOptimizer
 from bmtk.training.trainer_patches import PatchedTrainer, SetEpoch, StopEarly
 
@@ -50,6 +51,33 @@ def test_trainer_counts_no_labels_that_are_not_one_tensor(tmp_path):
     assert patched.state.num_input_tokens_seen == 5
 
 
+def test_trainer_groups_rows_by_length_in_an_order_of_the_processs_own_generator(tmp_path):
+    settings = {"train_sampling_strategy": "group_by_length", "seed": 3}
+    sampler = plain(tmp_path, **settings)._get_train_sampler()
+    needed = no_longer_needed("transformers", "PatchedTrainer._get_train_sampler, EpochSampler")
+    assert list(sampler) != list(sampler), needed
+    patched = plain(tmp_path, Counting, **settings)._get_train_sampler()
+    assert list(patched) == list(patched)
+    patched.set_epoch(1)
+    assert list(patched) == list(EpochSampler(RandomSampler(range(8)), 4)), "rows of one length are in random order"
+
+
+def test_accelerate_resumes_an_epoch_on_several_processes_in_the_order_of_the_first():
+    sampler = EpochSampler(RandomSampler(range(8)), 0)
+    shard = BatchSamplerShard(EvenBatchSampler(sampler, 2, False, num_processes=2), 2, 0)
+    resumed = skip_first_batches(DataLoaderShard(list(range(8)), batch_sampler=shard, _drop_last=False), 1)
+    resumed.set_epoch(1)
+    assert sampler.epoch == 0, no_longer_needed("accelerate", "the call of set_epoch in PatchedTrainer._run_epoch")
+
+
+def test_rows_without_lengths_are_not_grouped_by_them(tmp_path):
+    rows = [{"pixel_values": torch.ones(1), "labels": torch.ones(1)}] * 8
+    trainer = plain(tmp_path, Counting, train_sampling_strategy="group_by_length")
+    trainer.train_dataset = rows
+    with pytest.raises(UserError, match=r"train_sampling_strategy=group_by_length: the rows .* choose random or sequ"):
+        trainer.get_train_dataloader()
+
+
 class StopAtOnce(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         control.should_training_stop = True
@@ -74,7 +102,35 @@ class LooksAtCheckpoint(TrainerCallback):
 def test_trainer_calls_no_callback_before_a_checkpoint_is_whole(tmp_path):
     look = LooksAtCheckpoint()
     plain(tmp_path, callbacks=[look], max_steps=1, save_strategy="steps", save_steps=1).train()
-    assert look.is_whole, no_longer_needed("transformers", "PatchedTrainer._save_optimizer_and_scheduler")
+    assert look.is_whole, no_longer_needed("transformers", "PatchedTrainer._save_checkpoint")
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 1}
+
+
+def test_trainer_draws_from_the_start_again_where_another_number_of_processes_saved(tmp_path):
+    plain(tmp_path, Counting, **SAVING).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    (checkpoint / "batch.json").write_text('{"num_processes": 2, "rows_per_step": 4}')
+    states = []
+    for kind in (Trainer, Counting):
+        trainer = plain(tmp_path, kind)
+        before = torch.get_rng_state()
+        trainer._load_rng_state(str(checkpoint))
+        states.append(torch.equal(torch.get_rng_state(), before))
+    assert states[0], no_longer_needed("transformers", "PatchedTrainer._load_rng_state")
+    assert not states[1]
+
+
+def test_trainer_goes_on_with_another_batch_size(tmp_path):
+    plain(tmp_path, Counting, **SAVING).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    trainer = plain(tmp_path, gradient_accumulation_steps=2)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 4, no_longer_needed("transformers", "PatchedTrainer._init_training_state")
+    with pytest.raises(UserError, match=r"was saved with 4 rows per optimizer step .* and this run has 8 "):
+        plain(tmp_path, Counting, gradient_accumulation_steps=2).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_schedule_that_is_loaded_leaves_the_rates_of_the_optimizer():
