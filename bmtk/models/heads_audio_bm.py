@@ -98,7 +98,7 @@ class CTCHead:
     def lengths(self, logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Number of positions (B,) of each row."""
         if attention_mask is None:
-            return torch.full((len(logits),), logits.shape[1], device=logits.device)
+            return torch.full(logits.shape[:1], logits.shape[1], device=logits.device)
         return self._get_feat_extract_output_lengths(attention_mask.long().sum(-1))
 
 

@@ -293,7 +293,7 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=No
 
 def position_loss(logits: torch.Tensor, positions: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
     """Cross-entropy of logits (B, L) and positions (B,) or (B, 1); those outside [0, L) are ignored."""
-    positions = positions.view(len(logits))
+    positions = positions.view(logits.shape[0])
     is_inside = (positions >= 0) & (positions < logits.shape[1])
     return label_loss(logits, positions.masked_fill(~is_inside, -100), num_items_in_batch)
 

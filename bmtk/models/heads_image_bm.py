@@ -125,8 +125,8 @@ class MaskedImageModelingHead:
                 f"an image of {height} x {width} pixels gives {patches.shape[1]} positions of {stride} x {stride} "
                 "pixels, which do not tile it; choose a multiple of the trunk's stride, and paddings that keep sizes"
             )
-        tiles = patches.view(len(patches), rows, columns, stride, stride, -1)
-        return tiles.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height, width)
+        tiles = patches.view(patches.shape[0], rows, columns, stride, stride, -1)
+        return tiles.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, height, width)
 
 
 __all__ = [

@@ -75,7 +75,7 @@ class DropPath(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.probability == 0:
             return x
-        keep = torch.empty(len(x), 1, 1, 1, device=x.device).bernoulli_(1 - self.probability)
+        keep = torch.empty(x.shape[0], 1, 1, 1, device=x.device).bernoulli_(1 - self.probability)
         return x * (keep / (1 - self.probability)).to(x.dtype)
 
 

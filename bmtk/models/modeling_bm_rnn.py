@@ -125,6 +125,10 @@ class BmRnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
         """N(0, initializer_range); input weights Xavier, recurrent weights orthogonal, forget gates open (bias 1)."""
         super()._init_weights(module)
         if isinstance(module, nn.RNNBase):
+            if module.mode == "LSTM":  # transformers draws these first for an nn.LSTM; seeds keep their weights
+                for name in ("weight_ih", "weight_hh"):
+                    for suffix in ("_l0", "_l0_reverse")[: 2 if module.bidirectional else 1]:
+                        nn.init.xavier_uniform_(torch.empty_like(getattr(module, name + suffix)))
             for name, parameter in module.named_parameters():
                 blocks = [torch.empty_like(block) for block in parameter.split(module.hidden_size)]  # one per gate
                 for block in blocks:
@@ -134,7 +138,7 @@ class BmRnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
                         nn.init.orthogonal_(block)
                     else:
                         block.zero_()
-                if name.startswith("bias_ih") and isinstance(module, nn.LSTM):
+                if name.startswith("bias_ih") and module.mode == "LSTM":
                     blocks[1].fill_(1.0)  # Jozefowicz et al. 2015; torch's order of gates is i, f, g, o
                 init.copy_(parameter, torch.cat(blocks))
         elif isinstance(module, GatedProjection):

@@ -152,7 +152,7 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = positions_from_mask(attention_mask, inputs_embeds.shape[1], past, inputs_embeds.device)
         elif attention_mask is None and not self.config.is_causal:
-            same_document = same_document_mask(position_ids.expand(len(inputs_embeds), -1))
+            same_document = same_document_mask(position_ids.expand(inputs_embeds.shape[0], -1))
         mask = create_causal_mask(  # bidirectional if config.is_causal is False
             config=self.config,
             inputs_embeds=inputs_embeds,

@@ -81,7 +81,8 @@ def positions_from_mask(attention_mask: torch.Tensor | None, length: int, past: 
     `attention_mask` (B, past + L) holds 1 for real tokens and 0 for padding; anything but a 2-D mask is ignored.
     """
     if attention_mask is None or attention_mask.ndim != 2:
-        return torch.arange(past, past + length, device=device)[None]
+        # `arange(past, past + length)` would give a graph of a static cache a length that depends on data.
+        return (past + torch.arange(length, device=device))[None]
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
