@@ -18,6 +18,7 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLaye
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .kaiming_bm import KaimingLinear
+from .trunk_layer_bm import TrunkLayer
 
 NORMS = {"layer_norm": nn.LayerNorm, "none": lambda width, eps: nn.Identity()}
 
@@ -135,7 +136,7 @@ STATIC_LAYER_TYPE_MAPPING[ConvolutionCacheLayer._layer_type] = (
 )
 
 
-class ConvolutionLayer(GradientCheckpointingLayer):
+class ConvolutionLayer(TrunkLayer, GradientCheckpointingLayer):
     """(B, L, D) and the sum of skips -> the same two.  Subclasses define convolutions and combine them in `mix`."""
 
     def __init__(self, config, layer_idx: int):

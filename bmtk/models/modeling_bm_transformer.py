@@ -6,6 +6,7 @@ et al. 2017, arXiv:1706.03762).
 """
 
 import copy
+import re
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_bm_transformer import BmTransformerConfig
-from .encoder_decoder_bm import EncoderDecoder
+from .encoder_decoder_bm import EncoderDecoder, OneOrTwoStacks
 from .heads_audio_bm import AudioClassificationHead, CTCHead
 from .heads_bm import (
     CausalLMHead,
@@ -41,7 +42,7 @@ from .heads_image_bm import ImageClassificationHead, MaskedImageModelingHead
 from .heads_seq2seq_bm import Seq2SeqLMHead
 from .heads_series_bm import TimeSeriesPredictionHead
 from .pooling_bm import POOLINGS, mask_of_positions
-from .stems_bm import EmbeddingInStem, positions_from_mask
+from .stems_bm import EmbeddingInStem, inputs_of, positions_from_mask
 from .transformer_layers_bm import (
     DECODER_LAYERS,
     LAYERS,
@@ -83,6 +84,12 @@ class BmTransformerPreTrainedModel(EmbeddingInStem, PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": BmTransformerLayer, "attentions": BmTransformerAttention}
 
+    def init_parallel_plans(self) -> None:
+        """The plans of the configuration, for the modules that this model has: an encoder has no cross-attention."""
+        super().init_parallel_plans()
+        names = {re.sub(r"\d+", "*", name) for name, _ in self.named_modules()}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range); projections into the residual stream over sqrt(2 layers) (Radford et al. 2019).
@@ -95,7 +102,7 @@ class BmTransformerPreTrainedModel(EmbeddingInStem, PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
 
 
-class BmTransformerModel(BmTransformerPreTrainedModel):
+class BmTransformerModel(OneOrTwoStacks, BmTransformerPreTrainedModel):
     """Stem, layers, final norm (pre-norm only); returns `last_hidden_state` (B, L, D) and `pooler_output` (B, D)."""
 
     has_pooler = True  # whether `with_pooler` adds the pooler layer
@@ -118,10 +125,15 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @classmethod
+    def encoder_decoder_class(cls) -> type:
+        return BmTransformerEncoderDecoderModel
+
     def check(self, config) -> None:
         if config.is_encoder_decoder:
             raise ValueError(
-                "is_encoder_decoder=True makes two stacks, and AutoModel one; load it with AutoModelForSeq2SeqLM"
+                f"is_encoder_decoder=True makes two stacks, and {type(self).__name__} is one; open them by AutoModel "
+                "or AutoModelForSeq2SeqLM"
             )
 
     def build_layers(self, config) -> list[nn.Module]:
@@ -141,9 +153,11 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BmTransformerOutput:
-        """Other inputs than tokens are keywords: pixel_values, input_features, past_values (see the stems)."""
-        names = self.stem.input_names
-        inputs = {name: input_ids if name == "input_ids" else kwargs.pop(name, None) for name in names}
+        """`input_ids` or another main input: pixel_values, input_features, past_values by keyword or in its place.
+
+        Further inputs are keywords (see the stems).
+        """
+        inputs = inputs_of(self.stem, input_ids, kwargs)
         inputs_embeds, attention_mask = self.read(inputs_embeds, attention_mask, inputs)
         same_document = None
         if not self.config.is_causal:

@@ -118,7 +118,9 @@ class RecurrentLayer(nn.RNNBase):
             pair = isinstance(state, tuple)
             starts = zip(*(s.split(1) for s in state), strict=True) if pair else state.split(1)
             runs = [
-                self.kernel(rows, start, with_hold(weights) if holds else weights, True, 1, 0.0, self.training, False, True)
+                self.kernel(
+                    rows, start, with_hold(weights) if holds else weights, True, 1, 0.0, self.training, False, True
+                )
                 for rows, start, weights in zip(x.unbind(), starts, directions, strict=True)
             ]
             y, *after = (torch.stack(parts) for parts in zip(*runs, strict=True))

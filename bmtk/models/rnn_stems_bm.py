@@ -30,6 +30,7 @@ class WordStem(nn.Module):
     """Token ids (B, L); `embedding_dropout` drops all occurrences of a word in a batch."""
 
     input_names = ("input_ids",)
+    input_layer = "embed_tokens"
 
     def __init__(self, config):
         super().__init__()
