@@ -115,6 +115,10 @@ class BmCnnModel(BmCnnPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        past_values: torch.Tensor | None = None,
+        past_observed_mask: torch.Tensor | None = None,
+        past_time_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BmCnnOutput:
         """`input_ids` (B, L) or `inputs_embeds` (B, L, D); any other main input by keyword or in place of `input_ids`:
@@ -123,9 +127,16 @@ class BmCnnModel(BmCnnPreTrainedModel):
         `attention_mask` (B, past + L) is 0 at padding; `position_ids` (B, L) restart at the first position of each
         document of a packed row.
         """
-        if pixel_values is not None:
-            kwargs["pixel_values"] = pixel_values
-        inputs = inputs_of(self.stem, input_ids, kwargs)
+        inputs = inputs_of(
+            self.stem,
+            input_ids,
+            kwargs,
+            pixel_values=pixel_values,
+            input_features=input_features,
+            past_values=past_values,
+            past_observed_mask=past_observed_mask,
+            past_time_features=past_time_features,
+        )
         if self.config.input_type == "pixels":
             if inputs["pixel_values"] is None:
                 raise ValueError("pass pixel_values: this bm_cnn has input_type='pixels'")

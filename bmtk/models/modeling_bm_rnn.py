@@ -195,6 +195,10 @@ class BmRnnModel(OneOrTwoStacks, BmRnnPreTrainedModel):
         use_cache: bool | None = None,
         initial_state: torch.Tensor | None = None,
         output_state: bool | None = None,
+        input_features: torch.Tensor | None = None,
+        past_values: torch.Tensor | None = None,
+        past_observed_mask: torch.Tensor | None = None,
+        past_time_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BmRnnModelOutput:
         """The state is reset where `position_ids` (B, L) are 0; `initial_state` is an earlier `final_state`.
@@ -205,7 +209,15 @@ class BmRnnModel(OneOrTwoStacks, BmRnnPreTrainedModel):
         """
         if token_type_ids is not None:
             logger.warning_once("token_type_ids are ignored: a bm_rnn has no embedding of token types")
-        inputs = inputs_of(self.stem, input_ids, kwargs)
+        inputs = inputs_of(
+            self.stem,
+            input_ids,
+            kwargs,
+            input_features=input_features,
+            past_values=past_values,
+            past_observed_mask=past_observed_mask,
+            past_time_features=past_time_features,
+        )
         if (inputs[self.main_input_name] is None) == (inputs_embeds is None):
             raise ValueError(f"pass {self.main_input_name} or inputs_embeds, and not both")
         if inputs_embeds is None:

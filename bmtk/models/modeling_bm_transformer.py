@@ -82,6 +82,7 @@ class BmTransformerPreTrainedModel(EmbeddingInStem, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _tp_plan: dict[str, str]
     _can_record_outputs = {"hidden_states": BmTransformerLayer, "attentions": BmTransformerAttention}
 
     def init_parallel_plans(self) -> None:
@@ -151,13 +152,24 @@ class BmTransformerModel(OneOrTwoStacks, BmTransformerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        past_values: torch.Tensor | None = None,
+        past_observed_mask: torch.Tensor | None = None,
+        past_time_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BmTransformerOutput:
-        """`input_ids` or another main input: pixel_values, input_features, past_values by keyword or in its place.
-
-        Further inputs are keywords (see the stems).
-        """
-        inputs = inputs_of(self.stem, input_ids, kwargs)
+        """`input_ids` or another main input: pixel_values, input_features, past_values by keyword or in its place."""
+        inputs = inputs_of(
+            self.stem,
+            input_ids,
+            kwargs,
+            pixel_values=pixel_values,
+            input_features=input_features,
+            past_values=past_values,
+            past_observed_mask=past_observed_mask,
+            past_time_features=past_time_features,
+        )
         inputs_embeds, attention_mask = self.read(inputs_embeds, attention_mask, inputs)
         same_document = None
         if not self.config.is_causal:

@@ -99,9 +99,12 @@ class EmbeddingInStem:
         setattr(self.stem, self.stem.input_layer, value)
 
 
-def inputs_of(stem: nn.Module, first: torch.Tensor | None, given: dict) -> dict[str, torch.Tensor | None]:
-    """What a stem reads, taken out of `given`; `first` is a trunk's first argument, its main input of any kind."""
-    inputs = {name: given.pop(name, None) for name in stem.input_names}
+def inputs_of(stem: nn.Module, first: torch.Tensor | None, given: dict, **named) -> dict[str, torch.Tensor | None]:
+    """What a stem reads, from `named` or taken out of `given`; `first` is a trunk's first argument, any main input.
+
+    A trunk names its inputs, because torch.export (2.13) makes no dimension of a `**kwargs` dynamic.
+    """
+    inputs = {name: named[name] if name in named else given.pop(name, None) for name in stem.input_names}
     if inputs[stem.input_names[0]] is None:
         inputs[stem.input_names[0]] = first
     return inputs
