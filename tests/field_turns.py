@@ -20,7 +20,8 @@ class Turn:
     `effect`: "shapes" of the parameters; "weights" (equal shapes, other initial values); "outputs" (equal weights,
     other outputs in eval mode); "training" (equal outputs in eval mode, others in train mode); "loss" (equal outputs,
     another loss); "penalty" (an equal loss in eval mode, another in train mode); "cache"; "tie"; "generation" (other
-    generated tokens); "serves" (without it, the head refuses); "processor" (what makes pixels of pictures).
+    generated tokens); "serves" (without it, the head refuses); "processor" (what makes pixels of pictures); "times"
+    (of what pipelines transcribe).
     `choices`: the values of a Literal that go with `base`; None: all.
     """
 
@@ -109,6 +110,7 @@ TURNS = {
         "focal_alpha": Turn(0.5, "loss", head="ObjectDetection", base=PATCHES),
         "focal_gamma": Turn(1.0, "loss", head="ObjectDetection", base=PATCHES),
         "num_mel_bins": Turn(10, "shapes", head="AudioClassification", base=AUDIO),
+        "hop_length": Turn(80, "times", head="CTC", base=AUDIO),
         "context_length": Turn(
             15, "shapes", head="TimeSeriesPrediction", base={**SHORT_SERIES, "position_embedding_type": "learned"}
         ),
@@ -151,6 +153,7 @@ TURNS = {
         "eos_token_id": Turn(list(range(2, VOCAB)), "generation"),
         "decoder_start_token_id": Turn(7, "generation", head="Seq2SeqLM", base=TRANSLATION_TO_END),
         "num_mel_bins": Turn(10, "shapes", head="AudioClassification", base=AUDIO),
+        "hop_length": Turn(80, "times", head="CTC", base=AUDIO),
         "context_length": Turn(15, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "prediction_length": Turn(6, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "patch_size": Turn(6, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
@@ -217,6 +220,7 @@ TURNS = {
         "hidden_dropout": Turn(0.3, "training"),
         "tie_word_embeddings": Turn(False, "tie"),
         "num_mel_bins": Turn(10, "shapes", head="AudioClassification", base=AUDIO),
+        "hop_length": Turn(80, "times", head="CTC", base=AUDIO),
         "context_length": Turn(15, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "prediction_length": Turn(6, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "num_input_channels": Turn(2, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),

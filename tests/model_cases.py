@@ -405,6 +405,11 @@ GENERATING_CASES = cases_where(lambda case, config: case.head_name in ("CausalLM
 CAUSAL_LM_CASES = cases_where(lambda case, config: case.head_name == "CausalLM")
 WRITING_CASES = cases_where(lambda case, config: case.head_name in ("CausalLM", "MaskedLM", "Seq2SeqLM"))
 PIPELINE_CASES = cases_where(lambda case, config: case.pipeline is not None)
+TRANSLATING_CASES = cases_where(lambda case, config: config.is_encoder_decoder)
+# One case for each pair of family and head that has a loss; of these one for each family and kind of input.
+PAIRS = {(case.family, case.head.auto_name): case for case in LOSS_CASES.values()}
+KINDS = {(case.family, case.config().input_type, case.name in TRANSLATING_CASES): case for case in PAIRS.values()}
+OTHER_PAIRS = {pair: case for pair, case in PAIRS.items() if case not in KINDS.values()}
 
 
 def over(cases: dict[Any, Case]):

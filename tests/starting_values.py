@@ -36,7 +36,7 @@ def recurrent(module: nn.RNNBase, leaf: str, parameter: torch.Tensor) -> tuple[s
     if leaf.startswith("weight_hh"):
         return "std", module.hidden_size**-0.5  # orthogonal: rows of length 1
     start = torch.zeros_like(parameter)
-    if isinstance(module, nn.LSTM) and leaf.startswith("bias_ih"):
+    if module.mode == "LSTM" and leaf.startswith("bias_ih"):
         start.view(4, -1)[1] = 1.0
     return "constant", start
 

@@ -44,13 +44,14 @@ def behaviour(model: nn.Module, effect: str, head: str):
             "cache": lambda: model(**inputs).past_key_values is None,
             "tie": lambda: model.get_input_embeddings().weight is model.get_output_embeddings().weight,
             "generation": lambda: generated(model),
+            "times": lambda: model.config.inputs_to_logits_ratio,
             "processor": lambda: BmImageProcessor.for_config(model.config).size["height"],
         }[effect]()
 
 
 EQUAL_BESIDE = {"outputs": ["shapes", "weights"], "training": ["weights", "outputs"], "weights": ["shapes"],
                 "loss": ["weights", "outputs"], "penalty": ["weights", "outputs", "loss"],
-                "processor": ["weights"]}  # fmt: skip
+                "processor": ["weights"], "times": ["weights", "outputs"]}  # fmt: skip
 
 
 def model_of(config_class: type, turn: Turn, **change) -> nn.Module:

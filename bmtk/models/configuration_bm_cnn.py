@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .fields_bm import described
+from .fields_bm import AudioTimes, described
 from .presets_bm import PresetMixin
 
 _IMAGENET = {"image_size": 224, "num_labels": 1000}
@@ -68,7 +68,7 @@ _Sizes = list[int] | tuple[int, ...]
 
 
 @strict
-class BmCnnConfig(PresetMixin, BackboneConfigMixin, PreTrainedConfig):
+class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig):
     """Architecture of a bm_cnn.
 
     `input_type` chooses between two trunks: stages of two-dimensional blocks over pixels, or layers of one-dimensional
@@ -197,6 +197,9 @@ class BmCnnConfig(PresetMixin, BackboneConfigMixin, PreTrainedConfig):
     hidden_dropout: int | float = described(0.0, "dropout probability, on the output of convolutions")
     tie_word_embeddings: bool = described(True, "share the token embedding with the output layer")
     num_mel_bins: int = described(80, "mel bands of an audio frame; four frames make a position")
+    hop_length: int = described(
+        160, "samples from one audio frame to the next; recipes write that of the feature extractor (hop_ms)"
+    )
     context_length: int = described(96, "steps of a series that the model reads")
     prediction_length: int = described(24, "steps of a series that the model predicts")
     num_input_channels: int = described(1, "numbers per step of a series")

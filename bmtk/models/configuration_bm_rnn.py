@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .fields_bm import described
+from .fields_bm import AudioTimes, described
 from .presets_bm import PresetMixin
 
 PRESETS = {
@@ -32,7 +32,7 @@ PRESETS = {
 
 
 @strict
-class BmRnnConfig(PresetMixin, PreTrainedConfig):
+class BmRnnConfig(AudioTimes, PresetMixin, PreTrainedConfig):
     """Architecture of a bm_rnn.
 
     There are `num_hidden_layers` recurrent layers.  All but the last have `intermediate_size` units, the last has
@@ -120,6 +120,9 @@ class BmRnnConfig(PresetMixin, PreTrainedConfig):
 
     # Audio
     num_mel_bins: int = described(80, "mel bands of an audio frame; four frames make a position")
+    hop_length: int = described(
+        160, "samples from one audio frame to the next; recipes write that of the feature extractor (hop_ms)"
+    )
 
     # Series
     context_length: int = described(96, "steps of a series that the model reads")

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .fields_bm import described
+from .fields_bm import AudioTimes, described
 from .presets_bm import PresetMixin
 
 _CLASSIC = {"norm_type": "layer_norm", "attention_bias": True, "mlp_bias": True}
@@ -53,7 +53,7 @@ PRESETS = {
 
 
 @strict
-class BmTransformerConfig(PresetMixin, PreTrainedConfig):
+class BmTransformerConfig(AudioTimes, PresetMixin, PreTrainedConfig):
     """Architecture of a bm_transformer.
 
     The defaults describe a small modern decoder (rotary positions, pre-RMSNorm, SwiGLU).  `hidden_act="gelu"`,
@@ -82,16 +82,6 @@ class BmTransformerConfig(PresetMixin, PreTrainedConfig):
         "AutoModelForCTC": "modeling_bm_transformer.BmTransformerForCTC",
         "AutoModelForTimeSeriesPrediction": "modeling_bm_transformer.BmTransformerForTimeSeriesPrediction",
     }
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-
     input_type: Literal["tokens", "pixels", "audio", "series"] = described("tokens", "what the model reads")
     vocab_size: int = described(4096, "tokens in the vocabulary, rows of the token embedding")
     hidden_size: int = described(256, "width of a position")
@@ -176,6 +166,9 @@ class BmTransformerConfig(PresetMixin, PreTrainedConfig):
 
     # Audio
     num_mel_bins: int = described(80, "mel bands of an audio frame; four frames make a position")
+    hop_length: int = described(
+        160, "samples from one audio frame to the next; recipes write that of the feature extractor (hop_ms)"
+    )
 
     # Series
     context_length: int = described(96, "steps of a series that the model reads")
@@ -210,6 +203,23 @@ class BmTransformerConfig(PresetMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
         # The code is saved with every model, so an auto_map that points to another repository must be replaced.
         self.auto_map = {"AutoConfig": "configuration_bm_transformer.BmTransformerConfig", **self.heads}
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism cuts the matrices of the trunk, by the names that this shape has."""
+        mlp = {"up_proj": "colwise", "down_proj": "rowwise"}
+        if self.hidden_act == "swiglu":
+            mlp["gate_proj"] = "colwise"
+        attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+        sides: dict[str, tuple[str, ...]] = {"": ("self_attn",)}
+        if self.is_encoder_decoder:
+            sides = {"encoder.": ("self_attn",), "decoder.": ("self_attn", "cross_attn")}
+        return {
+            f"{side}layers.*.{block}.{name}": style
+            for side, blocks in sides.items()
+            for block, plan in (*((block, attention) for block in blocks), ("mlp", mlp))
+            for name, style in plan.items()
+        }
 
     def validate_heads(self):
         if self.num_attention_heads % self.num_key_value_heads:

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .kaiming_bm import KaimingLinear
+from .trunk_layer_bm import TrunkLayer
 
 NORMS = {"layer_norm": nn.LayerNorm, "none": lambda width, eps: nn.Identity()}
 
@@ -52,7 +53,7 @@ class Convolution(nn.Module):
             x = x * mask
         taps = self.taps(x).unflatten(-1, (self.kernel_size, self.outputs))  # (B, L, k, outputs)
         if past is not None:
-            past = past.view(len(x), self.span, self.kernel_size - 1, self.outputs)
+            past = past.view(x.shape[0], self.span, self.kernel_size - 1, self.outputs)
             taps = torch.cat((F.pad(past, (0, 0, 0, 1)), taps), dim=1)  # the last tap reads no earlier position
         y = self.bias.to(taps.dtype).expand(*x.shape[:2], -1)
         for tap, offset in enumerate(self.offsets):
@@ -93,7 +94,7 @@ class ConvolutionCacheLayer(CacheLayerMixin):
     device: torch.device
     is_initialized: bool
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs):  # StaticCache passes max_cache_len, which a state does not need
         super().__init__()
         self.cumulative_length = 0
 
@@ -130,7 +131,12 @@ class ConvolutionCacheLayer(CacheLayerMixin):
             self.keys, self.values = self.keys[indices], self.values[indices]
 
 
-class ConvolutionLayer(GradientCheckpointingLayer):
+STATIC_LAYER_TYPE_MAPPING[ConvolutionCacheLayer._layer_type] = (
+    ConvolutionCacheLayer  # states have a fixed size, so the static cache uses them too
+)
+
+
+class ConvolutionLayer(TrunkLayer, GradientCheckpointingLayer):
     """(B, L, D) and the sum of skips -> the same two.  Subclasses define convolutions and combine them in `mix`."""
 
     def __init__(self, config, layer_idx: int):

@@ -8,24 +8,41 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 
-class EncoderDecoder:
+class TwoEmbeddings:
+    """Resizes the embedding of the target too, where it is not the source's (tie_word_embeddings=False)."""
+
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        source = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if not self.config.tie_word_embeddings:
+            decoder = self.base_model.decoder
+            old = decoder.get_input_embeddings()
+            new = self._get_resized_embeddings(old, source.num_embeddings, mean_resizing=mean_resizing)
+            decoder.set_input_embeddings(new.requires_grad_(old.weight.requires_grad))
+        return source
+
+
+class EncoderDecoder(TwoEmbeddings):
     """Base of encoder-decoders.  A family builds `encoder` and `decoder`, each with its own `stem.embed_tokens`.
 
     Its `decode(source, source_mask, **inputs)` calls the decoder with `inputs` and with the parts of `source`, the
     encoder's output, that it needs.
     """
 
+    _tied_weights_keys = {"decoder.stem.embed_tokens.weight": "encoder.stem.embed_tokens.weight"}
+    _auto_class = "AutoModel"  # its code is saved with it, although AutoModel names the class of one stack
+
     @property
     def stem(self) -> nn.Module:
         return self.encoder.stem
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        if not self.config.tie_word_embeddings:
-            raise ValueError(
-                "tie_word_embeddings=False gives source and target an embedding each; set "
-                "model.encoder.stem.embed_tokens and model.decoder.stem.embed_tokens yourself"
-            )
-        self.encoder.stem.embed_tokens = self.decoder.stem.embed_tokens = value
+        """Set the embedding of the source; with tie_word_embeddings=True the target's too, which is the same.
+
+        The other embedding of an untied model is that of `decoder`, which has this method as well.
+        """
+        self.encoder.set_input_embeddings(value)
+        if self.config.tie_word_embeddings:
+            self.decoder.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
@@ -40,13 +57,15 @@ class EncoderDecoder:
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
-        """`last_hidden_state` (B, L, D) is the target's; `attention_mask` is the source's."""
+        """`last_hidden_state` (B, L, D) is the target's; `attention_mask` and `position_ids` are the source's."""
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
+                position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
                 use_cache=False,
                 **kwargs,
@@ -76,4 +95,24 @@ class EncoderDecoder:
         )
 
 
-__all__ = ["EncoderDecoder"]
+class OneOrTwoStacks:
+    """Base of a family's trunk: AutoModel knows one class for each configuration class, and an encoder-decoder is two.
+
+    `encoder_decoder_class()` returns the class that is opened instead for `is_encoder_decoder=True`.
+    """
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        if config.is_encoder_decoder:
+            return cls.encoder_decoder_class()._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        opened = super()
+        if getattr(config, "is_encoder_decoder", False):
+            opened = cls.encoder_decoder_class()
+        return opened.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+
+__all__ = ["EncoderDecoder", "OneOrTwoStacks", "TwoEmbeddings"]

@@ -12,4 +12,13 @@ def described(default: object, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-__all__ = ["described"]
+class AudioTimes:
+    """Base of a configuration with `hop_length`: how far apart the positions of a recording are."""
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Samples from one position to the next, four frames; pipelines compute word times and chunks with it."""
+        return 4 * self.hop_length
+
+
+__all__ = ["AudioTimes", "described"]

@@ -40,7 +40,9 @@ class AudioClassificationHead:
         outputs = self.model(input_features=input_features, attention_mask=attention_mask, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 class CTCHead:
@@ -93,12 +95,14 @@ class CTCHead:
         loss = None
         if labels is not None:
             loss = ctc_loss(logits, lengths, labels, self.config.pad_token_id, num_items_in_batch)
-        return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return CausalLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
     def lengths(self, logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Number of positions (B,) of each row."""
         if attention_mask is None:
-            return torch.full((len(logits),), logits.shape[1], device=logits.device)
+            return torch.full(logits.shape[:1], logits.shape[1], device=logits.device)
         return self._get_feat_extract_output_lengths(attention_mask.long().sum(-1))
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .pooling_bm import last_position, mask_of_positions, mean_position
 
@@ -92,37 +92,8 @@ class CausalLMHead:
         )
 
 
-class TextHead:
-    """Base of heads that read a text and predict its `labels`; `answer` computes their output from the trunk's.
-
-    The arguments are written out, because Trainer and the pipelines read their names from the signature.
-    """
-
-    default_use_cache: bool | None = False  # None: that of the configuration
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ModelOutput:
-        """Without `attention_mask` no position is padding; batches of rows of different lengths need one."""
-        kwargs.setdefault("use_cache", self.default_use_cache)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        return self.answer(outputs, labels, num_items_in_batch)
+# Every head writes out its arguments and names the class of its output: Trainer, pipelines and sentence-transformers
+# read both from the signature of `forward`.
 
 
 class MaskedLMHead:
@@ -183,10 +154,8 @@ class MaskedLMHead:
         )
 
 
-class SequenceClassificationHead(TextHead):
+class SequenceClassificationHead:
     """One label, several labels or numbers for a whole row, read from the trunk's `pooler_output`."""
-
-    default_use_cache = None
 
     def __init__(self, config):
         super().__init__(config)
@@ -195,8 +164,30 @@ class SequenceClassificationHead(TextHead):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def answer(self, outputs, labels, num_items_in_batch) -> SequenceClassifierOutputWithPast:
-        """Logits (B, K); for `labels` see `classification_loss`."""
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits (B, K); for `labels` see `classification_loss`.
+
+        Without `attention_mask` no position is padding; batches of rows of different lengths need one.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
         logits = self.score(self.dropout(outputs.pooler_output))  # (B, K)
         loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutputWithPast(
@@ -208,7 +199,7 @@ class SequenceClassificationHead(TextHead):
         )
 
 
-class TokenClassificationHead(TextHead):
+class TokenClassificationHead:
     """One label for every position."""
 
     def __init__(self, config):
@@ -218,8 +209,31 @@ class TokenClassificationHead(TextHead):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def answer(self, outputs, labels, num_items_in_batch) -> TokenClassifierOutput:
-        """Logits (B, L, K); `labels` (B, L) hold -100 where nothing is predicted; an item is a labelled position."""
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Logits (B, L, K); `labels` (B, L) hold -100 where nothing is predicted; an item is a labelled position.
+
+        Without `attention_mask` no position is padding; batches of rows of different lengths need one.
+        """
+        kwargs.setdefault("use_cache", False)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else label_loss(logits, labels, num_items_in_batch)
         return TokenClassifierOutput(
@@ -228,10 +242,7 @@ class TokenClassificationHead(TextHead):
 
 
 class QuestionAnsweringHead:
-    """Start and end of the answer in a row.  Padding gets the lowest logits, so it is never part of an answer.
-
-    Not a TextHead: both labels must be named in the signature, or Trainer drops these columns.
-    """
+    """Start and end of the answer in a row.  Padding gets the lowest logits, so it is never part of an answer."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -293,7 +304,7 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=No
 
 def position_loss(logits: torch.Tensor, positions: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
     """Cross-entropy of logits (B, L) and positions (B,) or (B, 1); those outside [0, L) are ignored."""
-    positions = positions.view(len(logits))
+    positions = positions.view(logits.shape[0])
     is_inside = (positions >= 0) & (positions < logits.shape[1])
     return label_loss(logits, positions.masked_fill(~is_inside, -100), num_items_in_batch)
 

@@ -41,6 +41,7 @@ class DetectionOutput(ModelOutput):
     pred_centerness: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple | None = None
+    attentions: tuple | None = None
 
 
 class FeaturePyramid(nn.Module):
@@ -161,6 +162,7 @@ class ObjectDetectionHead:
             pred_centerness=centre_logits,
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def locations(self, shapes, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

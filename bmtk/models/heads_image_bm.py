@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention, MaskedImageModelingOutput
+from transformers.modeling_outputs import ImageClassifierOutput, MaskedImageModelingOutput
 from transformers.utils import can_return_tuple
 
 from .heads_bm import check_input, classification_loss
@@ -64,12 +64,14 @@ class ImageClassificationHead:
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
-    ) -> ImageClassifierOutputWithNoAttention:
+    ) -> ImageClassifierOutput:
         """Logits (B, K); an item of the loss is an image."""
         outputs = self.model(pixel_values=pixel_values, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
-        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 class MaskedImageModelingHead:
@@ -114,7 +116,12 @@ class MaskedImageModelingHead:
             pixels_per_cell = hidden[0].numel() / bool_masked_pos.shape[1]
             count = bool_masked_pos.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = (error * hidden).sum() / pixels_per_cell / count
-        return MaskedImageModelingOutput(loss=loss, reconstruction=reconstruction, hidden_states=outputs.hidden_states)
+        return MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def paint(self, patches: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, L, stride^2 * C) -> (B, C, H, W): each position becomes its square of pixels."""
@@ -125,8 +132,8 @@ class MaskedImageModelingHead:
                 f"an image of {height} x {width} pixels gives {patches.shape[1]} positions of {stride} x {stride} "
                 "pixels, which do not tile it; choose a multiple of the trunk's stride, and paddings that keep sizes"
             )
-        tiles = patches.view(len(patches), rows, columns, stride, stride, -1)
-        return tiles.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height, width)
+        tiles = patches.view(patches.shape[0], rows, columns, stride, stride, -1)
+        return tiles.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, height, width)
 
 
 __all__ = [

@@ -1,5 +1,7 @@
 """Sequence to sequence head.  B rows, L target positions, V tokens."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -7,10 +9,11 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .encoder_decoder_bm import TwoEmbeddings
 from .heads_bm import label_loss
 
 
-class Seq2SeqLMHead:
+class Seq2SeqLMHead(TwoEmbeddings):
     """Predicts the next token of the target.  `trunk_class` returns transformers' Seq2SeqModelOutput.
 
     The trunk has an `encoder` and a `decoder`, each with its `stem.embed_tokens`; with tie_word_embeddings=True these
@@ -22,6 +25,8 @@ class Seq2SeqLMHead:
         "model.decoder.stem.embed_tokens.weight": "model.encoder.stem.embed_tokens.weight",
     }
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
     def __init__(self, config):
         if not config.is_encoder_decoder:
             raise ValueError(
@@ -31,6 +36,12 @@ class Seq2SeqLMHead:
         self.model = self.trunk_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """In one piece: for a `prefill_chunk_size` transformers cuts the source's mask to the length of the target."""
+        generation_config = copy.copy(generation_config)
+        generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         return decoder_input_ids_of(labels, self.config)

@@ -30,6 +30,7 @@ class TimeSeriesOutput(ModelOutput):
     df: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     hidden_states: tuple | None = None
+    attentions: tuple | None = None
 
 
 class PointForecast:
@@ -145,11 +146,14 @@ class TimeSeriesPredictionHead:
         if self.calendar is not None:
             raw = raw + self.calendar(future_time_features.to(raw.dtype))
         raw = raw.float().unflatten(2, (config.num_input_channels, -1))
-        output = self.forecast.output(raw, Instance.of(past_values, past_observed_mask))
+        forecast = self.forecast.output(raw, Instance.of(past_values, past_observed_mask))
+        loss = None
         if future_values is not None:
-            output.loss = self.loss(output, future_values, future_observed_mask, num_items_in_batch)
-        output.hidden_states = outputs.hidden_states
-        return output
+            loss = self.loss(forecast, future_values, future_observed_mask, num_items_in_batch)
+        # Made anew: a field that is set later stands behind the others, and callers read the loss from `outputs[0]`.
+        return TimeSeriesOutput(
+            loss=loss, **forecast, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
     def loss(self, output: TimeSeriesOutput, truth, observed=None, num_items_in_batch=None) -> torch.Tensor:
         if truth.shape != output.prediction.shape:

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .trunk_layer_bm import TrunkLayer
+
 POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 
 
@@ -75,7 +77,7 @@ class DropPath(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.probability == 0:
             return x
-        keep = torch.empty(len(x), 1, 1, 1, device=x.device).bernoulli_(1 - self.probability)
+        keep = torch.empty(x.shape[0], 1, 1, 1, device=x.device).bernoulli_(1 - self.probability)
         return x * (keep / (1 - self.probability)).to(x.dtype)
 
 
@@ -152,7 +154,7 @@ class ConvNextBlock(GradientCheckpointingLayer):
 BLOCKS = {"plain": PlainBlock, "basic": BasicBlock, "bottleneck": BottleneckBlock, "convnext": ConvNextBlock}
 
 
-class ImageStage(nn.Module):
+class ImageStage(TrunkLayer):
     """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride): downsampling, `depth` blocks, pooling."""
 
     def __init__(self, config, index: int, drop_paths: list[float]):

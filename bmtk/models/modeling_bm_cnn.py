@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cnn_stems_bm import STEMS, warn_of_token_types
 from .configuration_bm_cnn import BmCnnConfig
-from .convolutions_bm import CLOSINGS, LAYERS, Convolution, ConvolutionLayer
+from .convolutions_bm import CLOSINGS, LAYERS, Convolution
 from .heads_audio_bm import AudioClassificationHead, CTCHead
 from .heads_bm import (
     CausalLMHead,
@@ -39,20 +39,19 @@ from .heads_image_bm import (
     MaskedImageModelingHead,
 )
 from .heads_series_bm import TimeSeriesPredictionHead
-from .image_blocks_bm import ConvNextBlock, ImageStage, build_norm, build_stages
+from .image_blocks_bm import ConvNextBlock, build_norm, build_stages
 from .kaiming_bm import KaimingLinear
 from .pooling_bm import POOLINGS, mask_of_positions
-from .stems_bm import EmbeddingInStem, positions_from_mask
+from .stems_bm import EmbeddingInStem, inputs_of, positions_from_mask
+from .trunk_layer_bm import TrunkLayer
 
 
 @dataclass
-class ImageModelOutput(ModelOutput):
-    """`last_hidden_state` (B, L, D): the last map, row by row; `pooler_output` (B, D * grid^2): the input of
-    classifiers; `feature_maps`: of the stem and of every stage, (B, C, H, W) each."""
+class BmCnnOutput(BaseModelOutputWithPoolingAndCrossAttentions):
+    """`last_hidden_state` (B, L, D), of images the last map, row by row; `pooler_output` (B, D), of images
+    (B, D * grid^2): the input of classifiers; `feature_maps` of images: of the stem and of every stage, (B, C, H, W)
+    each."""
 
-    last_hidden_state: torch.Tensor | None = None
-    pooler_output: torch.Tensor | None = None
-    hidden_states: tuple | None = None
     feature_maps: tuple | None = None
 
 
@@ -63,7 +62,7 @@ class BmCnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
     _no_split_modules = ["ImageStage", "ResidualConvolutionLayer", "GatedConvolutionLayer", "MultiWidthLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True  # no assisted decoding: the state of a convolution cannot be rolled back
-    _can_record_outputs = {"hidden_states": (ImageStage, ConvolutionLayer)}
+    _can_record_outputs = {"hidden_states": TrunkLayer}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -108,25 +107,38 @@ class BmCnnModel(BmCnnPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.Tensor | None = None,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        token_type_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        past_values: torch.Tensor | None = None,
+        past_observed_mask: torch.Tensor | None = None,
+        past_time_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ModelOutput:
-        """Images: `pixel_values` (B, C, H, W).  Sequences: `input_ids` (B, L), or `inputs_embeds` (B, L, D).
+    ) -> BmCnnOutput:
+        """`input_ids` (B, L) or `inputs_embeds` (B, L, D); any other main input by keyword or in place of `input_ids`:
+        `pixel_values` (B, C, H, W), `input_features`, `past_values` (see the stems).
 
-        Audio and series are keyword arguments (see their stems).  `attention_mask` (B, past + L) is 0 at padding;
-        `position_ids` (B, L) restart at the first position of each document of a packed row.
+        `attention_mask` (B, past + L) is 0 at padding; `position_ids` (B, L) restart at the first position of each
+        document of a packed row.
         """
-        kwargs |= {"pixel_values": pixel_values, "input_ids": input_ids}
-        inputs = {name: kwargs.get(name) for name in self.stem.input_names}
+        inputs = inputs_of(
+            self.stem,
+            input_ids,
+            kwargs,
+            pixel_values=pixel_values,
+            input_features=input_features,
+            past_values=past_values,
+            past_observed_mask=past_observed_mask,
+            past_time_features=past_time_features,
+        )
         if self.config.input_type == "pixels":
-            if pixel_values is None:
+            if inputs["pixel_values"] is None:
                 raise ValueError("pass pixel_values: this bm_cnn has input_type='pixels'")
             return self.forward_image(**inputs)
         if (inputs[self.main_input_name] is None) == (inputs_embeds is None):
@@ -139,18 +151,18 @@ class BmCnnModel(BmCnnPreTrainedModel):
             inputs_embeds, attention_mask = self.stem.read(inputs, attention_mask)
         return self.forward_sequence(inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
 
-    def forward_image(self, pixel_values, bool_masked_pos=None, mask_token=None) -> ImageModelOutput:
+    def forward_image(self, pixel_values, bool_masked_pos=None, mask_token=None) -> BmCnnOutput:
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), pixel_values.dtype)
         maps = [self.stem(pixel_values.to(dtype), bool_masked_pos, mask_token)]
         for stage in self.stages:
             maps.append(stage(maps[-1]))
-        return ImageModelOutput(
+        return BmCnnOutput(
             last_hidden_state=maps[-1].flatten(2).transpose(1, 2),
             pooler_output=self.norm(self.pool(maps[-1])).flatten(1),
             feature_maps=tuple(maps),
         )
 
-    def forward_sequence(self, x, attention_mask, position_ids, past_key_values, use_cache) -> ModelOutput:
+    def forward_sequence(self, x, attention_mask, position_ids, past_key_values, use_cache) -> BmCnnOutput:
         if not self.config.is_causal:
             past_key_values = None  # earlier outputs depend on later positions, so they cannot be cached
         elif use_cache and past_key_values is None:
@@ -163,9 +175,7 @@ class BmCnnModel(BmCnnPreTrainedModel):
         for layer in self.layers:
             x, skips = layer(x, skips, position_ids=position_ids, mask=real, past_key_values=past_key_values)
         x = self.closing(x, skips)
-        return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=x, pooler_output=self.pool(x, mask), past_key_values=past_key_values
-        )
+        return BmCnnOutput(last_hidden_state=x, pooler_output=self.pool(x, mask), past_key_values=past_key_values)
 
 
 class BmCnnMaps(BmCnnModel):
@@ -178,6 +188,7 @@ class BmCnnBackbone(BackboneMixin, BmCnnPreTrainedModel):
     """Feature maps of the stages in `out_features`, for models with a backbone."""
 
     has_attentions = False
+    main_input_name = "pixel_values"
 
     def __init__(self, config: BmCnnConfig):
         check_input(config, type(self).__name__, "pixels")

@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bm_rnn import BmRnnConfig
-from .encoder_decoder_bm import EncoderDecoder
+from .encoder_decoder_bm import EncoderDecoder, OneOrTwoStacks
 from .heads_audio_bm import AudioClassificationHead, CTCHead
 from .heads_bm import (
     CausalLMHead,
@@ -38,7 +38,7 @@ from .pooling_bm import POOLINGS, mask_of_positions
 from .recurrence_bm import Documents, GatedProjection, MinGRU, TorchRecurrence
 from .recurrent_state_bm import RecurrentState  # noqa: F401  (registers the cache of this family with DynamicCache)
 from .rnn_stems_bm import STEMS, LockedDropout
-from .stems_bm import EmbeddingInStem
+from .stems_bm import EmbeddingInStem, inputs_of
 
 logger = logging.get_logger(__name__)
 
@@ -101,6 +101,14 @@ class BmRnnLayer(GradientCheckpointingLayer):
         return self.dropout(mixed), *state
 
 
+def draw_as_nn_lstm(module: nn.RNNBase) -> None:
+    """Draw what transformers draws first for every nn.LSTM, so that seeds give the weights that they always gave."""
+    if module.mode == "LSTM":
+        for name, parameter in module.named_parameters():
+            if name.startswith("weight"):
+                nn.init.xavier_uniform_(torch.empty_like(parameter))
+
+
 class BmRnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
     config: BmRnnConfig
     base_model_prefix = "model"
@@ -112,7 +120,8 @@ class BmRnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
 
     def post_init(self):
         config, output = self.config, self.get_output_embeddings()
-        if self._tied_weights_keys and config.tie_word_embeddings and output.in_features != config.embedding_size:
+        is_tied = output is not None and self._tied_weights_keys and config.tie_word_embeddings
+        if is_tied and output.in_features != config.embedding_size:
             raise ValueError(
                 f"tie_word_embeddings=True needs embedding_size={config.embedding_size} equal to hidden_size="
                 f"{config.hidden_size}; widen the layers by intermediate_size (the last one too, if "
@@ -125,6 +134,7 @@ class BmRnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
         """N(0, initializer_range); input weights Xavier, recurrent weights orthogonal, forget gates open (bias 1)."""
         super()._init_weights(module)
         if isinstance(module, nn.RNNBase):
+            draw_as_nn_lstm(module)
             for name, parameter in module.named_parameters():
                 blocks = [torch.empty_like(block) for block in parameter.split(module.hidden_size)]  # one per gate
                 for block in blocks:
@@ -134,7 +144,7 @@ class BmRnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
                         nn.init.orthogonal_(block)
                     else:
                         block.zero_()
-                if name.startswith("bias_ih") and isinstance(module, nn.LSTM):
+                if name.startswith("bias_ih") and module.mode == "LSTM":
                     blocks[1].fill_(1.0)  # Jozefowicz et al. 2015; torch's order of gates is i, f, g, o
                 init.copy_(parameter, torch.cat(blocks))
         elif isinstance(module, GatedProjection):
@@ -144,7 +154,7 @@ class BmRnnPreTrainedModel(EmbeddingInStem, PreTrainedModel):
             init.copy_(module.bias, bias.flatten())
 
 
-class BmRnnModel(BmRnnPreTrainedModel):
+class BmRnnModel(OneOrTwoStacks, BmRnnPreTrainedModel):
     """Stem, layers, norm, projection; returns `last_hidden_state` (B, L, D) and `pooler_output` (B, D)."""
 
     returns_state = False
@@ -152,7 +162,8 @@ class BmRnnModel(BmRnnPreTrainedModel):
     def __init__(self, config: BmRnnConfig):
         if config.is_encoder_decoder:
             raise ValueError(
-                "is_encoder_decoder=True makes two stacks, and AutoModel one; load it with AutoModelForSeq2SeqLM"
+                f"is_encoder_decoder=True makes two stacks, and {type(self).__name__} is one; open them by AutoModel "
+                "or AutoModelForSeq2SeqLM"
             )
         super().__init__(config)
         self.stem = STEMS[config.input_type](config)
@@ -167,6 +178,10 @@ class BmRnnModel(BmRnnPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @classmethod
+    def encoder_decoder_class(cls) -> type:
+        return BmRnnEncoderDecoderModel
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -180,17 +195,29 @@ class BmRnnModel(BmRnnPreTrainedModel):
         use_cache: bool | None = None,
         initial_state: torch.Tensor | None = None,
         output_state: bool | None = None,
+        input_features: torch.Tensor | None = None,
+        past_values: torch.Tensor | None = None,
+        past_observed_mask: torch.Tensor | None = None,
+        past_time_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BmRnnModelOutput:
         """The state is reset where `position_ids` (B, L) are 0; `initial_state` is an earlier `final_state`.
 
         `output_state`: whether to return the `final_state`; None: an encoder does, others do not.
 
-        Other inputs than tokens are keyword arguments: input_features, past_values (see the stems).
+        `input_ids` or another main input: input_features or past_values by keyword or in its place (see the stems).
         """
         if token_type_ids is not None:
             logger.warning_once("token_type_ids are ignored: a bm_rnn has no embedding of token types")
-        inputs = {name: input_ids if name == "input_ids" else kwargs.pop(name, None) for name in self.stem.input_names}
+        inputs = inputs_of(
+            self.stem,
+            input_ids,
+            kwargs,
+            input_features=input_features,
+            past_values=past_values,
+            past_observed_mask=past_observed_mask,
+            past_time_features=past_time_features,
+        )
         if (inputs[self.main_input_name] is None) == (inputs_embeds is None):
             raise ValueError(f"pass {self.main_input_name} or inputs_embeds, and not both")
         if inputs_embeds is None:

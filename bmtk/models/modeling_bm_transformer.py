@@ -6,6 +6,7 @@ et al. 2017, arXiv:1706.03762).
 """
 
 import copy
+import re
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_bm_transformer import BmTransformerConfig
-from .encoder_decoder_bm import EncoderDecoder
+from .encoder_decoder_bm import EncoderDecoder, OneOrTwoStacks
 from .heads_audio_bm import AudioClassificationHead, CTCHead
 from .heads_bm import (
     CausalLMHead,
@@ -41,7 +42,7 @@ from .heads_image_bm import ImageClassificationHead, MaskedImageModelingHead
 from .heads_seq2seq_bm import Seq2SeqLMHead
 from .heads_series_bm import TimeSeriesPredictionHead
 from .pooling_bm import POOLINGS, mask_of_positions
-from .stems_bm import EmbeddingInStem, positions_from_mask
+from .stems_bm import EmbeddingInStem, inputs_of, positions_from_mask
 from .transformer_layers_bm import (
     DECODER_LAYERS,
     LAYERS,
@@ -81,7 +82,14 @@ class BmTransformerPreTrainedModel(EmbeddingInStem, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _tp_plan: dict[str, str]
     _can_record_outputs = {"hidden_states": BmTransformerLayer, "attentions": BmTransformerAttention}
+
+    def init_parallel_plans(self) -> None:
+        """The plans of the configuration, for the modules that this model has: an encoder has no cross-attention."""
+        super().init_parallel_plans()
+        names = {re.sub(r"\d+", "*", name) for name, _ in self.named_modules()}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -95,7 +103,7 @@ class BmTransformerPreTrainedModel(EmbeddingInStem, PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
 
 
-class BmTransformerModel(BmTransformerPreTrainedModel):
+class BmTransformerModel(OneOrTwoStacks, BmTransformerPreTrainedModel):
     """Stem, layers, final norm (pre-norm only); returns `last_hidden_state` (B, L, D) and `pooler_output` (B, D)."""
 
     has_pooler = True  # whether `with_pooler` adds the pooler layer
@@ -118,10 +126,15 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @classmethod
+    def encoder_decoder_class(cls) -> type:
+        return BmTransformerEncoderDecoderModel
+
     def check(self, config) -> None:
         if config.is_encoder_decoder:
             raise ValueError(
-                "is_encoder_decoder=True makes two stacks, and AutoModel one; load it with AutoModelForSeq2SeqLM"
+                f"is_encoder_decoder=True makes two stacks, and {type(self).__name__} is one; open them by AutoModel "
+                "or AutoModelForSeq2SeqLM"
             )
 
     def build_layers(self, config) -> list[nn.Module]:
@@ -139,11 +152,24 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        past_values: torch.Tensor | None = None,
+        past_observed_mask: torch.Tensor | None = None,
+        past_time_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BmTransformerOutput:
-        """Other inputs than tokens are keywords: pixel_values, input_features, past_values (see the stems)."""
-        names = self.stem.input_names
-        inputs = {name: input_ids if name == "input_ids" else kwargs.pop(name, None) for name in names}
+        """`input_ids` or another main input: pixel_values, input_features, past_values by keyword or in its place."""
+        inputs = inputs_of(
+            self.stem,
+            input_ids,
+            kwargs,
+            pixel_values=pixel_values,
+            input_features=input_features,
+            past_values=past_values,
+            past_observed_mask=past_observed_mask,
+            past_time_features=past_time_features,
+        )
         inputs_embeds, attention_mask = self.read(inputs_embeds, attention_mask, inputs)
         same_document = None
         if not self.config.is_causal:
@@ -152,7 +178,7 @@ class BmTransformerModel(BmTransformerPreTrainedModel):
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = positions_from_mask(attention_mask, inputs_embeds.shape[1], past, inputs_embeds.device)
         elif attention_mask is None and not self.config.is_causal:
-            same_document = same_document_mask(position_ids.expand(len(inputs_embeds), -1))
+            same_document = same_document_mask(position_ids.expand(inputs_embeds.shape[0], -1))
         mask = create_causal_mask(  # bidirectional if config.is_causal is False
             config=self.config,
             inputs_embeds=inputs_embeds,

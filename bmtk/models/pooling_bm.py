@@ -11,7 +11,7 @@ def first_position(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> to
     if mask is None:
         return hidden_states[:, 0]
     first = mask.long().argmax(-1)
-    return hidden_states[torch.arange(len(hidden_states), device=hidden_states.device), first]
+    return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), first]
 
 
 def last_position(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -20,7 +20,7 @@ def last_position(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> tor
         return hidden_states[:, -1]
     steps = torch.arange(hidden_states.shape[1], device=hidden_states.device)
     last = (steps * mask).argmax(-1)
-    return hidden_states[torch.arange(len(hidden_states), device=hidden_states.device), last]
+    return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
 
 
 def mean_position(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -15,17 +15,19 @@ from torch.nn.utils.rnn import PackedSequence
 
 MOST_PADDING = 4  # largest size of padded documents, in multiples of their tokens
 BLOCK = 16  # positions of a block of the scan, which are computed sequentially
+CLOSED = 1e4  # a sigmoid is exactly 1 here and exactly 0 at its negative; float16 can hold it
 
 
 class Documents:
     """Masks (B, L) of the positions that are not padding, and of the first position of each document.
 
     Padding must not change the state, and the first token of a document must not depend on it.  `keeps_state`: whether
-    the state after the row is needed.
+    the state after the row is needed; `may_start`: whether any position but the first may start a document.
     """
 
-    def __init__(self, is_real: torch.Tensor, is_start: torch.Tensor, *, keeps_state: bool = True):
-        self.is_real, self.is_start, self.keeps_state = is_real, is_start, keeps_state
+    def __init__(self, is_real: torch.Tensor, is_start: torch.Tensor, *, keeps_state: bool = True, may_start=True):
+        self.is_real, self.is_start = is_real, is_start
+        self.keeps_state, self.may_start = keeps_state, may_start
 
     @classmethod
     def find(
@@ -33,19 +35,23 @@ class Documents:
     ) -> "Documents | None":
         """From the last L columns of an attention mask and position ids that restart at 0; `like` (B, L, D).
 
-        None without padding and document boundaries: then the kernel can read the rows unchanged.
+        None without padding and document boundaries: then the kernel can read the rows unchanged.  While a graph is
+        made (torch.compile, torch.export) the data are unknown, so whatever may hold padding counts as padded.
         """
+        has_mask = attention_mask is not None and attention_mask.ndim == 2
+        if not has_mask and position_ids is None:
+            return None
         batch, length = like.shape[:2]
         is_real = torch.ones(batch, length, dtype=torch.bool, device=like.device)
         is_start = torch.zeros_like(is_real)
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if has_mask:
             is_real = attention_mask[:, -length:].to(torch.bool)
         if position_ids is not None:
             is_start = (position_ids == 0) & is_real
         first = 0 if has_state else 1  # without an initial state, a start in the first column changes nothing
-        if is_real.all() and not is_start[:, first:].any():
+        if not torch.compiler.is_compiling() and is_real.all() and not is_start[:, first:].any():
             return None
-        return cls(is_real, is_start, keeps_state=keeps_state)
+        return cls(is_real, is_start, keeps_state=keeps_state, may_start=position_ids is not None)
 
     @cached_property
     def packing(self) -> "Packing":
@@ -89,32 +95,40 @@ class Packing:
         return self.step.bincount().cpu()
 
 
-class WeightDrop:
-    """Weight drop for one layer of nn.RNN, nn.GRU or nn.LSTM: the same kernel is called with dropped weights.
+class RecurrentLayer(nn.RNNBase):
+    """One layer of nn.RNN, nn.GRU or nn.LSTM with weight drop: the same kernels and parameters.
 
-    It is part of the module itself, because an adapter (LoRA) wraps the module and replaces its weights.
+    The drop is part of the module itself, because an adapter (LoRA) wraps the module and replaces its weights.  No
+    subclass of nn.LSTM: torch.compile refuses those (torch 2.13), but not their kernels.
     """
 
-    def __init__(self, *args, weight_drop: float, **kwargs):
-        super().__init__(*args, batch_first=True, **kwargs)
+    def __init__(self, mode: str, input_size: int, units: int, *, weight_drop: float, bidirectional: bool):
+        super().__init__(mode, input_size, units, batch_first=True, bidirectional=bidirectional)
         self.weight_drop = weight_drop
+        names = {"RNN_TANH": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}
+        self.kernel, self.cell = getattr(torch, names[mode]), getattr(torch, f"{names[mode]}_cell")
 
-    def forward(self, x: torch.Tensor | PackedSequence, state):
-        """Rows (B, L, D), packed rows, or (directions, B, L, D): the rows in the order of each direction."""
+    def forward(self, x: torch.Tensor | PackedSequence, state, *, holds=False):
+        """Rows (B, L, D), packed rows, or (directions, B, L, D): the rows in the order of each direction.
+
+        With `holds`, rows of the last kind have one column more: an LSTM's cell stays as it is where that is 1.
+        """
+        directions = self.weights()
         if isinstance(x, torch.Tensor) and x.ndim == 4:
             pair = isinstance(state, tuple)
             starts = zip(*(s.split(1) for s in state), strict=True) if pair else state.split(1)
             runs = [
-                self.kernel(rows, start, weights, True, 1, 0.0, self.training, False, True)
-                for rows, start, weights in zip(x, starts, self._weights(), strict=True)
+                self.kernel(
+                    rows, start, with_hold(weights) if holds else weights, True, 1, 0.0, self.training, False, True
+                )
+                for rows, start, weights in zip(x.unbind(), starts, directions, strict=True)
             ]
             y, *after = (torch.stack(parts) for parts in zip(*runs, strict=True))
             after = [s.flatten(0, 1) for s in after]
-        elif not (self.training and self.weight_drop):
-            return super().forward(x, state)
         else:
-            weights = [weight for direction in self._weights() for weight in direction]
-            settings = True, 1, 0.0, True, self.bidirectional  # has biases, layers, dropout, training, bidirectional
+            weights = [weight for direction in directions for weight in direction]
+            # has biases, layers, dropout, training, bidirectional
+            settings = True, 1, 0.0, self.training, self.bidirectional
             if isinstance(x, PackedSequence):
                 y, *after = self.kernel(x.data, x.batch_sizes, state, weights, *settings)
                 y = PackedSequence(y, x.batch_sizes)
@@ -122,7 +136,7 @@ class WeightDrop:
                 y, *after = self.kernel(x, state, weights, *settings, True)
         return y, tuple(after) if len(after) == 2 else after[0]
 
-    def _weights(self) -> list[list[torch.Tensor]]:
+    def weights(self) -> list[list[torch.Tensor]]:
         """For each direction: input weights, recurrent weights (dropped in training) and their biases."""
         directions = []
         for suffix in ("_l0", "_l0_reverse")[: 2 if self.bidirectional else 1]:
@@ -134,19 +148,15 @@ class WeightDrop:
         return directions
 
 
-class ElmanLayer(WeightDrop, nn.RNN):
-    kernel = staticmethod(torch.rnn_tanh)
+def with_hold(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Weights of an LSTM with one more input: where it is 1, the input gate is shut and the forget gate open."""
+    weight_ih, *others = weights
+    sizes = (-CLOSED, CLOSED, 0.0, 0.0)  # torch's order of gates is i, f, g, o
+    hold = torch.cat([weight_ih.new_full((weight_ih.shape[0] // 4, 1), size) for size in sizes])
+    return [torch.cat((weight_ih, hold), dim=1), *others]
 
 
-class GRULayer(WeightDrop, nn.GRU):
-    kernel = staticmethod(torch.gru)
-
-
-class LSTMLayer(WeightDrop, nn.LSTM):
-    kernel = staticmethod(torch.lstm)
-
-
-TORCH_CELLS = {"elman": ElmanLayer, "gru": GRULayer, "lstm": LSTMLayer}
+MODES = {"elman": "RNN_TANH", "gru": "GRU", "lstm": "LSTM"}
 
 
 class TorchRecurrence(nn.Module):
@@ -156,8 +166,12 @@ class TorchRecurrence(nn.Module):
         super().__init__()
         self.num_directions = 2 if bidirectional else 1
         self.units = units
-        self.rnn = TORCH_CELLS[cell_type](
-            input_size, units // self.num_directions, bidirectional=bidirectional, weight_drop=weight_drop
+        self.rnn = RecurrentLayer(
+            MODES[cell_type],
+            input_size,
+            units // self.num_directions,
+            bidirectional=bidirectional,
+            weight_drop=weight_drop,
         )
         self.has_cell = cell_type == "lstm"
 
@@ -171,6 +185,9 @@ class TorchRecurrence(nn.Module):
             state = x.new_zeros(batch, self.units), x.new_zeros(batch, self.units if self.has_cell else 0)
         if documents is None:
             return self._run(x, state)
+        if torch.compiler.is_compiling():
+            run = self._run_steps if documents.may_start else self._run_to_the_left
+            return run(x, state, documents)
         packing = documents.packing
         y = x.new_zeros(batch * length, self.units)
         if len(packing.position):
@@ -208,14 +225,61 @@ class TorchRecurrence(nn.Module):
         y = y.flatten(1, 2)  # (directions, S * T, U / directions)
         after = y[:, packing.last].transpose(0, 1).flatten(1)
         y = torch.cat([rows[slot] for rows, slot in zip(y, slots, strict=True)], dim=-1)
-        return y, (after, after.new_zeros(len(after), state[1].shape[1]))
+        return y, (after, after.new_zeros(after.shape[0], state[1].shape[1]))
 
-    def _run(self, x: torch.Tensor | PackedSequence, state):
+    def _run_to_the_left(self, x: torch.Tensor, state, documents: Documents):
+        """Rows with padding, by a graph that is the same for all data: real tokens first, in either direction."""
+        is_real, (batch, length) = documents.is_real, x.shape[:2]
+        rank, count = is_real.long().cumsum(1) - 1, is_real.long().sum(1, keepdim=True)
+        slots = (rank, count - 1 - rank)[: self.num_directions]
+        holds = self.has_cell and documents.keeps_state
+        if holds:
+            x = F.pad(x, (0, 1))  # the column that holds the cell
+        moved = []
+        for slot in slots:
+            target = slot.where(is_real, length)[..., None].expand(-1, -1, x.shape[2])  # padding goes behind the end
+            moved.append(x.new_zeros(batch, length + 1, x.shape[2]).scatter(1, target, x)[:, :length])
+        rows = torch.stack(moved)
+        if holds:
+            is_after = torch.arange(length, device=x.device)[None] >= count
+            rows = torch.cat((rows[..., :-1], is_after[..., None].to(x.dtype).expand(rows.shape[0], -1, -1, 1)), -1)
+        y, (_, cell) = self._run(rows, state, holds=holds)
+        last = (count - 1).clamp(min=0)
+        found, ends = [], []
+        for one, slot in zip(y.unbind(), slots, strict=True):
+            found.append(one.gather(1, slot.clamp(min=0)[..., None].expand_as(one)))
+            ends.append(one.gather(1, last[..., None].expand(-1, 1, one.shape[2]))[:, 0])
+        hidden = torch.cat(ends, dim=-1)
+        after = torch.where(count > 0, hidden, state[0].to(hidden.dtype))
+        if not holds:
+            cell = hidden.new_zeros(batch, state[1].shape[1])
+        return torch.cat(found, dim=-1).where(is_real[..., None], 0), (after, cell)
+
+    def _run_steps(self, x: torch.Tensor, state, documents: Documents):
+        """Rows of several documents, by a graph that is the same for all data: one cell after another."""
+        dtype, outputs, ends = x.dtype, [], []
+        state = [self._split(s, like=x) for s in state]
+        for direction, weights in enumerate(self.rnn.weights()):
+            turned = documents if direction == 0 else _turned(documents)
+            steps = x if direction == 0 else x.flip(1)
+            hidden, cell, found = state[0][direction], state[1][direction], []
+            for t in range(x.shape[1]):
+                is_real, is_start = turned.is_real[:, t, None], turned.is_start[:, t, None]
+                before = hidden.masked_fill(is_start, 0), cell.masked_fill(is_start, 0)
+                after = self.rnn.cell(steps[:, t], before if self.has_cell else before[0], *weights)
+                after = after if self.has_cell else (after, cell)
+                hidden, cell = (a.to(dtype).where(is_real, b) for a, b in zip(after, (hidden, cell), strict=True))
+                found.append(hidden.masked_fill(~is_real, 0))
+            outputs.append(torch.stack(found if direction == 0 else found[::-1], dim=1))
+            ends.append((hidden, cell))
+        return torch.cat(outputs, dim=-1), tuple(torch.cat(parts, dim=-1) for parts in zip(*ends, strict=True))
+
+    def _run(self, x: torch.Tensor | PackedSequence, state, *, holds=False):
         """Call the kernel on rows, or on packed documents, whose state is in the packed order."""
         state = tuple(self._split(s, like=x) for s in (state if self.has_cell else state[:1]))
-        y, after = self.rnn(x, state if self.has_cell else state[0])
+        y, after = self.rnn(x, state if self.has_cell else state[0], holds=holds)
         after = tuple(s.transpose(0, 1).flatten(1) for s in (after if self.has_cell else (after,)))
-        return y, after if self.has_cell else (after[0], after[0].new_zeros(len(after[0]), 0))
+        return y, after if self.has_cell else (after[0], after[0].new_zeros(after[0].shape[0], 0))
 
     def _split(self, state: torch.Tensor, *, like) -> torch.Tensor:
         """(B, U) -> (directions, B, U / directions), contiguous as the kernels require."""
@@ -260,7 +324,7 @@ class MinGRU(nn.Module):
             y, after = torch.cat((y, backward), -1), torch.cat((after, backward[:, 0]), -1)
         if documents is not None:
             y = y * documents.is_real[..., None]
-        return y.to(x.dtype), (after.to(x.dtype), x.new_zeros(len(x), 0))
+        return y.to(x.dtype), (after.to(x.dtype), x.new_zeros(x.shape[0], 0))
 
     @staticmethod
     def _scan(values_and_gates: torch.Tensor, start: torch.Tensor | None, documents: Documents | None) -> torch.Tensor:

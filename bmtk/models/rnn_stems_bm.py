@@ -23,13 +23,14 @@ class LockedDropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or not self.p:
             return x
-        return x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), self.p)
+        return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.p)
 
 
 class WordStem(nn.Module):
     """Token ids (B, L); `embedding_dropout` drops all occurrences of a word in a batch."""
 
     input_names = ("input_ids",)
+    input_layer = "embed_tokens"
 
     def __init__(self, config):
         super().__init__()

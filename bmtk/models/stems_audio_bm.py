@@ -14,6 +14,7 @@ class AudioStem(nn.Module):
     """A position reads 3 frames before and 3 after its own, also in a causal model."""
 
     input_names = ("input_features",)
+    input_layer = "conv1"
 
     def __init__(self, config):
         super().__init__()

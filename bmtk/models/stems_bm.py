@@ -10,6 +10,9 @@ import math
 
 import torch
 from torch import nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class SinusoidalPositions(nn.Module):
@@ -44,35 +47,67 @@ class AddPositions:
         return self.dropout(inputs_embeds)
 
 
+class ScaledEmbedding(nn.Embedding):
+    """An embedding times sqrt(width): scaled inside the module, so that whoever calls it gets what the model reads.
+
+    Only its output is scaled, not the matrix, which an output layer may share.  peft reads `embed_scale`.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        super().__init__(num_embeddings, embedding_dim)
+        self.embed_scale = math.sqrt(embedding_dim)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids) * self.embed_scale
+
+
 class TokenStem(AddPositions, nn.Module):
     """Token ids (B, L) -> (B, L, D)."""
 
     input_names = ("input_ids",)
+    input_layer = "embed_tokens"
 
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        embedding_class = ScaledEmbedding if config.scale_embedding else nn.Embedding
+        self.embed_tokens = embedding_class(config.vocab_size, config.hidden_size)
         self.build_positions(config, config.max_position_embeddings)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        embeds = self.embed_tokens(input_ids)
-        return embeds if self.scale == 1.0 else embeds * self.scale
+        return self.embed_tokens(input_ids)
 
 
 class EmbeddingInStem:
-    """Gives transformers access to the token embedding; precedes PreTrainedModel in the bases of a family's root."""
+    """Gives transformers access to the input layer: the token embedding, or the first layer over other inputs.
+
+    Precedes PreTrainedModel in the bases of a family's root.  A stem names its layer in `input_layer`.
+    """
 
     def get_input_embeddings(self) -> nn.Module:
-        if self.config.input_type != "tokens":
-            raise NotImplementedError(f"input_type={self.config.input_type!r} has no token embedding")
-        return self.base_model.stem.embed_tokens
+        stem = self.base_model.stem
+        return getattr(stem, stem.input_layer)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        if self.base_model is self:
-            self.stem.embed_tokens = value
-        else:
+        """Replace the input layer by `value`, which is used as it is: with scale_embedding it has to scale itself."""
+        if self.base_model is not self:
             self.base_model.set_input_embeddings(value)  # an encoder-decoder has two
+            return
+        if getattr(self.config, "scale_embedding", False) and not hasattr(value, "embed_scale"):
+            logger.warning(
+                "scale_embedding=True, and the new input embedding does not scale its output; use a ScaledEmbedding"
+            )
+        setattr(self.stem, self.stem.input_layer, value)
+
+
+def inputs_of(stem: nn.Module, first: torch.Tensor | None, given: dict, **named) -> dict[str, torch.Tensor | None]:
+    """What a stem reads, from `named` or taken out of `given`; `first` is a trunk's first argument, any main input.
+
+    A trunk names its inputs, because torch.export (2.13) makes no dimension of a `**kwargs` dynamic.
+    """
+    inputs = {name: named[name] if name in named else given.pop(name, None) for name in stem.input_names}
+    if inputs[stem.input_names[0]] is None:
+        inputs[stem.input_names[0]] = first
+    return inputs
 
 
 def positions_from_mask(attention_mask: torch.Tensor | None, length: int, past: int, device) -> torch.Tensor:
@@ -81,8 +116,17 @@ def positions_from_mask(attention_mask: torch.Tensor | None, length: int, past: 
     `attention_mask` (B, past + L) holds 1 for real tokens and 0 for padding; anything but a 2-D mask is ignored.
     """
     if attention_mask is None or attention_mask.ndim != 2:
-        return torch.arange(past, past + length, device=device)[None]
+        # `arange(past, past + length)` would give a graph of a static cache a length that depends on data.
+        return (past + torch.arange(length, device=device))[None]
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
-__all__ = ["AddPositions", "EmbeddingInStem", "SinusoidalPositions", "TokenStem", "positions_from_mask"]
+__all__ = [
+    "AddPositions",
+    "EmbeddingInStem",
+    "ScaledEmbedding",
+    "SinusoidalPositions",
+    "TokenStem",
+    "inputs_of",
+    "positions_from_mask",
+]

@@ -22,6 +22,8 @@ class PatchStem(nn.Module):
     With `classifier_pooling="first"` the first position is a learned class token, as in ViT.
     """
 
+    input_layer = "embed_patches"
+
     def __init__(self, config):
         super().__init__()
         self.patch_size, self.num_channels, self.width = config.patch_size, config.num_channels, config.hidden_size
@@ -45,7 +47,9 @@ class PatchStem(nn.Module):
             patches = put_mask_token(patches, bool_masked_pos, pixel_values, mask_token)
         x = patches.flatten(2).transpose(1, 2)  # (B, L, D)
         if self.embed_class is not None:
-            x = torch.cat((self.embed_class.weight.expand(len(x), 1, -1), x), dim=1)
+            # Through the module, not by its weight: offloaded weights are loaded when their module is called.
+            places = torch.zeros(x.shape[0], 1, dtype=torch.long, device=x.device)
+            x = torch.cat((self.embed_class(places), x), dim=1)
         if self.embed_positions is not None:
             x = x + self.positions(x.shape[1], x.device).to(x.dtype)
         return self.dropout(x)
@@ -63,6 +67,7 @@ class PixelStem(nn.Module):
     """pixel_values (B, C, H, W) -> (B, width, H', W'): identity ("none"), convolution and pooling, or patches."""
 
     input_names = ("pixel_values", "bool_masked_pos", "mask_token")
+    input_layer = "layers"
     num_prefix_tokens = 0
 
     def __init__(self, config):

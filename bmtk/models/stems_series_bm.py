@@ -34,6 +34,7 @@ class SeriesStem(nn.Module):
     """Patches of `patch_size` steps, each with normalized values, observation mask and time features."""
 
     input_names = ("past_values", "past_observed_mask", "past_time_features")
+    input_layer = "embed_patches"
 
     def __init__(self, config):
         super().__init__()

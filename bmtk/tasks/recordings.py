@@ -102,6 +102,8 @@ class RecordingObjective(Objective):
     def __init__(self, data: RecordingData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
         super().__init__(data, config, labels=labels)
         self.extractor = extractor_for(config, data)
+        if hasattr(config, "hop_length"):  # pipelines read word times from it
+            config.hop_length = self.extractor.hop_length
 
     @property
     def processor(self) -> Any:

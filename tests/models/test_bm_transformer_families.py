@@ -201,7 +201,7 @@ def test_convert_saves_nothing_when_outputs_differ(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("auto_class", "changes", "message"),
     [
-        ("AutoModel", SEQ2SEQ, "is_encoder_decoder=True makes two stacks, and AutoModel one"),
+        ("AutoModelForTokenClassification", SEQ2SEQ, "makes two stacks, and BmTransformerPositions is one"),
         ("AutoModelForSeq2SeqLM", {}, "needs is_encoder_decoder=True"),
         ("AutoModelForCausalLM", {"is_causal": False}, "needs is_causal=True"),
         ("AutoModelForMaskedLM", {}, "needs is_causal=False: a causal trunk does not see what follows"),
