@@ -88,6 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     push.add_argument("--message", default="Publish with bmtk", help="commit message (default: %(default)r)")
     push.add_argument("--dry-run", action="store_true", help="check the folder and list the files; send nothing")
+    push.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let the base model of an adapter run code of its own; only for code that you have read",
+    )
     push.set_defaults(run=run_push)
 
     convert = commands.add_parser(
@@ -137,6 +142,7 @@ def run_push(arguments: argparse.Namespace) -> int:
             revision=arguments.revision,
             commit_message=arguments.message,
             dry_run=arguments.dry_run,
+            trust_remote_code=arguments.trust_remote_code,
             log=lambda line: print(line, flush=True),
         )
     except PublishError as error:

@@ -24,7 +24,8 @@ import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.errors import UserError
 from bmtk.hub import run_record, summary
-from bmtk.hub.finalize import FinishedRun, finalize_run
+from bmtk.hub.credentials import redact_settings
+from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run
 from bmtk.hub.run_record import ModelRecord
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.tasks import task_named
@@ -68,12 +69,14 @@ def main(argv: list[str]) -> None:
     if search.search:
         return search_settings(search, groups, task, recipe=__file__, log=print)
     is_main, started_at = args.process_index == 0, run_record.now()
+    if is_main and not run.is_plan:
+        check_publishing(run, log=print)
     with args.main_process_first():
         data = task.read(data_args, seed=args.seed, **run.reading)
     set_seed(args.seed)
     objective, model = start(run, data, adapter, arguments.chosen_fields(architecture))
     resolve_defaults(args, objective)
-    settings = arguments.resolved_config(*groups)
+    settings = redact_settings(arguments.resolved_config(*groups))
     if is_main:
         print("".join(f"note: {line}\n" for line in objective.notes), end="", flush=True)
     if run.find_lr:

@@ -10,6 +10,7 @@ import yaml
 from bmtk.files import write_text
 
 from .card import write_card
+from .connection import check_rights
 from .publish import publish
 from .redaction import scrub
 from .report import write_report
@@ -29,6 +30,9 @@ class RunSettings(Protocol):
 
     @property
     def private(self) -> bool: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
 
 
 class MainMetric(Protocol):
@@ -89,6 +93,15 @@ class FinishedRun:
     results: FinalResults
 
 
+def check_publishing(run: RunSettings, *, log: Callable[[str], None]) -> None:
+    """Refuse what `run` could not publish in the end, before it trains.  Called by the main process.
+
+    Raises: PublishError.
+    """
+    if run.push_to_hub:
+        check_rights(run.push_to_hub, private=run.private, log=log)
+
+
 def finalize_run(
     folder: Path, *, run: RunSettings, objective: DescribedObjective, finished: FinishedRun, log: Callable[[str], None]
 ) -> None:
@@ -124,4 +137,5 @@ def finalize_run(
     write_report(folder)
     log(run_summary(folder, next_command=objective.next_command(folder)))
     if run.push_to_hub:
-        publish(folder, run.push_to_hub, private=run.private, log=log)
+        options = {"private": run.private, "trust_remote_code": run.trust_remote_code}
+        publish(folder, run.push_to_hub, **options, log=log)

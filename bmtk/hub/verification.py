@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,33 @@ TASK_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+HUB_FAULT = re.compile(
+    r"\b(?:408|429|5\d\d) (?:Client|Server) Error|Too Many Requests|HfHubHTTPError: 5|We couldn't connect to|"
+    r"(?:Connect|Read|Write|Pool|RemoteProtocol|Connection)(?:Error|Timeout)\b|LocalEntryNotFoundError"
+)
 KEPT_SETTINGS = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DOWNLOAD_TIMEOUT")
 
 
-def record_outputs(directory: Path, room: Path, base: str | None = None) -> None:
+@dataclass(frozen=True)
+class Base:
+    """The base model of an adapter: a path or Hub id, its commit on the Hub, and whether its own code may run."""
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def record_outputs(directory: Path, room: Path, base: Base | None = None) -> None:
     """Load the folder here, run it on seeded inputs, and leave inputs, outputs and facts in `room`.
 
-    base: for an adapter, its base model, as a path or Hub id; None for a whole model.
+    base: for an adapter, its base model; None for a whole model.
     Raises: whatever loading raises, and ValueError for weights that lack a part of the model.
     """
     from safetensors.torch import save_file
 
     names = {path.name for path in directory.iterdir()}
     plan = {
-        "base": base,
+        "base": asdict(base) if base else None,
         "num_labels": adapter_labels(directory) if base else None,
         "tokenizer": bool(names & {"tokenizer.json", "tokenizer_config.json"}),
         "processor": bool(names & {"preprocessor_config.json", "processor_config.json"}),
@@ -121,15 +135,16 @@ def whole_model(auto_name: str, source: str, plan: dict[str, Any], pinned: dict[
 
 
 def adapted_model(source: str, plan: dict[str, Any], pinned: dict[str, Any]) -> Any:
-    """The base model with the adapter on top."""
+    """The base model with the adapter on top; the base's own code runs only where the plan allows it."""
     import transformers
     from peft import PeftConfig, PeftModel
 
     revision = pinned.get("revision")
     peft_config = PeftConfig.from_pretrained(source, revision=revision)
     auto_class = getattr(transformers, TASK_CLASSES.get(peft_config.task_type, "AutoModel"))
-    options = {"num_labels": plan["num_labels"]} if plan["num_labels"] else {}
-    base = auto_class.from_pretrained(plan["base"], trust_remote_code=True, **options)
+    options: dict[str, Any] = {"num_labels": plan["num_labels"]} if plan["num_labels"] else {}
+    options |= {"trust_remote_code": plan["base"]["trust_remote_code"], "revision": plan["base"]["revision"]}
+    base = auto_class.from_pretrained(plan["base"]["name"], **options)
     return PeftModel.from_pretrained(base, source, revision=revision)
 
 
@@ -183,6 +198,11 @@ def verify(room: Path, repo_id: str, commit: str, token: str | None) -> list[str
     return ["loading failed: " + " | ".join(line.strip() for line in last)]
 
 
+def is_hub_fault(finding: str) -> bool:
+    """Whether loading failed because the Hub was busy, broken or out of reach, and not because of the files."""
+    return finding.startswith("loading failed") and bool(HUB_FAULT.search(finding))
+
+
 def clean_environment(room: Path, token: str | None) -> dict[str, str]:
     """This environment without caches, offline switches, launcher settings and tokens; the home is empty."""
     foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_")
@@ -220,8 +240,16 @@ def compare(
 def main(repo_id: str, commit: str) -> None:
     """In the clean process: load, compare with what the folder gave, leave findings.json."""
     sys.meta_path.insert(0, WithoutBmtk())
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
     from safetensors.torch import load_file
 
+    def with_timeout() -> Any:  # the Hub's own client waits for an answer for ever
+        client = default_client_factory()
+        client.timeout = float(os.environ.get("BMTK_HUB_TIMEOUT", 60))
+        return client
+
+    set_client_factory(with_timeout)
     expected = json.loads(Path("plan.json").read_text(encoding="utf-8"))
     facts, outputs = observe(repo_id, expected["plan"], load_file("inputs.safetensors"), commit)
     findings = compare(expected["facts"], facts, load_file("outputs.safetensors"), outputs)

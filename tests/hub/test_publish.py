@@ -1,5 +1,6 @@
 """Publishing against the stand-in Hub: what is sent, what is refused, what is verified, what is logged."""
 
+import importlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from bmtk.hub.bundle import PublishError, read_bundle, refuse_tokens
+from bmtk.hub.connection import asked_pause, why_not_allowed
 from bmtk.hub.publish import with_card
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.models.modeling_bm_transformer import BmTransformerForCausalLM
@@ -46,13 +48,18 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 PUBLISHER = """
 import json, os, sys
+from bmtk.hub.connection import check_rights
 from bmtk.hub.publish import PublishError, publish
 for line in sys.stdin:
     job = json.loads(line)
     os.environ["HF_TOKEN"] = job.pop("token") or ""
+    os.environ["BMTK_HUB_TIMEOUT"] = job.pop("timeout", "60")
     outcome = {"url": None, "error": None, "log": []}
     try:
-        outcome["url"] = publish(job.pop("directory"), job.pop("repo_id"), log=outcome["log"].append, **job)
+        if job["directory"] == "None":
+            check_rights(job["repo_id"], private=job.get("private", False), log=outcome["log"].append)
+        else:
+            outcome["url"] = publish(job.pop("directory"), job.pop("repo_id"), log=outcome["log"].append, **job)
     except PublishError as error:
         outcome["error"] = str(error)
     print("outcome:" + json.dumps(outcome), flush=True)
@@ -299,6 +306,56 @@ def test_an_adapter_without_its_base_is_pushed_and_not_called_published(hub, pub
     assert "needs its base model ann/nowhere" in outcome.log[-1]
 
 
+@pytest.fixture
+def canary(copied, tmp_path):
+    """A base model whose code leaves a file that holds the token; it must not exist unless somebody has allowed it."""
+    code = copied / "modeling_bm_transformer.py"
+    line = (
+        f"import os, pathlib; pathlib.Path({str(tmp_path / 'canary')!r}).write_text(os.environ.get('HF_TOKEN', '-'))\n"
+    )
+    code.write_text(code.read_text() + line)
+    return copied
+
+
+@pytest.fixture
+def adapter_of(adapter, tmp_path):
+    """adapter_of(base): the adapter with that base."""
+
+    def build(base) -> Path:
+        folder = Path(shutil.copytree(adapter, tmp_path / "adapter", dirs_exist_ok=True))
+        edit_json(folder / "adapter_config.json", base_model_name_or_path=str(base))
+        (folder / "README.md").unlink(missing_ok=True)
+        return folder
+
+    return build
+
+
+def test_a_base_runs_its_own_code_only_where_it_is_allowed(hub, publish, canary, adapter_of, tmp_path):
+    refused = publish(adapter_of(canary), "ann/canary")
+    assert "comes with code of its own (modeling_bm_transformer.py)" in refused.error
+    assert "--trust-remote-code" in refused.error
+    hub.add("ann/canary-base", {path.name: path.read_bytes() for path in canary.iterdir() if path.is_file()})
+    assert "ann/canary-base comes with code of its own" in publish(adapter_of("ann/canary-base"), "ann/canary").error
+    assert not (tmp_path / "canary").exists()
+    assert ("model", "ann/canary") not in hub.repositories
+    assert publish(adapter_of(canary), "ann/canary", trust_remote_code=True).error is None
+    assert (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("reference", ["bob/code--modeling_x.X", "../x.Secret"])
+def test_a_base_that_names_code_elsewhere_is_not_trusted(hub, publish, canary, adapter_of, reference):
+    heads(AutoModelForSequenceClassification=reference)(canary)
+    assert "comes with code of its own" in publish(adapter_of(canary), "ann/elsewhere").error
+    assert ("model", "ann/elsewhere") not in hub.repositories
+
+
+def test_a_base_on_the_hub_with_our_own_code_needs_no_permission(hub, publish, decoder, adapter_of):
+    hub.add("ann/our-base", {path.name: path.read_bytes() for path in decoder.iterdir() if path.is_file()})
+    outcome = publish(adapter_of("ann/our-base"), "ann/of-ours")
+    assert outcome.error is None
+    assert outcome.log[-1].startswith("published: ")
+
+
 # ------------------------------------------------------------------------------------------------- again and again
 
 
@@ -334,6 +391,81 @@ def test_private_is_never_answered_with_a_public_repository(hub, publish, decode
     hub.add("ann/open", {"README.md": b"# mine"})
     assert "exists and is public" in publish(decoder, "ann/open", private=True).error
     assert hub.files("ann/open") == {"README.md"}
+
+
+def test_the_pause_that_the_hub_asks_for_is_kept(hub, publish, copied):
+    hub.fail_once("POST", "/api/repos/create", 429, Retry_After="1")
+    hub.fail_once("POST", "/preupload/", 502)
+    hub.fail_once("POST", "/info/lfs/objects/batch", 503)
+    outcome = publish(copied, "ann/busy")
+    assert outcome.error is None
+    assert hub.faults == []
+    assert [line for line in outcome.log if "trying again" in line] == [
+        "the Hub answered 429; trying again in 1 s",
+        "the Hub answered 502; trying again in 1 s",
+        "the Hub answered 503; trying again in 2 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:10 GMT"}, 0),
+        ({"retry-after": "soon"}, 0),
+        ({"ratelimit": '"api";r=0;t=55'}, 55),
+        ({"ratelimit": '"api";r=489;t=55'}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_pause_is_read_in_each_of_its_forms(headers, seconds):
+    assert asked_pause(headers) == seconds
+
+
+def test_a_pause_of_an_hour_is_not_waited_for(hub, publish, decoder):
+    hub.fail_once("POST", "/api/repos/create", 429, Retry_After="3600")
+    outcome = publish(decoder, "ann/hour")
+    assert outcome.error.startswith("too many requests; run the same command again later")
+    assert not any("trying again" in line for line in outcome.log)
+
+
+def test_a_hub_that_accepts_and_never_answers_is_given_up(hub, publish, decoder):
+    hub.fail_once("POST", "/commit/", "hang")
+    outcome = publish(decoder, "ann/hanging", timeout="0.5")
+    assert outcome.error is None
+    assert "ReadTimeout; trying again in 0.5 s" in outcome.log
+
+
+@pytest.mark.parametrize(("status", "words"), [(403, "the token may not write to"), (404, "does not exist, or")])
+def test_a_push_that_broke_off_uploads_only_what_lacks_when_it_is_repeated(hub, publish, copied, status, words):
+    weights = {name: tensor + status for name, tensor in load_file(copied / "model.safetensors").items()}
+    (copied / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))  # nowhere uploaded yet
+    hub.fail_once("POST", "/commit/", status)
+    broken = publish(copied, f"ann/partial-{status}")
+    assert words in broken.error
+    assert "\n" not in broken.error
+    assert [method for method, _, _ in hub.requests].count("PUT") == 1
+    hub.requests.clear()
+    assert publish(copied, f"ann/partial-{status}").error is None
+    assert [method for method, _, _ in hub.requests].count("PUT") == 0
+    hub.requests.clear()
+    assert publish(copied, f"ann/partial-{status}").error is None
+    assert len(hub.repositories["model", f"ann/partial-{status}"].commits) == 2  # the empty one, and the model
+
+
+def test_a_hub_that_fails_while_it_is_read_is_not_taken_for_wrong_files(hub, publish, decoder):
+    for _ in range(8):
+        hub.fail_once("GET", "/ann/shaky/resolve/.*/config.json", 503)
+    hub.fail_once("GET", "/ann/shaky/resolve/.*/model.safetensors", "drop")
+    outcome = publish(decoder, "ann/shaky")
+    assert outcome.error is None
+    assert outcome.log[-1].startswith("published: ")
+
+
+def test_nothing_that_was_uploaded_holds_a_token(hub, published):
+    blobs = list(hub.blobs.iterdir())
+    assert len(blobs) > 10
+    assert not [blob.name for blob in blobs if ANN.encode() in blob.read_bytes()]
 
 
 # ----------------------------------------------------------------------------------------------------- not verified
@@ -381,6 +513,56 @@ def test_a_refusal_is_one_clear_message(hub, publish, decoder, token, repo_id, m
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(publish(decoder, repo_id, token=token).error)
     assert ("model", repo_id) not in hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "message"),
+    [
+        ("hf_" + "Wrong" * 6, "ann/m", "does not accept the token"),
+        (None, "ann/m", "not logged in to the Hub; log in with"),
+        (BOB, "ann/m", r"may not write to ann/m: it belongs to bob; use a token with write access to 'ann'"),
+        (ANN_READ_ONLY, "ann/m", "may not write to ann/m: it is for reading only"),
+        (ANN, "me", "'me' is not a repository name; write USER/NAME"),
+        (ANN, "True", "'True' is not a repository name"),
+        (ANN, "ann/seen", "ann/seen exists and is public"),
+    ],
+)
+def test_what_cannot_be_published_is_known_before_the_run(hub, publish, token, repo_id, message):
+    hub.add("ann/seen", {"README.md": b"#"})
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(publish(None, repo_id, token=token, private=True).error)
+    assert publish(None, "ann/unheard-of", private=True).error is None
+    assert not [path for method, path, _ in hub.requests if method != "GET"]
+
+
+ORGS = [{"name": "Lab", "roleInOrg": "write"}, {"name": "club", "roleInOrg": "read"}]
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "reason"),
+    [
+        ("ann/m", {"role": "write"}, ""),
+        ("lab/m", {"role": "write"}, ""),
+        ("club/m", {"role": "write"}, "its owner may only read there"),
+        ("ann/m", {}, ""),
+        ("ann/m", {"role": "fineGrained", "fineGrained": {"scoped": []}}, "it lacks `repo.write`"),
+        *(
+            (repo_id, {"role": "fineGrained", "fineGrained": {"scoped": [scope]}}, reason)
+            for scope in [{"entity": {"name": "ann"}, "permissions": ["repo.content.read", "repo.write"]}]
+            for repo_id, reason in (("ann/m", ""), ("lab/m", "it lacks `repo.write`"))
+        ),
+    ],
+)
+def test_rights_are_read_from_what_the_hub_knows_of_a_token(repo_id, token, reason):
+    assert why_not_allowed({"name": "ann", "orgs": ORGS, "auth": {"accessToken": token}}, repo_id) == reason
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune"])
+def test_a_recipe_refuses_a_push_that_cannot_work_before_it_trains(tmp_path, recipe):
+    main = importlib.import_module(f"recipes.{recipe}").main
+    with pytest.raises(PublishError, match="'me' is not a repository name"):
+        main(["--preset", "smoke", "--push_to_hub", "me", "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_hub_that_does_not_answer_is_named_after_four_attempts(hub, publish, decoder):
@@ -453,6 +635,26 @@ def heads(*names, **changes):
     return edit
 
 
+LINKED = ("LICENSE", "README.md", "config.json", "heads_bm.py", "model.safetensors", "report.html", "tokenizer.json")
+
+
+def linked(name):
+    """A link out of the folder, to a file that is otherwise as it should be."""
+
+    def link(folder):
+        secret = folder.parent / f"secret-{name}"
+        secret.write_bytes((folder / name).read_bytes() if (folder / name).is_file() else b"secret")
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(secret)
+
+    return link
+
+
+def nested(reference):
+    content = {"image_processor": {"auto_map": {"AutoImageProcessor": reference}}}
+    return lambda folder: (folder / "processor_config.json").write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -473,6 +675,13 @@ def heads(*names, **changes):
         (lambda folder: edit_json(folder / "config.json", architectures=None), "config.json names no architecture"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "names no base_model_name_or_path"),
         (shutil.rmtree, "is not a folder"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "holds a JSON list, not an object"),
+        (heads(AutoModel="/abs/x.Secret"), "AutoModel names '/abs/x.Secret'; only code beside it is published"),
+        (heads(AutoModel="../x.Secret"), r"AutoModel names '../x.Secret'; only code beside it"),
+        (heads(AutoModel="folder/x.Secret"), "AutoModel names 'folder/x.Secret'"),
+        (heads(AutoModel=3), "AutoModel names 3; only code beside it"),
+        (nested("/abs/x.Secret"), "processor_config.json: AutoImageProcessor names '/abs/x.Secret'"),
+        *((linked(name), f"does not follow symbolic links: {name}") for name in LINKED),
     ],
 )
 def test_a_damaged_folder_is_refused_with_its_problem(copied, damage, message):

@@ -125,6 +125,7 @@ class Settings:
     task: str = "token_classification"
     push_to_hub: str | None = None
     private: bool = True
+    trust_remote_code: bool = False
 
 
 def finished() -> FinishedRun:
