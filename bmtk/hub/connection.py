@@ -105,7 +105,7 @@ def patiently(action: Callable[[], Answer], log: Log) -> Answer:
 
 
 def asked_pause(headers: Mapping[str, str]) -> float:
-    """Seconds that an answer asks to wait, by Retry-After (number or date) or the Hub's own RateLimit; 0 if it does not."""
+    """Seconds that an answer asks to wait, by Retry-After (number or date) or the Hub's own RateLimit; else 0."""
     after = headers.get("retry-after", "").strip()
     if after.isdigit():
         return float(after)

@@ -247,8 +247,8 @@ def verify_there(room: Path, pushed: ModelInfo, needs_token: bool, log: Log) -> 
         time.sleep(pause)
     if any(is_hub_fault(line) for line in findings):
         raise PublishError(
-            f"the files are at {constants.ENDPOINT}/{pushed.id}, commit {pushed.sha}, but not verified: the Hub did "
-            f"not hand them out ({without_credentials(findings[0])}); run the same command again later to verify them"
+            f"the files are at {constants.ENDPOINT}/{pushed.id}, commit {pushed.sha}, but not verified, as "
+            f"{without_credentials(findings[0])}; run the same command again later to verify them"
         )
     if findings:
         lines = "\n".join(f"  - {without_credentials(line)}" for line in findings)

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from dataclasses import asdict, dataclass
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -25,10 +26,8 @@ TASK_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-HUB_FAULT = re.compile(
-    r"\b(?:408|429|5\d\d) (?:Client|Server) Error|Too Many Requests|HfHubHTTPError: 5|We couldn't connect to|"
-    r"(?:Connect|Read|Write|Pool|RemoteProtocol|Connection)(?:Error|Timeout)\b|LocalEntryNotFoundError"
-)
+HUB_FAULT = 75  # exit status of the clean process where the Hub failed, not the files
+HUB_FAILED = "the Hub failed: "  # how such a finding begins
 KEPT_SETTINGS = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DOWNLOAD_TIMEOUT")
 
 
@@ -195,12 +194,28 @@ def verify(room: Path, repo_id: str, commit: str, token: str | None) -> list[str
     if run.returncode == 0 and findings.is_file():
         return json.loads(findings.read_text(encoding="utf-8"))
     last = run.stderr.strip().splitlines()[-3:] or [f"the process ended with code {run.returncode}"]
-    return ["loading failed: " + " | ".join(line.strip() for line in last)]
+    start = HUB_FAILED if run.returncode == HUB_FAULT else "loading failed: "
+    return [start + " | ".join(line.strip() for line in last)]
 
 
 def is_hub_fault(finding: str) -> bool:
     """Whether loading failed because the Hub was busy, broken or out of reach, and not because of the files."""
-    return finding.startswith("loading failed") and bool(HUB_FAULT.search(finding))
+    return finding.startswith(HUB_FAILED)
+
+
+def caused_by_hub(error: BaseException | None) -> bool:
+    """Whether an exception, or what it was raised from, is a fault of the Hub or of the network."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            status = error.response.status_code
+            return status in (408, 429) or status >= 500
+        if isinstance(error, httpx2.TransportError | ConnectionError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def clean_environment(room: Path, token: str | None) -> dict[str, str]:
@@ -251,7 +266,13 @@ def main(repo_id: str, commit: str) -> None:
 
     set_client_factory(with_timeout)
     expected = json.loads(Path("plan.json").read_text(encoding="utf-8"))
-    facts, outputs = observe(repo_id, expected["plan"], load_file("inputs.safetensors"), commit)
+    try:
+        facts, outputs = observe(repo_id, expected["plan"], load_file("inputs.safetensors"), commit)
+    except Exception as error:
+        if not caused_by_hub(error):
+            raise
+        traceback.print_exc()
+        sys.exit(HUB_FAULT)
     findings = compare(expected["facts"], facts, load_file("outputs.safetensors"), outputs)
     Path("findings.json").write_text(json.dumps(findings), encoding="utf-8")
 

@@ -125,6 +125,6 @@ def test_a_refusal_names_the_file_and_not_the_token(tmp_path):
     from bmtk.hub.bundle import Bundle, refuse_tokens
 
     (tmp_path / "README.md").write_text(SHAPES["OpenAI"])
-    with pytest.raises(PublishError, match="README.md in") as refused:
+    with pytest.raises(PublishError, match=r"README\.md in") as refused:
         refuse_tokens(Bundle(tmp_path, {"README.md": tmp_path / "README.md"}, ()), None)
     assert BODY[:10] not in str(refused.value)

@@ -126,6 +126,8 @@ class Settings:
     push_to_hub: str | None = None
     private: bool = True
     trust_remote_code: bool = False
+    license: str | None = None
+    language: list | None = None
 
 
 def finished() -> FinishedRun:
