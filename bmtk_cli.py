@@ -33,7 +33,8 @@ PUSH = """\
 Publish the folder that a recipe or save_pretrained wrote.
 
 Sent: weights (safetensors), config, tokenizer or processor, the model's own code, model card, report, run facts.
-Never sent: optimizer state, checkpoints, corpora, training_args.bin, or any file that holds an access token.
+Never sent: optimizer state, checkpoints, corpora, training_args.bin, symbolic links, or any file that holds an access
+token or a private key.
 
 The pushed model is then loaded in a clean process without bmtk; the command reports success only if its outputs are
 the same. The token comes from `hf auth login` or HF_TOKEN.

@@ -154,5 +154,4 @@ def finalize_run(
     write_report(folder)
     log(run_summary(folder, next_command=objective.next_command(folder)))
     if run.push_to_hub:
-        options = {"private": run.private, "trust_remote_code": run.trust_remote_code}
-        publish(folder, run.push_to_hub, **options, log=log)
+        publish(folder, run.push_to_hub, private=run.private, trust_remote_code=run.trust_remote_code, log=log)
