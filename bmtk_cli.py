@@ -45,7 +45,8 @@ PUSH = """\
 Publish the folder that a recipe or save_pretrained wrote.
 
 Sent: weights (safetensors), config, tokenizer or processor, the model's own code, model card, report, run facts.
-Never sent: optimizer state, checkpoints, corpora, training_args.bin, or any file that holds an access token.
+Never sent: optimizer state, checkpoints, corpora, training_args.bin, symbolic links, or any file that holds an access
+token or a private key.
 
 The pushed model is then loaded in a clean process without bmtk; the command reports success only if its outputs are
 the same. The token comes from `hf auth login` or HF_TOKEN.
@@ -106,7 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--message", default="Publish with bmtk", help="commit message (default: %(default)r)")
     push.add_argument("--dry-run", action="store_true", help="check the folder and list the files; send nothing")
     push.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that an adapter's base brings, to verify it"
+        "--trust-remote-code",
+        action="store_true",
+        help="let the base model of an adapter run code of its own; only for code that you have read",
     )
     push.set_defaults(run=run_push)
 

@@ -60,7 +60,10 @@ FIRST_SCREEN: FirstScreen = {
 }
 # Settings that may differ when a run is resumed: they decide where it is described and published, not what it learns.
 FREE_RUN_KEYS = frozenset(
-    ("config", "preset", "dry_run", "find_lr", "push_to_hub", "private", "trust_remote_code", "trials")
+    (
+        *("config", "preset", "dry_run", "find_lr", "push_to_hub", "private", "license", "language"),
+        *("trust_remote_code", "trials"),
+    )
 )
 
 
@@ -94,6 +97,10 @@ class RunArguments:
         None, "publish the result as user/name on the Hub (needs `hf auth login` or HF_TOKEN); default: no"
     )
     private: bool = setting(False, "make the new Hub repository private")
+    license: str | None = setting(None, "licence of the model for its card: apache-2.0, mit, ...; default: not stated")
+    language: list[str] | None = setting(
+        None, "languages of the model for its card, as ISO codes: en, or en de; default: not stated"
+    )
 
     @property
     def loading(self) -> dict[str, bool]:

@@ -25,10 +25,9 @@ import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.errors import UserError
 from bmtk.hub import run_record, summary
-from bmtk.hub.finalize import FinishedRun, finalize_run, is_finished, show_finished
-from bmtk.hub.publish import check_publishing
+from bmtk.hub.credentials import redact_settings
+from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run, is_finished, show_finished
 from bmtk.hub.run_record import ModelRecord
-from bmtk.hub.secrets import without_secrets
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.settings import about_data
 from bmtk.tasks import task_named
@@ -73,14 +72,15 @@ def main(argv: list[str]) -> None:
     if search.search:
         return search_settings(search, groups, task, recipe=__file__, log=print)
     is_main, started_at = args.process_index == 0, run_record.now()
-    check_publishing(run.push_to_hub, is_main=is_main)
+    if is_main and not run.is_plan:
+        check_publishing(run, log=print)
     PartialState().print("reading the data ...", flush=True)
     with args.main_process_first():
         data = task.read(data_args, seed=args.seed, **run.reading)
     set_seed(args.seed)
     objective, model = start(run, data, adapter, arguments.chosen_fields(architecture))
     resolve_defaults(args, objective)
-    settings = without_secrets(arguments.resolved_config(*groups))
+    settings = redact_settings(arguments.resolved_config(*groups))
     if is_main:
         print("".join(f"note: {line}\n" for line in objective.notes), end="", flush=True)
     if run.find_lr:

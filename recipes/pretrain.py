@@ -21,9 +21,8 @@ from transformers import PreTrainedModel, set_seed
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.hub import run_record, summary
-from bmtk.hub.finalize import FinishedRun, finalize_run, is_finished, show_finished
-from bmtk.hub.publish import check_publishing
-from bmtk.hub.secrets import without_secrets
+from bmtk.hub.credentials import redact_settings
+from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run, is_finished, show_finished
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.settings import about_data
 from bmtk.tasks import task_named
@@ -66,9 +65,9 @@ def main(argv: list[str]) -> None:
     task, groups = task_named(run.task), [run, data_args, args, architecture]
     if search.search:
         return search_settings(search, groups, task, recipe=__file__, log=print)
-    settings, chosen = without_secrets(arguments.resolved_config(*groups)), arguments.chosen_fields(architecture)
+    settings = redact_settings(arguments.resolved_config(*groups))
+    chosen = arguments.chosen_fields(architecture)
     accelerator = build_accelerator(args)
-    check_publishing(run.push_to_hub, is_main=accelerator.is_main_process)
     folder = Path(args.output_dir)
     if run.is_plan:
         objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)
@@ -78,6 +77,8 @@ def main(argv: list[str]) -> None:
 
     free_keys = FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys
     check = {"overwrite": args.overwrite_output_dir, "free_keys": free_keys}
+    if accelerator.is_main_process:
+        check_publishing(run, log=print)
     with held(folder, settings, is_main=accelerator.is_main_process, **check):
         started_at = run_record.now()
         objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ class StandInHub(ThreadingHTTPServer):
         self.users = dict(USERS)
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, name of the user or None
-        self.faults: list[tuple[str, re.Pattern, int | str]] = []
+        self.faults: list[tuple[str, re.Pattern, int | str, dict[str, str]]] = []
         self.upload_keys: set[str] = set()
         self.after_commit: Callable[[str], None] | None = None  # called with the repository's name
         self.lock = threading.RLock()
@@ -127,18 +128,20 @@ class StandInHub(ThreadingHTTPServer):
             **more,
         }
 
-    def fail_once(self, method: str, path_pattern: str, fault: int | str) -> None:
-        """Answer the next such request with that status; fault="drop" closes the connection before anything is done,
-        "drop-after" does the work and then closes the connection."""
-        self.faults.append((method, re.compile(path_pattern), fault))
+    def fail_once(self, method: str, path_pattern: str, fault: int | str, **headers: str) -> None:
+        """Answer the next such request with that status and headers (Retry_After="1"); fault="drop" closes the
+        connection before anything is done, "drop-after" does the work and then closes the connection, "hang" does
+        neither for three seconds."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.faults.append((method, re.compile(path_pattern), fault, named))
 
-    def take_fault(self, method: str, path: str) -> int | str | None:
+    def take_fault(self, method: str, path: str) -> tuple[int | str | None, dict[str, str]]:
         with self.lock:
             for fault in self.faults:
                 if fault[0] == method and fault[1].search(path):
                     self.faults.remove(fault)
-                    return fault[2]
-        return None
+                    return fault[2:]
+        return None, {}
 
     def store(self, content: bytes, path: str) -> Entry:
         sha256 = hashlib.sha256(content).hexdigest()
@@ -211,14 +214,16 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.body = self.read_body()
-        fault = self.server.take_fault(self.command, url.path)
+        fault, headers = self.server.take_fault(self.command, url.path)
         try:
-            if fault == "drop":
+            if fault == "hang":
+                time.sleep(3)
+            if fault in ("drop", "hang"):
                 raise DropConnection
             user = self.authenticate()
             self.server.requests.append((self.command, url.path, user))
             if isinstance(fault, int):
-                raise HubError(fault, "on purpose")
+                raise HubError(fault, "on purpose", headers=headers)
             with self.server.lock:
                 answer = self.route(url.path)
             if fault == "drop-after":

@@ -17,12 +17,12 @@ from jinja2 import Environment, FileSystemLoader
 from bmtk.files import write_text
 
 from .formatting import (
-    SPEEDS,
     escape_markdown,
     fence,
     format_compact,
     format_number,
     format_seconds,
+    is_chosen,
     is_number,
     is_positive,
     is_quality,
@@ -34,7 +34,9 @@ from .formatting import (
     speed_of,
     split_metric,
 )
+from .launch import install_command
 from .redaction import scrub_text
+from .results import metric_rows, worse_than_baseline
 from .run_record import RunRecord, TaskDescription, read_history
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -49,6 +51,7 @@ LICENCES = frozenset(
     "apache-2.0 mit bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 agpl-3.0 "
     "lgpl-3.0 mpl-2.0 openrail unlicense".split()
 )
+LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]{2,8})*|multilingual|code")  # ISO 639, and what else the Hub knows
 LOCAL_FOLDERS = frozenset(
     "bmtk data datasets examples models outputs recipes tests".split()
 )  # not the owner in a Hub id
@@ -74,6 +77,8 @@ def write_card(directory: str | Path, *, repo_id: str | None = None) -> Path:
         run=run,
         description=describe(run),
         status=run_status(run, last_step),
+        warning=worse_than_baseline(run),
+        install=install_command(),
         has_own_code=(run.model.model_type or "").startswith("bm_"),
         example=usage_example(run.description, repo_id or local_name(directory), run.samples),
         metrics=[row[1:] for row in metric_rows(run)],
@@ -116,13 +121,6 @@ def run_status(run: RunRecord, last_step: float | None) -> str:
     return "" if run.metrics else f"Not finished: no final evaluation was recorded; the log ends{where}."
 
 
-def metric_rows(run: RunRecord) -> list[tuple[str, str, str]]:
-    """Return (key, label, shown value) of every metric but the speed of the evaluation, in the run's own order."""
-    named = ((key, value) for key, value in run.metrics.items() if is_number(value))
-    named = ((key, value) for key, value in named if split_metric(key)[1] not in SPEEDS)
-    return [(key, metric_label(key), format_number(value)) for key, value in named]
-
-
 def data_rows(run: RunRecord) -> list[tuple[str, str]]:
     """Return (split, sizes) for each split that the run describes."""
     splits = ((name, run.data.get(name)) for name in ("train", "validation", "test"))
@@ -144,7 +142,7 @@ def procedure_rows(run: RunRecord) -> list[tuple[str, str]]:
     rows = [
         (key, show(config[key]))
         for key in PROCEDURE
-        if config.get(key) is not None and (key not in NEEDS or config.get(NEEDS[key][0]) in (None, NEEDS[key][1]))
+        if is_chosen(key, config.get(key)) and (key not in NEEDS or config.get(NEEDS[key][0]) in (None, NEEDS[key][1]))
     ]
     if run.train_seconds is not None:
         rows.append(("training time", format_seconds(run.train_seconds)))
@@ -170,9 +168,10 @@ def front_matter(run: RunRecord, model_name: str) -> ModelCardData:
     base, dataset = hub_id(run.model.base_model), hub_id(run.data.get("source"), needs_owner=True)
     tags = ["bmtk", *(slug(item) for item in (run.model.model_type, run.model.adapter) if item)]
     licence = slug(run.license or run.config.get("license") or "").lower()
-    language = run.data.get("language")
+    languages = [*run.language, *([] if run.language else [str(run.data.get("language"))])]
+    languages = [code for code in languages if LANGUAGE.fullmatch(code)]
     return ModelCardData(
-        language=language if re.fullmatch(r"[a-z]{2,3}", str(language)) else None,
+        language=(languages if len(languages) > 1 else languages[0]) if languages else None,
         license=(licence if licence in LICENCES else "other") if licence else None,
         license_name=licence if licence and licence not in LICENCES else None,
         library_name="transformers",

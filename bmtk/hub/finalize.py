@@ -9,17 +9,21 @@ from typing import Any, Protocol
 
 import yaml
 
+from bmtk.errors import UserError
 from bmtk.files import read_json, write_text
 
-from .card import write_card
+from .card import LANGUAGE, write_card
+from .connection import check_rights
+from .formatting import slug
+from .launch import launch_command
 from .publish import publish
 from .redaction import scrub
 from .report import write_report
-from .run_record import RUN_RECORD, ModelRecord, RunRecord, bmtk_version, launch_command
+from .run_record import RUN_RECORD, ModelRecord, RunRecord, bmtk_version
 from .summary import run_summary
 
 MODELS = ("config.json", "adapter_config.json")
-OF_PUBLISHING = frozenset(("push_to_hub", "private"))
+OF_PUBLISHING = frozenset(("push_to_hub", "private", "trust_remote_code"))
 
 
 class RunSettings(Protocol):
@@ -37,6 +41,14 @@ class RunSettings(Protocol):
 
     @property
     def trust_remote_code(self) -> bool: ...
+
+    @property
+    def license(self) -> str | None:
+        """Of the model, as the Hub names it."""
+
+    @property
+    def language(self) -> list[str] | None:
+        """Languages of the model: ISO codes."""
 
 
 class MainMetric(Protocol):
@@ -121,6 +133,19 @@ def show_finished(
         publish(folder, run.push_to_hub, private=run.private, trust_remote_code=run.trust_remote_code, log=log)
 
 
+def check_publishing(run: RunSettings, *, log: Callable[[str], None]) -> None:
+    """Refuse what `run` could not write into its card or publish in the end, before it trains: in the main process.
+
+    Raises: UserError or PublishError.
+    """
+    if wrong := [code for code in run.language or () if not LANGUAGE.fullmatch(code)]:
+        raise UserError(f"language={wrong[0]!r} is no language code; give codes of ISO 639 such as en, de or zh-Hant")
+    if run.license is not None and not slug(run.license):
+        raise UserError(f"license={run.license!r} has no name in it; give one of the Hub's, such as apache-2.0 or mit")
+    if run.push_to_hub:
+        check_rights(run.push_to_hub, private=run.private, log=log)
+
+
 def finalize_run(
     folder: Path, *, run: RunSettings, objective: DescribedObjective, finished: FinishedRun, log: Callable[[str], None]
 ) -> None:
@@ -150,6 +175,8 @@ def finalize_run(
         samples=results.samples,
         inference=results.inference,
         figures=results.figures,
+        license=run.license or "",
+        language=list(run.language or ()),
     )
     record.write(folder)
     write_card(folder)

@@ -7,7 +7,23 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 SPEEDS = frozenset("epoch runtime samples_per_second steps_per_second model_preparation_time".split())
-BASELINES = ("naive_", "seasonal_naive_", "mean_colour_")  # prefixes of metrics of a baseline without a model
+BASELINES = {  # prefixes of metrics of a baseline without a model, and the baseline in words
+    "naive_": "last value",
+    "seasonal_naive_": "last season",
+    "mean_colour_": "mean colour",
+    "majority_": "majority class",
+    "chance_": "chance",
+    "best_sentence_": "best sentence",
+    "mean_value_": "mean value",
+}
+LOWER_IS_BETTER = re.compile(
+    r"(?:.*_)?(?:loss|mse|mae|rmse|mape|smape|mase|wer|cer|perplexity|ppl|error|quantile_loss|bits_per_byte)"
+)
+# Settings whose 0 says that something is off, or is decided by another setting.
+ZERO_IS_UNSET = frozenset(
+    "micro_batch_size eval_steps save_steps early_stopping_patience ema_decay l1_penalty unfreeze_epochs max_steps "
+    "save_total_limit".split()
+)
 # Parts of a metric's name that are shown with another spelling.
 SPELLED = {
     **{part: part.upper() for part in "ap bleu cer f1 mae mape mase mse rmse smape wer".split()},
@@ -63,7 +79,14 @@ def is_quality(key: str) -> bool:
 
 def is_baseline(key: str) -> bool:
     """Whether a metric is that of a baseline, which the model is compared with."""
-    return split_metric(key)[1].startswith(BASELINES)
+    return split_metric(key)[1].startswith(tuple(BASELINES))
+
+
+def is_chosen(key: str, value: object) -> bool:
+    """Whether a setting has a value of its own: neither none, nor "auto", nor a number that stands for either."""
+    if value is None or value in ("auto", [], {}):
+        return False
+    return not is_number(value) or (value != -1 and not (value == 0 and key in ZERO_IS_UNSET))
 
 
 def metric_label(key: str) -> str:

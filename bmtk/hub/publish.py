@@ -9,13 +9,11 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -23,25 +21,28 @@ from huggingface_hub import (
     ModelInfo,
     constants,
     get_token,
-    snapshot_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from .bundle import PROCESSOR, Bundle, PublishError, is_allowed, read_bundle, read_json, refuse_tokens
+from .bundle import (
+    HOLDERS_OF_CODE,
+    Bundle,
+    PublishError,
+    code_files,
+    is_allowed,
+    read_bundle,
+    read_json,
+    refuse_tokens,
+)
 from .card import write_card
-from .secrets import SECRET
-from .verification import record_outputs, verify
+from .connection import LOGIN, PAUSES, Log, answers_in_time, check_repo_id, patiently, plain_words, public_already
+from .credentials import without_credentials
+from .verification import Base, is_hub_fault, record_outputs, verify
 
 logger = logging.getLogger(__name__)
 
-TRANSIENT = (408, 412, 429, 500, 502, 503, 504)  # 412: somebody else's commit came first
-PAUSES = (0.5, 1.0, 2.0)  # seconds before each new attempt
-LONGEST_PAUSE = 60.0
 NEUTRAL = {".gitattributes", "README.md", "LICENSE"}  # what a repository may hold before a model is in it
-LOGIN = "log in with `hf auth login`, or set HF_TOKEN; create a token at https://huggingface.co/settings/tokens"
-
-Log = Callable[[str], None]
+OUR_CODE = Path(__file__).parents[1] / "models"
 
 
 def publish(
@@ -60,10 +61,10 @@ def publish(
     private: for a new repository; refused where the repository exists and is public.
     revision: branch to commit to, made if missing; None is the main branch.
     dry_run: check and list the files; nothing is sent, and the Hub is not asked.
-    trust_remote_code: run code that the base of an adapter brings, to verify the adapter.
+    trust_remote_code: let the base model of an adapter run code of its own; it can read what this process can.
     Raises: PublishError, in words for the user; its text never holds a token.
     """
-    with tempfile.TemporaryDirectory(prefix="bmtk-publish-") as folder, plain_words(repo_id):
+    with tempfile.TemporaryDirectory(prefix="bmtk-publish-") as folder, plain_words(repo_id), answers_in_time():
         room = Path(folder)
         check_repo_id(repo_id)
         bundle = with_card(read_bundle(directory), repo_id, room, log)
@@ -75,26 +76,18 @@ def publish(
             return url
         if get_token() is None:
             raise PublishError(f"not logged in to the Hub; {LOGIN}")
-        base = adapter_base(bundle) if bundle.is_adapter else None
-        is_trusted = base is None or trust_remote_code or not brings_foreign_code(base)
-        can_verify = is_trusted and (base is not None or not bundle.is_adapter)
+        base = None
+        if bundle.is_adapter:
+            base = adapter_base(bundle, trust_remote_code=trust_remote_code, log=log)
+        can_verify = base is not None or not bundle.is_adapter
         if can_verify:
             record_here(bundle, room, base)
         pushed = patiently(lambda: push(bundle, repo_id, private, revision, commit_message), log)
         log(f"pushed to {url}, commit {pushed.sha}")
         if can_verify:
             verify_there(room, pushed, needs_token=pushed.private or bundle.is_adapter, log=log)
-        log(conclusion(bundle, url, base, is_trusted=is_trusted))
+        log(conclusion(bundle, url, base))
         return url
-
-
-def check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise PublishError(f"{repo_id!r} is not a repository name ({error}); write USER/NAME") from error
-    if repo_id.count("/") != 1:
-        raise PublishError(f"{repo_id!r} is not a repository name; write USER/NAME")
 
 
 def with_card(bundle: Bundle, repo_id: str, room: Path, log: Log) -> Bundle:
@@ -106,7 +99,7 @@ def with_card(bundle: Bundle, repo_id: str, room: Path, log: Log) -> Bundle:
             return bundle
         return replace(bundle, files={**bundle.files, "README.md": without_local_base(card, bundle, room)})
     for name in ("run.json", "history.jsonl"):
-        if (bundle.directory / name).is_file():
+        if (bundle.directory / name).is_file() and not (bundle.directory / name).is_symlink():
             shutil.copy(bundle.directory / name, room / name)
     try:
         new = write_card(room, repo_id=repo_id)
@@ -140,76 +133,61 @@ def announce(bundle: Bundle, log: Log) -> None:
         log(f"left out: {', '.join(bundle.left_out)}")
 
 
-def adapter_base(bundle: Bundle) -> str | None:
-    """The adapter's base model as an absolute path or a Hub id; None if it cannot be reached from here."""
-    base = read_json(bundle.directory / "adapter_config.json")["base_model_name_or_path"]
-    if Path(base).is_dir():
-        return str(Path(base).resolve())
+def adapter_base(bundle: Bundle, *, trust_remote_code: bool, log: Log) -> Base | None:
+    """The adapter's base model; None if it is not on the Hub, or may not be read with this token.
+
+    Raises: PublishError if the base would run code of its own that nobody has allowed.
+    """
+    named = read_json(bundle.directory / "adapter_config.json")["base_model_name_or_path"]
+    if Path(named).is_dir():
+        folder = Path(named).resolve()
+        return Base(str(folder), None, trust_remote_code or only_our_code(named, folder))
+    api = HfApi(token=get_token())
     try:
-        return HfApi(token=get_token()).model_info(base).id
-    except (HfHubHTTPError, HFValidationError, httpx2.TransportError):
+        there = patiently(lambda: api.model_info(named), log)
+        if trust_remote_code:
+            return Base(there.id, there.sha, trust_remote_code=True)
+        with tempfile.TemporaryDirectory() as room:
+            for name in (sibling.rfilename for sibling in there.siblings or ()):
+                if "/" not in name and (name in HOLDERS_OF_CODE or name.endswith(".py")):
+                    download = partial(api.hf_hub_download, there.id, name, revision=there.sha, local_dir=room)
+                    patiently(download, log)
+            return Base(there.id, there.sha, only_our_code(there.id, Path(room)))
+    except (HfHubHTTPError, HFValidationError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code not in (401, 403, 404):
+            raise
         return None
 
 
-def brings_foreign_code(base: str) -> bool:
-    """Whether a model, a folder or a Hub id, comes with code that is not that of this bmtk; nothing of it is run."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(base)
-        if not folder.is_dir():
-            patterns = ["*.py", "*config.json"]
-            folder = Path(snapshot_download(base, allow_patterns=patterns, local_dir=scratch, token=get_token()))
-        holders = ("config.json", "tokenizer_config.json", *PROCESSOR)
-        if not any(read_json(folder / holder).get("auto_map") for holder in holders):
-            return False
-        ours = Path(__file__).parent.parent / "models"
-        return any(
-            not (ours / path.name).is_file() or path.read_bytes() != (ours / path.name).read_bytes()
-            for path in folder.glob("*.py")
-        ) or any("--" in str(read_json(folder / holder).get("auto_map", "")) for holder in holders)
+def only_our_code(name: str, folder: Path) -> bool:
+    """Whether a base needs code of its own, and all of it is bmtk's, byte for byte; False if it needs none.
 
-
-def check_publishing(repo_id: str | None, *, is_main: bool) -> None:
-    """Find out before a run what would stop `publish` after it: the name, the login, the right to write.
-
-    Only the main process asks, if there is a name.  A Hub that does not answer now may do so later: a warning.
-    Raises: PublishError.
+    Raises: PublishError for any other code, as its author decides what it does with what this process may read.
     """
-    if repo_id is None or not is_main:
-        return
-    check_repo_id(repo_id)
-    if get_token() is None:
-        raise PublishError(f"push_to_hub={repo_id}: not logged in to the Hub; {LOGIN}")
-    owner = repo_id.split("/")[0]
-    try:
-        found = HfApi(token=get_token()).whoami()
-    except OfflineModeIsEnabled as error:
-        raise PublishError(f"push_to_hub={repo_id}, but HF_HUB_OFFLINE is set; unset it, or leave one out") from error
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            raise PublishError(redact(explain(error, repo_id))) from error
-        logger.warning(
-            "the Hub answered %d, so the right to write to %s is not known", error.response.status_code, repo_id
-        )
-        return
-    except httpx2.TransportError as error:
-        logger.warning(
-            "the Hub does not answer now (%s); the model is to be pushed to %s", type(error).__name__, repo_id
-        )
-        return
-    names = [found["name"], *(org["name"] for org in found.get("orgs", ()))]
-    role = found.get("auth", {}).get("accessToken", {}).get("role")
-    if owner not in names or role == "read":
+    code, problems = code_files(folder)
+    foreign = sorted(file for file in code if not is_ours(folder / file))
+    if not code and not problems:
+        return False
+    if foreign or problems:
         raise PublishError(
-            f"push_to_hub={repo_id}: the token of {found['name']} may not write to {owner!r}; use a token with write "
-            f"access, or publish under {' or '.join(names)}"
+            f"the base model {name} comes with code of its own ({', '.join(foreign) or problems[0]}), which would run "
+            "here, with your token, to verify the adapter; nothing was sent. Read that code, then allow it with "
+            "--trust-remote-code (trust_remote_code in a recipe)"
         )
+    return True
 
 
-def record_here(bundle: Bundle, room: Path, base: str | None) -> None:
+def is_ours(path: Path) -> bool:
+    """Whether a code file is one that this version of bmtk saves with its models."""
+    original = OUR_CODE / path.name
+    return original.is_file() and path.is_file() and original.read_bytes() == path.read_bytes()
+
+
+def record_here(bundle: Bundle, room: Path, base: Base | None) -> None:
     try:
         record_outputs(bundle.directory, room, base)
     except Exception as error:  # the model's own code runs here and may raise anything
-        reason = redact(f"{type(error).__name__}: {error}")
+        reason = without_credentials(f"{type(error).__name__}: {error}")
         raise PublishError(f"{bundle.directory} does not load here, so nothing was sent: {reason}") from error
 
 
@@ -221,7 +199,7 @@ def push(bundle: Bundle, repo_id: str, private: bool, revision: str | None, mess
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     before = api.model_info(repo_id, revision=revision)
     if private and not before.private:
-        raise PublishError(f"{repo_id} exists and is public; make it private in its settings, or leave out `private`")
+        raise PublishError(public_already(repo_id))
     refuse_other_content(api, before, bundle)
     there = {sibling.rfilename for sibling in before.siblings or ()}
     stale = sorted(name for name in there - set(bundle.files) - NEUTRAL if is_allowed(name))
@@ -234,7 +212,7 @@ def push(bundle: Bundle, repo_id: str, private: bool, revision: str | None, mess
     except json.JSONDecodeError:  # validate-yaml reads its answer before looking at the status
         raise
     except ValueError as error:
-        raise PublishError(redact(f"the Hub refuses the files: {error}")) from error
+        raise PublishError(without_credentials(f"the Hub refuses the files: {error}")) from error
     return before
 
 
@@ -261,9 +239,19 @@ def verify_there(room: Path, pushed: ModelInfo, needs_token: bool, log: Log) -> 
     """Raise PublishError unless a clean process gets from the Hub what this one got from the folder."""
     log("loading it back in a clean process without bmtk ...")
     assert pushed.sha  # create_commit has set it
-    findings = verify(room, pushed.id, pushed.sha, get_token() if needs_token else None)
+    for pause in (*PAUSES, None):
+        findings = verify(room, pushed.id, pushed.sha, get_token() if needs_token else None)
+        if pause is None or not any(is_hub_fault(line) for line in findings):
+            break
+        log(f"the Hub could not be read; trying again in {pause:g} s")
+        time.sleep(pause)
+    if any(is_hub_fault(line) for line in findings):
+        raise PublishError(
+            f"the files are at {constants.ENDPOINT}/{pushed.id}, commit {pushed.sha}, but not verified, as "
+            f"{without_credentials(findings[0])}; run the same command again later to verify them"
+        )
     if findings:
-        lines = "\n".join(f"  - {redact(line)}" for line in findings)
+        lines = "\n".join(f"  - {without_credentials(line)}" for line in findings)
         raise PublishError(
             f"the files are at {constants.ENDPOINT}/{pushed.id}, commit {pushed.sha}, but not verified: loaded back "
             f"without bmtk they do not give what the folder gives.\n{lines}\n"
@@ -271,74 +259,12 @@ def verify_there(room: Path, pushed: ModelInfo, needs_token: bool, log: Log) -> 
         )
 
 
-def conclusion(bundle: Bundle, url: str, base: str | None, *, is_trusted: bool) -> str:
+def conclusion(bundle: Bundle, url: str, base: Base | None) -> str:
     """The last line of the log: published, and what was verified, or why it could not be."""
     if not bundle.is_adapter:
         return f"published: {url} (loads without bmtk, with the same outputs)"
     named = read_json(bundle.directory / "adapter_config.json")["base_model_name_or_path"]
     if base is None:
         return f"pushed, not verified: the adapter at {url} needs its base model {named}, which cannot be reached here"
-    if not is_trusted:
-        return (
-            f"pushed, not verified: the base {named} of the adapter at {url} brings its own code, which was not run; "
-            "read it, then push again with --trust-remote-code"
-        )
     advice = f"; its base {named} is a folder of this machine: publish that too, or nobody else can load the adapter"
-    return f"published: {url} (loads without bmtk, with the same outputs){advice if Path(base).is_dir() else ''}"
-
-
-def patiently(action: Callable[[], ModelInfo], log: Log) -> ModelInfo:
-    """Repeat what failed for a transient reason: no or half an answer, a server error, a concurrent commit."""
-    for pause in PAUSES:
-        try:
-            return action()
-        except (httpx2.TransportError, json.JSONDecodeError) as error:
-            reason = type(error).__name__
-        except HfHubHTTPError as error:
-            if error.response.status_code not in TRANSIENT:
-                raise
-            reason = f"the Hub answered {error.response.status_code}"
-            pause = max(pause, wanted_pause(error.response.headers.get("Retry-After")))
-        log(f"{reason}; trying again in {pause:g} s")
-        time.sleep(pause)
-    return action()
-
-
-def wanted_pause(retry_after: str | None) -> float:
-    """Seconds that the Hub asks to wait (RFC 9110: a number, or a date that is not read), at most a minute."""
-    return min(float(retry_after), LONGEST_PAUSE) if retry_after and retry_after.strip().isdecimal() else 0.0
-
-
-@contextmanager
-def plain_words(repo_id: str) -> Iterator[None]:
-    """Turn what the network and the Hub throw into PublishError with a remedy."""
-    try:
-        yield
-    except OfflineModeIsEnabled as error:
-        raise PublishError("HF_HUB_OFFLINE is set, so the Hub cannot be asked; unset it to publish") from error
-    except (httpx2.TransportError, json.JSONDecodeError) as error:
-        reason = redact(f"{type(error).__name__}: {error}")
-        remedy = "check the network, the proxy and HF_ENDPOINT, then run the same command again"
-        raise PublishError(f"cannot reach {constants.ENDPOINT} ({reason}); {remedy}") from error
-    except HfHubHTTPError as error:
-        raise PublishError(redact(explain(error, repo_id))) from error
-
-
-def explain(error: HfHubHTTPError, repo_id: str) -> str:
-    """The meaning of an error of the Hub, and what to do about it."""
-    status = error.response.status_code
-    remedies = {
-        401: f"the Hub does not accept the token; {LOGIN}",
-        403: f"the token may not write to {repo_id}; use a token with write access to {repo_id.split('/')[0]!r}, or "
-        "publish under your own name",
-        404: f"{repo_id} does not exist, or the token may not read it; check the name, the branch and the token",
-    }
-    trouble = "the Hub has a server error; run the same command again later" if status >= 500 else "the Hub refused"
-    answer = error.server_message or str(error).strip().splitlines()[0]
-    return f"{remedies.get(status, trouble)} (the Hub answered {status}: {answer})"
-
-
-def redact(text: str) -> str:
-    """The text without the active token and without anything shaped like a token."""
-    active = get_token()
-    return SECRET.sub("hf_***", text.replace(active, "hf_***") if active else text)
+    return f"published: {url} (loads without bmtk, with the same outputs){advice if Path(base.name).is_dir() else ''}"

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .secrets import REDACTED, SECRET_NAME, without_secrets
+from .credentials import REDACTED, without_credentials
 
+SECRET_NAME = r"(?:\w*(?:hub|hf|api|auth|access)[_-]?token|token|\w*(?:password|passwd|secret|api[_-]?key))"
 SECRET_ASSIGNED = re.compile(rf"(?i)(--{SECRET_NAME}[\s=]+|\b{SECRET_NAME}=)(\"[^\"]*\"|'[^']*'|\S+)")
 USER_HOME = re.compile(r"(?<![\w.~-])(?:/home/|/Users/|[A-Za-z]:\\Users\\)[^/\\\s\"']+|(?<![\w./~-])/root\b(?!-)")
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
@@ -32,7 +33,7 @@ def scrub_command(command: str) -> str:
 def scrub_text(text: str) -> str:
     """Redact access tokens, shorten paths (relative to here, else to ~) and replace what cannot be printed."""
     text = UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = without_secrets(text)
+    text = without_credentials(text)
     # The working folder comes first: it usually lies in the home folder, and is shortened to nothing there.
     for place, short in ((Path.cwd(), ""), (Path.home(), "~/")):
         if place != Path(place.anchor):

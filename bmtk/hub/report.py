@@ -18,12 +18,13 @@ from jinja2 import Environment, FileSystemLoader
 
 from bmtk.files import write_text
 
-from .card import TEMPLATES, data_rows, describe, environment_rows, metric_rows, procedure_rows, run_status, run_title
+from .card import TEMPLATES, data_rows, describe, environment_rows, procedure_rows, run_status, run_title
 from .formatting import (
     format_compact,
     format_number,
     format_seconds,
     is_baseline,
+    is_chosen,
     is_number,
     is_quality,
     metric_label,
@@ -33,12 +34,11 @@ from .formatting import (
     split_metric,
 )
 from .redaction import scrub_text
+from .results import baselines, metric_rows, ranked_metrics, worse_than_baseline
 from .run_record import RunRecord, read_history
 
 MAX_DRAWN = 1200  # points of one line; a longer one is drawn by the extremes of each stretch
 MAX_DOTS = 60  # points that are drawn and named one by one
-TILES = ("accuracy", "macro_f1", "f1", "loss", "perplexity", "bits_per_byte")  # in order of interest, three are shown
-SPLITS = ("test", "validation", "train")  # likewise of rows
 NOT_A_CHART = {"loss", "perplexity", "bits_per_byte"}  # drawn first; functions of the loss
 
 
@@ -57,15 +57,18 @@ def write_report(directory: str | Path) -> Path:
         title_parts=re.split(r"(?<=[a-z])(?=[A-Z])", run_title(run)),
         verdict=verdict(run, history.last_step),
         status=run_status(run, history.last_step),
+        warning=worse_than_baseline(run),
         tiles=tiles(run),
+        beside=beside(run),
         charts=charts(run, history),
         metrics=[row[1:] for row in metric_rows(run)],
+        samples=[(sample, embed_figure(sample) if "png_base64" in sample else None) for sample in run.samples],
         figures=[figure for figure in map(embed_figure, run.figures) if figure],
         data=data_rows(run),
         model=model_rows(run),
         procedure=procedure_rows(run),
         environment=environment_rows(run),
-        config=[(key, show(value)) for key, value in run.config.items()],
+        config=[(key, show(value)) for key, value in run.config.items() if is_chosen(key, value)],
     )
     path = Path(directory) / "report.html"
     write_text(path, text)
@@ -85,20 +88,6 @@ def verdict(run: RunRecord, last_step: float | None) -> str:
     return f"{sentence}: {results}." if results else f"{sentence}."
 
 
-def ranked_metrics(run: RunRecord) -> list[tuple[str, str, str]]:
-    """Return (key, label, shown value) of the metrics of quality: the main one first, then TILES; each by SPLITS."""
-    rows = [row for row in metric_rows(run) if is_quality(row[0]) and not is_baseline(row[0])]
-    interest = [run.description.main_metric, *TILES]
-
-    def rank(row: tuple[str, str, str]) -> tuple[int, ...]:
-        return tuple(
-            known.index(part) if part in known else len(known)
-            for part, known in zip(reversed(split_metric(row[0])), (interest, SPLITS), strict=True)
-        )
-
-    return sorted(rows, key=rank)
-
-
 def tiles(run: RunRecord) -> list[tuple[str, str]]:
     """Return (large figure, its name): at most three metrics of the same rows, the time and the speed."""
     ranked = [(split_metric(key)[0], shown, label) for key, label, shown in ranked_metrics(run)]
@@ -108,6 +97,12 @@ def tiles(run: RunRecord) -> list[tuple[str, str]]:
     if speed := speed_of(run.throughput):
         found.append((format_compact(speed[1]), speed[0].capitalize()))
     return found
+
+
+def beside(run: RunRecord) -> dict[str, list[tuple[str, str]]]:
+    """Return (baseline in words, shown value) for the label of each metric that has baselines."""
+    found = {label: baselines(run, key) for key, label, _ in ranked_metrics(run)}
+    return {label: [(words, format_number(value)) for words, value in values] for label, values in found.items()}
 
 
 def model_rows(run: RunRecord) -> list[tuple[str, str]]:

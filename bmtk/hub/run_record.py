@@ -8,8 +8,6 @@ import json
 import math
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -23,7 +21,7 @@ from bmtk.errors import UserError
 from bmtk.files import write_json
 
 from .formatting import is_number, plural
-from .redaction import scrub, scrub_command
+from .redaction import scrub, scrub_command, scrub_text
 
 RUN_RECORD = "run.json"
 
@@ -102,10 +100,11 @@ class RunRecord:
     model: ModelRecord = field(default_factory=ModelRecord)
     throughput: Mapping[str, Any] = field(default_factory=dict)  # "<units>_per_second" of training, "mfu"
     metrics: Mapping[str, Any] = field(default_factory=dict)  # "<split>/<metric>"
-    samples: list[dict[str, str]] = field(default_factory=list)  # "prompt" and "text"
+    samples: list[dict[str, str]] = field(default_factory=list)  # "prompt", "text"; "png_base64" of an image
     inference: Mapping[str, Any] = field(default_factory=dict)  # speed over the test rows
     figures: list[dict[str, Any]] = field(default_factory=list)  # "title", and "svg" or "png_base64"
-    license: str = ""  # of the model; only where somebody has written it into the file
+    license: str = ""  # of the model
+    language: list[str] = field(default_factory=list)  # of the model: ISO codes
 
     @classmethod
     def read(cls, directory: str | Path) -> "RunRecord":
@@ -129,9 +128,9 @@ class RunRecord:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "RunRecord":
         """Read the content of a `run.json` of any version or origin, redacted."""
-        figures = content.get("figures")  # binary or markup: never shown as text, so not scrubbed
-        run = scrub({key: value for key, value in content.items() if key != "figures"})
-        samples = run.get("samples") if isinstance(run.get("samples"), list) else []
+        figures, samples = content.get("figures"), content.get("samples")  # pictures: never text, so not scrubbed
+        run = scrub({key: value for key, value in content.items() if key not in ("figures", "samples")})
+        languages = run.get("language") if isinstance(run.get("language"), list) else []
         texts = ("bmtk_version", "recipe", "started_at", "license")
         sections = ("about", "data", "config", "environment", "throughput", "metrics", "inference")
         plain: dict[str, Any] = {name: str(run.get(name) or "") for name in texts}
@@ -141,23 +140,22 @@ class RunRecord:
             command=scrub_command(str(run.get("command") or "")),
             train_seconds=_number_or_none(run.get("train_seconds")),
             model=ModelRecord.from_json(_section(run, "model")),
-            samples=[
-                {key: str(sample.get(key) or "") for key in ("prompt", "text")}
-                for sample in samples
-                if isinstance(sample, dict)
-            ],
+            language=[str(code) for code in languages],
+            samples=_samples(samples) if isinstance(samples, list) else [],
             figures=[figure for figure in figures if isinstance(figure, dict)] if isinstance(figures, list) else [],
             **plain,
         )
 
     def write(self, directory: str | Path) -> Path:
         """Write `run.json` into a run folder, redacted, and return its path."""
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "license" or self.license}
-        figures = content.pop("figures")  # markup and pictures of our own making
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        content = {key: value for key, value in content.items() if key not in ("license", "language") or value}
+        figures, samples = content.pop("figures"), _samples(self.samples)  # with pictures of our own making
         content["model"] = self.model.to_json()
         redacted = scrub(json.loads(json.dumps(content, default=str)))
+        redacted |= {"command": scrub_command(self.command), "samples": samples, "figures": figures}
         path = Path(directory) / RUN_RECORD
-        write_json(path, {**redacted, "command": scrub_command(self.command), "figures": figures})
+        write_json(path, {f.name: redacted[f.name] for f in fields(self) if f.name in redacted})
         return path
 
     @property
@@ -179,6 +177,16 @@ class RunRecord:
     def mfu(self) -> float | None:
         """Model FLOPs utilisation of the training, between 0 and 1."""
         return _number_or_none(self.throughput.get("mfu"))
+
+
+def _samples(samples: list[Any]) -> list[dict[str, str]]:
+    """The samples with their texts redacted; a picture is kept as it is."""
+    found = []
+    for sample in samples:
+        if isinstance(sample, dict):
+            texts = {key: scrub_text(str(sample.get(key) or "")) for key in ("prompt", "text")}
+            found.append(texts | ({"png_base64": sample["png_base64"]} if "png_base64" in sample else {}))
+    return found
 
 
 def _section(run: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -259,14 +267,6 @@ def model_record(
         adapter=adapter,
         saved_as=saved_as,
     )
-
-
-def launch_command() -> str:
-    """The command line that repeats this run."""
-    script = Path(sys.argv[0])
-    if script.is_absolute() and script.is_relative_to(Path.cwd()):
-        script = script.relative_to(Path.cwd())
-    return shlex.join(["accelerate", "launch", str(script), *sys.argv[1:]])
 
 
 def now() -> str:

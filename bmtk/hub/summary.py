@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .formatting import format_number, format_seconds, is_number, metric_label, speed_of
+from .results import worse_than_baseline
 from .run_record import RunRecord
 
 
@@ -22,7 +23,8 @@ def run_summary(directory: str | Path, *, next_command: str) -> str:
         ("checkpoint", directory),
         ("report", directory / "report.html"),
     ]
-    return "\n".join(["", *samples, text_table(rows), "", f"next: {next_command}"])
+    warning = [f"note: {text}\n"] if (text := worse_than_baseline(run)) else []
+    return "\n".join(["", *warning, *samples, text_table(rows), "", f"next: {next_command}"])
 
 
 def run_plan(

@@ -11,6 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
+from dataclasses import asdict, dataclass
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -24,20 +26,31 @@ TASK_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+HUB_FAULT = 75  # exit status of the clean process where the Hub failed, not the files
+HUB_FAILED = "the Hub failed: "  # how such a finding begins
 KEPT_SETTINGS = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DOWNLOAD_TIMEOUT")
 
 
-def record_outputs(directory: Path, room: Path, base: str | None = None) -> None:
+@dataclass(frozen=True)
+class Base:
+    """The base model of an adapter: a path or Hub id, its commit on the Hub, and whether its own code may run."""
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def record_outputs(directory: Path, room: Path, base: Base | None = None) -> None:
     """Load the folder here, run it on seeded inputs, and leave inputs, outputs and facts in `room`.
 
-    base: for an adapter, its base model, as a path or Hub id; None for a whole model.
+    base: for an adapter, its base model; None for a whole model.
     Raises: whatever loading raises, and ValueError for weights that lack a part of the model.
     """
     from safetensors.torch import save_file
 
     names = {path.name for path in directory.iterdir()}
     plan = {
-        "base": base,
+        "base": asdict(base) if base else None,
         "num_labels": adapter_labels(directory) if base else None,
         "tokenizer": bool(names & {"tokenizer.json", "tokenizer_config.json"}),
         "processor": bool(names & {"preprocessor_config.json", "processor_config.json"}),
@@ -121,15 +134,16 @@ def whole_model(auto_name: str, source: str, plan: dict[str, Any], pinned: dict[
 
 
 def adapted_model(source: str, plan: dict[str, Any], pinned: dict[str, Any]) -> Any:
-    """The base model with the adapter on top."""
+    """The base model with the adapter on top; the base's own code runs only where the plan allows it."""
     import transformers
     from peft import PeftConfig, PeftModel
 
     revision = pinned.get("revision")
     peft_config = PeftConfig.from_pretrained(source, revision=revision)
     auto_class = getattr(transformers, TASK_CLASSES.get(peft_config.task_type, "AutoModel"))
-    options = {"num_labels": plan["num_labels"]} if plan["num_labels"] else {}
-    base = auto_class.from_pretrained(plan["base"], trust_remote_code=True, **options)
+    options: dict[str, Any] = {"num_labels": plan["num_labels"]} if plan["num_labels"] else {}
+    options |= {"trust_remote_code": plan["base"]["trust_remote_code"], "revision": plan["base"]["revision"]}
+    base = auto_class.from_pretrained(plan["base"]["name"], **options)
     return PeftModel.from_pretrained(base, source, revision=revision)
 
 
@@ -180,7 +194,28 @@ def verify(room: Path, repo_id: str, commit: str, token: str | None) -> list[str
     if run.returncode == 0 and findings.is_file():
         return json.loads(findings.read_text(encoding="utf-8"))
     last = run.stderr.strip().splitlines()[-3:] or [f"the process ended with code {run.returncode}"]
-    return ["loading failed: " + " | ".join(line.strip() for line in last)]
+    start = HUB_FAILED if run.returncode == HUB_FAULT else "loading failed: "
+    return [start + " | ".join(line.strip() for line in last)]
+
+
+def is_hub_fault(finding: str) -> bool:
+    """Whether loading failed because the Hub was busy, broken or out of reach, and not because of the files."""
+    return finding.startswith(HUB_FAILED)
+
+
+def caused_by_hub(error: BaseException | None) -> bool:
+    """Whether an exception, or what it was raised from, is a fault of the Hub or of the network."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            status = error.response.status_code
+            return status in (408, 429) or status >= 500
+        if isinstance(error, httpx2.TransportError | ConnectionError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def clean_environment(room: Path, token: str | None) -> dict[str, str]:
@@ -220,10 +255,24 @@ def compare(
 def main(repo_id: str, commit: str) -> None:
     """In the clean process: load, compare with what the folder gave, leave findings.json."""
     sys.meta_path.insert(0, WithoutBmtk())
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
     from safetensors.torch import load_file
 
+    def with_timeout() -> Any:  # the Hub's own client waits for an answer for ever
+        client = default_client_factory()
+        client.timeout = float(os.environ.get("BMTK_HUB_TIMEOUT", 60))
+        return client
+
+    set_client_factory(with_timeout)
     expected = json.loads(Path("plan.json").read_text(encoding="utf-8"))
-    facts, outputs = observe(repo_id, expected["plan"], load_file("inputs.safetensors"), commit)
+    try:
+        facts, outputs = observe(repo_id, expected["plan"], load_file("inputs.safetensors"), commit)
+    except Exception as error:
+        if not caused_by_hub(error):
+            raise
+        traceback.print_exc()
+        sys.exit(HUB_FAULT)
     findings = compare(expected["facts"], facts, load_file("outputs.safetensors"), outputs)
     Path("findings.json").write_text(json.dumps(findings), encoding="utf-8")
 

@@ -10,6 +10,7 @@ import transformers
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES as ZERO_SHOT_IMAGE_CLASSIFIERS,  # lacks the dual encoder
 )
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
 from .configuration_bm_cnn import BmCnnConfig
 from .configuration_bm_rnn import BmRnnConfig
@@ -43,3 +44,6 @@ def register_image_processor() -> None:
         transformers.AutoImageProcessor.register(
             config_class, image_processor_classes={"pil": BmImageProcessor}, exist_ok=True
         )
+        # pipeline() guesses a video processor from the AutoImageProcessor in auto_map and would ask whether to run its
+        # code; an entry without a class says that there is none (transformers 5.23).
+        VIDEO_PROCESSOR_MAPPING.register(config_class, {}, exist_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import PIL.Image
 from matplotlib.figure import Figure
 
 MOST_NAMES = 40  # labels that are named on an axis
@@ -94,6 +95,13 @@ def spectrograms(recordings: Sequence[np.ndarray], names: Sequence[str], rate: i
     figure.supxlabel("seconds", fontsize=9)
     figure.supylabel("kHz", fontsize=9)
     return as_png(figure, "Spectrograms of the worst recordings")
+
+
+def png_of_pixels(image: np.ndarray) -> str:
+    """An image (C, H, W), uint8, of one channel or three, as a PNG file in base64."""
+    with io.BytesIO() as file:
+        PIL.Image.fromarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)).save(file, "PNG")
+        return base64.b64encode(file.getvalue()).decode()
 
 
 def image_grid(

@@ -13,10 +13,11 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig
 from bmtk.errors import UserError
 from bmtk.settings import setting
 
-from .figures import image_grid
+from .figures import image_grid, png_of_pixels
 from .images import AugmentedImageArguments, ImageData, ImageObjective, PixelRows
 from .label_types import LabelType
 from .row_classification import RowClassificationArguments, RowLabels, RowScorer
+from .scorer import spread_and_worst
 from .task import Criterion, Prediction, Task
 
 WORST = 24  # images of the figure
@@ -112,6 +113,12 @@ class ImageClassificationScorer(RowScorer):
 
     def shown(self, rows: PixelRows, row: int) -> str:
         return str(rows.rows.rows[row]["image"]["path"] or f"row {row + 1}")
+
+    def samples(self, predictions: Sequence[Prediction], rows: PixelRows, count: int = 4) -> list[dict[str, str]]:
+        """Each with its image, as the model sees it before pixels are normalised."""
+        images = rows.pixels(spread_and_worst(predictions, count))
+        found = zip(super().samples(predictions, rows, count), images, strict=True)
+        return [{**sample, "png_base64": png_of_pixels(image)} for sample, image in found]
 
     def figures(self, predictions: Sequence[Prediction], rows: PixelRows) -> list[dict[str, str]]:
         """The confusion matrix, and the images whose label was given the least probability."""

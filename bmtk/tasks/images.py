@@ -3,6 +3,7 @@
 B images, C channels, H x W pixels.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -150,8 +151,23 @@ class ImageObjective(Objective):
         self.image_processor.image_mean, self.image_processor.image_std, self._scale = mean, deviation, None
         self.notes.append(f"pixels are normalised by those of the training images: mean {mean}, deviation {deviation}")
 
+    def next_command(self, directory: Path) -> str:
+        """`pipeline` on an image of the data; where images lie in tables, their evaluation: both run as they stand."""
+        if self._example_path() is None:
+            return f"accelerate launch recipes/evaluate.py --model {directory}"
+        return super().next_command(directory)
+
     def example_input(self) -> str:
-        return "'an_image.png'"
+        return repr(self._example_path() or "an_image.png")
+
+    def _example_path(self) -> str | None:
+        """The file of the first image that is measured on, if it has a file whose name needs no quoting."""
+        rows = self.rows.get("test", self.rows.get("validation"))
+        while rows is not None and not isinstance(rows, Dataset):
+            rows = getattr(rows, "rows", None)
+        image = rows[0].get("image") if rows else None
+        path = image.get("path") if isinstance(image, dict) else None
+        return path if path and re.fullmatch(r"[\w./ -]+", path) and Path(path).is_file() else None
 
 
 def rows_with_images(table: Dataset, where: str, args: ImageArguments, notes: list[str]) -> Dataset:

@@ -129,10 +129,11 @@ class PatchedTrainer(Trainer):
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load
         if self.average:
             self.average.save(folder)
+        state: Any = self.state
         items = (*self.callback_handler.callbacks, self.control)
-        self.state.stateful_callbacks = [item for item in items if isinstance(item, ExportableState)]
-        self.state.__post_init__()  # type: ignore[no-untyped-call]  # their states in place of them
-        self.state.save_to_json(str(folder / "trainer_state.json"))  # type: ignore[no-untyped-call]
+        state.stateful_callbacks = [item for item in items if isinstance(item, ExportableState)]
+        state.__post_init__()  # their states in place of them
+        state.save_to_json(str(folder / "trainer_state.json"))
         dump_json(folder / BATCH, {"num_processes": self.args.world_size, "rows_per_step": self._rows_per_step})
 
     @property
@@ -141,8 +142,9 @@ class PatchedTrainer(Trainer):
 
     def _num_bytes(self) -> int:
         """About how much a checkpoint of Adam takes."""
-        trained = [parameter.requires_grad for parameter in self.model.parameters()]
-        sizes = [parameter.numel() * parameter.element_size() for parameter in self.model.parameters()]
+        model: Any = self.model
+        trained = [parameter.requires_grad for parameter in model.parameters()]
+        sizes = [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
         return sum(size * (3 if is_trained else 1) for size, is_trained in zip(sizes, trained, strict=True))
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from bmtk.hub import formatting
+from bmtk.hub import card, formatting
 from bmtk.hub.card import describe, write_card
 from bmtk.hub.redaction import scrub
 from bmtk.hub.run_record import RunRecord
@@ -109,14 +109,14 @@ def test_hub_ids_are_linked_and_local_paths_are_not(tmp_path):
 
 def test_a_translator_is_used_by_generate_as_there_is_no_pipeline_for_it(tmp_path):
     about = {"pipeline_tag": "translation", "auto_class": "AutoModelForSeq2SeqLM", "noun": "translator"}
-    card = card_of(tmp_path, {**RUN, "about": about, "samples": [{"prompt": 'Ein "Hund"', "text": " -> a dog"}]})
-    code = card.split("```python\n")[1].split("```")[0].splitlines()
+    text = card_of(tmp_path, {**RUN, "about": about, "samples": [{"prompt": 'Ein "Hund"', "text": " -> a dog"}]})
+    code = text.split("```python\n")[1].split("```")[0].splitlines()
     assert code[1] == "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer"
     assert code[-2:] == [
         'inputs = tokenizer(["Ein \\"Hund\\""], return_tensors="pt")',
         "print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))",
     ]
-    assert "pipeline(" not in card
+    assert "pipeline(" not in text
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,40 @@ def test_nan_is_shown_and_kept_out_of_the_model_index(tmp_path):
     assert "| Validation loss | NaN |" in text
     metrics = ModelCard(text).data.to_dict()["model-index"][0]["results"][0]["metrics"]
     assert [metric["type"] for metric in metrics] == ["accuracy"]
+
+
+def test_licence_and_languages_of_the_model_reach_the_metadata(tmp_path):
+    data = ModelCard(card_of(tmp_path, {**RUN, "license": "mit", "language": ["en"]})).data
+    assert (data.license, data.language) == ("mit", "en")
+    data = ModelCard(card_of(tmp_path, {**RUN, "language": ["zh-Hant", "de", "not a code"]})).data
+    assert (data.license, data.language) == (None, ["zh-Hant", "de"])
+
+
+def test_the_way_to_install_is_one_that_works(tmp_path, monkeypatch):
+    text = card_of(tmp_path, RUN)
+    assert "pip install big-model-toolkit" not in text
+    assert "`pip install .` in a copy of its source" in text
+    monkeypatch.setattr(card, "install_command", lambda: 'pip install "git+https://example.org/x@abc"')
+    assert '(`pip install "git+https://example.org/x@abc"`)' in card_of(tmp_path, RUN)
+
+
+def test_numbers_that_stand_for_unset_are_no_settings(tmp_path):
+    config = {"max_steps": -1, "num_train_steps": None, "optimizer": "auto", "weight_decay": 0.0, "seed": 0}
+    text = card_of(tmp_path, {**RUN, "config": {**config, "micro_batch_size": 0}})
+    assert "| weight_decay | 0.0 |" in text
+    assert "| seed | 0 |" in text
+    assert not [name for name in ("max_steps", "num_train_steps", "optimizer", "micro_batch_size") if name in text]
+
+
+def test_a_model_that_a_baseline_beats_says_so(tmp_path):
+    about = {**RUN["about"], "main_metric": "mse"}
+    worse = {**RUN, "about": about, "metrics": {"test/mse": 1.4, "test/naive_mse": 1.294, "validation/naive_mse": 9.0}}
+    assert "**A baseline without a model does better: test MSE 1.4, last value 1.294.**" in card_of(tmp_path, worse)
+    better = {**worse, "metrics": {**worse["metrics"], "test/mse": 1.2}}
+    assert "baseline" not in card_of(tmp_path, better)
+    about = {**RUN["about"], "main_metric": "accuracy"}
+    accuracy = {**RUN, "about": about, "metrics": {"test/accuracy": 0.5, "test/majority_accuracy": 0.6}}
+    assert "test accuracy 0.5, majority class 0.6" in card_of(tmp_path, accuracy)
 
 
 def test_an_empty_run_still_makes_a_card(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -97,6 +98,58 @@ def test_the_page_tells_the_run_in_one_sentence_and_large_figures(tmp_path):
     assert "Interrupted" not in page.text
     for shown in ("54.1 k", "2M", "301,966 tokens", "accelerate launch", "num_train_steps", "2.13.0"):
         assert shown in page.text
+
+
+def test_results_come_first_and_curves_are_folded(tmp_path):
+    text = page_of(tmp_path, {**RUN, "figures": [{"title": "f", "png_base64": PNG}]}, simulated_history(60))
+    places = [text.index(part) for part in ('class="tiles"', ">Figures<", ">Samples<", ">Curves<", ">Results<")]
+    assert places == sorted(places)
+    assert [attrs for tag, attrs in Page(text).tags if tag == "details"] == [{}, {}]  # curves, configuration
+    interrupted = Page(page_of(tmp_path, {**RUN, "metrics": {}}, simulated_history(60)))
+    assert [attrs for tag, attrs in interrupted.tags if tag == "details"] == [{"open": None}, {}]
+
+
+def test_baselines_stand_beside_the_tiles_of_their_metric(tmp_path):
+    metrics = {"test/mse": 1.4, "test/mae": 0.5, "test/naive_mse": 1.294, "test/seasonal_naive_mse": 1.5}
+    run = {**RUN, "about": {"noun": "forecaster", "main_metric": "mse"}, "metrics": metrics}
+    text = page_of(tmp_path, run, [])
+    tile = (
+        '<dt>Test MSE</dt><dd>1.4</dd><dd class="beside">last value 1.294</dd><dd class="beside">last season 1.5</dd>'
+    )
+    assert f"{tile}</div>" in text
+    assert "<dt>Test MAE</dt><dd>0.5</dd></div>" in text
+    warning = "A baseline without a model does better: test MSE 1.4, last value 1.294."
+    assert text.index(warning) < text.index('class="verdict"')
+
+
+def test_settings_without_a_value_are_left_out(tmp_path):
+    config = {"max_steps": -1, "eval_steps": 0, "a": None, "precision": "auto", "tags": [], "seed": 0, "dropout": 0.0}
+    page = page_of(tmp_path, {**RUN, "config": {**config, "use_cache": False}}, [])
+    table = page[page.index("Configuration") :]
+    assert re.findall(r'<th scope="row">(\w+)</th>', table) == ["seed", "dropout", "use_cache"]
+    assert "3 settings that have a value" in table
+
+
+def test_a_sample_shows_its_image(tmp_path):
+    samples = [{"prompt": "/home/ann/row 1", "text": " -> circle", "png_base64": PNG}, {"prompt": "b", "text": "c"}]
+    page = Page(page_of(tmp_path, {**RUN, "samples": samples}, []))
+    assert [attrs["src"] for tag, attrs in page.tags if tag == "img"] == [f"data:image/png;base64,{PNG}"]
+    assert "/home/ann" not in page.text
+    bad = Page(page_of(tmp_path, {**RUN, "samples": [{"prompt": "a", "text": "b", "png_base64": "no!"}]}, []))
+    assert not [tag for tag, _ in bad.tags if tag == "img"]
+
+
+def test_a_narrow_screen_scrolls_no_page(tmp_path):
+    """Without a browser: what is wide scrolls in its own box, and nothing but labels of curves refuses to break."""
+    style = (report.TEMPLATES / "report_style.html").read_text(encoding="utf-8")
+    rules = dict(re.findall(r"(?m)^(\S[^{\n]*) \{([^}]*)\}", style))
+    assert "overflow-x: auto" in rules[".scroll"]
+    assert "overflow-x: auto" in rules[".picture"]
+    assert "overflow-wrap: anywhere" in style[style.index("body {") : style.index("h1 {")]
+    unbroken = [name for name, rule in rules.items() if "nowrap" in rule]
+    assert unbroken == [".plot span", "th"]
+    narrow = style[style.index("max-width: 46rem") :]
+    assert "th { white-space: normal" in narrow
 
 
 def test_samples_keep_their_white_space_and_their_angle_brackets(tmp_path):

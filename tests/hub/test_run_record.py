@@ -7,7 +7,7 @@ import pytest
 
 from bmtk.errors import UserError
 from bmtk.hub import finalize
-from bmtk.hub.finalize import FinishedRun, finalize_run
+from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run
 from bmtk.hub.run_record import ModelRecord, RunRecord, TaskDescription
 
 MODEL = ModelRecord("BertModel", "bert", 10, "google-bert/bert-base-uncased", "lora", "adapter")
@@ -45,6 +45,16 @@ def test_the_file_has_one_order_and_reads_back_as_it_was_written(tmp_path):
     assert RunRecord.read(tmp_path) == RECORD
     assert replace(RECORD, license="mit").write(tmp_path) == path
     assert RunRecord.read(tmp_path).license == "mit"
+
+
+def test_pictures_and_languages_are_kept_as_they_are(tmp_path):
+    sample = {"prompt": "/home/ann/x", "text": "b", "png_base64": "iVBOR/root/+/home/ann=="}
+    replace(RECORD, samples=[sample], language=["en"]).write(tmp_path)
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert content["samples"] == [{**sample, "prompt": "~/x"}]
+    assert content["language"] == ["en"]
+    read = RunRecord.read(tmp_path)
+    assert (read.samples, read.language) == (content["samples"], ["en"])
 
 
 def test_what_a_model_lacks_is_null_but_how_it_was_saved_is_left_out():
@@ -126,6 +136,8 @@ class Settings:
     push_to_hub: str | None = None
     private: bool = True
     trust_remote_code: bool = False
+    license: str | None = None
+    language: list | None = None
 
 
 def finished() -> FinishedRun:
@@ -146,6 +158,19 @@ def test_a_finished_run_leaves_its_record_card_report_and_recipe(tmp_path):
     assert content["samples"] == [{"prompt": "a", "text": "b"}]
     assert (tmp_path / "recipe.yaml").read_text() == "seed: 1\ncontext_length: 7\n"
     assert f"next: predict --model {tmp_path.name}" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"language": ["English"]}, "language='English' is no language code"),
+        ({"license": " "}, "license=' ' has no name in it"),
+    ],
+)
+def test_what_no_card_can_hold_is_refused_before_the_run(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_publishing(Settings(**settings), log=str)
+    check_publishing(Settings(license="mit", language=["en", "zh-Hant"]), log=str)
 
 
 def test_a_finished_run_is_published_where_its_settings_ask_for_it(tmp_path, monkeypatch):
