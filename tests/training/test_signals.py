@@ -43,16 +43,19 @@ def test_a_signal_outside_of_training_ends_the_process_in_order(number, code, ca
 @CODES
 def test_a_process_that_is_busy_outside_of_python_is_ended(number, code, monkeypatch):
     monkeypatch.setattr(signals, "GRACE_SECONDS", 0.2)
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         with ending_signals():
+            os.write(writing, b"x")
             hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)  # minutes, without a look at signals
         os._exit(0)
-    time.sleep(0.5)
+    os.read(reading, 1)
+    time.sleep(0.1)
     started = time.monotonic()
     os.kill(child, number)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 @CODES
