@@ -18,16 +18,25 @@ BLOCK = 16  # positions of a block of the scan, which are computed sequentially
 CLOSED = 1e4  # a sigmoid is exactly 1 here and exactly 0 at its negative; float16 can hold it
 
 
+def are_whole_rows(is_real: torch.Tensor, is_start: torch.Tensor, *, has_state: bool) -> bool:
+    """Whether there is neither padding nor a boundary between documents; reads the data, as no graph can."""
+    first = 0 if has_state else 1  # without an initial state, a start in the first column changes nothing
+    return bool(is_real.all() and not is_start[:, first:].any())
+
+
 class Documents:
     """Masks (B, L) of the positions that are not padding, and of the first position of each document.
 
     Padding must not change the state, and the first token of a document must not depend on it.  `keeps_state`: whether
-    the state after the row is needed; `may_start`: whether any position but the first may start a document.
+    the state after the row is needed; `may_start`: whether any position may start a document; `has_state`: whether
+    rows go on from an earlier state.
     """
 
-    def __init__(self, is_real: torch.Tensor, is_start: torch.Tensor, *, keeps_state: bool = True, may_start=True):
+    def __init__(
+        self, is_real: torch.Tensor, is_start: torch.Tensor, *, keeps_state=True, may_start=True, has_state=True
+    ):
         self.is_real, self.is_start = is_real, is_start
-        self.keeps_state, self.may_start = keeps_state, may_start
+        self.keeps_state, self.may_start, self.has_state = keeps_state, may_start, has_state
 
     @classmethod
     def find(
@@ -48,10 +57,15 @@ class Documents:
             is_real = attention_mask[:, -length:].to(torch.bool)
         if position_ids is not None:
             is_start = (position_ids == 0) & is_real
-        first = 0 if has_state else 1  # without an initial state, a start in the first column changes nothing
-        if not torch.compiler.is_compiling() and is_real.all() and not is_start[:, first:].any():
+        if not torch.compiler.is_compiling() and are_whole_rows(is_real, is_start, has_state=has_state):
             return None
-        return cls(is_real, is_start, keeps_state=keeps_state, may_start=position_ids is not None)
+        may_start = position_ids is not None
+        return cls(is_real, is_start, keeps_state=keeps_state, may_start=may_start, has_state=has_state)
+
+    @cached_property
+    def are_whole_rows(self) -> bool:
+        """Known after all where a graph is left; all layers ask once."""
+        return are_whole_rows(self.is_real, self.is_start, has_state=self.has_state)
 
     @cached_property
     def packing(self) -> "Packing":
@@ -177,18 +191,26 @@ class TorchRecurrence(nn.Module):
 
     def forward(self, x: torch.Tensor, state=None, documents: Documents | None = None):
         """x (B, L, D), state ((B, U), (B, U or 0)) -> y (B, L, U), state after the last real token of each row."""
-        batch, length = x.shape[:2]
         if self.has_cell and torch.is_autocast_enabled(x.device.type):
             # Autocast alone does not cast here: torch passes float32 rows and bfloat16 weights to oneDNN, which fails.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if state is None:
-            state = x.new_zeros(batch, self.units), x.new_zeros(batch, self.units if self.has_cell else 0)
+            state = (x.new_zeros(x.shape[0], units) for units in (self.units, self.units if self.has_cell else 0))
+            state = tuple(state)
+        if not torch.compiler.is_compiling():
+            return self._read(x, state, documents)
+        if self.training and not torch.compiler.is_exporting():
+            # A compiler unrolls a kernel position by position, which takes it minutes for forward and backward.
+            return self._read_outside_of_graphs(x, state, documents)
         if documents is None:
             return self._run(x, state)
-        if torch.compiler.is_compiling():
-            run = self._run_steps if documents.may_start else self._run_to_the_left
-            return run(x, state, documents)
-        packing = documents.packing
+        return (self._run_steps if documents.may_start else self._run_to_the_left)(x, state, documents)
+
+    def _read(self, x: torch.Tensor, state, documents: Documents | None):
+        """By the kernel that is fastest for these data."""
+        if documents is None or documents.are_whole_rows:
+            return self._run(x, state)
+        packing, (batch, length) = documents.packing, x.shape[:2]
         y = x.new_zeros(batch * length, self.units)
         if len(packing.position):
             before = tuple(s[packing.rows].masked_fill(packing.is_fresh[:, None], 0) for s in state)
@@ -200,6 +222,8 @@ class TorchRecurrence(nn.Module):
                 s.to(a.dtype).index_copy(0, rows, a[packing.is_last]) for s, a in zip(state, after, strict=True)
             )
         return y.view(batch, length, self.units), state
+
+    _read_outside_of_graphs = torch.compiler.disable(_read)
 
     def _prefers_rows(self, documents: Documents, device: torch.device) -> bool:
         """Whether padded documents are faster than a PackedSequence.
@@ -265,10 +289,11 @@ class TorchRecurrence(nn.Module):
             hidden, cell, found = state[0][direction], state[1][direction], []
             for t in range(x.shape[1]):
                 is_real, is_start = turned.is_real[:, t, None], turned.is_start[:, t, None]
+                # Also at padding, which backwards may stand where a document is left.
                 before = hidden.masked_fill(is_start, 0), cell.masked_fill(is_start, 0)
                 after = self.rnn.cell(steps[:, t], before if self.has_cell else before[0], *weights)
                 after = after if self.has_cell else (after, cell)
-                hidden, cell = (a.to(dtype).where(is_real, b) for a, b in zip(after, (hidden, cell), strict=True))
+                hidden, cell = (a.to(dtype).where(is_real, b) for a, b in zip(after, before, strict=True))
                 found.append(hidden.masked_fill(~is_real, 0))
             outputs.append(torch.stack(found if direction == 0 else found[::-1], dim=1))
             ends.append((hidden, cell))

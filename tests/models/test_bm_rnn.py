@@ -819,29 +819,27 @@ def test_a_compiled_model_gives_the_same_logits_and_gradients(cell):
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "both-ways"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_graph_made_without_looking_at_data_reads_padding_documents_and_states_as_they_are(cell, is_causal):
-    """One graph for all rows: real tokens are found by indices, not by what a mask holds when it is made."""
-    trunk = AutoModel.from_config(small(cell, is_causal=is_causal, num_hidden_layers=1)).eval()
-    compiled = torch.compile(trunk, backend="eager", fullgraph=True)
-    ids, mask = tokens(4, 6), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 1]])
-    restarts = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 0, 1, 0, 1, 0], [0, 1, 0, 1, 2, 0]])
-    for given in (
-        {"attention_mask": mask},
-        {"position_ids": restarts},
-        {"attention_mask": mask, "position_ids": restarts},
-    ):
+def test_what_a_graph_computes_without_looking_at_data_equals_what_rows_with_known_padding_give(
+    cell, is_causal, monkeypatch
+):
+    """The same operations for all rows, here called as they are; tests of compiled and exported graphs trace them."""
+    trunk = AutoModel.from_config(small(cell, is_causal=is_causal, num_hidden_layers=2)).eval()
+    ids, mask = tokens(5, 6), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 1], [0] * 5 + [1], [0] * 6])
+    restarts = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 0, 1, 0, 1, 0], [0, 1, 0, 1, 2, 0], [0] * 6])
+    masked, packed = {"attention_mask": mask}, {"position_ids": restarts}
+    for given in (masked, packed, masked | packed):
         found = []
-        for one in (trunk, compiled):
+        for blind in (False, True):
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda blind=blind: blind)
             trunk.zero_grad()
-            torch.manual_seed(3)
-            outputs = one(ids, **given, output_state=True, use_cache=False)
-            state = outputs.final_state if "position_ids" not in given or is_causal else torch.zeros(())
-            (outputs.last_hidden_state.pow(2).sum() + state.pow(3).sum()).backward()
-            found.append(
-                [outputs.last_hidden_state.detach(), state.detach(), *(p.grad.clone() for p in trunk.parameters())]
-            )
-        for theirs, mine in zip(*found, strict=True):
-            assert is_close(theirs, mine, 1e-5)
+            outputs = trunk(ids, **given, output_state=True, use_cache=False)
+            states = [outputs.last_hidden_state]
+            if is_causal or given is masked:  # of several documents read both ways there is no one state
+                states.append(outputs.final_state)
+            sum(state.pow(3).sum() for state in states).backward()
+            found.append([*(state.detach() for state in states), *(p.grad.clone() for p in trunk.parameters())])
+        for expected, mine in zip(*found, strict=True):
+            assert is_close(mine, expected, 1e-5)
 
 
 LORA = {
