@@ -230,7 +230,7 @@ def test_a_model_that_a_baseline_beats_says_so(tmp_path):
     worse = {**RUN, "about": about, "metrics": {"test/mse": 1.4, "test/naive_mse": 1.294, "validation/naive_mse": 9.0}}
     assert "**A baseline without a model does better: test MSE 1.4, last value 1.294.**" in card_of(tmp_path, worse)
     better = {**worse, "metrics": {**worse["metrics"], "test/mse": 1.2}}
-    assert "baseline" not in card_of(tmp_path, better)
+    assert "A baseline" not in card_of(tmp_path, better)
     about = {**RUN["about"], "main_metric": "accuracy"}
     accuracy = {**RUN, "about": about, "metrics": {"test/accuracy": 0.5, "test/majority_accuracy": 0.6}}
     assert "test accuracy 0.5, majority class 0.6" in card_of(tmp_path, accuracy)
