@@ -17,7 +17,7 @@ from typing import Any
 
 import datasets
 import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
@@ -74,7 +74,6 @@ def main(argv: list[str]) -> None:
     is_main, started_at = args.process_index == 0, run_record.now()
     if is_main and not run.is_plan:
         check_publishing(run, log=print)
-    PartialState().print("reading the data ...", flush=True)
     with args.main_process_first():
         data = task.read(data_args, seed=args.seed, **run.reading)
     set_seed(args.seed)
