@@ -8,15 +8,12 @@ Types come from the dataclasses (`1e-3` is a number, although YAML reads a strin
 suggestion.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import inspect
-import io
 import json
 import os
 import re
-import sys
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -26,9 +23,9 @@ from typing import Any, cast
 import yaml
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from bmtk.errors import UserError, fault_report, user_message
+from bmtk.errors import UserError
 from bmtk.option_help import FirstScreen, OptionParser, help_topic, shown_default
-from bmtk.settings import setting
+from bmtk.settings import set_in_file, setting
 
 # Sources of a run's data, and their names for the model card: the command line replaces all of them or none.
 SOURCE_KEYS = frozenset(("dataset", "train_file", "validation_file", "test_file"))
@@ -119,18 +116,14 @@ class RunArguments:
         return {"model": self.model, "splits": splits, "is_plan": self.is_plan, **self.loading}
 
 
-_origins: dict[str, Path] = {}  # the file that has set a key, for messages about its value
-
-
 class RunConfig:
     """The flat values of a run: a YAML file and the command line over it."""
 
     def __init__(self, file_values: dict[str, object], argv: list[str], path: Path | None = None):
         self.path = path
-        given = dict(_cli_pairs(argv))
-        unset = {key for key, value in given.items() if value == UNSET}
+        unset = {key for key, value in _cli_pairs(argv) if value == UNSET}
         self.argv = [re.sub(r"^(--\w+=)?~/", rf"\1{Path.home()}/", text) for text in _without_unset(argv)]
-        self.cli_values = {key: value for key, value in given.items() if key not in unset}
+        self.cli_values = dict(_cli_pairs(self.argv))
         self.file_values = {key: _at_home(value) for key, value in file_values.items() if key not in unset}
 
     @classmethod
@@ -186,8 +179,7 @@ class RunConfig:
         if (topic := help_topic(self.argv)) is not None:
             parser.show_help(topic, FIRST_SCREEN)
         self._refuse_unknown([f for cls in classes for f in dataclasses.fields(cls)])
-        _origins.clear()
-        _origins.update({key: self.path for key in self.file_values if self.path and key not in self.cli_values})
+        set_in_file(self.path, self.file_values.keys() - self.cli_values.keys())
         in_file = [text for key, value in self.file_values.items() for text in _as_argv(key, value)]
         return list(parser.parse_args_into_dataclasses([*in_file, *self.argv], look_for_args_file=False))
 
@@ -327,41 +319,6 @@ def read_yaml(path: Path) -> dict[str, object]:
     return values
 
 
-@contextlib.contextmanager
-def clean_errors() -> Iterator[None]:
-    """Turn an exception into exit status 1: one message for what the user can mend, else a report with its traceback.
-
-    BMTK_DEBUG=1 lets every exception through.  A process that ends in order leaves its process group first.
-    """
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter is no reason to end a run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-        leave_process_group()
-    except SystemExit:  # a run that was asked to stop
-        leave_process_group()
-        raise
-    except Exception as error:
-        if os.environ.get("BMTK_DEBUG"):
-            raise
-        message = user_message(error)
-        if message is None:
-            sys.stderr.write(fault_report(error))
-        else:
-            rank = os.environ.get("RANK", "0")
-            message += origin_of_value(message)
-            prefix = "error" if rank == "0" else f"error (process {rank})"
-            sys.stderr.write(f"\n{prefix}: {message}\n  (BMTK_DEBUG=1 shows where this was raised)\n")
-        sys.exit(1)
-
-
-def origin_of_value(message: str) -> str:
-    """A line that says which config file has set the values that `message` is about; "" if none has."""
-    named = [key for key in re.findall(r"\b(\w+)=", message) if key in _origins]
-    return f"\n  ({named[0]} is set by {_origins[named[0]]})" if named else ""
-
-
 def with_shipped_data(values: dict[str, object], recipes: Path) -> dict[str, object]:
     """Values of a config file, whose paths `recipes/data/...` are found also where the working folder is no clone."""
 
@@ -374,17 +331,6 @@ def with_shipped_data(values: dict[str, object], recipes: Path) -> dict[str, obj
         return str(shipped) if shipped.exists() else value
 
     return {key: found(value) for key, value in values.items()}
-
-
-def leave_process_group() -> None:
-    """Close the connections to the other processes of the run, if there are any.
-
-    Without it the threads of gloo are alive when the interpreter ends, and about one process in twenty-five ends with
-    SIGABRT ("terminate called without an active exception") after its work is done.
-    """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def _config_class(model_type: str) -> Any:

@@ -24,6 +24,7 @@ from bmtk import arguments
 from bmtk.errors import UserError
 from bmtk.files import write_json
 from bmtk.hub import run_record, summary
+from bmtk.process import clean_errors
 from bmtk.tasks import task_named
 from bmtk.training.evaluation import predict_all
 from bmtk.training.signals import ending_signals
@@ -125,5 +126,5 @@ def write_metrics(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with arguments.clean_errors(), ending_signals():
+    with clean_errors(), ending_signals():
         main(sys.argv[1:])

@@ -25,6 +25,7 @@ import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
 from bmtk.errors import UserError
 from bmtk.hub import run_record
+from bmtk.process import clean_errors
 from bmtk.tasks import task_named
 from bmtk.tasks.inference import PictureFolder, PredictionFile, read_inputs, refuse_to_overwrite
 from bmtk.tasks.scorer import Scorer
@@ -146,5 +147,5 @@ def write(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with arguments.clean_errors(), ending_signals():
+    with clean_errors(), ending_signals():
         main(sys.argv[1:])

@@ -23,6 +23,7 @@ from bmtk import arguments
 from bmtk.hub import run_record, summary
 from bmtk.hub.credentials import redact_settings
 from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run, is_finished, show_finished
+from bmtk.process import clean_errors
 from bmtk.search.study import SearchArguments, search_settings
 from bmtk.settings import about_data
 from bmtk.tasks import task_named
@@ -183,5 +184,5 @@ def plan(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with arguments.clean_errors(), ending_signals():
+    with clean_errors(), ending_signals():
         main(sys.argv[1:])

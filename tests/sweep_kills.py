@@ -62,7 +62,7 @@ def forked(work: Callable[[], None], log: Path) -> int:
 
 def run(recipe: str, folder: Path, on_write: Callable[[str], None] | None = None) -> None:
     """A whole run in this process, which calls `on_write` before each of its writes below `folder`."""
-    from bmtk.arguments import clean_errors
+    from bmtk.process import clean_errors
     from bmtk.training.signals import ending_signals
     from recipes import finetune, pretrain
 

@@ -19,7 +19,7 @@ UPLOADED = sorted(path for path in MODELS.glob("*.py") if path.name != "__init__
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 IGNORED = {".venv", ".git", "__pycache__", "build", "dist", "outputs", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
 
-GROUND_FLOOR = {"errors", "files", "settings"}  # any room but models may import them
+GROUND_FLOOR = {"errors", "files", "settings", "process"}  # any room but models may import them
 # Room -> the rooms it may import from, besides itself.  What is not listed is forbidden.
 ARROWS = {
     "bmtk": {"models"},  # bmtk/__init__.py: registration, and nothing else
@@ -27,6 +27,7 @@ ARROWS = {
     "errors": set(),
     "files": set(),
     "settings": set(),
+    "process": {"errors", "settings"},
     "option_help": GROUND_FLOOR,
     "arguments": {"option_help", *GROUND_FLOOR},
     "catalogue": {"models"},

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from .credentials import without_credentials
+from bmtk.process import launcher_options, words_of
 
-LAUNCHERS = ("accelerate", "torchrun")
-PROC = Path("/proc")
+from .credentials import without_credentials
 
 
 def launch_command() -> str:
@@ -26,21 +25,6 @@ def launch_command() -> str:
     given = sorted(word for word in variables if word.startswith("ACCELERATE_")) if options else []
     started = options or plain_start(sys.argv[0])
     return " ".join(map(quoted, [*given, *started, *program(sys.argv)]))
-
-
-def launcher_options(parent: Sequence[str], argv: Sequence[str]) -> list[str]:
-    """`accelerate launch` or `torchrun` and its options, if `parent` is the command line that has started `argv`."""
-    if not argv or list(parent[len(parent) - len(argv) :]) != list(argv):
-        return []
-    before = list(parent[: len(parent) - len(argv)])
-    for index, word in enumerate(before):
-        if Path(word).name in LAUNCHERS:
-            return [Path(word).name, *before[index + 1 :]]
-        if before[index : index + 2] == ["-m", "accelerate.commands.launch"]:
-            return ["accelerate", "launch", *before[index + 2 :]]
-        if before[index : index + 2] == ["-m", "torch.distributed.run"]:
-            return ["torchrun", *before[index + 2 :]]
-    return []
 
 
 def plain_start(script: str) -> list[str]:
@@ -65,14 +49,6 @@ def quoted(word: str) -> str:
     """A word as a shell reads it; of NAME=value, the value alone is quoted."""
     name, equals, value = word.partition("=")
     return f"{name}={shlex.quote(value)}" if equals and name.isidentifier() else shlex.quote(word)
-
-
-def words_of(process: int | str, what: str) -> list[str]:
-    """The words of /proc/PROCESS/cmdline or environ; [] where the system does not show them."""
-    try:
-        return (PROC / str(process) / what).read_bytes().decode(errors="replace").split("\0")[:-1]
-    except OSError:
-        return []
 
 
 def install_command() -> str | None:

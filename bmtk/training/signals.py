@@ -8,9 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
+
+from bmtk.process import launcher_options, words_of
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +163,8 @@ def end_with_launcher() -> None:
     if is_orphan and "ACCELERATE_MIXED_PRECISION" in os.environ:
         logger.warning("accelerate launch has ended: stopped")
         raise Stopped(128 + signal.SIGTERM)
-    with suppress(OSError):
-        if b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if launcher_options(words_of(os.getppid(), "cmdline"), sys.argv):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _name(number: int) -> str:

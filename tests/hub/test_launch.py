@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bmtk import process
 from bmtk.hub import launch
 
 ROOT = Path(__file__).parents[2]
@@ -62,11 +63,11 @@ def test_the_command_is_the_one_that_was_typed(script, typed, expected):
     ],
 )
 def test_a_launcher_is_known_by_what_it_started(parent, found):
-    assert launch.launcher_options(parent, ["a.py", "-x"]) == found
+    assert process.launcher_options(parent, ["a.py", "-x"]) == found
 
 
 def test_without_a_view_of_the_launcher_the_number_of_processes_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "PROC", tmp_path)
+    monkeypatch.setattr(process, "PROC", tmp_path)
     monkeypatch.setattr(sys, "argv", ["recipes/finetune.py", "--data_name", "a b"])
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert launch.launch_command() == "python recipes/finetune.py --data_name 'a b'"
