@@ -10,17 +10,9 @@ from datasets import Dataset
 
 from bmtk.errors import UserError
 
-from .times import (
-    DAY,
-    MISSING_WORDS,
-    NO_TIME,
-    TimeFormat,
-    read_times,
-    regular_step,
-    step_in_words,
-    times_after,
-    usual_step,
-)
+from .time_formats import TimeFormat
+from .time_steps import DAY, NO_TIME, regular_step, step_in_words, times_after, usual_step
+from .times import MISSING_WORDS, read_times
 
 SHOWN = 3  # gaps, repeated stamps and odd steps that a note names
 HOUR = pd.Timedelta(hours=1)

@@ -1,4 +1,4 @@
-"""Time stamps of a column: how they are written is decided over all of its cells, and others are written alike.
+"""The time stamps of a column: how they are written is decided over all of its cells.
 
 Stamps are kept without an offset, on one clock: the column's own if all of its stamps have one offset or none, UTC if
 their offsets differ.
@@ -15,24 +15,18 @@ import pandas as pd
 
 from bmtk.errors import UserError
 
-DAY, NO_TIME = pd.Timedelta(days=1), pd.Timedelta(0)
+from .time_formats import EXCEL_DAYS, EXCEL_EPOCH, MONTHS, ORDERS, UNITS, TimeFormat, zone_text
+from .time_steps import regular_step
+
 YEARS = (1700, 2250)  # beyond these a number or a text is something else than a time
 MISSING_WORDS = {"", "nan", "nat", "na", "n/a", "null", "none", "-"}
 
-# The time formats that have a name.  Unix times count from 1970; those of 1973 to 2200 tell their own unit.
-ORDERS = {"year_first": "abc", "day_first": "cba", "month_first": "cab"}  # which of three numbers is year, month, day
-UNITS = {"unix_seconds": 1, "unix_milliseconds": 10**3, "unix_microseconds": 10**6, "unix_nanoseconds": 10**9}
-UNIX_RANGE = (10**8, 7_260_000_000)  # seconds
+UNIX_RANGE = (10**8, 7_260_000_000)  # seconds; Unix times of 1973 to 2200 tell their own unit
 DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
-EXCEL_DAYS, EXCEL_EPOCH = "excel_days", np.datetime64("1899-12-30", "us")
-NAMED_FORMATS = (*ORDERS, *UNITS, EXCEL_DAYS)
 REMEDY = (
     "time_format (day_first, month_first, unix_seconds, or a pattern such as '%d.%m.%Y %H:%M') names how they are "
     "written; time_column=none reads the rows in their order"
 )
-MONTHS = "January February March April May June July August September October November December".split()
-WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-
 _NAME, _WEEKDAY, _YEAR = r"(?P<name>[A-Za-z]{3,9})", r"(?:(?P<weekday>[A-Za-z]{3,9})\.?,?\s+)?", r"(?P<year>\d{4})"
 _CLOCK = (
     r"(?P<hour>\d{1,2})(?::(?P<minute>\d{2})(?::(?P<second>\d{2})(?:[.,](?P<fraction>\d{1,9}))?)?)?"
@@ -61,91 +55,12 @@ WAYS = {
 
 
 @dataclass(frozen=True)
-class TimeFormat:
-    """How the stamps of a column are written, and so how those after them are.
-
-    `name` is one of NAMED_FORMATS, a pattern of strptime, the kind of objects, or a way of WAYS.  `zone` is that of
-    the last stamp, None without offsets; `clock` is the offset at which stamps are kept, in minutes.
-    """
-
-    name: str
-    zone: datetime.tzinfo | None = None
-    clock: int = 0
-    template: str = ""  # of a text in one of WAYS: str.format's, over the parts of a time
-    styles: tuple[tuple[str, str], ...] = ()  # part -> how the last cell writes it
-
-    def written(self, stamp: pd.Timestamp) -> str | int:
-        """A stamp of this clock as the column would hold it."""
-        if self.zone is not None:
-            utc = (stamp - pd.Timedelta(minutes=self.clock)).tz_localize("UTC")
-            stamp = utc.tz_convert(self.zone)
-        if self.template:
-            return self.template.format(**self._parts(stamp))
-        if self.name in UNITS:
-            return round((stamp - pd.Timestamp(0)) / pd.Timedelta(seconds=1) * UNITS[self.name])
-        if self.name == EXCEL_DAYS:
-            days = (stamp - pd.Timestamp(EXCEL_EPOCH)) / DAY
-            return int(days) if days == int(days) else str(round(days, 9))
-        if self.name == "date":
-            return str(stamp.date())
-        if "%" not in self.name:
-            return str(stamp)
-        text = stamp.strftime(self.name)
-        return int(text) if dict(self.styles).get("number") else text
-
-    def _parts(self, stamp: pd.Timestamp) -> dict[str, object]:
-        style = dict(self.styles)
-        is_half_day = "half" in style
-        half = _like(style.get("half", ""), "am" if stamp.hour < 12 else "pm", "a.m." if stamp.hour < 12 else "p.m.")
-        return {
-            "year": stamp.year,
-            "short_year": stamp.year % 100,
-            "month": stamp.month,
-            "day": stamp.day,
-            "quarter": stamp.quarter,
-            "hour": (stamp.hour - 1) % 12 + 1 if is_half_day else stamp.hour,
-            "minute": stamp.minute,
-            "second": stamp.second,
-            "fraction": f"{stamp.microsecond:06}{stamp.nanosecond:03}"[: len(style.get("fraction", ""))],
-            "half": half,
-            "name": _like(style.get("name", ""), MONTHS[stamp.month - 1][:3], MONTHS[stamp.month - 1]),
-            "weekday": _like(style.get("weekday", ""), WEEKDAYS[stamp.weekday()][:3], WEEKDAYS[stamp.weekday()]),
-            "zone": _zone_text(stamp, style.get("zone", "")),
-        }
-
-
-@dataclass(frozen=True)
 class Times:
     """The time stamps of a column, how they are written, and what was decided about that, in words."""
 
     stamps: pd.DatetimeIndex
     format: TimeFormat
     note: str = ""
-
-
-def _like(sample: str, short: str, long: str) -> str:
-    """The short or the long word, in the case and of about the length of a sample."""
-    word = short if len(sample) <= len(short) else long
-    return word.upper() if sample.isupper() else word.lower() if sample.islower() else word
-
-
-def _zone_text(stamp: pd.Timestamp, sample: str) -> str:
-    if not sample or sample[0] not in "+-":
-        return sample
-    minutes = round(stamp.utcoffset().total_seconds() / 60)
-    hours, minutes, sign = abs(minutes) // 60, abs(minutes) % 60, "-" if minutes < 0 else "+"
-    if len(sample) == 3 and not minutes:
-        return f"{sign}{hours:02}"
-    return f"{sign}{hours:02}{':' if ':' in sample or len(sample) == 3 else ''}{minutes:02}"
-
-
-def check_time_format(value: str | None) -> None:
-    """Raise UserError if `value` is neither a named format nor a pattern."""
-    if value is not None and value not in NAMED_FORMATS and "%" not in value:
-        raise UserError(
-            f"time_format={value!r} is unknown; choose one of {', '.join(NAMED_FORMATS)}, or a pattern such as "
-            "'%d.%m.%Y %H:%M'"
-        )
 
 
 def read_times(
@@ -228,7 +143,7 @@ def _on_a_clock(utc: pd.DatetimeIndex, offsets: np.ndarray, found: TimeFormat, k
     is_one = bool((offsets == offsets[0]).all())
     clock = known.get("utc_offset")
     clock = int(offsets[0]) if clock is None and is_one else clock or 0
-    zone = _zone_text(pd.Timestamp(0, tz=datetime.timezone(datetime.timedelta(minutes=float(offsets[-1])))), "+00:00")
+    zone = zone_text(pd.Timestamp(0, tz=datetime.timezone(datetime.timedelta(minutes=float(offsets[-1])))), "+00:00")
     note = f"offset from UTC {zone}" if is_one else f"offsets from UTC differ: steps are counted in UTC, last {zone}"
     return Times(utc + pd.Timedelta(minutes=clock), replace(found, clock=clock), note)
 
@@ -499,47 +414,3 @@ def _template(way: str, cell: str, parts: pd.DataFrame, order: str) -> tuple[str
         pieces += [cell[end:start].replace("{", "{{").replace("}", "}}"), place]
         end = stop
     return "".join([*pieces, cell[end:]]), tuple(styles)
-
-
-# ------------------------------------------------------------------------------------------------ steps
-
-
-def regular_step(times: pd.DatetimeIndex) -> pd.DateOffset | None:
-    """The step between any two time stamps: a number of months (on one day of the month, or its last), or a length."""
-    months = np.unique(np.diff(times.year * 12 + times.month))
-    # Months first: those of two or three stamps may have equal lengths, as July and August.
-    if len(months) == 1 and months[0] > 0 and (times - times.normalize()).nunique() == 1:
-        if times.is_month_end.all():
-            return pd.offsets.MonthEnd(int(months[0]))
-        if times.day.nunique() == 1:
-            return pd.DateOffset(months=int(months[0]))
-    lengths = (times[1:] - times[:-1]).unique()
-    return pd.tseries.frequencies.to_offset(lengths[0]) if len(lengths) == 1 and lengths[0] > NO_TIME else None
-
-
-def usual_step(times: pd.DatetimeIndex) -> pd.DateOffset:
-    """The step between time stamps, or the most common one; a day if there is none."""
-    lengths = pd.Series(times[1:] - times[:-1])
-    lengths = lengths[lengths > NO_TIME]
-    return regular_step(times) or pd.tseries.frequencies.to_offset(lengths.mode()[0] if len(lengths) else DAY)
-
-
-def times_after(times: pd.DatetimeIndex, steps: int) -> pd.DatetimeIndex:
-    """The next `steps` time stamps."""
-    step = usual_step(times)
-    return pd.DatetimeIndex([times[-1] + step * (i + 1) for i in range(steps)])
-
-
-def step_in_words(step: pd.DateOffset) -> str:
-    months = step.n if isinstance(step, pd.offsets.MonthEnd) else getattr(step, "months", 0)
-    if months:
-        return _counted_word(*((months // 12, "year") if months % 12 == 0 else (months, "month")))
-    length = pd.Timedelta(step)
-    for unit, name in ((DAY, "day"), (pd.Timedelta(hours=1), "hour"), (pd.Timedelta(minutes=1), "minute")):
-        if length % unit == NO_TIME:
-            return _counted_word(length // unit, name)
-    return f"{length.total_seconds():g} seconds"
-
-
-def _counted_word(count: int, word: str) -> str:
-    return f"1 {word}" if count == 1 else f"{count} {word}s"

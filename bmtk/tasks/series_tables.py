@@ -10,7 +10,7 @@ from datasets import Dataset
 from bmtk.data.series import Series, SeriesColumns, bounds, read_series, shared_steps
 from bmtk.data.series_rows import one_row_a_step
 from bmtk.data.tables import SPLITS, check_column, one_table, read_splits, read_table
-from bmtk.data.times import NAMED_FORMATS, ORDERS, UNITS, TimeFormat, check_time_format
+from bmtk.data.time_formats import NAMED_FORMATS, ORDERS, UNITS, TimeFormat, check_time_format
 from bmtk.errors import UserError
 from bmtk.settings import fact, setting
 

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from bmtk.data.series import SeriesColumns, read_series
-from bmtk.data.times import read_times, regular_step, times_after
+from bmtk.data.time_steps import regular_step, times_after
+from bmtk.data.times import read_times
 from bmtk.errors import UserError
 
 HOURS = pd.date_range("2024-01-01", periods=30, freq="h")
