@@ -11,7 +11,6 @@ import re
 import typing
 
 import accelerate
-import numpy as np
 import peft
 import pytest
 import torch
@@ -107,7 +106,7 @@ def assert_onnx_outputs_are_equal(case: Case, folder) -> None:
         expected = [value for value in pytree.tree_leaves(dict(model(**rows))) if torch.is_tensor(value)]
     assert len(found) == len(expected)
     for theirs, mine in zip(found, expected, strict=True):
-        assert_near(torch.from_numpy(np.ascontiguousarray(theirs)), mine)
+        assert_near(torch.tensor(theirs), mine)
 
 
 @pytest.mark.slow
