@@ -127,6 +127,7 @@ def test_the_best_and_the_newest_checkpoints_are_kept_and_a_damaged_best_one_is_
 def test_a_damaged_best_checkpoint_is_refused_when_the_run_is_resumed(tmp_path):
     best = [*SETTINGS[:-2], "--eval_steps", "1", "--learning_rate", "0", "--load_best_model_at_end", "true"]
     folder = run(tmp_path / "run", *best)
+    (folder / "report.html").unlink()  # as of a run that was killed before its report
     halve(checkpoint(folder, 1) / "model.safetensors")
     with pytest.raises(UserError, match=r"the best checkpoint .*checkpoint-1 is damaged: model\.safetensors has "):
         run(folder, *best)

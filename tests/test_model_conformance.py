@@ -11,6 +11,7 @@ import re
 import typing
 
 import accelerate
+import onnxruntime
 import peft
 import pytest
 import torch
@@ -91,8 +92,6 @@ def test_an_exported_graph_of_every_other_head_takes_any_number_of_rows(case):
 
 
 def assert_onnx_outputs_are_equal(case: Case, folder) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     model = spread(case)
     inputs = read_by(model, case.inputs())
     with torch.no_grad():
