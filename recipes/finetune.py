@@ -32,7 +32,7 @@ from bmtk.tasks.objective import Objective
 from bmtk.tasks.task_data import TaskData
 from bmtk.training import finetuning_arguments
 from bmtk.training.adapters import AdapterArguments, adapt
-from bmtk.training.callbacks import RecordHistory, StopOnNonFinite, StopOnRequest
+from bmtk.training.callbacks import RecordHistory, StopOnRequest
 from bmtk.training.finetuning_arguments import FineTuningArguments, loop_arguments, resolve_defaults
 from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.profiling import seconds_per_step
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     signals = deferred_signals(second_stops_at_once=args.world_size == 1)
     with held(folder, settings, is_main=is_main, **check), signals as request:
         history = RecordHistory(folder, unit=objective.unit)
-        callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
+        callbacks = [history, StopOnRequest(request)]
         trainer = build_trainer(model, objective, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
         trainer.accelerator.wait_for_everyone()  # what the main process deletes is gone
         checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from bmtk.errors import UserError
 
 from .averaging import WeightAverage
-from .callbacks import AverageWeights, ProgressBar
+from .callbacks import AverageWeights, ProgressBar, StopOnNonFinite, refuse_broken_weights
 from .evaluation import Results, measure, predict_all
 from .finetuning_arguments import FineTuningArguments
 from .gradients import gradient_rules
@@ -65,6 +65,9 @@ class TaskTrainer(PatchedTrainer):
             data_collator=objective.collator(),
             callbacks=list(callbacks),
         )
+        self.losses: list[torch.Tensor] = []  # of the micro-batches of a step, times the processes
+        self.num_overflows, self.was_skipped = 0, False  # steps that fp16's scaler has skipped; whether the last was
+        self.add_callback(StopOnNonFinite(self))
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(SetEpoch(self.train_dataset))
         self.objective = objective
@@ -102,9 +105,24 @@ class TaskTrainer(PatchedTrainer):
         """Forward and backward of a micro-batch; after the step's last one, `gradient_rules`, before the clipping."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.gradient_rules and self.accelerator.sync_gradients:
-            scaler = self.accelerator.scaler
-            self.gradient_rules(self.state.global_step, scale=scaler.get_scale() if scaler else 1.0)
+            self.gradient_rules(self.state.global_step, scale=self.scaler.get_scale() if self.scaler else 1.0)
+        self.losses.append(loss)
         return loss
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler of fp16, or None."""
+        return self.accelerator.scaler
+
+    def loss_of_step(self) -> torch.Tensor:
+        """The loss of the last optimizer step, of all processes together; nan or infinite if one of them has such."""
+        loss, self.losses = torch.stack(self.losses).sum(), []
+        return self.accelerator.reduce(loss, "mean") if self.args.world_size > 1 else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the number of steps that fp16 has skipped so far where there were any."""
+        counted = {"num_overflows": self.num_overflows} if self.num_overflows and "loss" in logs else {}
+        super().log({**logs, **counted}, start_time)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `optimizer` or `optim` names, with the rates of `layer_lr_decay`; and the average."""
@@ -246,10 +264,14 @@ def evaluate(trainer: TaskTrainer) -> Results:
 
 
 def save(trainer: TaskTrainer, directory: str | Path, *, merge: bool) -> None:
-    """Write the trained model (or its adapter; `merge` adds it to the weights first) and its processor; all ranks."""
+    """Write the trained model (or its adapter; `merge` adds it to the weights first) and its processor; all ranks.
+
+    Raises: UserError as `refuse_broken_weights`.
+    """
     if merge:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         trainer.model_wrapped = trainer.model
+    refuse_broken_weights(trainer.model, trainer.state.global_step)
     trainer.save_model(str(directory))
     if trainer.is_world_process_zero():
         (Path(directory) / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load

@@ -30,8 +30,9 @@ from bmtk.files import PARTIAL
 
 from .averaging import WeightAverage
 from .batch_sampler import EpochSampler, EvenBatchSampler
+from .callbacks import refuse_broken_weights
 from .early_stopping import is_better, is_exhausted
-from .manifest import dump_json, written_whole
+from .manifest import damages, dump_json, written_whole
 from .protocols import Batch
 from .resume import BATCH, PREFIX, batch_facts, check_best, delete_older
 from .rng_state import seed_process
@@ -46,6 +47,7 @@ class PatchedTrainer(Trainer):
     """
 
     average: WeightAverage | None = None
+    grad_norm: float | torch.Tensor | None = None  # of the last step, before clipping
     train_sampler: Any = None  # the order of the rows: a function of seed and epoch
 
     def count_items_and_units(self, batches: Sequence[Batch]) -> tuple[int, int]:
@@ -105,6 +107,7 @@ class PatchedTrainer(Trainer):
         """
         final = Path(self._get_output_dir(trial)) / f"{PREFIX}{self.state.global_step}"
         beside = final.with_name(f"{PARTIAL}{final.name}")
+        refuse_broken_weights(cast(torch.nn.Module, self.model), self.state.global_step)
         self.store_flos()
         if best := self.state.best_global_step:
             self.state.best_model_checkpoint = str(final.with_name(f"{PREFIX}{best}"))
@@ -118,6 +121,26 @@ class PatchedTrainer(Trainer):
             delete_older(final.parent, PREFIX, step=self.state.global_step, keep=keep, best=best)
         self.accelerator.wait_for_everyone()  # else the end of one process could cut the saving short
 
+    def save_now(self) -> Path:
+        """Save a checkpoint unless there is a whole one of this step, and return its folder; called by all processes.
+
+        Raises: UserError as `refuse_broken_weights`.
+        """
+        folder = Path(self._get_output_dir(None)) / f"{PREFIX}{self.state.global_step}"
+        is_due = bool(damages(folder))
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        if is_due:
+            self._save_checkpoint(self.model_wrapped, None)
+        return folder
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Fault (transformers 5.23): keeps the norm before clipping from callbacks, which see the clipped gradient.
+
+        Where that norm is infinite, clipping leaves zeros, which look finite.
+        """
+        self.grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        return self.grad_norm
+
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
         self._save_optimizer_and_scheduler(str(folder))
@@ -129,9 +152,9 @@ class PatchedTrainer(Trainer):
         if self.average:
             self.average.save(folder)
         items = (*self.callback_handler.callbacks, self.control)
-        self.state.stateful_callbacks = [item for item in items if isinstance(item, ExportableState)]
-        self.state.__post_init__()  # type: ignore[no-untyped-call]  # their states in place of them
-        self.state.save_to_json(str(folder / "trainer_state.json"))  # type: ignore[no-untyped-call]
+        self.state.stateful_callbacks = cast(Any, [item for item in items if isinstance(item, ExportableState)])
+        self.state.__post_init__()  # their states in place of them
+        self.state.save_to_json(str(folder / "trainer_state.json"))
         dump_json(folder / BATCH, {"num_processes": self.args.world_size, "rows_per_step": self._rows_per_step})
 
     @property
@@ -140,9 +163,8 @@ class PatchedTrainer(Trainer):
 
     def _num_bytes(self) -> int:
         """About how much a checkpoint of Adam takes."""
-        trained = [parameter.requires_grad for parameter in self.model.parameters()]
-        sizes = [parameter.numel() * parameter.element_size() for parameter in self.model.parameters()]
-        return sum(size * (3 if is_trained else 1) for size, is_trained in zip(sizes, trained, strict=True))
+        parameters = list(cast(torch.nn.Module, self.model).parameters())
+        return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Fault (transformers 5.23): goes on with another batch size, or without the best model, and says nothing.
