@@ -167,8 +167,6 @@ class LoopArguments(SharedArguments):
     nonfinite: str = _setting(
         "stop", "a step that is not finite is never applied: stop, with the weights before it saved, or skip it"
     )
-        "stop", "a step that is not finite is never applied: stop, with the weights before it saved, or skip it"
-    )
 
     def __post_init__(self) -> None:
         check([*self._wrong_choices(), *self._wrong_numbers(), *self.wrong_settings()])
