@@ -187,6 +187,8 @@ class StopOnNonFinite(TrainerCallback):
         self.of_epoch: dict[str, torch.Tensor] | None = (
             None  # generators before the epoch's loader has drawn from them
         )
+        self.randomness = rng_state()  # generators before the step
+        self.buffers = SavedBuffers(trainer.model)  # before the step
         self.scale = 1.0  # of the scaler, before the step
         self.num_units = 0  # before the batches of the step were counted
 
