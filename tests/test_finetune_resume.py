@@ -5,6 +5,7 @@ As a script it is one of two processes: test_finetune_resume.py DATA FOLDER KIND
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -15,8 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_finetune_guards import Changed
 
 from bmtk.errors import UserError
+from bmtk.training import trainer as trainer_module
+from bmtk.training.manifest import damages
 from recipes import finetune
 
 ROOT = Path(__file__).parent.parent
@@ -182,6 +186,14 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(of_two_proces
     assert "saved with 8 rows per optimizer step (num_processes=1), and this run has 16 (num_processes=2)" in told
 
 
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_after_the_weights_before_it(of_two_processes):
+    saved = [of_two_processes / name / "checkpoints" / f"checkpoint-{STEPS - 1}" for name in ("broken", "two")]
+    assert damages(saved[0]) == []
+    assert not (of_two_processes / "broken" / "config.json").exists()
+    assert all(torch.equal(value, weights(saved[0])[name]) for name, value in weights(saved[1]).items())
+
+
 def main(data: Path, folder: Path, kinds: list[tuple]) -> None:
     torch.set_num_threads(1)
     for kind in kinds:
@@ -198,7 +210,22 @@ def main(data: Path, folder: Path, kinds: list[tuple]) -> None:
     except UserError as error:
         if torch.distributed.get_rank() == 0:
             (folder / "told.txt").write_text(str(error), encoding="utf-8")
+    stop_at_a_loss_of_one_process(data, folder / "broken")
     torch.distributed.destroy_process_group()
+
+
+def stop_at_a_loss_of_one_process(data: Path, folder: Path) -> None:
+    build = trainer_module.build_trainer
+
+    def changed(*args, **kwargs):
+        trainer = build(*args, **kwargs)
+        change = torch.distributed.get_rank() * math.nan
+        trainer.loss = Changed(trainer, lambda loss: loss + change, at=STEPS)
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(UserError):
+        patch.setattr(trainer_module, "build_trainer", changed)
+        run(EXACT, data, folder)
 
 
 if __name__ == "__main__":

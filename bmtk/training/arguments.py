@@ -171,7 +171,9 @@ class LoopArguments(SharedArguments):
     precision: str = _shared("precision", "auto")
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass: less memory, slower")
     torch_compile: bool = _setting(False, "compile the model with torch.compile before the first step")
-    nonfinite: str = _setting("stop", "a step whose loss or gradient is not finite is never applied: stop, or skip it")
+    nonfinite: str = _setting(
+        "stop", "a step that is not finite is never applied: stop, with the weights before it saved, or skip it"
+    )
 
     def __post_init__(self) -> None:
         check([*self._wrong_choices(), *self._wrong_numbers(), *self.wrong_settings()])

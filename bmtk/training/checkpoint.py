@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from bmtk.errors import UserError
 from bmtk.files import adding_to_folder
 
+from .guards import broken_weights
 from .manifest import damages, dump_json, written_whole
 from .prepared import Prepared
 from .resume import check_best, delete_older, newest_whole
@@ -113,8 +114,14 @@ def save_checkpoint(
 
     Called by every process; the main one writes.  A whole checkpoint of the same step is left as it is.
 
-    Raises: OSError if it cannot be written; older checkpoints are then untouched, and nothing of this one is left.
+    Raises: OSError if it cannot be written; older checkpoints are then untouched, and nothing of this one is left;
+    FloatingPointError if the weights are not finite.
     """
+    if broken := broken_weights(prepared.unwrapped):
+        raise FloatingPointError(
+            f"after step {state.step} the weights are not finite ({', '.join(broken[:3])}), so they were not saved; "
+            "lower learning_rate, then run again (with overwrite_output_dir, if checkpoints are there)"
+        )
     final, accelerator = Path(directory) / CHECKPOINTS / f"{PREFIX}{state.step:08d}", prepared.accelerator
     randomness = _rng_states_of_all(accelerator)
     carried = accelerator.gather(state.recurrent.rows).cpu() if state.recurrent else None

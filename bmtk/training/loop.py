@@ -42,8 +42,8 @@ def train(
     `schedule(step)` multiplies the learning rates of optimizer step `step`, counted from 0.
     Where the optimizer keeps an average of the weights, the model has it in evaluations, and when this returns.
 
-    Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop"; Stopped after a signal or
-    args.max_minutes, when the step is finished and saved.
+    Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop", after the weights before it are
+    saved; Stopped after a signal or args.max_minutes, when the step is finished and saved.
     """
     optimizer, accelerator = prepared.optimizer, prepared.accelerator
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
@@ -109,7 +109,9 @@ def _updater(
 ) -> Updater:
     steps_per_epoch = batches.steps_per_epoch if args.unfreeze_epochs else 0.0
     rules = gradient_rules(prepared.unwrapped, args, steps_per_epoch=steps_per_epoch, total=total)
-    return Updater(prepared, losses, max_grad_norm=args.max_grad_norm, gradient_rules=rules, recurrent=recurrent)
+    stops = args.nonfinite == "stop"
+    norm = args.max_grad_norm
+    return Updater(prepared, losses, max_grad_norm=norm, gradient_rules=rules, recurrent=recurrent, stops=stops)
 
 
 def _averaged(hooks: Hooks, prepared: Prepared) -> Hooks:

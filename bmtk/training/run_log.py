@@ -15,6 +15,7 @@ from .arguments import LoopArguments
 from .checkpoint import TrainState
 from .early_stopping import is_better, is_exhausted
 from .evaluation import lower_is_better
+from .guards import SpikeWatch
 from .history import History
 from .progress import Bar, evaluation_line
 from .rng_state import preserved_rng_state, seed_process, set_rng_state
@@ -56,6 +57,7 @@ class RunLog:
         self.unread: list[Update] = []
         self.window_tokens = 0  # since the meter's last lap
         self.grad_norm: float | None = None
+        self.spikes = SpikeWatch()
 
     def begin(self) -> None:
         """Forget what came after the resumed step, set the generators, and start the clock."""
@@ -107,32 +109,52 @@ class RunLog:
         for step, (update, loss, count, unit_count, norm) in enumerate(
             zip(updates, losses, counts, units, norms, strict=True), start=first
         ):
-            self.state.tokens += unit_count
-            self.window_tokens += unit_count
             if bool(update.rejected):
-                self._reject(step, loss, norm)
+                self._reject(step, loss, norm, update)
             else:
                 self.state.window_loss += loss * count
                 self.state.window_items += count
                 self.grad_norm = norm
+                self.spikes.see(step, loss)
+            self.state.tokens += unit_count
+            self.window_tokens += unit_count
 
-    def _reject(self, step: int, loss: float, norm: float) -> None:
-        self.state.skipped.append(step)
-        happened = f"step {step}: loss {loss}, gradient norm {norm}"
-        last = self.state.skipped[-MAX_SKIPS_IN_A_ROW:]
+    def _reject(self, step: int, loss: float, norm: float, update: Update) -> None:
+        happened = f"step {step}: loss {loss}, gradient norm {norm}; this update was not applied"
         if self.args.nonfinite == "stop":
+            self._go_back(step - 1, update)
             remedy = "lower learning_rate or max_grad_norm, look at the data of this step, or set nonfinite to 'skip'"
-        elif last == list(range(step - MAX_SKIPS_IN_A_ROW + 1, step + 1)):
+        else:
+            self.state.skipped.append(step)
+            last = self.state.skipped[-MAX_SKIPS_IN_A_ROW:]
+            if last != list(range(step - MAX_SKIPS_IN_A_ROW + 1, step + 1)):
+                logger.warning("%s", happened)
+                return
             remedy = (
                 f"these are {MAX_SKIPS_IN_A_ROW} such steps in a row, so skipping does not help: lower learning_rate"
             )
-        else:
-            logger.warning("%s; this update is not applied", happened)
-            return
         raise FloatingPointError(
-            f"{happened}; this update was not applied, and the newest checkpoint is from before it: {remedy}, "
-            "then run again (with overwrite_output_dir, if settings changed and checkpoints are there)"
+            f"{happened}, and {self._save_sound_weights()}: {remedy}, then run again (with overwrite_output_dir, if "
+            "settings changed and checkpoints are there)"
         )
+
+    def _go_back(self, step: int, update: Update) -> None:
+        """Be where the run was after `step`: no later one was applied, since the run stops."""
+        self.state.step = step
+        if before := update.before:
+            set_rng_state(before.randomness)
+            if self.state.recurrent:
+                self.state.recurrent.rows = before.carried
+
+    def _save_sound_weights(self) -> str:
+        """Save the weights before a step that ends the run, which might be the only ones; say where they are."""
+        if not self.state.step or self.hooks.save is None:
+            return "nothing was saved, as no step was applied before" if self.hooks.save else "this run saves nothing"
+        self.state.seconds = self.meter.seconds
+        try:
+            return f"the weights before it are saved whole: {self.hooks.save(self.state)}"
+        except FloatingPointError as error:
+            return str(error)
 
     def log(self, learning_rate: float) -> str:
         """Write a line of history about the steps since the last one; return it for the progress bar."""

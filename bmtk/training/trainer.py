@@ -17,7 +17,14 @@ from bmtk.files import adding_to_folder
 
 from .adapters import ADAPTER_CONFIG
 from .averaging import WeightAverage
-from .callbacks import AverageWeights, ProgressBar, RecordHistory, StopOnNonFinite, StopOnRequest
+from .callbacks import (
+    AverageWeights,
+    ProgressBar,
+    RecordHistory,
+    StopOnNonFinite,
+    StopOnRequest,
+    refuse_broken_weights,
+)
 from .evaluation import Results, measure, predict_all
 from .finetuning_arguments import FineTuningArguments
 from .gradients import gradient_rules
@@ -70,6 +77,9 @@ class TaskTrainer(PatchedTrainer):
             data_collator=objective.collator(),
             callbacks=list(callbacks),
         )
+        self.losses: list[torch.Tensor] = []  # of the micro-batches of a step, times the processes
+        self.num_overflows, self.was_skipped = 0, False  # steps that fp16's scaler has skipped; whether the last was
+        self.add_callback(StopOnNonFinite(self))
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(SetEpoch(self.train_dataset))
         self.objective = objective
@@ -107,9 +117,24 @@ class TaskTrainer(PatchedTrainer):
         """Forward and backward of a micro-batch; after the step's last one, `gradient_rules`, before the clipping."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.gradient_rules and self.accelerator.sync_gradients:
-            scaler = self.accelerator.scaler
-            self.gradient_rules(self.state.global_step, scale=scaler.get_scale() if scaler else 1.0)
+            self.gradient_rules(self.state.global_step, scale=self.scaler.get_scale() if self.scaler else 1.0)
+        self.losses.append(loss)
         return loss
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler of fp16, or None."""
+        return self.accelerator.scaler
+
+    def loss_of_step(self) -> torch.Tensor:
+        """The loss of the last optimizer step, of all processes together; nan or infinite if one of them has such."""
+        loss, self.losses = torch.stack(self.losses).sum(), []
+        return self.accelerator.reduce(loss, "mean") if self.args.world_size > 1 else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the number of steps that fp16 has skipped so far where there were any."""
+        counted = {"num_overflows": self.num_overflows} if self.num_overflows and "loss" in logs else {}
+        super().log({**logs, **counted}, start_time)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `optimizer` or `optim` names, with the rates of `layer_lr_decay`; and the average."""
@@ -260,7 +285,7 @@ def train(
     folder = Path(args.output_dir)
     stopping: Any = {"second_stops_at_once": args.world_size == 1, "max_minutes": args.max_minutes}
     with deferred_signals(**stopping) as request:
-        callbacks = [history, StopOnNonFinite(), StopOnRequest(request)]
+        callbacks = [history, StopOnRequest(request)]
         trainer = build_trainer(model, objective, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
         trainer.accelerator.wait_for_everyone()  # what the main process deletes is gone
         checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)
@@ -271,10 +296,14 @@ def train(
 
 
 def save(trainer: TaskTrainer, directory: str | Path, *, merge: bool) -> None:
-    """Write the trained model (or its adapter; `merge` adds it to the weights first) and its processor; all ranks."""
+    """Write the trained model (or its adapter; `merge` adds it to the weights first) and its processor; all ranks.
+
+    Raises: UserError as `refuse_broken_weights`.
+    """
     if merge:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         trainer.model_wrapped = trainer.model
+    refuse_broken_weights(trainer.model, trainer.state.global_step)
     if not trainer.is_world_process_zero():
         trainer.save_model(str(directory))  # takes part in gathering weights that are spread over processes
         return

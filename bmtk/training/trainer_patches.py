@@ -30,8 +30,9 @@ from bmtk.files import PARTIAL
 
 from .averaging import WeightAverage
 from .batch_sampler import EpochSampler, EvenBatchSampler
+from .callbacks import refuse_broken_weights
 from .early_stopping import is_better, is_exhausted
-from .manifest import dump_json, written_whole
+from .manifest import damages, dump_json, written_whole
 from .protocols import Batch
 from .resume import BATCH, PREFIX, batch_facts, check_best, delete_older
 from .rng_state import seed_process
@@ -46,6 +47,7 @@ class PatchedTrainer(Trainer):
     """
 
     average: WeightAverage | None = None
+    grad_norm: float | torch.Tensor | None = None  # of the last step, before clipping
     train_sampler: Any = None  # the order of the rows: a function of seed and epoch
 
     def count_items_and_units(self, batches: Sequence[Batch]) -> tuple[int, int]:
@@ -106,6 +108,7 @@ class PatchedTrainer(Trainer):
         """
         final = Path(self._get_output_dir(trial)) / f"{PREFIX}{self.state.global_step}"
         beside = final.with_name(f"{PARTIAL}{final.name}")
+        refuse_broken_weights(cast(torch.nn.Module, self.model), self.state.global_step)
         self.store_flos()
         if best := self.state.best_global_step:
             self.state.best_model_checkpoint = str(final.with_name(f"{PREFIX}{best}"))
@@ -118,6 +121,26 @@ class PatchedTrainer(Trainer):
             keep = self.args.save_total_limit or 0
             delete_older(final.parent, PREFIX, step=self.state.global_step, keep=keep, best=best)
         self.accelerator.wait_for_everyone()  # else the end of one process could cut the saving short
+
+    def save_now(self) -> Path:
+        """Save a checkpoint unless there is a whole one of this step, and return its folder; called by all processes.
+
+        Raises: UserError as `refuse_broken_weights`.
+        """
+        folder = Path(self._get_output_dir(None)) / f"{PREFIX}{self.state.global_step}"
+        is_due = bool(damages(folder))
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        if is_due:
+            self._save_checkpoint(self.model_wrapped, None)
+        return folder
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Fault (transformers 5.23): keeps the norm before clipping from callbacks, which see the clipped gradient.
+
+        Where that norm is infinite, clipping leaves zeros, which look finite.
+        """
+        self.grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        return self.grad_norm
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)

@@ -3,8 +3,9 @@
 The loss of a step is a sum over the predicted items of the global batch, divided by their number N over all
 micro-batches and all processes.  So neither the micro-batch size nor the number of processes changes the gradient.
 
-A loss or gradient that is not finite is never applied.  Where the optimizer can skip on its own device, the decision
-stays there, and the host does not wait for it; elsewhere the host reads one number a step.
+A loss or gradient that is not finite is never applied, and buffers such as the statistics of BatchNorm are then what
+they were before the step.  Where the optimizer can skip on its own device, the decision stays there, and the host does
+not wait for it; elsewhere the host reads one number a step.
 """
 
 import inspect
@@ -18,8 +19,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .gradients import GradientRules, gradient_norm
+from .guards import SavedBuffers, sound_or_nan
 from .prepared import Prepared
 from .protocols import Batch, TrainingObjective
+from .rng_state import rng_state
 from .tbptt import TBPTTState, check_carries
 
 Criterion = Callable[..., torch.Tensor]  # (outputs, batch) -> the sum of the batch's losses
@@ -49,6 +52,14 @@ class Losses:
         return [int(self.num_items(batch)) for batch in batches], sum(int(num_units(batch)) for batch in batches)
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a step that is not applied has changed all the same, as it was before."""
+
+    randomness: dict[str, torch.Tensor]  # generators of this process
+    carried: torch.Tensor | None = None  # recurrent state of its rows
+
+
 @dataclass(slots=True)
 class Update:
     """The result of one step; tensors are 0-dim and stay on the device until the host reads them."""
@@ -59,6 +70,7 @@ class Update:
     stop_requests: torch.Tensor  # how many processes were asked to stop
     grad_norm: torch.Tensor  # L2 norm of the whole gradient, before clipping; equal on all processes
     rejected: torch.Tensor | bool  # whether the update was not applied because something was not finite
+    before: Before | None = None  # where the run ends with such a step
 
 
 def accepts_item_count(model: PreTrainedModel) -> bool:
@@ -186,12 +198,16 @@ class Updater:
         max_grad_norm: float,
         gradient_rules: GradientRules | None = None,
         recurrent: TBPTTState | None = None,
+        stops: bool = False,
     ):
         """`gradient_rules(step)` may change the gradients of optimizer step `step` before they are clipped.
 
-        `recurrent` is the state that the rows of a step go on from.
+        `recurrent` is the state that the rows of a step go on from.  `stops`: the run ends with the first step that is
+        not finite, so none of the steps after it is applied either, which a GPU makes before the host knows.
         """
         self.model, self.optimizer, self.accelerator = prepared.model, prepared.optimizer, prepared.accelerator
+        self.unwrapped, self.stops = prepared.unwrapped, stops
+        self.has_stopped: torch.Tensor | None = None
         self.losses, self.max_grad_norm = losses, max_grad_norm
         self.gradient_rules, self.recurrent = gradient_rules, recurrent
         if recurrent:
@@ -201,6 +217,7 @@ class Updater:
 
     def step(self, micro_batches: Sequence[Batch], number: int = 0, *, stop_requested: bool = False) -> Update:
         """Train on this process's micro-batches of optimizer step `number`, and drop the gradients afterwards."""
+        buffers, before = SavedBuffers(self.unwrapped), self._before()
         counts, units = self.losses.counts(micro_batches)
         items, units_of_all, stop_requests = self._over_processes([sum(counts), units, int(stop_requested)])
         losses = self._backward(micro_batches, counts, items.clamp(min=1))
@@ -209,14 +226,28 @@ class Updater:
         if self.gradient_rules:
             self.gradient_rules(number)
         grad_norm = self._clip()
-        bad = ~torch.isfinite(grad_norm)
-        rejected = self._apply(bad)
+        bad = self._is_bad(grad_norm)
+        rejected = self._apply(bad, losses)
+        if self.skips_on_device:
+            buffers.restore(bad)
+        elif bad:
+            buffers.restore()
         if self.optimizer.average:
             self.optimizer.average.update(unless=bad)
         self.optimizer.zero_grad(set_to_none=True)
         if self.recurrent:
             self.recurrent.turn()
-        return Update(sum(losses[1:], losses[0]), items, units_of_all, stop_requests, grad_norm, rejected)
+        loss = sum(losses[1:], losses[0])
+        return Update(loss, items, units_of_all, stop_requests, grad_norm, rejected, before)
+
+    def _before(self) -> Before | None:
+        return Before(rng_state(), self.recurrent.rows if self.recurrent else None) if self.stops else None
+
+    def _is_bad(self, grad_norm: torch.Tensor) -> torch.Tensor:
+        bad = ~torch.isfinite(grad_norm)
+        if self.stops and self.skips_on_device:
+            bad = self.has_stopped = bad if self.has_stopped is None else bad | self.has_stopped
+        return bad
 
     def _over_processes(self, numbers: list[int]) -> torch.Tensor:
         """Sum whole numbers over all processes, without making the host wait for a GPU."""
@@ -229,9 +260,9 @@ class Updater:
             last = number == len(micro_batches)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss = self.loss(batch, own_items, total)
-                # Gradients are averaged over processes, so the sum needs the factor.  A loss that is not finite makes
+                # Gradients are averaged over processes, so the sum needs the factor.  A loss that is not sound makes
                 # it nan, and with it every gradient on every process: all come to the same decision.
-                factor = self.accelerator.num_processes + 0.0 * loss.detach()
+                factor = self.accelerator.num_processes + sound_or_nan(loss)
                 self.accelerator.backward(loss, gradient=factor)
             losses.append(loss.detach())
         return losses
@@ -243,13 +274,15 @@ class Updater:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         return norm
 
-    def _apply(self, bad: torch.Tensor) -> torch.Tensor | bool:
+    def _apply(self, bad: torch.Tensor, losses: Sequence[torch.Tensor]) -> torch.Tensor | bool:
         """Step the optimizer unless `bad`; return whether the step counts as rejected."""
         scaler = self.accelerator.scaler
-        if scaler is not None:  # fp16: an overflow is the scaler's business, until its scale is below 1
+        if scaler is not None:
+            # fp16: an overflow of gradients is the scaler's business, until its scale is below 1; losses are unscaled.
             scaler.step(self.optimizer)
             scaler.update()
-            return bool(bad) and scaler.get_scale() < 1
+            unsound = torch.stack([sound_or_nan(loss).isnan() for loss in losses]).any()
+            return bool(bad) and (scaler.get_scale() < 1 or bool(self._over_processes([int(unsound)])))
         if self.skips_on_device:
             self.optimizer.skip_if(bad.float())
             self.optimizer.step()

@@ -1,7 +1,9 @@
 """The loop: gradients do not depend on how a batch is cut, a run goes on where it was, and bad steps never count."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,8 +36,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetForIma
 from two_processes import CARRIED, FROZEN
 
 import bmtk
+from bmtk.training import loop
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.evaluation import predict_all
+from bmtk.training.guards import SpikeWatch
+from bmtk.training.manifest import damages
 from bmtk.training.prepared import prepare
 from bmtk.training.updates import Losses, LossSum, Updater, accepts_item_count, divides_by_count
 
@@ -195,7 +200,8 @@ class Poisoned(TinyBatches):
     def __init__(self, model, kind: str, *, steps: range = range(2, 3)):
         super().__init__(4)
         self.steps, self.now = steps, -1
-        model.register_forward_hook(self.poison if kind == "loss" else self.poison_gradient)
+        self.factor, self.added = {"spike": (1e4, 0.0), "large": (1.0, 1e25)}.get(kind, (1.0, float("inf")))
+        model.register_forward_hook(self.poison if kind != "gradient" else self.poison_gradient)
 
     def __getitem__(self, step: int):
         self.now = step
@@ -203,7 +209,7 @@ class Poisoned(TinyBatches):
 
     def poison(self, model, inputs, outputs):
         if self.now in self.steps and model.training:
-            outputs.loss = outputs.loss + float("inf")  # a gradient that is finite all the same
+            outputs.loss = self.factor * outputs.loss + self.added  # a gradient that is finite all the same
         return outputs
 
     def poison_gradient(self, model, inputs, outputs):
@@ -212,7 +218,7 @@ class Poisoned(TinyBatches):
         return outputs
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["loss", "gradient", "large"])
 def test_a_step_that_is_not_finite_is_never_applied_and_stops_the_run(tmp_path, kind):
     model = tiny_model()
     with pytest.raises(FloatingPointError, match=r"step 3: loss .*not applied.*'skip'"):
@@ -242,6 +248,105 @@ def test_skipping_ends_when_no_step_is_finite_any_more(tmp_path):
     args = arguments(tmp_path, nonfinite="skip", num_train_steps=40, save_steps=0, eval_steps=0)
     with pytest.raises(FloatingPointError, match="20 such steps in a row"):
         run(args, model=model, batches=Poisoned(model, "loss", steps=range(2, 40)))
+
+
+@pytest.mark.parametrize("device_side", [False, True])
+def test_the_weights_before_a_broken_step_are_saved_and_gone_on_from(device_side, tmp_path, monkeypatch):
+    """The host of a GPU reads the steps later, when further ones were made: none of them may be applied."""
+
+    class Lazy(Updater):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.skips_on_device = device_side
+
+    monkeypatch.setattr(loop, "Updater", Lazy)
+    settings = {"save_steps": 0, "eval_steps": 0, "logging_steps": 6, "micro_batch_size": 4}
+    straight = run(arguments(tmp_path / "straight", **settings))
+    model = tiny_model(dropout=0.2)
+    message = r"step 5: loss .* not applied, and the weights before it are saved whole: .*step-00000004"
+    with pytest.raises(FloatingPointError, match=message):
+        run(arguments(tmp_path / "run", **settings), model=model, batches=Poisoned(model, "loss", steps=range(4, 5)))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    assert damages(tmp_path / "run" / "checkpoints" / "step-00000004") == []
+    assert run(arguments(tmp_path / "run", **settings)) == straight
+    assert read_history(tmp_path / "run") == read_history(tmp_path / "straight")
+
+
+def test_a_broken_first_step_saves_nothing(tmp_path):
+    model = tiny_model()
+    with pytest.raises(FloatingPointError, match="not applied, and nothing was saved, as no step was applied before"):
+        run(arguments(tmp_path), model=model, batches=Poisoned(model, "loss", steps=range(1)))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    model = tiny_model()
+
+    def spoil(weight: torch.nn.Parameter) -> None:
+        weight.data.fill_(math.nan)
+
+    model.lm_head.weight.register_post_accumulate_grad_hook(spoil)  # the gradient stays finite
+    message = r"after step 1 the weights are not finite \(lm_head\.weight\), so they were not saved"
+    with pytest.raises(FloatingPointError, match=message):
+        run(arguments(tmp_path, num_train_steps=1), model=model)
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+class Normed(torch.nn.Module):
+    """Embeddings with statistics over their batch."""
+
+    def __init__(self, embedding: torch.nn.Embedding):
+        super().__init__()
+        self.embedding, self.norm = embedding, torch.nn.BatchNorm1d(embedding.embedding_dim)
+        self.factor = 1.0
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.norm((self.embedding(ids) * self.factor).flatten(0, 1)).unflatten(0, ids.shape)
+
+
+@pytest.mark.parametrize("device_side", [False, True])
+def test_a_skipped_step_leaves_running_statistics_as_they_were(device_side):
+    model = tiny_model()
+    normed = model.model.embed_tokens = Normed(model.model.embed_tokens)
+    prepared = prepare(model, LoopArguments(learning_rate=0.01), Accelerator(cpu=True))
+    updater = Updater(prepared, Losses(num_items), max_grad_norm=1.0)
+    updater.skips_on_device = device_side
+    states = []
+    for factor in (1.0, math.nan, 1.0):
+        normed.factor = factor
+        rejected = bool(updater.step(TinyBatches(4)[0]).rejected)
+        assert rejected == (not math.isfinite(factor))
+        states.append({name: value.clone() for name, value in normed.norm.named_buffers()})
+    assert {"running_mean", "running_var", "num_batches_tracked"} == set(states[0])
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+        assert torch.isfinite(value).all()
+        assert not torch.equal(states[2][name], value), name
+
+
+def test_a_loss_that_is_not_finite_is_not_the_business_of_the_gradient_scaler():
+    model, accelerator = tiny_model(), Accelerator(cpu=True)
+    prepared = prepare(model, LoopArguments(learning_rate=0.01), accelerator)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    poisoned = Poisoned(model, "loss")
+    updater = Updater(prepared, Losses(num_items), max_grad_norm=1.0)
+    assert [bool(updater.step(poisoned[step]).rejected) for step in range(4)] == [False, False, True, False]
+
+
+def test_a_spike_is_warned_of_once(tmp_path, caplog):
+    model = tiny_model()
+    run(arguments(tmp_path), model=model, batches=Poisoned(model, "spike", steps=range(4, 6)))
+    assert caplog.text.count("the step was applied: look at its rows") == 1
+    assert "step 5: the loss is " in caplog.text
+    assert "and the median of the last 4 was " in caplog.text
+
+
+def test_the_level_of_a_loss_is_the_median_of_recent_ones(caplog):
+    watch = SpikeWatch()
+    for step, loss in enumerate([1e9, 2.0, 2.0, 2.0, 2500.0, 2600.0, 2.0, -2500.0, 2.0], 1):
+        watch.see(step, loss)
+    found = re.findall(r"step (\d+): the loss is (\S+), and the median of the last (\d+) was (\S+);", caplog.text)
+    assert found == [("5", "2500", "4", "2"), ("8", "-2500", "7", "2")]
 
 
 def test_the_optimizer_can_skip_without_the_host_knowing(tmp_path):

@@ -4,12 +4,14 @@ A test that fails here brings good news: upstream has mended the fault, and the 
 """
 
 import json
+import math
 import re
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler, skip_first_batches
 from tiny_run import rows, tiny_model
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
@@ -131,6 +133,31 @@ def test_trainer_goes_on_with_another_batch_size(tmp_path):
     assert trainer.state.global_step == 4, no_longer_needed("transformers", "PatchedTrainer._init_training_state")
     with pytest.raises(UserError, match=r"was saved with 4 rows per optimizer step .* and this run has 8 "):
         plain(tmp_path, Counting, gradient_accumulation_steps=2).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_clipped_gradient_without_a_norm_looks_finite(tmp_path):
+    trainer = plain(tmp_path, Counting)
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e25)
+    norm = trainer._get_grad_norm(trainer.model, trainer._clip_grad_norm(trainer.model))
+    gradients = [parameter.grad for parameter in trainer.model.parameters()]
+    assert all(gradient.isfinite().all() for gradient in gradients), no_longer_needed(
+        "torch", "PatchedTrainer._get_grad_norm"
+    )
+    assert norm is trainer.grad_norm
+    assert norm.isinf()
+
+
+def test_accelerate_does_not_see_that_fused_adamw_has_skipped():
+    weight = torch.nn.Parameter(torch.ones(1))
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = accelerator.prepare(torch.optim.AdamW([weight], lr=1.0, fused=True))
+    accelerator.scaler.scale(weight.sum() * math.inf).backward()
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(1))
+    assert accelerator.scaler.get_scale() == 2.0
+    assert not optimizer.step_was_skipped, no_longer_needed("accelerate", "the scales in StopOnNonFinite")
 
 
 def test_a_schedule_that_is_loaded_leaves_the_rates_of_the_optimizer():

@@ -1,0 +1,83 @@
+"""What keeps a broken step out of a model, and a broken model out of checkpoints: of both recipes."""
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+STATISTICS = ("running_mean", "running_var")  # buffers that a layer learns from its inputs
+MANY_TIMES = 1000  # a loss that is larger than its recent level by this factor is a spike
+RECENT, FEWEST = 50, 3  # losses that the level is the median of, and how many there have to be
+
+
+def is_sound(loss: float) -> bool:
+    """Whether a loss is finite, and so is its square in float32: gradients of a larger one have no norm there."""
+    return loss * loss <= torch.finfo(torch.float32).max
+
+
+def sound_or_nan(loss: torch.Tensor) -> torch.Tensor:
+    """0, or nan where `is_sound` does not hold; of the loss's type, without a gradient, on its device."""
+    return (0.0 * loss.detach().float().square()).to(loss.dtype)
+
+
+def broken_weights(model: nn.Module) -> list[str]:
+    """The names of parameters and running statistics that hold a number which is not finite."""
+    tensors: Iterator[tuple[str, torch.Tensor]] = iter(model.named_parameters())
+    found = [name for name, value in tensors if _is_broken(value)]
+    return found + [name for name, value in model.named_buffers() if name.endswith(STATISTICS) and _is_broken(value)]
+
+
+def _is_broken(value: torch.Tensor) -> bool:
+    return value.is_floating_point() and not bool(torch.isfinite(value).all())
+
+
+class SavedBuffers:
+    """A copy of a model's buffers, such as the statistics of BatchNorm, which a forward pass changes."""
+
+    def __init__(self, model: nn.Module):
+        self.kept = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+
+    @torch.no_grad()
+    def restore(self, where: torch.Tensor | None = None) -> None:
+        """Make the buffers what they were, bit by bit; `where` a 0-dim bool on the device holds, if it is given."""
+        for module, name, buffer, former in self.kept:
+            now = getattr(module, name)
+            buffer.copy_(former if where is None or now is not buffer else torch.where(where, former, buffer))
+            setattr(module, name, buffer)
+
+
+class SpikeWatch:
+    """Warns of a loss that is MANY_TIMES its recent level, once until it has come back.
+
+    The level is the median of the absolute values of the last RECENT losses, which a few spikes do not move; at least
+    FEWEST of them are needed.
+    """
+
+    def __init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.is_high = False
+
+    def see(self, step: int, loss: float) -> None:
+        """Look at the loss of a step that is applied."""
+        level = statistics.median(self.recent) if len(self.recent) >= FEWEST else math.inf
+        was_high, self.is_high = self.is_high, abs(loss) > MANY_TIMES * level > 0
+        if self.is_high and not was_high:
+            logger.warning(
+                "step %d: the loss is %.4g, and the median of the last %d was %.4g; the step was applied: look at its "
+                "rows, or lower learning_rate or max_grad_norm",
+                step,
+                loss,
+                len(self.recent),
+                level,
+            )
+        self.recent.append(abs(loss))
