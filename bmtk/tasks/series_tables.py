@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from bmtk.data.series import Series, SeriesColumns, bounds, read_series, shared_steps
 from bmtk.data.series_rows import one_row_a_step
-from bmtk.data.tables import SPLITS, check_column, one_table, read_splits, read_table
+from bmtk.data.tables import SPLITS, check_column, one_table, read_table
 from bmtk.data.time_formats import NAMED_FORMATS, ORDERS, UNITS, TimeFormat, check_time_format
 from bmtk.errors import UserError
 from bmtk.settings import fact, setting
@@ -22,13 +22,18 @@ Range = tuple[Series, int, int]  # a series, and the first and the last step (ex
 MISSING_VALUES = ("stop", "fill", "mask")
 USUAL_SPLIT = (0.7, 0.1, 0.2)
 NO_TIMES = "none"
+TIME_NAMES = ("date", "datetime", "ds", "start", "time", "timestamp")  # of a column, where none is set
 
 
 @dataclass
 class SeriesTableArguments(DataArguments):
     """Which columns, and which rows train, validate and test."""
 
-    time_column: str = fact("date", "column of the time stamps; none: the rows are in order and have none")
+    time_column: str = fact(
+        TIME_NAMES[0],
+        f"column of the time stamps; none: the rows are in order and have none; default: {', '.join(TIME_NAMES)}, "
+        "whichever is there",
+    )
     time_format: str | None = fact(
         None,
         f"how time stamps are written: {', '.join(NAMED_FORMATS)}, or a pattern such as '%d.%m.%Y %H:%M'; default: "
@@ -136,7 +141,7 @@ class SeriesData(TaskData):
         args = self.args
         files = one_table(args.dataset) if args.dataset else args.train_file
         if not splits or not files or args.validation_file or args.test_file:
-            return self._tables_of_splits(splits)
+            return super()._tables(splits)
         table = read_table([Path(name).expanduser() for name in files], args.layout, self.notes)
         shares = args.split_rows or USUAL_SPLIT
         named = enumerate(SPLITS[: len(shares)])
@@ -145,21 +150,25 @@ class SeriesData(TaskData):
             self.notes.append(f"one table: {_percent(USUAL_SPLIT)} of it train, validate and test, in order of time")
         return {split: table for split in splits if split in self.parts}
 
-    def _tables_of_splits(self, splits: Sequence[str]) -> dict[str, Dataset]:
-        args = self.args
-        if not splits or not (args.dataset or any(args.files.values())):
-            return super()._tables(splits)  # nothing, or an error that names what to set
-        how = {"layout": args.layout, "notes": self.notes}
-        tables = read_splits(args.dataset, files=args.files, splits=splits, **how)
-        self.holds_out = "train" in tables and "validation" in splits and "validation" not in tables
-        if self.holds_out:
-            self.parts = TableParts(
-                (1 - args.validation_fraction, args.validation_fraction), {"train": 0, "validation": 1}
-            )
-            tables["validation"] = tables["train"]
-            share = _percent(self.parts.shares[1:])
-            self.notes.append(f"there are no validation rows: the last {share} of the training rows are held out")
-        return tables
+    def _use_own_columns(self, tables: Mapping[str, Dataset]) -> None:
+        """Also a column of times under another usual name than the default, if there is just one."""
+        super()._use_own_columns(tables)
+        names = {column for table in tables.values() for column in table.column_names}
+        found = [name for name in names if name.lower() in TIME_NAMES]
+        if self.args.time_column == TIME_NAMES[0] and self.args.time_column not in names and len(found) == 1:
+            self.args.time_column = found[0]
+            self.notes.append(f"columns: time_column={found[0]}")
+
+    def _with_validation(self, tables: dict[str, Dataset], splits: Sequence[str]) -> dict[str, Dataset]:
+        return tables if self.parts.positions else super()._with_validation(tables, splits)
+
+    def _held_out(self, table: Dataset) -> dict[str, Dataset]:
+        """The end of every series."""
+        share = self.args.validation_fraction
+        self.parts = TableParts((1 - share, share), {"train": 0, "validation": 1})
+        percent = _percent(self.parts.shares[1:])
+        self.notes.append(f"there are no validation rows: the last {percent} of the training rows are held out")
+        return {"train": table, "validation": table}
 
     def _keep_apart(self) -> None:
         """Windows of one table overlap in their context only; `SeriesTables.keep_steps_apart` looks at others."""

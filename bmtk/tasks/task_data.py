@@ -147,7 +147,7 @@ class TaskData:
         raise NotImplementedError
 
     def readable_rows(self, table: Dataset, where: str) -> Dataset:
-        """Those rows of `table` that can be read at all; called before `read_rows` and `encode_inputs`."""
+        """Those rows of `table` that can be read at all, before some are held out; also of rows to be predicted."""
         return table
 
     @property
@@ -229,6 +229,7 @@ class TaskData:
         tables = self._tables(splits)
         self._use_own_columns(tables)
         tables = {split: self.readable_rows(table, split) for split, table in tables.items()}
+        tables = self._with_validation(tables, splits)
         read = {split: self.read_rows(table, split, labelled=True) for split, table in tables.items()}
         return {split: rows for split, rows in read.items() if rows is not None}
 
@@ -244,13 +245,17 @@ class TaskData:
             self.notes.append(f"columns: {', '.join(f'{key}={getattr(self.args, key)}' for key in borrowed)}")
 
     def _tables(self, splits: Sequence[str]) -> dict[str, Dataset]:
-        """The splits that exist; validation rows are held out of the training rows if none are given."""
+        """The splits that there are files of."""
         if not splits:
             return {}
         if not (self.args.dataset or any(self.args.files.values())):
             raise UserError("no data: set dataset (a folder, a file or a Hub id), or train_file")
-        how = {"layout": self.args.layout, "notes": self.notes}
-        tables = read_splits(self.args.dataset, files=self.args.files, splits=splits, **how)
+        return read_splits(
+            self.args.dataset, files=self.args.files, splits=splits, layout=self.args.layout, notes=self.notes
+        )
+
+    def _with_validation(self, tables: dict[str, Dataset], splits: Sequence[str]) -> dict[str, Dataset]:
+        """Validation rows are held out of the training rows if none are given."""
         self.holds_out = "train" in tables and "validation" in splits and "validation" not in tables
         if self.holds_out:
             tables |= self._held_out(tables["train"])

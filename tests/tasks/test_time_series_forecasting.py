@@ -572,6 +572,20 @@ def test_one_row_a_series_is_split_trained_and_forecast_as_one_row_a_step(tmp_pa
     assert [(line["id"], line["step"]) for line in lines] == [(name, step) for name in "ba" for step in (1, 2, 3, 4)]
 
 
+@pytest.mark.parametrize(("names", "found"), [(["Timestamp"], "Timestamp"), (["ds", "time"], None)])
+def test_the_column_of_times_is_found_under_a_usual_name_unless_there_are_two(names, found, tmp_path):
+    path = tmp_path / "x.csv"
+    rows = [",".join([*[str(time.date())] * len(names), "1"]) for time in pd.date_range("2024-01-01", periods=60)]
+    path.write_text("\n".join([",".join([*names, "a"]), *rows]), encoding="utf-8")
+    if found is None:
+        with pytest.raises(ValueError, match="time_column='date' is not in the train data; its columns are ds, time"):
+            read(str(path))
+        return
+    data = read(str(path))
+    assert data.args.time_column == found
+    assert f"columns: time_column={found}" in data.notes
+
+
 def test_errors_name_the_remedy(tmp_path):
     path = write(tmp_path / "x.csv", numbers())
     with pytest.raises(ValueError, match=r"time_column='when' is not in the train data.*time_column=none reads"):
