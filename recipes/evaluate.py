@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
     predictions = predict_all(model, batches, accelerator, objective.scorer.predict, num_batches=num_batches)
     speed = len(rows) / (time.perf_counter() - started)
     if accelerator.is_main_process:
-        scores = objective.scorer.score(predictions, rows)
+        scores = objective.scorer.score(predictions, rows) | objective.scorer.baselines(predictions, rows)
         metrics = {f"{evaluation.split}/{name}": value for name, value in scores.items()}
         print("".join(f"note: {line}\n" for line in objective.notes), end="")
         print(objective.scorer.table(predictions, rows))

@@ -59,4 +59,5 @@ def test_every_dependency_has_a_tested_version():
     pinned = {
         line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     }
-    assert {name.replace("_", "-") for name in named} <= {name.replace("_", "-") for name in pinned}
+    own = {"big-model-toolkit"}  # an extra that names another
+    assert {name.replace("_", "-") for name in named} - own <= {name.replace("_", "-") for name in pinned}

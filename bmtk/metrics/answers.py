@@ -14,6 +14,7 @@ from collections.abc import Sequence
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 HAN = re.compile(r"[\u4e00-\u9fff]")
+SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n+")
 UNITS = re.compile(r"[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+")
 
 
@@ -28,6 +29,18 @@ def agreement(answer: str, references: Sequence[str], *, by: str) -> tuple[float
     pairs = [(found, units_of(reference)) for reference in references]
     exact = max(float(one == other) for one, other in pairs)
     return exact, max(_f1(common(one, other), len(one), len(other)) for one, other in pairs)
+
+
+def best_sentence(text: str, question: str, *, by: str) -> str:
+    """The first of the sentences of `text` that have most units of the question; `by` as in `agreement`.
+
+    >>> best_sentence("Tea is hot. The key is lost! Why?", "Where is the key?", by="words")
+    'The key is lost!'
+    """
+    units_of = _words if by == "words" else _characters
+    wanted = Counter(units_of(question))
+    sentences = [sentence for sentence in SENTENCE.split(text) if sentence.strip()] or [text]
+    return max(sentences, key=lambda sentence: (Counter(units_of(sentence)) & wanted).total())
 
 
 def is_chinese(texts: Sequence[str]) -> bool:

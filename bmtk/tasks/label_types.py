@@ -97,6 +97,10 @@ class LabelType:
     def score(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         raise NotImplementedError
 
+    def baselines(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Metrics of the best constant guess for these rows, where there is a simple one."""
+        return {}
+
     def describe(self, prediction: Prediction) -> dict[str, object]:
         """In words and plain numbers."""
         raise NotImplementedError
@@ -196,6 +200,12 @@ class OneLabel(NamedLabels):
         if len(predictions[0]["top"]) == TOP and len(self.labels) > TOP:
             metrics["top5_accuracy"] = top_accuracy(truth.tolist(), [p["top"] for p in predictions])
         return metrics
+
+    def baselines(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """The share of the most frequent label of these rows, and macro-F1 where all rows are given that label."""
+        truth, _ = self.true_and_predicted(predictions)
+        guess = np.full_like(truth, np.bincount(truth).argmax())
+        return {f"majority_{name}": value for name, value in one_label_scores(truth, guess).items()}
 
     def true_and_predicted(self, predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
         return np.array([p["truth"] for p in predictions]), np.array([p["label"] for p in predictions])
@@ -376,6 +386,12 @@ class Numbers(LabelType):
 
     def score(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         return regression_scores(*self.true_and_predicted(predictions))
+
+    def baselines(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Errors of the mean of these rows."""
+        truth, _ = self.true_and_predicted(predictions)
+        errors = regression_scores(truth, np.full(len(truth), truth.mean()))
+        return {f"mean_value_{name}": errors[name] for name in ("mse", "mae")}
 
     def true_and_predicted(self, predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
         return np.array([p["truth"] for p in predictions]), np.array([p["number"] for p in predictions])

@@ -20,7 +20,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 from bmtk.data.squad import flattened, is_nested
 from bmtk.data.tables import check_column, text_cells
 from bmtk.errors import UserError
-from bmtk.metrics.answers import agreement, is_chinese
+from bmtk.metrics.answers import agreement, best_sentence, is_chinese
 from bmtk.settings import fact, setting
 
 from .answer_spans import best_answers, log_probabilities, losses_of, span_scores
@@ -267,6 +267,14 @@ class QuestionAnsweringScorer(Scorer):
     def score(self, predictions: Sequence[Prediction], rows: Dataset) -> dict[str, float]:
         exact, f1 = self._agreement(predictions, rows).mean(0).tolist()
         return {"loss": mean_loss(predictions), "exact_match": exact, "f1": f1}
+
+    def baselines(self, predictions: Sequence[Prediction], rows: Dataset) -> dict[str, float]:
+        """Agreement of the sentence of the text that has most units in common with the question."""
+        by = self.objective.data.scored_by
+        columns = zip(rows["question"], rows["context"], rows["texts"], strict=True)
+        scores = [agreement(best_sentence(text, question, by=by), texts, by=by) for question, text, texts in columns]
+        exact, f1 = np.mean(scores, axis=0).tolist()
+        return {"best_sentence_exact_match": exact, "best_sentence_f1": f1}
 
     def describe(self, prediction: Prediction) -> dict[str, object]:
         """The best answer, its probability and its characters in the text; then the next best."""

@@ -120,6 +120,9 @@ class RowScorer(Scorer):
     def score(self, predictions: Sequence[Prediction], rows: Any = None) -> dict[str, float]:
         return {"loss": mean_loss(predictions), **self.kind.score(predictions)}
 
+    def baselines(self, predictions: Sequence[Prediction], rows: Any = None) -> dict[str, float]:
+        return self.kind.baselines(predictions)
+
     def describe(self, prediction: Prediction) -> dict[str, object]:
         return self.kind.describe(prediction)
 

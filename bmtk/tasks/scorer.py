@@ -40,6 +40,10 @@ class Scorer:
         """Metrics over all `rows` at once."""
         raise NotImplementedError
 
+    def baselines(self, predictions: Sequence[Prediction], rows: Any) -> dict[str, float]:
+        """The metrics of a guess that needs no model, such as `majority_accuracy` (prefixes: bmtk.hub.formatting)."""
+        return {}
+
     def describe(self, prediction: Prediction) -> dict[str, object]:
         """A prediction in words and plain numbers, for a line of CSV or JSON."""
         raise NotImplementedError

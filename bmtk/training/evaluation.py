@@ -108,7 +108,8 @@ def measure(
         predictions, rows = predict_split(split), objective.rows[split]
         if split == "test":  # predictions of the validation rows may have been made before
             results.inference = {"rows_per_second": len(rows) / (time.perf_counter() - started)}
-        results.metrics |= {f"{split}/{name}": value for name, value in scorer.score(predictions, rows).items()}
+        metrics = scorer.score(predictions, rows) | scorer.baselines(predictions, rows)
+        results.metrics |= {f"{split}/{name}": value for name, value in metrics.items()}
         samples, results.figures = scorer.samples(predictions, rows), scorer.figures(predictions, rows)
     results.samples += samples
     return results

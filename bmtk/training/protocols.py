@@ -45,6 +45,9 @@ class TrainingScorer(Protocol):
     def score(self, predictions: Sequence[Prediction], rows: Any) -> dict[str, float]:
         """Metrics over all `rows` at once."""
 
+    def baselines(self, predictions: Sequence[Prediction], rows: Any) -> dict[str, float]:
+        """The metrics of a guess that needs no model, such as `majority_accuracy`."""
+
     def generated_samples(self, model: torch.nn.Module, *, seed: int) -> list[Sample]:
         """What a generative model writes after the prompts of the settings."""
 

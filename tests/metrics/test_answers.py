@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from bmtk.metrics.answers import agreement, is_chinese, longest_run
+from bmtk.metrics.answers import agreement, best_sentence, is_chinese, longest_run
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,24 @@ def test_the_longest_run_is_that_of_difflib():
         one, other = ("".join(draw.choices("abc", k=draw.randrange(12))) for _ in range(2))
         expected = difflib.SequenceMatcher(None, one, other, autojunk=False).find_longest_match().size
         assert longest_run(one, other) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "by", "expected"),
+    [
+        (
+            "Tea is hot. The key is under 1.5 stones! Why?",
+            "Where is the key?",
+            "words",
+            "The key is under 1.5 stones!",
+        ),
+        ("茶很热。钥匙在石头下面。还有茶。", "钥匙在哪里", "characters", "钥匙在石头下面。"),
+        ("one\ntwo\n", "Nothing of it", "words", "one"),
+        ("", "Where?", "words", ""),
+    ],
+)
+def test_the_best_sentence_has_most_of_the_question(text, question, by, expected):
+    assert best_sentence(text, question, by=by) == expected
 
 
 def test_the_script_decides_how_answers_are_compared():

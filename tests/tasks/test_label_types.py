@@ -175,6 +175,8 @@ def test_the_sum_over_the_number_of_items_is_the_loss_of_transformers_and_of_our
     predictions = objective.scorer.predict(model, batch)
     assert objective.scorer.score(predictions)["loss"] == pytest.approx(ours.item(), rel=1e-6)
     assert len(json.dumps(objective.scorer.describe(predictions[0]))) > 10
+    mean = {"mean_value_mse": np.var([1.5, -2.0, 0.0, 4.0]), "mean_value_mae": (0.625 + 2.875 + 0.875 + 3.125) / 4}
+    assert objective.scorer.baselines(predictions) == pytest.approx(mean if problem == NUMBERS else {})
 
 
 def test_training_losses_of_numbers_are_their_formulas(tmp_path):

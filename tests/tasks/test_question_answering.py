@@ -297,6 +297,9 @@ def test_predictions_are_scored_described_and_shown(tmp_path):
     ]
     metrics = scorer.score(predictions, rows)
     assert metrics == {"loss": 1.0, "exact_match": 0.5, "f1": pytest.approx((2 / 3 + 1) / 2)}
+    # "bo lives in old oslo" for "old oslo", and "ada lives in rome" for "in rome"
+    f1 = pytest.approx((2 * 2 / (5 + 2) + 2 * 2 / (4 + 2)) / 2)
+    assert scorer.baselines(predictions, rows) == {"best_sentence_exact_match": 0.0, "best_sentence_f1": f1}
     assert scorer.describe(predictions[0]) == {
         "prediction": "Oslo",
         "score": 0.5,

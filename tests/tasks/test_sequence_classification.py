@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from sklearn.dummy import DummyClassifier
 from sklearn.metrics import (
     accuracy_score,
     f1_score,
@@ -360,6 +361,11 @@ def test_metrics_equal_those_of_scikit_learn(seven):
     scores = scores_by_label(truth, best)
     for name, expected in {"precision": precision, "recall": recall, "f1": f1, "rows": rows}.items():
         assert [row[name] for row in scores] == pytest.approx(list(expected))
+    guess = DummyClassifier(strategy="most_frequent").fit(truth[:, None], truth).predict(truth[:, None])
+    assert scorer.baselines(predictions) == {
+        "majority_accuracy": pytest.approx(accuracy_score(truth, guess), abs=1e-12),
+        "majority_macro_f1": pytest.approx(f1_score(truth, guess, average="macro"), abs=1e-12),
+    }
 
 
 def test_a_label_that_is_never_predicted_scores_zero_and_one_that_never_occurs_does_not_count():
