@@ -228,11 +228,12 @@ def usage_example(about: TaskDescription, name: str, samples: list[dict[str, str
         variable = "tokenizer" if processor == "AutoTokenizer" else "processor"
         lines += [f"{variable} = {processor}.from_pretrained(name{{remote}})"]
         imported += f", {processor}"
-    if tag in ("text-generation", "text-classification"):
+    if tag in ("text-generation", "text-classification", "token-classification"):
         text = next((sample["prompt"] for sample in samples if sample["prompt"]), "Once upon a time, there was")
         length = ", max_new_tokens=60" if tag == "text-generation" else ""
         imported += ", pipeline"
-        lines += [f'pipe = pipeline("{tag}", model=model, tokenizer=tokenizer)']
+        whole_words = ', aggregation_strategy="first"' if tag == "token-classification" else ""
+        lines += [f'pipe = pipeline("{tag}", model=model, tokenizer=tokenizer{whole_words})']
         lines += [f"print(pipe({json.dumps(text, ensure_ascii=False)}{length}))"]
     elif tag == "translation":  # transformers 5 has no pipeline for it
         text = next((sample["prompt"] for sample in samples if sample["prompt"]), "A text of your own.")

@@ -95,12 +95,22 @@ class CausalLMObjective(CorpusObjective):
         store = self.rows["validation" if "validation" in self.rows else "test"].store
         return str(self.tokenizer.decode(store.document(0)[1 : 1 + count]))
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The positions that the model has, for a prompt and what it writes; None: there is no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def num_new_tokens(self, prompt_length: int, wanted: int) -> int:
+        """How many of `wanted` tokens there is room for after a prompt."""
+        return wanted if self.most_tokens is None else max(1, min(wanted, self.most_tokens - prompt_length))
+
     def next_command(self, directory: Path) -> str:
         prompt = (self.args.prompts or [self.first_words()])[0]
+        count = self.num_new_tokens(len(self.tokenizer(prompt, add_special_tokens=False)["input_ids"]), wanted=100)
         return python_command(
             "import bmtk; from transformers import pipeline; "
             f"print(pipeline('text-generation', model={str(directory)!r})({prompt!r}, "
-            "max_new_tokens=100)[0]['generated_text'])"
+            f"max_new_tokens={count})[0]['generated_text'])"
         )
 
 
@@ -147,8 +157,12 @@ class CausalLMScorer(CorpusScorer):
 
     @torch.no_grad()
     def _continuations(self, model: Any, inputs: Mapping[str, Any]) -> list[str]:
-        output = model.generate(**inputs, max_new_tokens=self.args.sample_tokens, min_new_tokens=1)
-        return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        limit = self.objective.most_tokens
+        kept = {name: value[:, 1 - limit if limit else 0 :] for name, value in inputs.items()}
+        length = kept["input_ids"].shape[1]
+        count = self.objective.num_new_tokens(length, self.args.sample_tokens)
+        output = model.generate(**kept, max_new_tokens=count, min_new_tokens=1)
+        return self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
 
 
 TASK = Task(

@@ -25,6 +25,7 @@ class Objective:
     """
 
     needs_whole_batch: ClassVar[bool] = False  # the loss of a row depends on all others of its optimizer step
+    pipeline_options: ClassVar[str] = ""  # Python source of more arguments of `pipeline` in the next command
 
     def __init__(self, data: TaskData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
         """Write into `config` what the data decide (labels, padding).
@@ -152,9 +153,9 @@ class Objective:
         """What to type to see the result; pipeline() would give an adapter the labels of its base."""
         if (directory / "adapter_config.json").is_file():
             return f"accelerate launch recipes/evaluate.py --model {shlex.quote(str(directory))}"
+        given = f"{self.about['pipeline_tag']!r}, model={str(directory)!r}{self.pipeline_options}"
         return python_command(
-            "import bmtk; from transformers import pipeline; "
-            f"print(pipeline('{self.about['pipeline_tag']}', model={str(directory)!r})({self.example_input()}))"
+            f"import bmtk; from transformers import pipeline; print(pipeline({given})({self.example_input()}))"
         )
 
     def example_input(self) -> str:

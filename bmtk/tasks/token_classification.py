@@ -113,6 +113,8 @@ class TokenClassificationData(TextData):
 class TokenClassificationObjective(TextObjective):
     """Sentences become the `input_ids` of their windows; the first token of each word has the word's tag."""
 
+    # The tag of a word is that of its first token; transformers' default shows the pieces of words.
+    pipeline_options = ", aggregation_strategy='first'"
     data: TokenClassificationData
 
     def __init__(self, data: TokenClassificationData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):

@@ -65,6 +65,23 @@ def test_an_empty_prompt_is_continued_alone_as_beside_others(tmp_path):
     assert [predict(model, objective.collator()([row]))[0] for row in rows] == together
 
 
+def test_samples_stay_within_the_positions_of_the_model(tmp_path, monkeypatch):
+    data = read(tmp_path, context_length=6, sample_tokens=50, prompts=["the cat", "the cat sat on " * 9])
+    config = data.new_config("bm_transformer", {**SMALL, "num_attention_heads": 2})
+    objective = data.bind(config)
+    model, lengths = AutoModelForCausalLM.from_config(config).eval(), []
+    model.generation_config.eos_token_id = None
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: lengths.append(generate(**given)) or generate(**given))
+    objective.scorer.generated_samples(model, seed=0)
+    assert config.max_position_embeddings == 6
+    assert [output.shape[1] for output in lengths] == [6, 6]
+    unlimited = data.bind(data.new_config("bm_rnn", SMALL))
+    assert unlimited.num_new_tokens(3, wanted=50) == 50
+    assert "max_new_tokens=4)" in objective.next_command(tmp_path)
+    assert "max_new_tokens=100)" in unlimited.next_command(tmp_path)
+
+
 def test_a_new_model_reads_the_longest_row(tmp_path):
     longer = read(tmp_path, context_length=4, eval_context_length=16)
     assert longer.config_fields["max_position_embeddings"] == 16

@@ -257,6 +257,8 @@ def test_the_smoke_run_learns_and_every_recipe_and_pipeline_reads_it(tmp_path, m
     finetune.main(["--config", config, "--output_dir", str(folder), "--disable_tqdm", "true", *seed_argv])
     metrics = json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics["test/f1"] > 0.9
+    assert f"model='{folder}', aggregation_strategy='first')" in capsys.readouterr().out
+    assert 'tokenizer=tokenizer, aggregation_strategy="first")' in (folder / "README.md").read_text(encoding="utf-8")
     evaluate.main(["--model", str(folder), "--batch_size", "7"])
     assert "person" in capsys.readouterr().out
     again = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
