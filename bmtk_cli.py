@@ -234,15 +234,24 @@ def run_info(arguments: argparse.Namespace) -> int:
         "base model": config.get("base_model_name_or_path"),
         "parameters": f"{sum(prod(tensor['shape']) for tensor in tensors):,}",
         "stored as": ", ".join(sorted({tensor["dtype"] for tensor in tensors})) or "no safetensors file here",
-        "own code": ", ".join(path.name for path in sorted(directory.glob("*.py"))),
+        "own code": code_files(directory),
     }
     run = directory / "run.json"
     if run.is_file():
         rows |= read_json(run).get("metrics", {})
-    for name, value in rows.items():
-        if value not in (None, ""):
-            print(f"{name:24}{value:.4f}" if isinstance(value, float) else f"{name:24}{value}")
+    shown = {name: value for name, value in rows.items() if value not in (None, "")}
+    for name, value in shown.items():
+        value = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        print(f"{name:<{max(map(len, shown))}}  {value}")
     return 0
+
+
+def code_files(directory: Path) -> str:
+    """The modules of a folder in a line: those of its model first."""
+    names = sorted(
+        (path.name for path in directory.glob("*.py")), key=lambda name: (not name.startswith("modeling_"), name)
+    )
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def read_json(path: Path) -> dict[str, Any]:

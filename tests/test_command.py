@@ -33,3 +33,17 @@ def test_a_fault_of_ours_keeps_its_traceback(error, tmp_path, capsys, monkeypatc
     assert "in fails" in written
     assert "This is a fault of bmtk" in written
     assert "transformers" in written.splitlines()[-2]
+
+
+def test_info_is_in_two_columns_whatever_the_names_are(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bm_rnn", "architectures": ["BmRnnModel"]}))
+    for name in ("a_bm.py", "b_bm.py", "c_bm.py", "modeling_bm_rnn.py"):
+        (tmp_path / name).touch()
+    metrics = {"validation/entity_of_a_long_name_f1": 0.5, "test/tokens": 45672}
+    (tmp_path / "run.json").write_text(json.dumps({"metrics": metrics}))
+    assert bmtk_cli.main(["info", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    width = len("validation/entity_of_a_long_name_f1  ")
+    assert {line[width - 2 : width] for line in lines} == {"  "}
+    assert lines[-2:] == ["validation/entity_of_a_long_name_f1  0.5000", f"{'test/tokens':{width}}45,672"]
+    assert f"{'own code':{width}}modeling_bm_rnn.py, a_bm.py, b_bm.py and 1 more" in lines
