@@ -169,6 +169,9 @@ def multiplies_bfloat16_fast(device_type: str) -> bool:
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     instructions = torch.cpu.get_capabilities()
+    # With kernels for less, which ATEN_CPU_CAPABILITY may ask for, torch's attention in bfloat16 fails on such a CPU.
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
     return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
 
 

@@ -243,3 +243,10 @@ def test_accelerate_takes_it_for_one_optimizer():
     assert all(changed)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert isinstance(model.lm_head, nn.Linear)
+
+
+@pytest.mark.parametrize(("kernels", "fast"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_bfloat16_is_fast_only_where_torch_has_kernels_for_the_instructions(kernels, fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
+    assert optimizers.multiplies_bfloat16_fast("cpu") is fast
