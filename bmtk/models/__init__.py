@@ -3,7 +3,7 @@
 A family names its heads once, in the `auto_map` of its configuration class: the same map registers the classes here
 and travels with every saved model, so that an uploaded repository resolves each head without bmtk.
 
-`bmtk.registration` calls what is in `AFTER_IMPORT_OF` when transformers has imported the module of that name, which may be in
+`bmtk.registration` calls what is in `AFTER_IMPORT_OF` when the module of that name has been imported, which may be in
 the middle of another import: what a function needs, it imports itself, and a head is imported when it is asked for.
 """
 
@@ -54,8 +54,8 @@ def register_models() -> None:
 
     for config_class in FAMILIES:
         for auto_name, reference in config_class.heads.items():
-            # `register` of an Auto class takes a class, not its name (transformers 5.23); the heads need modeling_utils,
-            # which may itself have asked for the Auto classes.
+            # `register` of an Auto class takes a class, not its name (transformers 5.23).  The modules of the heads
+            # import others that may be asking for the Auto classes at this moment.
             mapping = getattr(modeling_auto, auto_name)._model_mapping
             if not isinstance(mapping._extra_content, HeadClasses):
                 mapping._extra_content = HeadClasses(mapping._extra_content)
