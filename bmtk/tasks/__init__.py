@@ -47,7 +47,12 @@ TASKS = TasksByName()
 
 
 def task_named(name: object) -> "Task":
-    """The task of this name.  Raises: UserError that lists the tasks there are."""
+    """The task of this name.  Raises: as `check_task`."""
+    return TASKS[check_task(name)]
+
+
+def check_task(name: object) -> str:
+    """The name of a task.  Raises: UserError that lists the tasks there are."""
     if name not in TASKS.names:
         raise UserError(f"task={name!r} is unknown; choose one of {', '.join(TASKS)}")
-    return TASKS[str(name)]
+    return str(name)
