@@ -40,16 +40,16 @@ def declared(module: str, name: str) -> Any:
 
 
 @cache
-def source_of(module: str) -> "Source":
+def source_of(module: str) -> "ModuleSource":
     first, *rest = module.split(".")
     package = find_spec(first)
     assert package is not None
     assert package.submodule_search_locations is not None
     path = Path(package.submodule_search_locations[0], *rest)
-    return Source(module, path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
+    return ModuleSource(module, path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
 
 
-class Source:
+class ModuleSource:
     """The names that a file defines at its top level, each executed when it is asked for."""
 
     def __init__(self, module: str, path: Path):

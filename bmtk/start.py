@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bmtk import arguments
-from bmtk.declarations import Source, declared, source_of
+from bmtk.declarations import ModuleSource, declared, source_of
 from bmtk.option_help import help_topic
 from bmtk.process import clean_errors
 from bmtk.tasks import check_task
@@ -95,7 +95,7 @@ def read_serving(recipe: Path, argv: list[str]) -> tuple[arguments.RunConfig, li
         return values, []
     trained_for = json.loads(record.read_text(encoding="utf-8")).get("task") if record.is_file() else TRAINED_FOR
     task = check_task(values.get("task", trained_for))
-    return values, [Source(recipe.stem, recipe)[name], task_arguments(task)]
+    return values, [ModuleSource(recipe.stem, recipe)[name], task_arguments(task)]
 
 
 def task_arguments(task: str) -> Any:
