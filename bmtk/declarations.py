@@ -78,6 +78,7 @@ class ModuleSource:
 
     def _execute(self, node: ast.stmt) -> None:
         self.begun.add(node)
+        has_fields = isinstance(node, ast.ClassDef) and _has_fields(node)
         if isinstance(node, ast.ClassDef):
             node = ast.ClassDef(node.name, node.bases, [], [*_without_methods(node), ast.Pass()], [])
             self._import_for_class(node)
@@ -87,7 +88,7 @@ class ModuleSource:
                 self[child.id]
         only = ast.fix_missing_locations(ast.Module([node], []))
         exec(compile(only, f"<{self.names['__name__']}>", "exec"), self.names)
-        if isinstance(node, ast.ClassDef) and any(isinstance(item, ast.AnnAssign) for item in node.body):
+        if isinstance(node, ast.ClassDef) and has_fields:
             dataclasses.dataclass(kw_only=True)(self.names[node.name])
 
     def _import_for_class(self, node: ast.ClassDef) -> None:
@@ -126,6 +127,12 @@ def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
     for node in reversed(body):
         found += [*_statements(node.orelse), *_statements(node.body)] if isinstance(node, ast.If) else [node]
     return found
+
+
+def _has_fields(node: ast.ClassDef) -> bool:
+    """Whether it is a dataclass, of its own or by its base class, as configurations are."""
+    by_name = any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+    return by_name or any(isinstance(item, ast.AnnAssign) for item in node.body)
 
 
 def _without_methods(node: ast.ClassDef) -> list[ast.stmt]:

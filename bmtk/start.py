@@ -105,9 +105,11 @@ def task_arguments(task: str) -> Any:
 
 def configuration(values: arguments.RunConfig) -> Any:
     """What the configuration class of a new model declares, if it is of a family of ours."""
-    preset, model_type = values.get("preset_model"), values.get("model_type", arguments.RunArguments.model_type)
+    preset, model_type = values.get("preset_model"), values.get("model_type")
     for family, name in FAMILIES.items():
         source = source_of(f"bmtk.models.configuration_{family}")
-        if (preset in source["PRESETS"]) if preset else (family == model_type):
+        if preset in source["PRESETS"] and model_type in (None, family):
+            return source[name]
+        if preset is None and family == (model_type or arguments.RunArguments.model_type):
             return source[name]
     return None
