@@ -82,10 +82,10 @@ class ModuleSource:
         if isinstance(node, ast.ClassDef):
             node = ast.ClassDef(node.name, node.bases, [], [*_without_methods(node), ast.Pass()], [])
             self._import_for_class(node)
-        for child in ast.walk(node):
-            is_read = isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load)
-            if is_read and self.statements.get(child.id) not in (None, *self.begun):
-                self[child.id]
+        read = {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load)}
+        for name in read & self.statements.keys():
+            if self.statements[name] not in self.begun:
+                self[name]
         only = ast.fix_missing_locations(ast.Module([node], []))
         exec(compile(only, f"<{self.names['__name__']}>", "exec"), self.names)
         if isinstance(node, ast.ClassDef) and has_fields:
@@ -93,7 +93,8 @@ class ModuleSource:
 
     def _import_for_class(self, node: ast.ClassDef) -> None:
         """What the body of a class imports, under its conditions, becomes names of the module."""
-        for parent in [node, *(child for child in ast.walk(node) if isinstance(child, ast.If))]:
+        blocks: list[ast.ClassDef | ast.If] = [node, *(item for item in ast.walk(node) if isinstance(item, ast.If))]
+        for parent in blocks:
             for place, child in enumerate(parent.body):
                 if isinstance(child, ast.ImportFrom):
                     self.names |= {alias.name: self._imported(child, alias.name) for alias in child.names}
