@@ -149,7 +149,6 @@ def installed_version() -> str:
 def run_recipe(name: str, argv: list[str]) -> int:
     """Run a recipe in this process, as `python recipes/NAME.py` does; it ends the process itself if it fails."""
     path = recipes_folder() / f"{name}.py"
-    print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)
     sys.argv = [str(path), *argv]
     runpy.run_path(str(path), run_name="__main__")
     return 0

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bmtk.errors import UserError
 from bmtk.option_help import FirstScreen, OptionParser, help_topic, shown_default
@@ -169,7 +168,20 @@ class RunConfig:
     def bind(self, classes: list[Any], *, description: str) -> list[Any]:
         """Instances of `classes` (dataclasses), in order; a name that two of them declare belongs to the first.
 
-        Exits after `--help`, and with one line on stderr and status 2 for a value of the wrong type.
+        Exits with one line on stderr and status 2 for a value of the wrong type, and as `answer` does.
+        """
+        parser = self.answer(classes, description=description)
+        set_in_file(self.path, self.file_values.keys() - self.cli_values.keys())
+        return list(parser.parse_args_into_dataclasses(self.words, look_for_args_file=False))
+
+    @property
+    def words(self) -> list[str]:
+        """File and command line as one command line."""
+        return [text for key, value in self.file_values.items() for text in _as_argv(key, value)] + self.argv
+
+    def answer(self, classes: list[Any], *, description: str) -> OptionParser:
+        """The parser of the options of `classes`, if they are not asked for: exits after `--help`.
+
         Raises: UserError for unknown keys, each with the nearest known one.
         """
         classes = _without_repeated_fields(classes)
@@ -179,9 +191,7 @@ class RunConfig:
         if (topic := help_topic(self.argv)) is not None:
             parser.show_help(topic, FIRST_SCREEN)
         self._refuse_unknown([f for cls in classes for f in dataclasses.fields(cls)])
-        set_in_file(self.path, self.file_values.keys() - self.cli_values.keys())
-        in_file = [text for key, value in self.file_values.items() for text in _as_argv(key, value)]
-        return list(parser.parse_args_into_dataclasses([*in_file, *self.argv], look_for_args_file=False))
+        return parser
 
     def _refuse_unknown(self, fields: list[dataclasses.Field[Any]]) -> None:
         known = {f.name for f in fields if f.init}
@@ -244,6 +254,8 @@ def model_type_of(values: RunConfig) -> str:
     preset, given = values.get("preset_model"), values.get("model_type")
     if preset is None:
         return str(given or RunArguments.model_type)
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # imports torch
+
     families: dict[str, Any] = {name: CONFIG_MAPPING[name] for name in CONFIG_MAPPING.keys() if name.startswith("bm_")}
     owner = next((name for name, config_class in families.items() if preset in config_class.presets), None)
     if owner is None:
@@ -260,7 +272,11 @@ def model_fields(model_type: str) -> type:
     Without fields that the data decide (vocab_size, special token ids) or that concern inference only (use_cache).
     The help of a field is that of the configuration class.
     """
-    config_class = _config_class(model_type)
+    return fields_of_configuration(_config_class(model_type))
+
+
+def fields_of_configuration(config_class: Any) -> type:
+    """`model_fields` of a configuration class, or of what it declares."""
     fields = [
         (name, _plain_type(config_class.__annotations__[name]) | None, setting(None, field_help(config_class, name)))
         for name in architecture_fields(config_class)
@@ -335,6 +351,8 @@ def with_shipped_data(values: dict[str, object], recipes: Path) -> dict[str, obj
 
 def _config_class(model_type: str) -> Any:
     """The configuration class of a model type.  Raises: UserError with similar names."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # imports torch
+
     if model_type not in CONFIG_MAPPING:
         similar = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
         ours = [name for name in CONFIG_MAPPING.keys() if name.startswith("bm_")]

@@ -40,7 +40,7 @@ class OptionHelp(argparse.RawDescriptionHelpFormatter):
         return f"{action.option_strings[0]} {_value_name(action)}".rstrip()
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
+        text = re.sub(r"(?<!%)%(?![%(])", "%%", action.help or "")  # argparse formats it: "10 %" is no placeholder
         if action.choices is not None:
             text = f"[{'|'.join(map(str, action.choices))}] {text}"
         if "default:" in text or _is_negation(action):

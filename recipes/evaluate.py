@@ -7,9 +7,15 @@
 Data options default to those in the model's recipe.yaml; the command line overrides them.
 """
 
+import sys
+
+from bmtk.start import begin, imported
+
+if __name__ == "__main__":  # before the imports that take seconds
+    begin(__file__, __doc__, sys.argv[1:])
+
 import dataclasses
 import logging
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +131,7 @@ def write_metrics(
 
 
 if __name__ == "__main__":
+    imported()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with clean_errors(), ending_signals():
         main(sys.argv[1:])

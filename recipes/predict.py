@@ -8,9 +8,15 @@ Each line of the output is a row of the input with its prediction; for series, a
 columns, lengths) default to those in the model's recipe.yaml; the command line overrides them.
 """
 
+import sys
+
+from bmtk.start import begin, imported
+
+if __name__ == "__main__":  # before the imports that take seconds
+    begin(__file__, __doc__, sys.argv[1:])
+
 import dataclasses
 import logging
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,6 +152,7 @@ def write(
 
 
 if __name__ == "__main__":
+    imported()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with clean_errors(), ending_signals():
         main(sys.argv[1:])

@@ -9,8 +9,14 @@
 An interrupted run is resumed by the same command.
 """
 
-import logging
 import sys
+
+from bmtk.start import begin, imported
+
+if __name__ == "__main__":  # before the imports that take seconds
+    begin(__file__, __doc__, sys.argv[1:])
+
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,6 +189,7 @@ def plan(
 
 
 if __name__ == "__main__":
+    imported()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with clean_errors(), ending_signals():
         main(sys.argv[1:])

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from sklearn.metrics import average_precision_score
 
 
 def ratios(hits: int, rows: int, calls: int) -> dict[str, float]:
@@ -45,6 +44,8 @@ def several_labels_scores(truth: np.ndarray, found: np.ndarray, scores: np.ndarr
 
     map: the mean average precision over the labels that occur in truth.
     """
+    from sklearn.metrics import average_precision_score  # a second to import
+
     of_all = ratios((truth & found).sum(), truth.sum(), found.sum())
     there = np.flatnonzero(truth.any(0))
     precisions = [average_precision_score(truth[:, label], scores[:, label]) for label in there]

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 
-import jiwer
-from sacrebleu.metrics import BLEU, CHRF
+# Language models need the last two functions alone: jiwer and sacrebleu are imported by those that call them.
 
 
 def error_rates(references: Sequence[str], transcripts: Sequence[str]) -> dict[str, float]:
     """Word and character error rates, over the total length of the references; share of transcripts without error."""
+    import jiwer
+
     truth, found = list(references), list(transcripts)
     exact = sum(one == other for one, other in zip(truth, found, strict=True)) / len(truth)
     return {"wer": jiwer.wer(truth, found), "cer": jiwer.cer(truth, found), "exact_match": exact}
@@ -18,6 +19,8 @@ def translation_scores(
     texts: Sequence[str], references: Sequence[str], *, tokenizer: str = "13a", lower_case: bool = False
 ) -> tuple[dict[str, float], dict[str, str]]:
     """BLEU and chrF of a corpus, and their signatures; scores with different signatures are not comparable."""
+    from sacrebleu.metrics import BLEU, CHRF
+
     metrics = {"bleu": BLEU(tokenize=tokenizer, lowercase=lower_case), "chrf": CHRF(lowercase=lower_case)}
     scores = {name: metric.corpus_score(list(texts), [list(references)]).score for name, metric in metrics.items()}
     return scores, {name: str(metric.get_signature()) for name, metric in metrics.items()}
@@ -25,6 +28,8 @@ def translation_scores(
 
 def sentence_chrf(texts: Sequence[str], references: Sequence[str], *, lower_case: bool = False) -> list[float]:
     """chrF of each text."""
+    from sacrebleu.metrics import CHRF
+
     metric = CHRF(lowercase=lower_case)
     return [metric.sentence_score(text, [other]).score for text, other in zip(texts, references, strict=True)]
 

@@ -7,10 +7,9 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .figures import as_png
+from .figures import as_png, new_figure
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324")
 Boxes = dict[str, list[Any]]  # of one image: "boxes" and "labels"; predicted ones also with "scores"
@@ -26,7 +25,7 @@ def images_with_boxes(
     """Images side by side: true boxes dashed and white, predicted ones in the colour of their label."""
     columns = min(3, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.4), layout="constrained")
+    figure = new_figure(figsize=(4.2 * columns, 3.6 * rows + 0.4), layout="constrained")
     for number, image in enumerate(images):
         axes = figure.add_subplot(rows, columns, number + 1)
         axes.imshow(image.convert("RGB"), extent=(0, image.width, image.height, 0))

@@ -5,23 +5,32 @@ import io
 import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_NAMES = 40  # labels that are named on an axis
 MOST_NUMBERS = 20  # labels whose cells hold their counts
 
 
-def as_svg(figure: Figure, title: str) -> dict[str, str]:
+def new_figure(**options: Any) -> "Figure":
+    from matplotlib.figure import Figure  # a third of a second to import, and needed when all is done
+
+    return Figure(**options)
+
+
+def as_svg(figure: "Figure", title: str) -> dict[str, str]:
     """A drawing: sharp at every size."""
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     return {"title": title, "svg": text.getvalue()}
 
 
-def as_png(figure: Figure, title: str, *, dots_per_inch: int = 110) -> dict[str, str]:
+def as_png(figure: "Figure", title: str, *, dots_per_inch: int = 110) -> dict[str, str]:
     """For what holds photographs."""
     content = io.BytesIO()
     figure.savefig(content, format="png", bbox_inches="tight", dpi=dots_per_inch, metadata={"Software": None})
@@ -34,7 +43,7 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[
     np.add.at(counts, (truth, predicted), 1)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(9.0, 2.2 + 0.42 * len(labels))
-    figure = Figure(figsize=(side, side))
+    figure = new_figure(figsize=(side, side))
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="label of the data")
@@ -52,7 +61,7 @@ def hits_and_misses(truth: np.ndarray, found: np.ndarray, labels: Sequence[str])
     """Rows that have each label and got it, that have it and did not get it, and that got it wrongly; (N, K), bool."""
     order = np.argsort(truth.sum(0), kind="stable")[-MOST_NAMES:]  # the most frequent ones, at the top
     names = [labels[label] for label in order]
-    figure = Figure(figsize=(7, 1.2 + 0.28 * len(names)))
+    figure = new_figure(figsize=(7, 1.2 + 0.28 * len(names)))
     axes, left = figure.add_subplot(), np.zeros(len(names))
     parts = {"found": (truth & found, "tab:blue"), "missed": (truth & ~found, "lightgrey")}
     for name, (rows, colour) in {**parts, "wrongly given": (found & ~truth, "tab:orange")}.items():
@@ -65,7 +74,7 @@ def hits_and_misses(truth: np.ndarray, found: np.ndarray, labels: Sequence[str])
 
 def truth_and_prediction(truth: np.ndarray, predicted: np.ndarray, name: str) -> dict[str, str]:
     """Each row as a point; those on the line are right."""
-    figure = Figure(figsize=(4.5, 4.5))
+    figure = new_figure(figsize=(4.5, 4.5))
     axes = figure.add_subplot()
     low, high = min(truth.min(), predicted.min()), max(truth.max(), predicted.max())
     axes.plot([low, high], [low, high], color="grey", linewidth=0.8)
@@ -78,7 +87,7 @@ def spectrograms(recordings: Sequence[np.ndarray], names: Sequence[str], rate: i
     """Loudness over time (across) and frequency (up) of recordings (N,) of `rate` Hz, each under its name."""
     across = min(3, len(recordings))
     down = -(-len(recordings) // across)
-    figure = Figure(figsize=(3.4 * across, 2.5 * down), layout="constrained")
+    figure = new_figure(figsize=(3.4 * across, 2.5 * down), layout="constrained")
     cells = figure.subplots(down, across, squeeze=False).flatten()
     for axes, samples, name in zip(cells, recordings, names, strict=False):
         window = max(16, rate // 40)  # 25 ms
@@ -110,7 +119,7 @@ def image_grid(
     """Images (C, H, W), uint8, in rows, each under its caption of two lines."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.55 * columns, 1.95 * rows), layout="constrained")
+    figure = new_figure(figsize=(1.55 * columns, 1.95 * rows), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):
@@ -122,7 +131,7 @@ def image_grid(
 def sentence_scores(scores: Sequence[float], lengths: Sequence[int]) -> dict[str, str]:
     """How good translations are, one by one: a histogram of chrF, and the chrF of sources of each length."""
     values, sizes = np.asarray(scores), np.asarray(lengths)
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = new_figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.hist(values, bins=np.linspace(0, 100, 26), color="tab:blue")
     left.set(xlabel="chrF of a sentence", ylabel="sentences", xlim=(0, 100))

@@ -6,11 +6,10 @@ Arrays are (W, H, C), truth NaN where missing: such steps count nowhere.
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from bmtk.data.windows import Windows
 
-from .figures import as_svg
+from .figures import as_svg, new_figure
 
 MOST_COLUMNS = 3  # of a figure
 PAST_SHOWN = 2  # forecast lengths of context before a forecast, in a figure
@@ -53,7 +52,7 @@ def figure_of_windows(
     """Forecast and truth, with the end of the context, of the best, the median and the worst window."""
     windows = best_median_worst(forecast, rows.truth())
     shown = np.unique(np.linspace(0, len(columns) - 1, min(MOST_COLUMNS, len(columns))).astype(int))
-    figure = Figure(figsize=(11, 0.9 + 2.1 * len(shown)), layout="constrained")
+    figure = new_figure(figsize=(11, 0.9 + 2.1 * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), len(windows), squeeze=False, sharex=True)
     past = min(rows.context, PAST_SHOWN * rows.horizon)
     after, around = np.arange(1, rows.horizon + 1), np.arange(-past + 1, rows.horizon + 1)
@@ -84,7 +83,7 @@ def _in_units(scaling: Mapping[str, Sequence[float]], column: int) -> Callable[[
 
 def figure_of_steps(forecasts: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, str]:
     """Mean squared error of each step ahead, of the model and of the naive forecasts."""
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    figure = new_figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(1, truth.shape[1] + 1)
     for place, (name, forecast) in enumerate(forecasts.items()):

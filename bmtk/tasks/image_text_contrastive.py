@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import yaml
 from datasets import Dataset
-from matplotlib.figure import Figure
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -28,7 +27,7 @@ from bmtk.errors import UserError
 from bmtk.metrics.retrieval import retrieval_scores
 from bmtk.settings import fact, setting
 
-from .figures import as_png
+from .figures import as_png, new_figure
 from .images import (
     ImageArguments,
     ImageRows,
@@ -282,7 +281,7 @@ class ImageTextContrastiveScorer(Scorer):
         """Captions and the images that are nearest to them, the own one framed."""
         images, texts, names = embeddings(predictions, rows)
         shown = np.linspace(0, len(predictions) - 1, min(SHOWN, len(predictions))).astype(int)
-        figure = Figure(figsize=(1.3 * SHOWN_BEST, 1.55 * len(shown)))
+        figure = new_figure(figsize=(1.3 * SHOWN_BEST, 1.55 * len(shown)))
         grid = figure.subplots(len(shown), SHOWN_BEST, squeeze=False)
         for cells, row in zip(grid, shown, strict=True):
             best = np.argsort(-(images @ texts[row]), kind="stable")[:SHOWN_BEST]

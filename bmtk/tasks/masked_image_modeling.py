@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from matplotlib.figure import Figure
 from transformers import AutoModelForMaskedImageModeling, PreTrainedConfig
 
 from bmtk.data.epoch_dataset import EpochDataset
@@ -19,7 +18,7 @@ from bmtk.data.masking import draws, hidden_cells
 from bmtk.errors import UserError
 from bmtk.settings import setting
 
-from .figures import as_png
+from .figures import as_png, new_figure
 from .images import AugmentedImageArguments, ImageData, ImageObjective, PixelRows
 from .scorer import Scorer, mean_loss
 from .task import Prediction, Task
@@ -158,7 +157,7 @@ class MaskedImageModelingScorer(Scorer):
         shown = [p["picture"] for p in predictions if "picture" in p]
         if not shown:
             return []
-        figure = Figure(figsize=(1.6 * len(shown), 5.0))
+        figure = new_figure(figsize=(1.6 * len(shown), 5.0))
         grid = figure.subplots(len(STAGES), len(shown), squeeze=False)
         for axes, stage, pictures in zip(grid, STAGES, zip(*shown, strict=True), strict=True):
             axes[0].set_ylabel(stage)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from matplotlib.figure import Figure
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 
 from bmtk.data.squad import flattened, is_nested
@@ -25,7 +24,7 @@ from bmtk.settings import fact, setting
 
 from .answer_spans import best_answers, log_probabilities, losses_of, span_scores
 from .context_windows import NO_CHARACTER, ContextWindows, PadWindows, separate_pairs
-from .figures import as_svg
+from .figures import as_svg, new_figure
 from .scorer import Scorer, mean_loss, spread_and_worst
 from .task import Criterion, Prediction, Task
 from .task_data import DataArguments
@@ -298,7 +297,7 @@ class QuestionAnsweringScorer(Scorer):
         groups = np.digitize(lengths, list(LENGTHS.values()), right=True)
         scores, found = self._agreement(predictions, rows), np.unique(groups)
         means = np.array([scores[groups == group].mean(0) for group in found])
-        figure = Figure(figsize=(6, 3))
+        figure = new_figure(figsize=(6, 3))
         axes, positions = figure.add_subplot(), np.arange(len(found))
         for side, name, heights in zip((-0.2, 0.2), ("exact match", "F1"), means.T, strict=True):
             axes.bar(positions + side, heights, 0.4, label=name)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from matplotlib.figure import Figure
 
 from bmtk.errors import UserError
 
@@ -43,6 +42,8 @@ class RangeTest:
 
     def draw(self, path: Path) -> None:
         """Write a picture of loss over rate."""
+        from matplotlib.figure import Figure  # a third of a second to import
+
         figure = Figure(figsize=(7, 4))
         axes = figure.add_subplot()
         axes.plot(self.rates, self.losses)

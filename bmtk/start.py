@@ -1,0 +1,115 @@
+"""How a recipe starts: what needs no torch is answered first, and what takes seconds is imported once, in a hurry.
+
+if __name__ == "__main__":
+    begin(__file__, __doc__, sys.argv[1:])
+import torch ...
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from bmtk import arguments
+from bmtk.declarations import ModuleSource, declared, source_of
+from bmtk.option_help import help_topic
+from bmtk.process import clean_errors
+from bmtk.tasks import check_task
+
+TRAINED_FOR = "sequence_classification"  # by models without a run.json, as in the recipes
+# Recipe -> its config file, its own settings after those of run and data.  Recipes that train make a new model, too.
+TRAINING: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "pretrain": (
+        "causal_lm/tiny_shakespeare",
+        (("bmtk.training.arguments", "LoopArguments"), ("bmtk.search.space", "SearchArguments")),
+    ),
+    "finetune": (
+        "sequence_classification/sst2",
+        (
+            ("bmtk.training.finetuning_arguments", "FineTuningArguments"),
+            ("bmtk.training.adapters", "AdapterArguments"),
+            ("bmtk.search.space", "SearchArguments"),
+        ),
+    ),
+}
+FAMILIES = {"bm_cnn": "BmCnnConfig", "bm_rnn": "BmRnnConfig", "bm_transformer": "BmTransformerConfig"}
+SERVING = {  # recipe -> its settings, and those without which it does nothing
+    "evaluate": ("EvaluationArguments", ("model",)),
+    "predict": ("PredictionArguments", ("model", "input")),
+}
+
+
+def begin(recipe: str, description: str, argv: list[str]) -> None:
+    """Answer `--help` and unknown keys of `recipe` (a file) and exit; else say that the libraries are imported.
+
+    Python looks for unused objects all the time while it imports: of those that are made here none is unused, and to
+    look for them takes a fifth of the time.  `imported` turns that on again.
+    """
+    gc.disable()
+    with clean_errors():
+        answer(Path(recipe), description, argv)
+    if os.environ.get("RANK", "0") == "0":
+        print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def imported() -> None:
+    """All is imported: what there is stays, and is not looked through again."""
+    gc.freeze()
+    gc.enable()
+
+
+def answer(recipe: Path, description: str, argv: list[str]) -> None:
+    """Show help, or refuse unknown keys and values of a wrong type, as the recipe itself does later.
+
+    Nothing is done where only the libraries know the options.  Raises: as `RunConfig.read` and `RunConfig.answer`.
+    """
+    read = read_training if recipe.stem in TRAINING else read_serving
+    values, classes = read(recipe, argv)
+    if classes:
+        values.answer(classes, description=description).parse_known_args(values.words)
+
+
+def read_training(recipe: Path, argv: list[str]) -> tuple[arguments.RunConfig, list[Any]]:
+    """The values of a run that trains, and what its dataclasses declare; [] for a family that is not ours."""
+    default, settings = TRAINING[recipe.stem]
+    values = arguments.RunConfig.read(argv, configs=recipe.parent / "configs", default=default)
+    task, config_class = check_task(values.get("task", default.split("/")[0])), configuration(values)
+    if config_class is None:
+        return values, []
+    architecture = arguments.fields_of_configuration(config_class)
+    own = [declared(*setting) for setting in settings]
+    return values, [arguments.RunArguments, task_arguments(task), *own, architecture]
+
+
+def read_serving(recipe: Path, argv: list[str]) -> tuple[arguments.RunConfig, list[Any]]:
+    """The same for a recipe that uses a model: its run.json names the task."""
+    name, needed = SERVING[recipe.stem]
+    values = arguments.RunConfig({}, argv)
+    if recipe.stem == "evaluate" and values.get("config"):
+        path = Path(str(values.get("config")))
+        values = arguments.RunConfig(arguments.read_yaml(path), argv, path)
+    record = Path(str(values.get("model"))) / "run.json"
+    if help_topic(argv) is None and not all(values.get(key) for key in needed):
+        return values, []
+    trained_for = json.loads(record.read_text(encoding="utf-8")).get("task") if record.is_file() else TRAINED_FOR
+    task = check_task(values.get("task", trained_for))
+    return values, [ModuleSource(recipe.stem, recipe)[name], task_arguments(task)]
+
+
+def task_arguments(task: str) -> Any:
+    source = source_of(f"bmtk.tasks.{task}")
+    return source[source.keyword("TASK", "arguments")]
+
+
+def configuration(values: arguments.RunConfig) -> Any:
+    """What the configuration class of a new model declares, if it is of a family of ours."""
+    preset, model_type = values.get("preset_model"), values.get("model_type")
+    for family, name in FAMILIES.items():
+        source = source_of(f"bmtk.models.configuration_{family}")
+        if preset in source["PRESETS"] and model_type in (None, family):
+            return source[name]
+        if preset is None and family == (model_type or arguments.RunArguments.model_type):
+            return source[name]
+    return None

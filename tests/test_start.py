@@ -1,0 +1,176 @@
+"""What a command imports before it answers, and that its early answers are those of the recipe itself."""
+
+import gc
+import importlib
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from bmtk import start
+from bmtk.declarations import Absent, ModuleSource
+from bmtk.errors import UserError
+from bmtk.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parents[1]
+SLOW = ("torch", "peft", "accelerate", "sklearn", "scipy", "datasets", "pandas", "matplotlib", "optuna", "numpy.ma")
+RECIPES = ("pretrain", "finetune", "evaluate", "predict")
+
+
+def child(code, *argv):
+    """What Python prints last, as JSON, in a process of its own."""
+    command = [sys.executable, "-c", code, *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+AFTER = f"""
+import json, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    print()
+    print(json.dumps([end.code, sorted(set({SLOW}) & set(sys.modules))]))
+"""
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_and_a_mistyped_option_are_answered_without_the_libraries(recipe):
+    path = f"recipes/{recipe}.py"
+    assert child(AFTER, path, "--help") == [0, []]
+    needed = [] if recipe in start.TRAINING else ["--model", "none", "--input", "none"]
+    assert child(AFTER, path, *needed, "--outptu", "x") == [1, []]
+
+
+def test_a_value_of_a_wrong_type_is_refused_without_the_libraries():
+    assert child(AFTER, "recipes/finetune.py", "--preset", "smoke", "--learning_rate", "fast") == [2, []]
+
+
+def test_bmtk_is_imported_without_the_libraries():
+    assert child(f"import json, sys, bmtk; print(json.dumps(sorted(set({SLOW}) & set(sys.modules))))") == []
+
+
+@pytest.mark.slow
+def test_a_recipe_that_pretrains_imports_no_library_of_other_tasks():
+    others = ("sklearn", "scipy.stats", "matplotlib", "jiwer", "sacrebleu", "pycocotools", "evaluate")
+    code = f"import json, sys, recipes.pretrain; print(json.dumps(sorted(set({others}) & set(sys.modules))))"
+    assert child(code) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import bmtk; from transformers import BertModel, pipeline",  # its modeling_layers asks for the Auto classes
+        "import transformers.modeling_layers; import bmtk.models.modeling_bm_rnn",
+    ],
+)
+def test_the_families_are_registered_whatever_is_imported_first(first):
+    code = f"""
+{first}
+import json, transformers
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
+from bmtk.models import FAMILIES
+known = [[name, getattr(transformers, name)._model_mapping[family]] for family in FAMILIES for name in family.heads]
+assert all(head._auto_class == name for name, head in known)
+assert FAMILIES[0] in VIDEO_PROCESSOR_MAPPING and transformers.AutoImageProcessor
+config = transformers.AutoConfig.for_model("bm_rnn", hidden_size=8, num_hidden_layers=1, vocab_size=9)
+print(json.dumps([len(known), type(transformers.AutoModelForCausalLM.from_config(config)).__name__]))
+"""
+    number, name = child(code)
+    assert (number > 30, name) == (True, "BmRnnForCausalLM")
+
+
+EARLY = """
+import contextlib, io, json, sys
+from pathlib import Path
+from bmtk import start
+from bmtk.declarations import ModuleSource
+sys.argv = ["recipe"]
+found = []
+for recipe, argv in json.loads(Path(sys.stdin.readline().strip()).read_text()):
+    path = Path("recipes", recipe + ".py")
+    description = ModuleSource(recipe, path).tree.body[0].value.value
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        start.answer(path, description, argv)
+    found.append(text.getvalue())
+assert "torch" not in sys.modules
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_the_early_help_is_that_of_the_classes_themselves(tmp_path, capsys, monkeypatch):
+    """Every option of every task, family and recipe, its type, choices, default and help."""
+    monkeypatch.setenv("COLUMNS", "119")
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    asked = [(recipe, ["--help", "all", "--task", task]) for recipe in RECIPES for task in TASKS]
+    asked += [(r, ["--help", "all", "--model_type", f]) for r in start.TRAINING for f in start.FAMILIES]
+    asked += [("finetune", ["--help", "--preset_model", "resnet-18", "--model_type", "bm_cnn"])]
+    asked += [("pretrain", ["--help", "data"])]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    command = [sys.executable, "-c", EARLY]
+    path = str(tmp_path / "asked.json")
+    done = subprocess.run(command, cwd=ROOT, input=path, capture_output=True, text=True, check=True)
+    early = json.loads(done.stdout)
+    for (recipe, argv), text in zip(asked, early, strict=True):
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"recipes.{recipe}").read_arguments(argv)
+        assert (recipe, argv, in_any_order(text)) == (recipe, argv, in_any_order(capsys.readouterr().out))
+        assert text.count("--") > 10
+
+
+def in_any_order(text):
+    """Choices sorted: for typing, Literal["a", "b"] is Literal["b", "a"], and `| None` gives the one it saw first."""
+    return re.sub(r"\[([a-z0-9_|]+)\]", lambda found: "|".join(sorted(found[1].split("|"))), text)
+
+
+def test_an_unknown_task_is_refused_early():
+    with pytest.raises(UserError, match="task='nothing' is unknown; choose one of audio_classification"):
+        start.answer(ROOT / "recipes" / "finetune.py", "", ["--task", "nothing"])
+
+
+def test_what_only_the_libraries_know_is_left_to_them():
+    finetune, evaluate = ROOT / "recipes" / "finetune.py", ROOT / "recipes" / "evaluate.py"
+    start.answer(finetune, "", ["--model_type", "bert", "--hidden_siez", "3"])  # nothing is raised
+    start.answer(finetune, "", ["--preset_model", "resnet-18", "--learning_rat", "1"])  # the file names another family
+    start.answer(evaluate, "", ["--split", "test"])  # which model?
+
+
+def test_garbage_is_collected_again_when_all_is_imported():
+    gc.disable()
+    try:
+        start.imported()
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def test_declarations_are_read_without_running_their_module(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import sys\nimport no_such_library as lib\nfrom dataclasses import dataclass, field\n"
+        "from no_such_library.part import Row, helper\nraise SystemExit('executed')\n"
+        "if sys.maxsize:\n    CHOICES, LEAST = ('a', 'b'), lib.number('7')\nelse:\n    CHOICES = ()\n"
+        "def setting(default):\n    return field(default=default, metadata={'help': ', '.join(CHOICES)})\n"
+        "@dataclass\nclass Base(Row):\n    name: str = 'x'\n    rows: Row | None = None\n"
+        "@helper(CHOICES)\nclass Arguments(Base):\n    size: int = setting(3)\n    def __str__(self): pass\n"
+        "    __repr__ = __str__\n    if LEAST:\n        from no_such_library import most\n        most_of_all = most\n"
+        "    name: str = 'y'\nTASK = dict(arguments=Arguments)\n"
+    )
+    source = ModuleSource("module", path)
+    declared = source[source.keyword("TASK", "arguments")]
+    assert [(f.name, f.type, f.default) for f in fields(declared)] == [
+        ("name", str, "y"),
+        ("rows", Absent | None, None),
+        ("size", int, 3),
+    ]
+    assert fields(declared)[2].metadata["help"] == "a, b"
+    assert issubclass(declared, Absent)
