@@ -75,8 +75,8 @@ def _attention_width(config: Any) -> int:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that one device can do in matrix products of `dtype`.
 
-    16-bit types on a CUDA device of a known name: the data sheet.  Everything else is measured (about 0.3 s) on a
-    product of two large matrices, with the threads that torch uses in this process.
+    16-bit types on a CUDA device of a known name: the data sheet.  Everything else is measured (about 0.3 s): the best
+    of many products of two matrices of several sizes, with the threads that torch uses in this process.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
@@ -86,20 +86,26 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return _measured_flops(device, dtype)
 
 
-def _measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    size = 512 if device.type == "cpu" else 8192  # small enough that other processes miss some rounds
-    left, right = (
-        torch.ones(size, size, dtype=dtype, device=device),
-        torch.ones(size, size, dtype=dtype, device=device),
-    )
-    best, deadline, rounds = float("inf"), time.perf_counter() + seconds, 0
-    while rounds < 3 or time.perf_counter() < deadline:
-        started = time.perf_counter()
-        torch.mm(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best, rounds = min(best, time.perf_counter() - started), rounds + 1
-    return 2.0 * size**3 / best
+def _measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.08) -> float:
+    """The best of many products; `seconds` is for those of one size.
+
+    Which size is fastest differs between CPUs, types and numbers of threads; short products miss, now and then, what
+    else the machine does.
+    """
+    best = 0.0
+    for size in (384, 512, 1024, 2048) if device.type == "cpu" else (8192,):
+        left, right = torch.ones(2, size, size, dtype=dtype, device=device)
+        deadline, rounds, elapsed = time.perf_counter() + seconds, 0, float("inf")
+        while rounds < 3 or time.perf_counter() < deadline:
+            started = time.perf_counter()
+            torch.mm(left, right)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elapsed, rounds = min(elapsed, time.perf_counter() - started), rounds + 1
+        best = max(best, 2.0 * size**3 / elapsed)
+        if 8 * elapsed > seconds:  # what the next size would take
+            break
+    return best
 
 
 class Meter:
