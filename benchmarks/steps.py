@@ -32,7 +32,14 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import bmtk  # noqa: F401 - registers the families
 from bmtk.hub.convert import converted
@@ -108,7 +115,7 @@ def ours(shape: Shape, *, dropout: float = 0.0) -> Step:
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         positions = torch.arange(shape.context).expand_as(inputs)
         batch = {"input_ids": inputs, "labels": inputs, "shift_labels": targets, "position_ids": positions}
-        return float(updater.step([batch], number).loss)
+        return updater.step([batch], number).loss.item()
 
     return step
 
@@ -142,7 +149,7 @@ def bare(shape: Shape, *, is_ours: bool) -> Step:
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -161,7 +168,9 @@ def trainer_seconds(shape: Shape) -> Iterator[tuple[float, float]]:
     """Wall and CPU seconds of one step of Trainer; one run of it for each."""
     model, first = shape.llama(), 0
     while True:
-        rows = [{"input_ids": row[:-1], "labels": row[:-1]} for row in torch.cat([shape.batch(first + i) for i in (0, 1)])]
+        rows = [
+            {"input_ids": row[:-1], "labels": row[:-1]} for row in torch.cat([shape.batch(first + i) for i in (0, 1)])
+        ]
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder, max_steps=2, per_device_train_batch_size=shape.rows, bf16=True, use_cpu=True, report_to="none",
@@ -169,7 +178,9 @@ def trainer_seconds(shape: Shape) -> Iterator[tuple[float, float]]:
                 max_grad_norm=MAX_NORM, dataloader_pin_memory=False,
             )  # fmt: skip
             laps = Laps()
-            trainer = Trainer(model, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[laps])
+            trainer = Trainer(
+                model, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[laps]
+            )
             trainer.train()
         (started, cpu_started), (ended, cpu_ended) = laps.ends
         yield ended - started, cpu_ended - cpu_started
