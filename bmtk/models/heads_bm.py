@@ -21,7 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .pooling_bm import last_position, mask_of_positions, mean_position
-from .token_loss_bm import label_loss, token_loss
+from .token_loss_bm import label_loss, token_loss, token_losses
 
 
 def check_input(config, head: str, input_type: str) -> None:
@@ -57,6 +57,12 @@ class CausalLMHead:
         """What `loss_function` computes from the logits of hidden (B, L, D)."""
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
         return token_loss(hidden, shifted, self.lm_head, num_items_in_batch)
+
+    @torch.no_grad()
+    def token_losses(self, shift_labels: torch.Tensor, **inputs) -> torch.Tensor:
+        """Cross-entropies (B, L) of the logits and `shift_labels` (B, L), without keeping the logits."""
+        hidden = self.model(**inputs, use_cache=False).last_hidden_state
+        return token_losses(hidden, shift_labels, self.lm_head, self.config.vocab_size)
 
     @can_return_tuple
     def forward(

@@ -42,6 +42,16 @@ def token_loss(hidden: torch.Tensor, labels: torch.Tensor, layer: nn.Module, num
     return ChunkedLoss.apply(hidden, layer.weight, layer.bias, labels, float(count), with_gradients)
 
 
+@torch.no_grad()
+def token_losses(hidden: torch.Tensor, labels: torch.Tensor, layer: nn.Module, num_tokens: int) -> torch.Tensor:
+    """Cross-entropies (...) of `layer(hidden)`, V = `num_tokens`, and labels (...); 0 where there is no label."""
+    rows, targets = hidden.flatten(0, -2), labels.flatten()
+    sizes = rows_at_once(num_tokens, hidden.shape[-1])
+    pairs = zip(rows.split(sizes), targets.split(sizes), strict=True)
+    losses = [F.cross_entropy(layer(x).float(), y, reduction="none", ignore_index=IGNORED) for x, y in pairs]
+    return torch.cat(losses).view(labels.shape)
+
+
 def can_score_in_chunks(hidden: torch.Tensor, layer: nn.Module) -> bool:
     """Whether ChunkedLoss computes what `layer` and the cross-entropy do."""
     if not (is_plain_linear(layer) and is_eager_on_cpu(hidden, layer.weight)):
@@ -104,4 +114,4 @@ def rows_at_once(num_tokens: int, width: int) -> int:
     return max(width, CHUNK // num_tokens)
 
 
-__all__ = ["label_loss", "token_loss"]
+__all__ = ["label_loss", "token_loss", "token_losses"]

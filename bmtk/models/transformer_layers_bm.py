@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_bm import CPUAttention, fits_cpu_attention
 from .dropout_bm import BmDropout
 from .eager_cpu_bm import is_eager_on_cpu
+from .gated_product_bm import gated_product
 from .norms_bm import NORMS, BmRMSNorm
 from .rotary_bm import rotate
 
@@ -145,7 +146,7 @@ class GatedMLP(nn.Module):
         self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x)))
 
 
 class PlainMLP(nn.Module):
