@@ -26,9 +26,9 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=No
 def token_loss(hidden: torch.Tensor, labels: torch.Tensor, layer: nn.Module, num_items_in_batch=None) -> torch.Tensor:
     """`label_loss(layer(hidden), labels, ...)` of hidden (..., D) and labels (...), without keeping the logits.
 
-    Positions without a label are left out.
+    On a CPU, positions without a label are left out.
     """
-    if torch.compiler.is_compiling():  # a graph has no shapes that depend on data
+    if not is_eager_on_cpu(hidden, labels):  # a GPU's host would wait for the labels; graphs have shapes without data
         return label_loss(layer(hidden), labels, num_items_in_batch)
     is_scored = labels != IGNORED
     if is_scored.all():

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
@@ -116,7 +116,7 @@ class CausalLMScorer(CorpusScorer):
             return [{"text": text} for text in self._continuations(model, batch)]
         inputs = {name: value for name, value in batch.items() if name in ("input_ids", "position_ids")}
         if hasattr(model, "token_losses"):  # ours need not hold the logits of all rows
-            losses = model.token_losses(batch["shift_labels"], **inputs).sum(-1)
+            losses = cast(Any, model).token_losses(batch["shift_labels"], **inputs).sum(-1)
         else:
             logits = model(**inputs, use_cache=False).logits.float()
             losses = F.cross_entropy(logits.transpose(1, 2), batch["shift_labels"], reduction="none").sum(-1)

@@ -67,8 +67,6 @@ def test_the_loss_in_chunks_leaves_out_the_gradients_that_nobody_wants(monkeypat
     expected = hidden.detach().requires_grad_()
     F.cross_entropy(layer(expected), labels).backward()
     torch.testing.assert_close(hidden.grad, expected.grad)
-    with torch.no_grad():
-        assert not token_loss(hidden, labels, layer).requires_grad
 
 
 def test_the_losses_of_single_tokens_need_no_logits_of_all_of_them(monkeypatch, draw):
@@ -153,7 +151,8 @@ def test_the_norm_is_that_of_the_plain_formula(draw, dtype):
 
 def test_a_norm_before_products_casts_for_all_of_them():
     norm, x = BmRMSNorm(8, eps=1e-5), torch.randn(2, 8)
-    assert norm(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.float32
     norm.feeds_products = True
     assert norm(x).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -223,8 +222,8 @@ def test_what_is_compiled_or_elsewhere_is_computed_by_plain_operations():
     seen = []
     torch.func.grad(lambda x: seen.append(is_eager_on_cpu(x)) or x.sum())(torch.ones(2))
     assert seen == [False]
-    exported = torch.export.export(BmRMSNorm(4, eps=1e-5), (torch.ones(2, 4),))
-    assert "RMSNormOnCPU" not in str(exported.graph)
+    compiled = torch.compile(lambda x: x + 1 if is_eager_on_cpu(x) else x, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2)), torch.ones(2))
 
 
 def test_a_chunk_is_no_larger_than_the_cache_or_the_matrix():
