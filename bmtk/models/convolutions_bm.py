@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .dropout_bm import BmDropout
 from .kaiming_bm import KaimingLinear
 from .trunk_layer_bm import TrunkLayer
 
@@ -143,7 +144,7 @@ class ConvolutionLayer(TrunkLayer, GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = BmDropout(config.hidden_dropout)
 
     def forward(
         self, hidden_states, skips, position_ids=None, mask=None, past_key_values: Cache | None = None, **kwargs

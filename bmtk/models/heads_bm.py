@@ -21,6 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .pooling_bm import last_position, mask_of_positions, mean_position
+from .token_loss_bm import label_loss, token_loss, token_losses
 
 
 def check_input(config, head: str, input_type: str) -> None:
@@ -52,6 +53,17 @@ class CausalLMHead:
         """A term that a family adds to the training loss, divided by the same count; none by default."""
         return 0.0
 
+    def loss_without_logits(self, hidden, labels, shift_labels=None, num_items_in_batch=None, **kwargs):
+        """What `loss_function` computes from the logits of hidden (B, L, D)."""
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+        return token_loss(hidden, shifted, self.lm_head, num_items_in_batch)
+
+    @torch.no_grad()
+    def token_losses(self, shift_labels: torch.Tensor, **inputs) -> torch.Tensor:
+        """Cross-entropies (B, L) of the logits and `shift_labels` (B, L), without keeping the logits."""
+        hidden = self.model(**inputs, use_cache=False).last_hidden_state
+        return token_losses(hidden, shift_labels, self.lm_head, self.config.vocab_size)
+
     @can_return_tuple
     def forward(
         self,
@@ -63,9 +75,13 @@ class CausalLMHead:
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Logits (B, L, V); `labels` (B, L) are token ids, shifted inside, -100 where nothing is predicted."""
+        """Logits (B, L, V); `labels` (B, L) are token ids, shifted inside, -100 where nothing is predicted.
+
+        With `skip_logits` and labels, the same loss takes less time and memory, and `logits` is None.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -75,13 +91,16 @@ class CausalLMHead:
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, kept, V)
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if labels is None or not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, kept, V)
+        if labels is not None and skip_logits:
+            loss = self.loss_without_logits(outputs.last_hidden_state, labels, **kwargs)
+        elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if self.training:
-                loss = loss + self.penalty(outputs, labels, attention_mask, position_ids, **kwargs)
+        if labels is not None and self.training:
+            loss = loss + self.penalty(outputs, labels, attention_mask, position_ids, **kwargs)
         return self.output_class(
             loss=loss,
             logits=logits,
@@ -144,8 +163,8 @@ class MaskedLMHead:
         logits = loss = None
         if labels is not None and skip_logits:
             is_masked = labels != -100
-            scores = self.lm_head(self.transform(outputs.last_hidden_state[is_masked]))  # (N, V)
-            loss = label_loss(scores, labels[is_masked], num_items_in_batch)
+            transformed = self.transform(outputs.last_hidden_state[is_masked])  # (N, D)
+            loss = token_loss(transformed, labels[is_masked], self.lm_head, num_items_in_batch)
         else:
             logits = self.lm_head(self.transform(outputs.last_hidden_state))
             loss = None if labels is None else label_loss(logits, labels, num_items_in_batch)
@@ -293,13 +312,6 @@ class QuestionAnsweringHead:
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def label_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Cross-entropy of logits (..., K) and labels (...), which are -100 where nothing is predicted."""
-    # In float32: a sum over many tokens would lose most of its digits in bfloat16.
-    total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
-    return total / ((labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 def position_loss(logits: torch.Tensor, positions: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .dropout_bm import BmDropout
+
 logger = logging.get_logger(__name__)
 
 
@@ -39,7 +41,7 @@ class AddPositions:
             "learned": lambda: nn.Embedding(num_positions, config.hidden_size),
             "sinusoidal": lambda: SinusoidalPositions(config.hidden_size),
         }.get(config.position_embedding_type, lambda: None)()
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.dropout = BmDropout(config.embedding_dropout)
 
     def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         if self.embed_positions is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .dropout_bm import BmDropout
 from .image_blocks_bm import POOLS, ConvNormAct, build_norm
 from .stems_bm import SinusoidalPositions
 
@@ -35,7 +36,7 @@ class PatchStem(nn.Module):
             "learned": lambda: nn.Embedding(length, self.width),
             "sinusoidal": lambda: SinusoidalPositions(self.width),
         }.get(config.position_embedding_type, lambda: None)()
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.dropout = BmDropout(config.embedding_dropout)
 
     def forward(self, pixel_values: torch.Tensor, bool_masked_pos=None, mask_token=None) -> torch.Tensor:
         check_channels(pixel_values, self.num_channels)

@@ -13,15 +13,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-
-class BmRMSNorm(nn.RMSNorm):
-    """RMSNorm that casts its weight to the input's dtype: under autocast inputs have 16 bits, and weights 32."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-NORMS = {"rms_norm": BmRMSNorm, "layer_norm": nn.LayerNorm}
+from .attention_bm import CPUAttention, fits_cpu_attention
+from .dropout_bm import BmDropout
+from .eager_cpu_bm import is_eager_on_cpu
+from .gated_product_bm import gated_product
+from .norms_bm import NORMS, BmRMSNorm
+from .rotary_bm import rotate
 
 
 class BmRotaryEmbedding(nn.Module):
@@ -45,16 +42,12 @@ class BmRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if is_eager_on_cpu(position_ids) and bool((position_ids == position_ids[:1]).all()):
+            position_ids = position_ids[:1]  # the same for every row
         # In float32: bfloat16 represents integers exactly only up to 256, so later positions would share angles.
         angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[i], x[i + d/2]) of (B, H, L, d) by their angles, the layout of transformers' Llama."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -115,8 +108,12 @@ class BmTransformerAttention(nn.Module):
         return x.view(*x.shape[:-1], -1, self.head_dim)
 
     def attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
+        is_fused = self.config._attn_implementation == "sdpa"
+        if is_fused and fits_cpu_attention(query, key, value, attention_mask, dropout):
+            output = CPUAttention.apply(query, key, value, self.is_causal, self.scaling)
+            return self.o_proj(output.transpose(1, 2).flatten(2)), None
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = function(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
@@ -149,7 +146,7 @@ class GatedMLP(nn.Module):
         self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x)))
 
 
 class PlainMLP(nn.Module):
@@ -165,6 +162,13 @@ class PlainMLP(nn.Module):
         return self.down_proj(self.act(self.up_proj(x)))
 
 
+def norm_of_sublayer(config) -> nn.Module:
+    norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
+    if isinstance(norm, BmRMSNorm):
+        norm.feeds_products = config.norm_position == "pre"  # else it is the residual stream itself
+    return norm
+
+
 class BmTransformerLayer(GradientCheckpointingLayer):
     """Attention and MLP on a residual stream.  Subclasses place the norms before or after each of them."""
 
@@ -172,9 +176,9 @@ class BmTransformerLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = BmTransformerAttention(config, layer_idx, is_causal=is_causal)
         self.mlp = GatedMLP(config) if config.hidden_act == "swiglu" else PlainMLP(config)
-        self.attention_norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
-        self.mlp_norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.attention_norm = norm_of_sublayer(config)
+        self.mlp_norm = norm_of_sublayer(config)
+        self.dropout = BmDropout(config.hidden_dropout)
 
 
 class PreNormLayer(BmTransformerLayer):
@@ -201,7 +205,7 @@ class BmTransformerDecoderLayer(BmTransformerLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx, is_causal=True)
         self.cross_attn = BmTransformerCrossAttention(config, layer_idx, is_causal=False)
-        self.cross_norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
+        self.cross_norm = norm_of_sublayer(config)
 
 
 class PreNormDecoderLayer(BmTransformerDecoderLayer):

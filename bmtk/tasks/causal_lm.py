@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
@@ -125,8 +125,11 @@ class CausalLMScorer(CorpusScorer):
         if "shift_labels" not in batch:
             return [{"text": text} for text in self._continuations(model, batch)]
         inputs = {name: value for name, value in batch.items() if name in ("input_ids", "position_ids")}
-        logits = model(**inputs, use_cache=False).logits.float()
-        losses = F.cross_entropy(logits.transpose(1, 2), batch["shift_labels"], reduction="none").sum(-1)
+        if hasattr(model, "token_losses"):  # ours need not hold the logits of all rows
+            losses = cast(Any, model).token_losses(batch["shift_labels"], **inputs).sum(-1)
+        else:
+            logits = model(**inputs, use_cache=False).logits.float()
+            losses = F.cross_entropy(logits.transpose(1, 2), batch["shift_labels"], reduction="none").sum(-1)
         items = (batch["shift_labels"] != IGNORE_INDEX).sum(-1)
         return [{"loss": loss, "items": n} for loss, n in zip(losses.tolist(), items.tolist(), strict=True)]
 

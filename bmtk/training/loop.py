@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 
+from .allocation import keep_freed_memory
 from .arguments import LoopArguments
 from .checkpoint import TrainState
 from .gradients import gradient_rules
@@ -46,6 +47,7 @@ def train(
     saved; Stopped after a signal or args.max_minutes, when the step is finished and saved.
     """
     optimizer, accelerator = prepared.optimizer, prepared.accelerator
+    keep_freed_memory(accelerator.device)
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
     state.recurrent = tbptt_state(batches, state.recurrent)
     updater = _updater(prepared, batches, losses, args, total=total, recurrent=state.recurrent)

@@ -16,6 +16,7 @@ from bmtk.errors import UserError
 from bmtk.files import adding_to_folder
 
 from .adapters import ADAPTER_CONFIG
+from .allocation import keep_freed_memory
 from .averaging import WeightAverage
 from .callbacks import (
     AverageWeights,
@@ -282,6 +283,7 @@ def train(
 
     Raises: Stopped after a signal or `args.max_minutes`, when the step is finished and saved.
     """
+    keep_freed_memory(args.device)
     folder = Path(args.output_dir)
     stopping: Any = {"second_stops_at_once": args.world_size == 1, "max_minutes": args.max_minutes}
     with deferred_signals(**stopping) as request:

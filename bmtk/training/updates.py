@@ -270,7 +270,8 @@ class Updater:
     def _clip(self) -> torch.Tensor:
         parameters = [parameter for parameter in self.optimizer.parameters if parameter.grad is not None]
         norm = gradient_norm(parameter.grad for parameter in parameters)
-        if self.max_grad_norm:
+        # On a GPU the host would have to wait for the norm in order to see whether there is anything to clip.
+        if self.max_grad_norm and not (norm.device.type == "cpu" and norm <= self.max_grad_norm):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         return norm
 

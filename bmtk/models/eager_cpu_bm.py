@@ -1,0 +1,26 @@
+"""Where the models may compute on a CPU in another way than from torch's single operations, with the same result."""
+
+import torch
+from torch import nn
+
+
+def is_eager_on_cpu(*tensors: torch.Tensor) -> bool:
+    """Whether these plain tensors are computed with now, on a CPU: nothing is compiled, exported or traced."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether calling the layer is `x @ weight.T + bias` and nothing else: no adapter, hook or quantization."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a linear layer multiplies `x`: autocast's, where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+__all__ = ["is_eager_on_cpu", "is_plain_linear", "product_dtype"]

@@ -1,0 +1,232 @@
+"""What the models compute on a CPU in a way of their own, beside the plain formula in float64."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bmtk.models import token_loss_bm
+from bmtk.models.attention_bm import CPUAttention, fits_cpu_attention
+from bmtk.models.dropout_bm import BmDropout
+from bmtk.models.eager_cpu_bm import is_eager_on_cpu, is_plain_linear
+from bmtk.models.gated_product_bm import gated_product
+from bmtk.models.norms_bm import BmRMSNorm
+from bmtk.models.rotary_bm import rotate
+from bmtk.models.token_loss_bm import ChunkedLoss, can_score_in_chunks, token_loss, token_losses
+
+
+def results(function, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The value of a function and its gradients, whose output is weighed by numbers that differ."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    output = function(*inputs)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+    (output.double() * weights).sum().backward()
+    return [output.detach(), *(x.grad for x in inputs)]
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+@pytest.fixture
+def draw():
+    """Normal numbers in float64 that bfloat16 holds, too."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator).bfloat16().double()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_the_loss_in_chunks_has_the_value_and_gradients_of_the_plain_one(monkeypatch, draw, has_bias, ignored):
+    monkeypatch.setattr(token_loss_bm, "CHUNK", 64)  # 5 rows of 29 positions at a time
+    layer = nn.Linear(5, 37, bias=has_bias)
+    hidden, labels = draw(29, 5), torch.arange(29) % 37
+    labels[:ignored] = -100
+    expected_layer = nn.Linear(5, 37, bias=has_bias).double()
+    expected_layer.load_state_dict(layer.state_dict())
+
+    def plain(x):
+        return F.cross_entropy(expected_layer(x), labels, reduction="sum")[None] * 3 / 11
+
+    expected = results(plain, hidden)
+    found = results(lambda x: token_loss(x, labels, layer, torch.tensor(11))[None] * 3, hidden.float())
+    assert_same(found, expected, 1e-6)
+    for name, parameter in layer.named_parameters():
+        other = expected_layer.get_parameter(name).grad
+        assert (parameter.grad - other).norm() <= 1e-6 * other.norm(), name
+
+
+def test_the_loss_in_chunks_leaves_out_the_gradients_that_nobody_wants(monkeypatch):
+    monkeypatch.setattr(token_loss_bm, "CHUNK", 64)
+    layer, hidden, labels = nn.Linear(4, 9, bias=False), torch.randn(6, 4, requires_grad=True), torch.arange(6)
+    layer.weight.requires_grad_(False)
+    loss = token_loss(hidden, labels, layer)
+    loss.backward()
+    assert layer.weight.grad is None
+    expected = hidden.detach().requires_grad_()
+    F.cross_entropy(layer(expected), labels).backward()
+    torch.testing.assert_close(hidden.grad, expected.grad)
+
+
+def test_the_losses_of_single_tokens_need_no_logits_of_all_of_them(monkeypatch, draw):
+    monkeypatch.setattr(token_loss_bm, "CHUNK", 64)
+    layer, hidden, labels = nn.Linear(5, 37), draw(3, 7, 5).float(), torch.arange(21).view(3, 7)
+    labels[1, 2] = -100
+    sizes = []
+    layer.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    losses = token_losses(hidden, labels, layer, 37)
+    assert sizes == [5, 5, 5, 5, 1]
+    scores = layer(hidden).detach().double()
+    expected = scores.logsumexp(-1) - scores.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(losses.double(), expected.masked_fill(labels == -100, 0), rtol=1e-6, atol=1e-6)
+
+
+def test_an_output_layer_that_does_more_than_multiply_is_called():
+    hidden, labels = torch.randn(6, 4), torch.arange(6)
+    layer = nn.Linear(4, 9)
+    assert can_score_in_chunks(hidden, layer)
+    layer.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert not is_plain_linear(layer)
+    torch.testing.assert_close(token_loss(hidden, labels, layer), F.cross_entropy(layer(hidden), labels))
+    assert not can_score_in_chunks(hidden, nn.Sequential(nn.Linear(4, 9)))
+    assert not can_score_in_chunks(hidden.double(), nn.Linear(4, 9).double())
+
+
+def test_under_autocast_the_loss_in_chunks_is_as_exact_as_the_logits_allow(draw):
+    layer, hidden, labels = nn.Linear(64, 300, bias=False), draw(40, 64), torch.arange(40)
+    weight = layer.weight.detach().bfloat16().double()
+    expected = results(lambda x: F.cross_entropy(F.linear(x, weight), labels)[None], hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(lambda x: token_loss(x, labels, layer)[None], hidden.float())
+    assert type(token_loss(hidden.float().requires_grad_(), labels, layer).grad_fn) is not None
+    assert found[1].dtype == torch.float32
+    assert_same(found, expected, 1e-2)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("block", [2**19, 2**9])  # all rows at once; single heads
+def test_attention_has_the_gradients_of_the_plain_formula(monkeypatch, draw, is_causal, key_heads, block):
+    monkeypatch.setattr("bmtk.models.attention_bm.BLOCK", block)
+    inputs = [draw(3, 19, heads, 16).transpose(1, 2) for heads in (4, key_heads, key_heads)]
+
+    def plain(query, key, value):
+        key, value = (x.repeat_interleave(4 // key_heads, dim=1) for x in (key, value))
+        scores = query @ key.mT / 4
+        later = torch.ones(19, 19, dtype=torch.bool).triu(1)
+        return (scores.masked_fill(later, -torch.inf) if is_causal else scores).softmax(-1) @ value
+
+    found = results(lambda q, k, v: CPUAttention.apply(q, k, v, is_causal, 0.25), *(x.bfloat16() for x in inputs))
+    assert_same(found, results(plain, *inputs), 6e-3)  # bfloat16 holds three digits
+
+
+def test_attention_of_its_own_is_for_whole_short_rows_in_training():
+    x = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16, requires_grad=True)
+    long = torch.randn(1, 2, 256, 16, dtype=torch.bfloat16, requires_grad=True)
+    assert fits_cpu_attention(x, x, x, None, 0.0)
+    assert not fits_cpu_attention(x, x, x, torch.ones(1, 1, 8, 8), 0.0)
+    assert not fits_cpu_attention(x, x, x, None, 0.1)
+    assert not fits_cpu_attention(x[:, :, :1], x, x, None, 0.0)
+    assert not fits_cpu_attention(x.float(), x.float(), x.float(), None, 0.0)
+    assert not fits_cpu_attention(long, long, long, None, 0.0)
+    with torch.no_grad():
+        assert not fits_cpu_attention(x, x, x, None, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_that_of_the_plain_formula(draw, dtype):
+    norm, x, weight = BmRMSNorm(16, eps=1e-3), draw(3, 5, 16), draw(16)
+    norm.weight.data = weight.float()
+
+    def plain(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+
+    output, of_x = results(norm, x.to(dtype))
+    expected, of_expected, of_weight = results(plain, x, weight)
+    assert output.dtype == of_x.dtype == dtype
+    tolerance = 1e-6 if dtype == torch.float32 else 5e-3
+    assert_same([output, of_x, norm.weight.grad], [expected, of_expected, of_weight], tolerance)
+
+
+def test_a_norm_before_products_casts_for_all_of_them():
+    norm, x = BmRMSNorm(8, eps=1e-5), torch.randn(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.float32
+    norm.feeds_products = True
+    assert norm(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])  # whose angles are given
+def test_pairs_are_rotated_by_their_angles(draw, dtype, rows):
+    x, angles = draw(3, 5, 2, 8).transpose(1, 2), draw(rows, 1, 5, 4)
+
+    def plain(x):
+        turned = torch.view_as_complex(torch.stack(x.chunk(2, dim=-1), -1)) * torch.polar(angles * 0 + 1, angles)
+        return torch.cat((turned.real, turned.imag), -1)
+
+    both = torch.cat((angles, angles), -1).float()
+    found = results(lambda x: rotate(x, both.cos(), both.sin()), x.to(dtype))
+    assert found[0].dtype == dtype
+    assert_same(found, results(plain, x), 1e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gated_product_is_that_of_the_plain_formula(draw, dtype):
+    gate, up = draw(7, 9), draw(7, 9)
+    expected = results(lambda gate, up: gate / (1 + (-gate).exp()) * up, gate, up)
+    assert_same(
+        results(gated_product, gate.to(dtype), up.to(dtype)), expected, 1e-6 if dtype == torch.float32 else 6e-3
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.999])
+def test_dropout_drops_what_it_should_and_scales_the_rest_by_it(dtype, probability):
+    torch.manual_seed(0)
+    x = torch.ones(500, 1001, dtype=dtype, requires_grad=True)
+    y = BmDropout(probability)(x)
+    y.sum().backward()
+    share = (y == 0).double().mean().item()
+    assert abs(share - probability) < 5 * (probability * (1 - probability) / x.numel()) ** 0.5 + 2**-16
+    kept = 1 - round(probability * 2**15) / 2**15  # the probability that can be drawn
+    assert y.unique().tolist() == [0.0, torch.tensor(1 / kept, dtype=dtype).item()]
+    assert torch.equal(x.grad, y.detach())
+
+
+def test_dropout_is_a_function_of_the_generator_and_moves_it_on():
+    dropout, x = BmDropout(0.5), torch.ones(64, 3)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first, second = dropout(x), dropout(x)
+    torch.set_rng_state(state)
+    with torch.no_grad():  # as in activation checkpointing, whose first pass records nothing
+        again = dropout(x)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+def test_dropout_keeps_its_input_where_it_is_off():
+    x = torch.ones(8, 3)
+    assert BmDropout(0.5).eval()(x) is x
+    assert BmDropout(0.0)(x) is x
+    assert BmDropout(0.5)(x.double()).dtype == torch.float64  # torch's own
+
+
+def test_what_is_compiled_or_elsewhere_is_computed_by_plain_operations():
+    assert is_eager_on_cpu(torch.ones(2), nn.Parameter(torch.ones(2)))
+    assert not is_eager_on_cpu(torch.ones(2), torch.ones(2, device="meta"))
+    seen = []
+    torch.func.grad(lambda x: seen.append(is_eager_on_cpu(x)) or x.sum())(torch.ones(2))
+    assert seen == [False]
+    compiled = torch.compile(lambda x: x + 1 if is_eager_on_cpu(x) else x, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2)), torch.ones(2))
+
+
+def test_a_chunk_is_no_larger_than_the_cache_or_the_matrix():
+    assert token_loss_bm.rows_at_once(2**13, 384) == 512
+    assert token_loss_bm.rows_at_once(2**15, 768) == 768
+    assert issubclass(ChunkedLoss, torch.autograd.Function)
