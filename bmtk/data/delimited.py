@@ -8,7 +8,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -31,8 +31,12 @@ class Dialect(NamedTuple):
     is_unquoted: bool = False  # whether quotes are taken off the cells of a .tsv
 
 
-def delimited_rows(path: Path, layout: TableFormat) -> Iterator[Row]:
+def delimited_rows(
+    path: Path, layout: TableFormat, *, on_bad: Callable[[BadRow], None] | None = None
+) -> Iterator[Row]:
     """The header, then every row that is not blank; all have as many cells as the header.
+
+    A row of another length is left to `on_bad`, if that is given.
 
     Raises: Unreadable for a row of another length, an open quote, a column that is there twice, or an encoding.
     """
@@ -46,9 +50,13 @@ def delimited_rows(path: Path, layout: TableFormat) -> Iterator[Row]:
         header = _checked_header(cells, line)
         yield line, header
         for line, cells in rows:
-            if len(cells) != len(header):
-                raise BadRow(_wrong_length(cells, header, dialect.delimiter, path), line)
-            yield line, cells
+            if len(cells) == len(header):
+                yield line, cells
+                continue
+            error = BadRow(_wrong_length(cells, header, dialect.delimiter, path), line)
+            if on_bad is None:
+                raise error
+            on_bad(error)
 
 
 def found_dialect(path: Path, layout: TableFormat) -> Dialect:
