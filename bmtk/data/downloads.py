@@ -97,7 +97,9 @@ def _with_retries(step: Callable[[], int | None], url: str) -> None:
             problem = "the connection ended early"
         except urllib.error.HTTPError as error:
             if error.code in FINAL:
-                raise UserError(f"source={url!r} cannot be read: the server answers {error.code} {error.reason}") from error
+                raise UserError(
+                    f"source={url!r} cannot be read: the server answers {error.code} {error.reason}"
+                ) from error
             brought, problem = 0, f"{error.code} {error.reason}"
         except _Changed:
             brought, problem = 0, "the file has changed meanwhile; copying it anew"
@@ -184,7 +186,18 @@ class _Copy:
             came, is_cut = self._append(answer.read1, done)
         if is_cut or (total is not None and done + came < total):
             return came
+        self._check_unchanged(_mark(answer.headers))
         return None
+
+    def _check_unchanged(self, mark: str) -> None:
+        """Raise _Changed if the file was replaced while it was copied: its beginning is another file's."""
+        try:
+            found = self._facts()["mark"]
+        except urllib.error.HTTPError:  # a server may not answer HEAD
+            return
+        if found != mark:
+            self._start_over()
+            raise _Changed
 
     def _append(self, read: Callable[[int], bytes], done: int) -> tuple[int, bool]:
         """Write what `read` gives after the first `done` bytes: how many bytes, and whether it broke off."""
@@ -233,5 +246,3 @@ def _strong(mark: str) -> str:
 def _total(headers: Any, done: int) -> int | None:
     length = headers.get("Content-Length")
     return done + int(length) if length else None
-
-

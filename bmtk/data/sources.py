@@ -124,7 +124,7 @@ def read_texts(
 ) -> Texts:
     """Find the documents of a file, a folder, a Hub data set (`owner/name` or `owner/name:config`), or a list of them.
 
-    Also of a pattern of names (`*`, `?`, `[...]`, `**` for any depth) and of a URL, which is copied to the cache first.
+    Also of a pattern of names (`*`, `?`, `[...]`, `**` for any depth), and of a URL, which is copied to a cache.
     `split` selects the files of a folder (`train.txt`, `train-00001.parquet`, `train/...`; all files of a folder
     without such names are "train") or the split of a Hub data set; a file named directly is always read whole.
     `text_column` is the key or column of .jsonl, .csv, .tsv, .parquet, .arrow and Hub rows. `sample_by` makes one
@@ -170,7 +170,13 @@ def text_fingerprint(texts: Texts | Sequence[str]) -> str:
 
 
 def _looks_like_a_path(item: str) -> bool:
-    return bool(PATTERN.search(item)) or item.startswith(("/", ".", "~")) or item.count("/") > 1 or "\\" in item or suffix_of(Path(item)) in SUFFIXES
+    return (
+        bool(PATTERN.search(item))
+        or item.startswith(("/", ".", "~"))
+        or item.count("/") > 1
+        or "\\" in item
+        or suffix_of(Path(item)) in SUFFIXES
+    )
 
 
 def _paths(item: str, split: str) -> list[Path]:
