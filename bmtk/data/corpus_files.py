@@ -11,13 +11,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from bmtk.errors import UserError
 
 from .delimited import delimited_rows
 from .json_rows import json_lines
-from .text_files import BadRow, Span, TableFormat, Unreadable, is_compressed, opened_bytes, opened_text, suffix_of
+from .text_files import (
+    BadRow,
+    Span,
+    TableFormat,
+    Unreadable,
+    is_compressed,
+    is_damaged,
+    opened_bytes,
+    opened_text,
+    suffix_of,
+)
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet", ".tsv", ".arrow")
 READ_CHARACTERS = 1 << 20  # of a document that is read piece by piece
@@ -67,13 +77,18 @@ def pieces_of(file: CorpusFile, on_bad: OnBad | None = None) -> Iterator[Piece]:
     """
     report = (on_bad or _ignore) if file.skips else None
     path, suffix = Path(file.path), suffix_of(Path(file.path))
+    is_open = not file.begins
     try:
-        yield from _visible(READERS[suffix](path, file, report), is_inside=not file.begins)
+        for text, ends in _visible(READERS[suffix](path, file, report), is_inside=is_open):
+            is_open = not ends
+            yield text, ends
     except Unreadable as error:
         message = _sentence(file, path, error)
         if report is None:
             raise UserError(message) from error
         report(f"{message}; the rest of the file is left out")
+        if is_open and file.ends:
+            yield "", True
 
 
 def _ignore(message: str) -> None:
@@ -125,19 +140,36 @@ def _lines_before(path: Path, stop: int) -> int:
 def _read_txt(path: Path, file: CorpusFile, report: OnBad | None) -> Iterator[Piece]:
     is_whole = file.sample_by == "document"
     # newline="" keeps "\r\n" of a whole document as it is; lines lose their ends, of either kind
-    with opened_text(path, file.encoding, newline="" if is_whole else None, span=file.span) as content:
+    how = {"newline": "" if is_whole else None, "marks_faults": not is_whole and report is not None}
+    with opened_text(path, file.encoding, span=file.span, **how) as content:
         if is_whole:
             while text := content.read(READ_CHARACTERS):
                 yield text, False
             if file.ends:
                 yield "", True
             return
-        is_open = False
-        while text := content.readline(READ_CHARACTERS):
-            is_open = not text.endswith("\n")
-            yield text.removesuffix("\n"), not is_open
-        if is_open:
-            yield "", True
+        yield from _lines(content, lambda number: _refuse_line(path, file, number, report))
+
+
+def _lines(content: TextIO, refuse: Callable[[int], None]) -> Iterator[Piece]:
+    """Each line is a document; of a damaged one, `refuse` gets the number."""
+    number, is_open, is_bad = 1, False, False
+    while text := content.readline(READ_CHARACTERS):
+        is_open = not text.endswith("\n")
+        if not is_bad and is_damaged(text):
+            refuse(number)
+            is_bad = True
+        yield "" if is_bad else text.removesuffix("\n"), not is_open
+        number, is_bad = number + (not is_open), is_bad and is_open
+    if is_open:
+        yield "", True
+
+
+def _refuse_line(path: Path, file: CorpusFile, number: int, report: OnBad | None) -> None:
+    error = Unreadable("it holds bytes that are not UTF-8", number)
+    if report is None:  # never, as the text is then read strictly
+        raise error
+    report(_sentence(file, path, error))
 
 
 def _read_jsonl(path: Path, file: CorpusFile, report: OnBad | None) -> Iterator[Piece]:

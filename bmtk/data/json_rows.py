@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .text_files import BadRow, Span, TableFormat, opened_text, suffix_of
+from .text_files import BadRow, Span, TableFormat, is_damaged, opened_text, suffix_of
 
 SUFFIXES = (".jsonl", ".json")
 JsonRow = tuple[str, dict[str, Any]]  # where it stands ("line 3", or "row 3" of a list), and its values
@@ -24,7 +24,7 @@ def json_lines(
 ) -> Iterator[JsonRow]:
     """As `json_rows`, of those bytes of the file that `span` has; a bad line is left to `on_bad`, if that is given."""
     # Lines end in "\n" alone: JSON strings may hold other ends of lines, such as U+2028
-    with opened_text(path, layout.encoding, newline="\n", span=span) as file:
+    with opened_text(path, layout.encoding, newline="\n", span=span, marks_faults=on_bad is not None) as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
                 try:
@@ -38,6 +38,8 @@ def json_lines(
 
 
 def _line(line: str, number: int) -> dict[str, Any]:
+    if is_damaged(line):
+        raise BadRow("it holds bytes that are not UTF-8", number)
     try:
         value = _read(line)
     except json.JSONDecodeError as error:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .corpus_files import CorpusFile
-from .text_files import HEAD_BYTES, found_encoding, is_compressed, suffix_of
+from .text_files import HEAD_BYTES, UTF8, found_encoding, is_compressed, suffix_of
 
 SHARD_BYTES = 1 << 26
 WINDOW = 1 << 20  # bytes in which a place to divide a document is looked for
 SAFE_PLACE = re.compile(rb"(?<=[!-~]\n)(?=[!-~])|(?<=[a-z])(?= [a-z])")  # among those of text_cuts, in any encoding
 VISIBLE = re.compile(rb"[!-~]")
-UTF8 = ("utf-8", "utf8", "utf-8-sig")
 
 
 @dataclass(frozen=True)

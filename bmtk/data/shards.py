@@ -1,7 +1,7 @@
 """One shard of a token store: written batch by batch, resumed after a kill, and the same bytes whoever writes it.
 
-`tokens*.bin` holds the ids of its documents end to end, each as bos + text + eos; `offsets*.bin` the place of the first
-token of each document that begins in it, and the number of its tokens; `shard*.json` the counts, once it is finished.
+`tokens*.bin` holds the ids of its documents end to end, each as bos + text + eos; `offsets*.bin` where each document
+that begins in it has its first token, and the number of its tokens; `shard*.json` the counts, once it is finished.
 A worker process imports tokenizers and numpy, and neither torch nor transformers.
 """
 

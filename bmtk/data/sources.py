@@ -64,11 +64,16 @@ class Texts:
 
     def pieces(self) -> Iterator[Piece]:
         """The documents in pieces (text, whether the document ends), which are small where files are read."""
-        if self.files:
-            for file in self.files:
-                yield from pieces_of(file)
-        else:
+        if not self.files:
             yield from ((text, True) for text in self)
+            return
+        is_empty = True
+        for file in self.files:
+            for piece in pieces_of(file):
+                is_empty = False
+                yield piece
+        if is_empty:
+            raise self.emptiness
 
     def without(self, is_left_out: Callable[[str], bool], *, mark: str) -> "Texts":
         """Without the documents that `is_left_out`; `mark` changes whenever other documents are."""

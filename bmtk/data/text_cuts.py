@@ -26,7 +26,6 @@ MARKS = (
 )
 NEWLINE = r"(?<=\S\n)(?=\S)"
 WORD_END = rf"(?<=[{LETTERS}])(?=[{MARKS}])"
-LONE_NEWLINE = re.compile(NEWLINE)
 NEWLINE_OR_WORD_END = re.compile(f"{NEWLINE}|{WORD_END}")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT4 = (  # also Llama 3's; Qwen2's takes one digit at a time
@@ -68,9 +67,21 @@ def cut_place(text: str, start: int, size: int, *, known: int = 0) -> int | None
 
     The ends of words before `known` were looked at already.
     """
-    found = LONE_NEWLINE.search(text, start, start + PATIENCE * size)
-    found = found or NEWLINE_OR_WORD_END.search(text, max(start, known))
+    place = _after_newline(text, start, start + PATIENCE * size)
+    if place is not None:
+        return place
+    found = NEWLINE_OR_WORD_END.search(text, max(start, known))
     return found.start() if found else None
+
+
+def _after_newline(text: str, first: int, last: int) -> int | None:
+    """The first place in [first, last) that the expression NEWLINE finds, many times as fast."""
+    place = text.find("\n", max(1, first - 1), last - 1)
+    while place >= 0:
+        if place + 1 < len(text) and not text[place - 1].isspace() and not text[place + 1].isspace():
+            return place + 1
+        place = text.find("\n", place + 1, last - 1)
+    return None
 
 
 def pieces(text: str, size: int) -> Iterator[str]:

@@ -5,6 +5,7 @@ import codecs
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ OFFERED = ("windows-1252", "gbk", "big5", "shift_jis", "euc-kr", "windows-1251")
 NAMED_DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 HEAD_BYTES = 4096
 AROUND = 12  # characters that are shown on either side of a byte
+UTF8 = ("utf-8", "utf8", "utf-8-sig")
+DAMAGED = re.compile("[\udc80-\udcff]")  # how "surrogateescape" writes bytes that are not UTF-8
 Span = tuple[int, int]  # bytes of a file that is not compressed: the first, and the one after the last
 PIECE = 1 << 16  # bytes of a line, which may be the whole file, by which encodings are tried
 
@@ -140,11 +143,17 @@ def opened_bytes(path: Path, span: Span | None = None) -> Iterator[BinaryIO]:
 
 @contextmanager
 def opened_text(
-    path: Path, encoding: str | None = None, *, newline: str | None = "", span: Span | None = None
+    path: Path,
+    encoding: str | None = None,
+    *,
+    newline: str | None = "",
+    span: Span | None = None,
+    marks_faults: bool = False,
 ) -> Iterator[TextIO]:
     """The text of a file.  A byte-order mark decides its encoding, else `encoding`, else it is UTF-8.
 
     `newline` is that of `open`; only the bytes of `span` are read, if it is given, and lines are counted from there.
+    With `marks_faults`, bytes that are not UTF-8 become what `is_damaged` finds.
     Raises: Unreadable, also while it is read, that names the line and the byte.
     """
     with opened_bytes(path) as content:
@@ -154,10 +163,15 @@ def opened_text(
     if span is not None and span[0]:
         known = known.replace("-sig", "")
     try:
-        with opened_bytes(path, span) as content, io.TextIOWrapper(content, encoding=known, newline=newline) as text:
+        how = {"newline": newline, "errors": "surrogateescape" if marks_faults and known in UTF8 else "strict"}
+        with opened_bytes(path, span) as content, io.TextIOWrapper(content, encoding=known, **how) as text:
             yield text
     except UnicodeDecodeError as error:
         raise _place_of_fault(path, known, error, span) from error
+
+
+def is_damaged(text: str) -> bool:
+    return not text.isascii() and DAMAGED.search(text) is not None
 
 
 def found_encoding(head: bytes, encoding: str | None) -> str:

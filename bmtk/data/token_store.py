@@ -185,6 +185,7 @@ def build_token_store(
         build = _Build(texts, tokenizer, directory, identity, log)
         if not build.is_finished():
             build.write(default_workers() if workers is None else workers)
+        build.clean()
         move_folder(build.partial, directory)
     return TokenStore(directory)
 
@@ -352,7 +353,7 @@ class _Build:
     # ------------------------------------------------------------------------------------------------ the end
 
     def _finish(self, shards: list[dict[str, Any]]) -> None:
-        """Write the manifest, then delete what only an unfinished store needs."""
+        """Write the manifest."""
         totals = {name: sum(facts[name] for facts in shards) for name in COUNTS}
         logger.info("tokenised %d documents, %d tokens", totals["documents"], totals["tokens"])
         manifest = {
@@ -371,7 +372,10 @@ class _Build:
                 "faults": [line for facts in shards for line in facts.get("faults", [])],
             }
         write_json(self.partial / "manifest.json", manifest, indent=1)
-        kept = {"manifest.json", TOKENIZER, *manifest["files"]}
+
+    def clean(self) -> None:
+        """Delete what only an unfinished store needs."""
+        kept = {"manifest.json", TOKENIZER, *_read_manifest(self.partial)["files"]}
         for path in self.partial.iterdir():
             if path.name not in kept:
                 path.unlink()

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from bmtk.data.masking import BLANKS
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.sources import ON_CORRUPT, Texts, has_split, read_texts, text_fingerprint
 from bmtk.data.tables import text_cells
+from bmtk.data.text_cuts import PIECE_CHARACTERS, cut_pieces
 from bmtk.data.token_store import TokenStore, build_token_store
 from bmtk.data.tokenizers import KINDS, mask_token, tokenizer_fingerprint, train_tokenizer
 from bmtk.errors import UserError
@@ -35,6 +36,7 @@ from .texts import load_tokenizer, pad_texts
 logger = logging.getLogger(__name__)
 
 TRAINED_ON = "trained_on.json"  # beside a kept tokenizer: how it was made, and its fingerprint
+CUT_KINDS = ("byte_bpe", "char")
 HELD_OUT = 0.1  # of a corpus without a validation text
 SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus is not tokenised yet
 
@@ -320,11 +322,17 @@ class CorpusData(TaskData):
         identity = {**kind, "texts": texts.fingerprint if isinstance(texts, Texts) else None}
         if kept := kept_tokenizer(self.corpus / "tokenizer", identity):
             return kept
-        tokenizer = train_tokenizer(texts, **kind)
+        tokenizer = train_tokenizer(self._pieces(texts), **kind)
         tokenizer.model_max_length = self.args.longest_row
         if not self.is_plan:
             keep_tokenizer(tokenizer, self.corpus / "tokenizer", identity)
         return tokenizer
+
+    def _pieces(self, texts: Texts | Sequence[str]) -> Iterable[str]:
+        """The texts, long ones cut where no token of the kind is."""
+        if isinstance(texts, Texts) and self.args.tokenizer in CUT_KINDS:
+            return (text for text, _ in cut_pieces(texts.pieces(), PIECE_CHARACTERS))
+        return texts
 
     def _with_mask(self, tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
         """A finished tokenizer, with a mask token if need be.  Raises: UserError if a trained model lacks one."""
