@@ -265,7 +265,7 @@ def tokenizer_with(expression):
         vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator([VERSE * 3, "don't I'll 12 345 6789 we'RE ("], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="e")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
 
 
 def random_texts(count, seed=0):
