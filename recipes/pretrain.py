@@ -104,16 +104,6 @@ def main(argv: list[str]) -> None:
         accelerator.wait_for_everyone()
 
 
-def prepare_data(argv: list[str]) -> list[str]:
-    """Do to the data what a run does before it trains (`bmtk prepare`); what was found, in lines."""
-    run, data_args, args, *_ = read_arguments(argv)
-    folder = Path(args.output_dir)
-    data = task_named(run.task).read(data_args, seed=args.seed, folder=folder, **run.reading)
-    check_data(folder, data, is_main=True)
-    data.prepare(log=partial(print, flush=True))
-    return [f"note: {line}" for line in data.notes] + data.prepared()
-
-
 def start(
     run: arguments.RunArguments,
     data_args: SourceArguments,
@@ -131,8 +121,7 @@ def start(
         check_data(folder, data, is_main=is_noted)
         config = starting_config(run, data, chosen)
         check_tokenizer(folder, data, is_main=is_noted)
-        if not run.is_plan:
-            data.prepare(log=accelerator.print)
+        data.prepare(log=accelerator.print)
     set_seed(seed)
     objective = data.bind(config)
     return objective, starting_weights(objective, config, run)

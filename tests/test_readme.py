@@ -28,6 +28,13 @@ def check_accelerate(words):
     importlib.import_module(f"recipes.{script.stem}").read_arguments(launched.training_script_args)
 
 
+def check_bmtk(words):
+    if words[0] == "prepare":  # has the options of the recipe
+        importlib.import_module("recipes.pretrain").read_arguments(words[1:])
+    else:
+        bmtk_cli.build_parser().parse_args(words)
+
+
 def check_python(words):
     if words[0] == "-m":
         assert words[1] == "pytest"
@@ -48,7 +55,7 @@ def check_pip(words):
 
 CHECKS = {
     "accelerate": lambda words: check_accelerate(words[1:]),
-    "bmtk": lambda words: bmtk_cli.build_parser().parse_args(words),
+    "bmtk": check_bmtk,
     "make": check_make,
     "pip": check_pip,
     "python": check_python,

@@ -140,8 +140,8 @@ def _lines_before(path: Path, stop: int) -> int:
 def _read_txt(path: Path, file: CorpusFile, report: OnBad | None) -> Iterator[Piece]:
     is_whole = file.sample_by == "document"
     # newline="" keeps "\r\n" of a whole document as it is; lines lose their ends, of either kind
-    how = {"newline": "" if is_whole else None, "marks_faults": not is_whole and report is not None}
-    with opened_text(path, file.encoding, span=file.span, **how) as content:
+    newline, marks = "" if is_whole else None, not is_whole and report is not None
+    with opened_text(path, file.encoding, newline=newline, span=file.span, marks_faults=marks) as content:
         if is_whole:
             while text := content.read(READ_CHARACTERS):
                 yield text, False
@@ -270,7 +270,7 @@ def _seekable(path: Path) -> Iterator[BinaryIO]:
         with opened_bytes(path) as content:
             shutil.copyfileobj(content, unpacked, 1 << 20)
         unpacked.seek(0)
-        yield unpacked  # type: ignore[misc]
+        yield unpacked
 
 
 READERS: dict[str, Callable[[Path, CorpusFile, OnBad | None], Iterator[Piece]]] = {

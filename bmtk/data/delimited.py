@@ -41,9 +41,11 @@ def delimited_rows(
     Raises: Unreadable for a row of another length, an open quote, a column that is there twice, or an encoding.
     """
     csv.field_size_limit(LONGEST_CELL)  # of the whole process; the default refuses texts of more than 128 KiB
-    marks = {"marks_faults": on_bad is not None}
-    dialect = found_dialect(path, layout, **marks)
-    with opened_text(path, layout.encoding, newline="\n" if suffix_of(path) == ".tsv" else "", **marks) as file:
+    marks = on_bad is not None
+    dialect = found_dialect(path, layout, marks_faults=marks)
+    with opened_text(
+        path, layout.encoding, newline="\n" if suffix_of(path) == ".tsv" else "", marks_faults=marks
+    ) as file:
         rows = _plain_rows(file, dialect) if suffix_of(path) == ".tsv" else _quoted_rows(file, dialect.delimiter)
         if dialect.is_announced:
             next(rows)

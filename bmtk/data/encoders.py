@@ -32,6 +32,7 @@ class Encoder:
         self.exact.encode_special_tokens = True
         self.exact.no_truncation()
         self.exact.no_padding()
+        self.fast: Any
         self.fast, self.problem = _fast_engine(tokenizer_json) if engine == "fastokens" else (None, "")
         self.is_checked = False
 

@@ -78,8 +78,8 @@ def _units(file: CorpusFile, digest: str, *, has_cuts: bool) -> Iterator[Unit]:
     is_document = suffix_of(path) == ".txt" and file.sample_by == "document"
     share = size // (len(borders) - 1)
     for first, last in pairwise(borders):
-        ends = {"begins": first == 0, "ends": last == borders[-1]} if is_document else {}
-        yield Unit(dataclasses.replace(file, span=(first, last), **ends), digest, share)
+        begins, ends = not is_document or first == 0, not is_document or last == size
+        yield Unit(dataclasses.replace(file, span=(first, last), begins=begins, ends=ends), digest, share)
 
 
 def _borders(file: CorpusFile, path: Path, size: int, *, has_cuts: bool) -> list[int]:

@@ -1,6 +1,6 @@
 """A token store in words: what it holds, how it is packed, samples of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +90,8 @@ def _samples(
         yield f"  row {row:,}: {_text(store.tokens[row * length : (row + 1) * length][:SAMPLE_TOKENS], decoder)}"
 
 
-def _text(ids: Sequence[int], decoder: Tokenizer | None) -> str:
+def _text(ids: np.ndarray, decoder: Tokenizer | None) -> str:
     if decoder is None:
-        return " ".join(map(str, list(ids)[:12]))
-    text = decoder.decode([int(i) for i in ids], skip_special_tokens=False)
+        return " ".join(map(str, ids[:12].tolist()))
+    text = decoder.decode(ids.tolist(), skip_special_tokens=False)
     return repr(text[:SHOWN]) + (" ..." if len(text) > SHOWN else "")

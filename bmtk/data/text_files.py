@@ -163,8 +163,8 @@ def opened_text(
     if span is not None and span[0]:
         known = known.replace("-sig", "")
     try:
-        how = {"newline": newline, "errors": "surrogateescape" if marks_faults and known in UTF8 else "strict"}
-        with opened_bytes(path, span) as content, io.TextIOWrapper(content, encoding=known, **how) as text:
+        errors = "surrogateescape" if marks_faults and known in UTF8 else "strict"
+        with opened_bytes(path, span) as content, io.TextIOWrapper(content, known, errors, newline) as text:
             yield text
     except UnicodeDecodeError as error:
         raise _place_of_fault(path, known, error, span) from error

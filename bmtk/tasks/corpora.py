@@ -186,8 +186,8 @@ class CorpusData(TaskData):
         }
 
     def prepare(self, log: Callable[[str], None]) -> None:
-        """Tokenise every split into the corpus folder, with lines of progress."""
-        for split, texts in self.rows.items():
+        """Tokenise every split into the corpus folder, with lines of progress; a plan keeps nothing there."""
+        for split, texts in self.rows.items() if not self.is_plan else ():
             self.store_of(split, texts, self.corpus, log=log)
 
     def prepared(self) -> list[str]:
