@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        is_rest = begin is not None and headers.get("If-Range") == server.mark
+        is_rest = begin is not None and headers.get("If-Range", server.mark) == server.mark
         start = int(begin.removeprefix("bytes=").rstrip("-")) if is_rest else 0
         self.answer(206 if is_rest else 200, server.body, start)
         half = (start + len(server.body)) // 2

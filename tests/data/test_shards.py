@@ -314,11 +314,13 @@ def random_texts(count, seed=0):
 def test_pieces_of_one_line_have_the_ids_of_the_whole(expression):
     backend = tokenizer_with(expression).backend_tokenizer
     assert text_cuts.is_certain(json.loads(backend.to_str()), (WORDS,))
-    cuts = 0
+    cuts, split = 0, backend.pre_tokenizer.pre_tokenize_str
     for text in random_texts(3000):
         found = list(pieces(text, 2))
         assert "".join(found) == text
         cuts += len(found) - 1
+        words = [word for piece in found for word, _ in split(piece)]
+        assert words == [word for word, _ in split(text)], repr(text)
         assert [i for piece in found for i in backend.encode(piece).ids] == backend.encode(text).ids, repr(text)
     assert cuts > 5000
 
@@ -594,6 +596,9 @@ def test_a_store_is_shown_with_its_sources_packing_and_samples(tmp_path, small_s
     counted = next(line for line in text.splitlines() if "b.jsonl" in line).split()
     assert counted[1:3] == ["20", f"{len(ids_of(documents[1:21])):,}"]
     assert text.count("\n  row ") == 2
+    ends = np.cumsum([len(ids_of([document])) for document in documents]).tolist()
+    divided = sum(first // 50 != (last - 1) // 50 for first, last in zip([0, *ends], ends, strict=False))
+    assert f"  divided     {divided} of 24 documents lie in more than one row\n" in text
     with pytest.raises(UserError, match=r"holds no token store; `bmtk prepare --config FILE` writes one"):
         stores_in(tmp_path)
 
