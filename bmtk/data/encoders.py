@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 CHECKED_CHARACTERS = 1 << 17  # of the beginning of each shard, by both engines
 CHECKED_LATER = 1 << 12  # of each batch after the first
 ENGINES = ("fastokens", "tokenizers")
+WRONG_IDS = "fastokens gives other ids than tokenizers on this text; tokenizers is used, which is slower"
 Ids = tuple[np.ndarray, np.ndarray]  # ids of all texts, uint32, and where each begins, and the end: int64
 
 

@@ -24,7 +24,7 @@ from bmtk.errors import UserError
 from bmtk.files import flush, read_json, sha256, write_json
 
 from .corpus_files import CorpusFile, Piece, pieces_of
-from .encoders import Encoder, Ids, WrongIds
+from .encoders import WRONG_IDS, Encoder, Ids, WrongIds
 from .text_cuts import cut_pieces
 
 OFFSET = np.dtype("<i8")
@@ -274,8 +274,7 @@ def write_shard(job: ShardJob, tokenizer_json: str, on_progress: Callable[[int, 
         facts = write_files(job, encoder, on_progress)
     except WrongIds:
         (Path(job.folder) / shard_name("progress", job.number, ".json")).unlink(missing_ok=True)
-        note = "fastokens gives other ids than tokenizers on this text; tokenizers is used, which is slower"
-        return {**write_files(job, Encoder(tokenizer_json, engine="tokenizers"), on_progress), "note": note}
+        return {**write_files(job, Encoder(tokenizer_json, engine="tokenizers"), on_progress), "note": WRONG_IDS}
     return {**facts, "note": encoder.problem}
 
 

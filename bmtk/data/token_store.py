@@ -23,7 +23,7 @@ from bmtk.errors import UserError
 from bmtk.files import move_folder, read_json, sha256, write_json, write_text
 
 from . import tokenizers
-from .encoders import Encoder, Ids
+from .encoders import WRONG_IDS, Encoder, Ids, WrongIds
 from .shard_plan import Group, plan_shards
 from .shards import COUNTS, OFFSET, Encodes, Layout, ShardJob, ShardWriter, finished_shard, shard_name, write_shard
 from .sources import Texts, text_fingerprint
@@ -335,13 +335,24 @@ class _Build:
 
     def _write_texts(self) -> dict[str, Any]:
         """One shard of what is no file (a list, the Hub, a part of a corpus), in this process."""
+        if not self.tokenizer.is_fast:
+            return self._write_with(_SlowEncoder(self.tokenizer))
+        text = self.tokenizer.backend_tokenizer.to_str()
+        write_text(self.partial / TOKENIZER, text)
+        encoder = Encoder(text)
+        if encoder.problem:
+            self.progress.log(f"note: {encoder.problem}")
+        try:
+            return self._write_with(encoder)
+        except WrongIds:
+            (self.partial / shard_name("progress", 0, ".json")).unlink(missing_ok=True)
+            self.progress.log(f"note: {WRONG_IDS}")
+            return self._write_with(Encoder(text, engine="tokenizers"))
+
+    def _write_with(self, encoder: Encodes) -> dict[str, Any]:
         mark = json.dumps(self.identity)
         texts = self.texts
         source = texts.pieces if isinstance(texts, Texts) else lambda: ((t, True) for t in texts if t.strip() or t)
-        encoder: Encodes = _SlowEncoder(self.tokenizer)
-        if self.tokenizer.is_fast:
-            encoder = Encoder(self.tokenizer.backend_tokenizer.to_str())
-            write_text(self.partial / TOKENIZER, self.tokenizer.backend_tokenizer.to_str())
         with closing(ShardWriter(self.partial, 0, self.layout, mark)) as writer:
             if found := writer.finished():
                 return found

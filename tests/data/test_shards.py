@@ -399,6 +399,16 @@ def test_a_shard_on_which_the_fast_engine_is_wrong_is_written_by_the_other(tmp_p
     ]
 
 
+def test_texts_in_memory_are_written_by_the_other_engine_too(tmp_path, fast_engine, monkeypatch):
+    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 50)
+    rows, lines = [f"{number} {VERSE}" for number in range(30)], []
+    rows[20], fast_engine.wrong = f"wrong {VERSE}", "wrong"
+    store = build_token_store(rows, TOKENIZER, tmp_path / "store", log=lines.append)
+    assert store.tokens.tolist() == ids_of(rows)
+    assert len(lines) == 1
+    assert lines[0].startswith("note: fastokens gives other ids")
+
+
 def test_a_tokenizer_that_the_fast_engine_cannot_read_is_noted_once(tmp_path, small_shards, monkeypatch):
     def refuse(text):
         raise ValueError("no such model")
