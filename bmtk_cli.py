@@ -19,6 +19,8 @@ the same options, on several devices.
 EPILOG = """\
 example:
   bmtk pretrain --preset smoke                           a small language model, in seconds
+  bmtk prepare --config my.yaml                          tokenise the corpus of a pretraining run beforehand
+  bmtk data show outputs/pretrain                        what a tokenised corpus holds, with samples
   bmtk finetune --preset smoke                           a classifier of texts, in seconds
   bmtk finetune --dataset rows.csv --output_dir mine     one of your own
   bmtk evaluate --model mine --test_file other.csv       its metrics on other rows
@@ -41,6 +43,31 @@ RECIPES = {
     "evaluate": "evaluate a trained model on labelled rows",
     "predict": "predict for new rows, images or recordings",
 }
+PREPARE = """\
+usage: bmtk prepare [options of `bmtk pretrain`] [--prepare_workers N]
+
+Read, check and tokenise the corpus of a pretraining run, without training.
+
+`bmtk pretrain` does the same when it starts; do it beforehand where a corpus is large, where training runs on several
+machines, or in order to look at the tokens first. Give the same settings to both:
+
+  bmtk prepare --config my.yaml                          into <output_dir>/corpus
+  bmtk prepare --config my.yaml --corpus_dir corpora/x   into a folder that several runs share
+  bmtk data show corpora/x                               counts, packing, samples
+  bmtk pretrain --config my.yaml --corpus_dir corpora/x  finds it, and trains
+
+A corpus is written shard by shard (64 MiB of files each) by --prepare_workers processes; their number changes no byte
+of the result. Interrupted at any point, the same command goes on at the shard; where nothing has changed it does
+nothing; files that are added at the end cost only themselves. `pip install 'big-model-toolkit[fast]'` tokenises byte-
+level BPE several times as fast, with the same ids.
+
+`bmtk pretrain --help data` lists the options about the corpus.
+"""
+DATA_SHOW = """\
+Show what a tokenised corpus holds: documents, tokens, sources, packing, longest documents, sample rows.
+
+DIR is a token store, a corpus folder, or the output_dir of a pretraining run.
+"""
 PUSH = """\
 Publish the folder that a recipe or save_pretrained wrote.
 
@@ -70,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in RECIPES:  # has options of its own, --help among them
         return run_recipe(argv[0], argv[1:])
+    if argv and argv[0] == "prepare":  # has those of the recipe for pretraining
+        return run_prepare(argv[1:])
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -95,6 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, purpose in RECIPES.items():
         commands.add_parser(name, help=purpose)
+    commands.add_parser("prepare", help="read, check and tokenise the corpus of a pretraining run")
+    add_data_commands(commands)
 
     publishes = "publish a folder on the Hub and check that it loads"
     push = commands.add_parser("push", help=publishes, description=PUSH, formatter_class=plain)
@@ -139,6 +170,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_data_commands(commands: Any) -> None:
+    plain = argparse.RawDescriptionHelpFormatter
+    data = commands.add_parser("data", help="look at tokenised corpora", formatter_class=plain)
+    kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    show = kinds.add_parser("show", help="show what one holds", description=DATA_SHOW, formatter_class=plain)
+    show.add_argument("directory", metavar="DIR", help="token store, corpus folder or output_dir of a run")
+    show.add_argument("--context-length", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    show.add_argument("--samples", type=int, default=3, help="rows that are shown as text (default: %(default)s)")
+    show.add_argument("--seed", type=int, default=0, help="which rows these are (default: %(default)s)")
+    show.set_defaults(run=run_data_show)
+
+
 def installed_version() -> str:
     try:
         return version("big-model-toolkit")
@@ -151,6 +194,44 @@ def run_recipe(name: str, argv: list[str]) -> int:
     path = recipes_folder() / f"{name}.py"
     sys.argv = [str(path), *argv]
     runpy.run_path(str(path), run_name="__main__")
+    return 0
+
+
+def run_prepare(argv: list[str]) -> int:
+    """Prepare the data of a pretraining run; its settings are read by the recipe itself."""
+    if argv in ([], ["-h"], ["--help"]):
+        print(PREPARE, end="")
+        return 0 if argv else 2
+    print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)
+    path = recipes_folder() / "pretrain.py"
+    sys.argv = [str(path), *argv]
+    recipe = runpy.run_path(str(path), run_name="bmtk_prepare")
+    from bmtk.process import clean_errors
+    from bmtk.tasks import task_named
+    from bmtk.training.run_folder import check_data
+
+    with clean_errors():
+        run, data_args, args, *_ = recipe["read_arguments"](argv)
+        folder = Path(args.output_dir)
+        data = task_named(run.task).read(data_args, seed=args.seed, folder=folder, **run.reading)
+        check_data(folder, data, is_main=True)
+        data.prepare(log=lambda line: print(line, flush=True))
+        print("\n".join([*(f"note: {line}" for line in data.notes), *data.prepared()]))
+    return 0
+
+
+def run_data_show(arguments: argparse.Namespace) -> int:
+    from bmtk.data.store_report import report, stores_in
+
+    for directory in stores_in(Path(arguments.directory)):
+        print(
+            report(
+                directory,
+                context_length=arguments.context_length,
+                num_samples=arguments.samples,
+                seed=arguments.seed,
+            )
+        )
     return 0
 
 

@@ -38,6 +38,7 @@ from bmtk.tasks.task_data import SourceArguments
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState, save_model
 from bmtk.training.evaluation import Evaluator, Results
+from bmtk.training.first_process import main_process_first
 from bmtk.training.loop import train
 from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.prepared import build_accelerator, prepare
@@ -120,12 +121,13 @@ def start(
 ) -> tuple[Objective, PreTrainedModel]:
     """The objective, and the model that training starts from: the same on every process."""
     accelerator.print("reading the data ...", flush=True)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator, None if run.is_plan else folder):
         data = task_named(run.task).read(data_args, seed=seed, folder=folder, **run.reading)
         is_noted = accelerator.is_main_process and not run.is_plan
         check_data(folder, data, is_main=is_noted)
         config = starting_config(run, data, chosen)
         check_tokenizer(folder, data, is_main=is_noted)
+        data.prepare(log=accelerator.print)
     set_seed(seed)
     objective = data.bind(config)
     return objective, starting_weights(objective, config, run)

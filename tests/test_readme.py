@@ -29,8 +29,9 @@ def check_accelerate(words):
 
 
 def check_bmtk(words):
-    if words[0] in bmtk_cli.RECIPES:
-        importlib.import_module(f"recipes.{words[0]}").read_arguments(words[1:])
+    if words[0] in (*bmtk_cli.RECIPES, "prepare"):  # has the options of a recipe
+        recipe = {"prepare": "pretrain"}.get(words[0], words[0])
+        importlib.import_module(f"recipes.{recipe}").read_arguments(words[1:])
     else:
         bmtk_cli.build_parser().parse_args(words)
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from .sources import Texts
+
 
 class Leaks:
     """Training rows whose input is among the rows of another split.
@@ -71,9 +73,11 @@ class SharedLines:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in text.splitlines():
-            line = line.strip()
+    held = ""
+    for text, ends in texts.pieces() if isinstance(texts, Texts) else ((text, True) for text in texts):
+        lines = (held + text if held else text).splitlines(keepends=True)
+        held = "" if ends or not lines else lines.pop()  # it may go on, or its "\r" be that of "\r\n"
+        for line in map(str.strip, lines):
             if len(line) >= SHORTEST_LINE:
                 yield line
 

@@ -8,7 +8,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -31,14 +31,21 @@ class Dialect(NamedTuple):
     is_unquoted: bool = False  # whether quotes are taken off the cells of a .tsv
 
 
-def delimited_rows(path: Path, layout: TableFormat) -> Iterator[Row]:
+def delimited_rows(
+    path: Path, layout: TableFormat, *, on_bad: Callable[[BadRow], None] | None = None
+) -> Iterator[Row]:
     """The header, then every row that is not blank; all have as many cells as the header.
+
+    A row of another length is left to `on_bad`, if that is given.
 
     Raises: Unreadable for a row of another length, an open quote, a column that is there twice, or an encoding.
     """
     csv.field_size_limit(LONGEST_CELL)  # of the whole process; the default refuses texts of more than 128 KiB
-    dialect = found_dialect(path, layout)
-    with opened_text(path, layout.encoding, newline="\n" if suffix_of(path) == ".tsv" else "") as file:
+    marks = on_bad is not None
+    dialect = found_dialect(path, layout, marks_faults=marks)
+    with opened_text(
+        path, layout.encoding, newline="\n" if suffix_of(path) == ".tsv" else "", marks_faults=marks
+    ) as file:
         rows = _plain_rows(file, dialect) if suffix_of(path) == ".tsv" else _quoted_rows(file, dialect.delimiter)
         if dialect.is_announced:
             next(rows)
@@ -46,20 +53,24 @@ def delimited_rows(path: Path, layout: TableFormat) -> Iterator[Row]:
         header = _checked_header(cells, line)
         yield line, header
         for line, cells in rows:
-            if len(cells) != len(header):
-                raise BadRow(_wrong_length(cells, header, dialect.delimiter, path), line)
-            yield line, cells
+            if len(cells) == len(header):
+                yield line, cells
+                continue
+            error = BadRow(_wrong_length(cells, header, dialect.delimiter, path), line)
+            if on_bad is None:
+                raise error
+            on_bad(error)
 
 
-def found_dialect(path: Path, layout: TableFormat) -> Dialect:
+def found_dialect(path: Path, layout: TableFormat, *, marks_faults: bool = False) -> Dialect:
     """The delimiter that is set, or stands in a first line "sep=;", or divides header and first rows alike.
 
     Raises: Unreadable if two characters do.
     """
     if suffix_of(path) == ".tsv":
         delimiter = layout.character or "\t"
-        return Dialect(delimiter, is_unquoted=_has_quoted_cells(path, layout, delimiter))
-    with opened_text(path, layout.encoding) as file:
+        return Dialect(delimiter, is_unquoted=_has_quoted_cells(path, layout, delimiter, marks_faults))
+    with opened_text(path, layout.encoding, marks_faults=marks_faults) as file:
         head = file.read(SNIFFED_CHARACTERS)
     first = head.split("\n", 1)[0].rstrip("\r")
     if first.lower().startswith("sep=") and len(first) == len("sep=;"):  # how Excel is made to open it
@@ -76,10 +87,10 @@ def found_dialect(path: Path, layout: TableFormat) -> Dialect:
     return Dialect((regular or several or [","])[0])
 
 
-def _has_quoted_cells(path: Path, layout: TableFormat, delimiter: str) -> bool:
+def _has_quoted_cells(path: Path, layout: TableFormat, delimiter: str, marks_faults: bool) -> bool:
     """Whether each cell of a .tsv with a quote is written as in CSV, and a doubled quote shows that this is meant."""
     is_shown = False
-    with opened_text(path, layout.encoding, newline="\n") as file:
+    with opened_text(path, layout.encoding, newline="\n", marks_faults=marks_faults) as file:
         for line in file:
             if '"' in line:
                 cells = [cell for cell in line.rstrip("\r\n").split(delimiter) if '"' in cell]

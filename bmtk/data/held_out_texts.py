@@ -3,13 +3,14 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from bmtk.errors import UserError
 
+from .corpus_files import Piece
 from .sources import Texts
 
 COUNTED = 1000  # documents; more are not counted, and each is held out by its own chance
@@ -49,11 +50,7 @@ def hold_out(texts: Texts, fraction: float, seed: int) -> HeldOut:
     A corpus of few documents is cut into stretches of about equal length first.
     Raises: UserError if the text is too short for either.
     """
-    lengths: list[int] = []
-    for text in texts:
-        lengths.append(len(text))
-        if len(lengths) == COUNTED:
-            break
+    lengths = _lengths(texts)
     share = Share(fraction, seed)
     if len(lengths) == COUNTED:
         return _parts(texts, texts.__iter__, _by_chance(share), share, f"{fraction:.1%} of the documents")
@@ -63,6 +60,21 @@ def hold_out(texts: Texts, fraction: float, seed: int) -> HeldOut:
     return _of_stretches(texts, sum(lengths), share)
 
 
+def _lengths(texts: Texts) -> list[int]:
+    """Characters of each document, of COUNTED at most."""
+    lengths, length = [], 0
+    for text, ends in texts.pieces():
+        length += len(text)
+        if ends:
+            lengths.append(length)
+            length = 0
+            if len(lengths) == COUNTED:
+                break
+    if not lengths:
+        raise texts.emptiness
+    return lengths
+
+
 def _of_stretches(texts: Texts, num_characters: int, share: Share) -> HeldOut:
     fraction = share.fraction
     wanted = max(math.ceil(2 / fraction), min(num_characters // STRETCH, MOST_STRETCHES))
@@ -70,8 +82,7 @@ def _of_stretches(texts: Texts, num_characters: int, share: Share) -> HeldOut:
     for name, pattern in CUTS.items():
 
         def pieces(pattern: re.Pattern[str] = pattern) -> Iterator[str]:
-            for text in texts:
-                yield from stretches(text, size, pattern)
+            yield from stretches(texts.pieces(), size, pattern)
 
         found = sum(1 for piece in pieces() if not piece.isspace())
         if found >= wanted // 2 and round(found * fraction):
@@ -83,14 +94,22 @@ def _of_stretches(texts: Texts, num_characters: int, share: Share) -> HeldOut:
     )
 
 
-def stretches(text: str, size: int, pattern: re.Pattern[str]) -> Iterator[str]:
-    """Pieces of a text of at least `size` characters, each up to the first end of `pattern` after that."""
-    start = 0
-    while start < len(text):
-        found = pattern.search(text, min(start + size, len(text)))
-        end = found.end() if found else len(text)
-        yield text[start:end]
-        start = end
+def stretches(pieces: Iterable[Piece], size: int, pattern: re.Pattern[str]) -> Iterator[str]:
+    """Parts of documents of at least `size` characters, each up to the first end of `pattern` after that."""
+    held = ""
+    for text, ends in pieces:
+        held = held + text if held else text
+        start = 0
+        while len(held) - start > size and (found := pattern.search(held, start + size)):
+            if not ends and found.end() == len(held):  # it may go on in the next piece
+                break
+            yield held[start : found.end()]
+            start = found.end()
+        held = held[start:]
+        if ends:
+            if held:
+                yield held
+            held = ""
 
 
 def _chosen(count: int, share: Share) -> tuple[Callable[[int], bool], int]:

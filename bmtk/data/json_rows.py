@@ -1,11 +1,11 @@
 """Rows of JSON files as they are written: a string stays a string, a whole number keeps all of its digits."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .text_files import BadRow, TableFormat, opened_text, suffix_of
+from .text_files import BadRow, Span, TableFormat, is_damaged, opened_text, suffix_of
 
 SUFFIXES = (".jsonl", ".json")
 JsonRow = tuple[str, dict[str, Any]]  # where it stands ("line 3", or "row 3" of a list), and its values
@@ -16,19 +16,35 @@ def json_rows(path: Path, layout: TableFormat) -> Iterator[JsonRow]:
 
     Raises: BadRow for what is no JSON or no object, and for a name that an object has twice.
     """
-    return _lines(path, layout) if suffix_of(path) == ".jsonl" else _whole(path, layout)
+    return json_lines(path, layout) if suffix_of(path) == ".jsonl" else _whole(path, layout)
 
 
-def _lines(path: Path, layout: TableFormat) -> Iterator[JsonRow]:
+def json_lines(
+    path: Path, layout: TableFormat, *, span: Span | None = None, on_bad: Callable[[BadRow], None] | None = None
+) -> Iterator[JsonRow]:
+    """As `json_rows`, of those bytes of the file that `span` has; a bad line is left to `on_bad`, if that is given."""
     # Lines end in "\n" alone: JSON strings may hold other ends of lines, such as U+2028
-    with opened_text(path, layout.encoding, newline="\n") as file:
+    with opened_text(path, layout.encoding, newline="\n", span=span, marks_faults=on_bad is not None) as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
                 try:
-                    value = _read(line)
-                except json.JSONDecodeError as error:
-                    raise BadRow(f"not a line of JSON ({error})", number) from error
-                yield f"line {number}", _checked_row(value, number)
+                    row = _line(line, number)
+                except BadRow as error:
+                    if on_bad is None:
+                        raise
+                    on_bad(error)
+                else:
+                    yield f"line {number}", row
+
+
+def _line(line: str, number: int) -> dict[str, Any]:
+    if is_damaged(line):
+        raise BadRow("it holds bytes that are not UTF-8", number)
+    try:
+        value = _read(line)
+    except json.JSONDecodeError as error:
+        raise BadRow(f"not a line of JSON ({error})", number) from error
+    return _checked_row(value, number)
 
 
 def _whole(path: Path, layout: TableFormat) -> Iterator[JsonRow]:
@@ -38,7 +54,7 @@ def _whole(path: Path, layout: TableFormat) -> Iterator[JsonRow]:
         content = _read(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip()[:1] == "{":
-            yield from _lines(path, layout)
+            yield from json_lines(path, layout)
             return
         raise BadRow(f"not JSON ({error.msg}, column {error.colno})", error.lineno) from error
     if isinstance(content, dict):

@@ -76,8 +76,7 @@ class PackedRows:
             start = int(row) * length
             piece = store.tokens[start : start + length + 1]
             tokens[i, : len(piece)] = piece
-            first, last = np.searchsorted(store.offsets, (start, start + length + 1))
-            is_start[i, store.offsets[first:last] - start] = True  # the last offset of all starts the padding
+            is_start[i, store.starts(start, start + length + 1)] = True  # the end of the store starts the padding
         return tokens, is_start
 
 

@@ -1,28 +1,33 @@
-"""Documents from text, JSON-lines, CSV, TSV and Parquet files, from folders of them, and from the Hub.
+"""Documents from text, JSON-lines, CSV, TSV, Parquet and Arrow files, from folders and patterns of them, from URLs and
+from the Hub.
 
-A document is one non-blank string. Local files are read as streams: a corpus may be larger than memory, one document
-(or one line of JSON) may not. The order of documents is fixed: sources as given, files of a folder by name.
+A document is one non-blank string. Files are read as streams: a corpus may be larger than memory, and so may a text
+file that is one document, where it is read in pieces. The order of documents is fixed: sources as given, files of a
+folder or a pattern by name.
 """
 
+import glob
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bmtk.errors import UserError
 
-from .delimited import delimited_rows
+from .corpus_files import SUFFIXES, CorpusFile, Piece, check_column, checked_text, documents, pieces_of
+from .downloads import fetched, is_url, matching_urls
 from .fingerprints import FileDigests
 from .folders import visible_files
-from .json_rows import json_rows
-from .text_files import COMPRESSED_SUFFIXES, BadRow, TableFormat, Unreadable, opened_text, suffix_of
+from .text_files import COMPRESSED_SUFFIXES, TableFormat, suffix_of
 
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet", ".tsv")
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SAMPLE_BY = ("document", "line")
+ON_CORRUPT = ("stop", "skip")
+PATTERN = re.compile(r"[*?]|\[.+\]")  # what makes a name a pattern of names
 ROWS_PER_READ = 1024
 AS_FOUND = TableFormat()
 
@@ -41,6 +46,7 @@ class Texts:
     parts: tuple[Callable[[], Iterator[str]], ...]
     num_bytes: int | None = None  # of the files; None if they are not counted
     marks: tuple[str, ...] = ()  # name and fingerprint of each file or Hub data set
+    files: tuple[CorpusFile, ...] = ()  # that hold the documents, each with its mark; none if there are other parts
 
     def __iter__(self) -> Iterator[str]:
         is_empty = True
@@ -50,7 +56,24 @@ class Texts:
                     is_empty = False
                     yield text
         if is_empty:
-            raise UserError(f"the corpus {self.name} is empty: it holds no document with a visible character")
+            raise self.emptiness
+
+    @property
+    def emptiness(self) -> UserError:
+        return UserError(f"the corpus {self.name} is empty: it holds no document with a visible character")
+
+    def pieces(self) -> Iterator[Piece]:
+        """The documents in pieces (text, whether the document ends), which are small where files are read."""
+        if not self.files:
+            yield from ((text, True) for text in self)
+            return
+        is_empty = True
+        for file in self.files:
+            for piece in pieces_of(file):
+                is_empty = False
+                yield piece
+        if is_empty:
+            raise self.emptiness
 
     def without(self, is_left_out: Callable[[str], bool], *, mark: str) -> "Texts":
         """Without the documents that `is_left_out`; `mark` changes whenever other documents are."""
@@ -60,13 +83,38 @@ class Texts:
 
     def head(self, num_characters: int) -> list[str]:
         """The first documents, the last of them cut, with `num_characters` together; all if they have fewer."""
-        found, left = [], num_characters
-        for text in self:
-            found.append(text[:left])
+        found, left = [""], num_characters
+        for text, ends in self.pieces():
+            found[-1] += text[:left]
             left -= len(text)
             if left <= 0:
                 break
-        return found
+            if ends:
+                found.append("")
+        return [text for text in found if text]
+
+
+@dataclass
+class _Found:
+    """What the sources of a corpus hold: a part and a mark of each file or Hub data set."""
+
+    parts: list[Callable[[], Iterator[str]]] = field(default_factory=list)
+    marks: list[str] = field(default_factory=list)
+    files: list[CorpusFile] = field(default_factory=list)
+    num_bytes: int | None = 0
+
+    def add_file(self, file: CorpusFile, mark: str) -> None:
+        path = Path(file.path)
+        self.parts.append(partial(documents, file))
+        self.files.append(file)
+        self.marks.append(mark)
+        is_packed = path.suffix.lower() in COMPRESSED_SUFFIXES
+        self.num_bytes = None if self.num_bytes is None or is_packed else self.num_bytes + path.stat().st_size
+
+    def add_hub(self, part: Callable[[], Iterator[str]], mark: str) -> None:
+        self.parts.append(part)
+        self.marks.append(mark)
+        self.num_bytes = None  # not known before it is read
 
 
 def read_texts(
@@ -77,41 +125,37 @@ def read_texts(
     sample_by: str = "document",
     layout: TableFormat = AS_FOUND,
     digests: FileDigests | None = None,
+    on_corrupt: str = "stop",
 ) -> Texts:
     """Find the documents of a file, a folder, a Hub data set (`owner/name` or `owner/name:config`), or a list of them.
 
+    Also of a pattern of names (`*`, `?`, `[...]`, `**` for any depth), and of a URL, which is copied to a cache.
     `split` selects the files of a folder (`train.txt`, `train-00001.parquet`, `train/...`; all files of a folder
     without such names are "train") or the split of a Hub data set; a file named directly is always read whole.
-    `text_column` is the key or column of .jsonl, .csv, .tsv, .parquet and Hub rows. `sample_by` makes one document of
-    each .txt file ("document") or of each of its lines ("line"). `digests` knows files that were read before.
+    `text_column` is the key or column of .jsonl, .csv, .tsv, .parquet, .arrow and Hub rows. `sample_by` makes one
+    document of each .txt file ("document") or of each of its lines ("line"). `digests` knows files that were read
+    before. With `on_corrupt` "skip", rows and ends of files that cannot be read are left out.
     Raises: FileNotFoundError for a path that is not there; UserError for everything else that cannot be read.
     """
-    if sample_by not in SAMPLE_BY:
-        raise UserError(f"sample_by={sample_by!r} is unknown; choose one of {SAMPLE_BY}")
+    for name, value, allowed in (("sample_by", sample_by, SAMPLE_BY), ("on_corrupt", on_corrupt, ON_CORRUPT)):
+        if value not in allowed:
+            raise UserError(f"{name}={value!r} is unknown; choose one of {allowed}")
     sources = [source] if isinstance(source, str | Path) else list(source)
     if not sources:
         raise UserError("source is an empty list; name at least one file, folder or Hub data set")
-    digests = digests or FileDigests()
-    parts: list[Callable[[], Iterator[str]]] = []
-    marks: list[str] = []  # what changes when the documents do
-    num_bytes: int | None = 0
+    digests, skips, found = digests or FileDigests(), on_corrupt == "skip", _Found()
+    how = (text_column, sample_by, layout.delimiter, layout.encoding, skips)
     for item in map(str, sources):
-        if Path(item).expanduser().exists() or _looks_like_a_path(item):
-            files = _files(Path(item).expanduser(), split)
-            parts += [_file_part(file, text_column, sample_by, layout) for file in files]
-            marks += [f"{file.name} {digests.of(file)}" for file in files]
-            is_packed = any(file.suffix.lower() in COMPRESSED_SUFFIXES for file in files)
-            sizes = None if is_packed else sum(file.stat().st_size for file in files)
-            num_bytes = None if num_bytes is None or sizes is None else num_bytes + sizes
+        if is_url(item) or Path(item).expanduser().exists() or _looks_like_a_path(item):
+            for path in _paths(item, split):
+                found.add_file(CorpusFile(str(path), *how), f"{path.name} {digests.of(path)}")
         else:
-            part, mark = _hub_part(item, split, text_column)
-            parts.append(part)
-            marks.append(mark)
-            num_bytes = None  # not known before it is read
+            found.add_hub(*_hub_part(item, split, text_column))
     is_set = [] if layout == AS_FOUND else [[layout.delimiter, layout.encoding]]
-    description = json.dumps([marks, text_column, sample_by, *is_set])
-    name = f"{', '.join(map(str, sources))} (split {split!r})"
-    return Texts(name, hashlib.sha256(description.encode()).hexdigest(), tuple(parts), num_bytes, tuple(marks))
+    description = json.dumps([found.marks, text_column, sample_by, *is_set, *([on_corrupt] if skips else [])])
+    name, fingerprint = f"{', '.join(map(str, sources))} (split {split!r})", hashlib.sha256(description.encode())
+    files = tuple(found.files) if len(found.files) == len(found.parts) else ()
+    return Texts(name, fingerprint.hexdigest(), tuple(found.parts), found.num_bytes, tuple(found.marks), files)
 
 
 def has_split(source: str, split: str) -> bool:
@@ -131,7 +175,26 @@ def text_fingerprint(texts: Texts | Sequence[str]) -> str:
 
 
 def _looks_like_a_path(item: str) -> bool:
-    return item.startswith(("/", ".", "~")) or item.count("/") > 1 or "\\" in item or suffix_of(Path(item)) in SUFFIXES
+    return (
+        bool(PATTERN.search(item))
+        or item.startswith(("/", ".", "~"))
+        or item.count("/") > 1
+        or "\\" in item
+        or suffix_of(Path(item)) in SUFFIXES
+    )
+
+
+def _paths(item: str, split: str) -> list[Path]:
+    """The files of a source, in order; those of URLs are fetched."""
+    if is_url(item):
+        return [fetched(url) for url in matching_urls(item, SUFFIXES)]
+    path = Path(item).expanduser()
+    if path.exists() or not PATTERN.search(item):
+        return _files(path, split)
+    names = sorted(name for name in glob.glob(str(path), recursive=True) if suffix_of(Path(name)) in SUFFIXES)
+    if not names:
+        raise UserError(f"source={item!r} matches no file that ends in {', '.join(SUFFIXES)} (looked in {Path.cwd()})")
+    return [Path(name) for name in names]
 
 
 def _files(path: Path, split: str) -> list[Path]:
@@ -166,68 +229,6 @@ def _is_named_after(path: Path, names: Sequence[str]) -> bool:
     return stem in names or (len(path.parts) > 1 and path.parts[0] in names)
 
 
-def _file_part(path: Path, text_column: str, sample_by: str, layout: TableFormat) -> Callable[[], Iterator[str]]:
-    suffix = suffix_of(path)
-    if suffix == ".txt":
-        return partial(_read_txt, path, sample_by, layout)
-    if suffix == ".parquet":
-        return partial(_read_parquet, path, text_column)
-    return partial(_read_jsonl if suffix == ".jsonl" else _read_delimited, path, text_column, layout)
-
-
-def _read_txt(path: Path, sample_by: str, layout: TableFormat) -> Iterator[str]:
-    is_whole = sample_by == "document"
-    try:
-        # newline="" keeps "\r\n" of a whole document as it is; lines lose their ends, of either kind
-        with opened_text(path, layout.encoding, newline="" if is_whole else None) as file:
-            if is_whole:
-                yield file.read()
-            else:
-                yield from (line.removesuffix("\n") for line in file)
-    except Unreadable as error:
-        kind = f"{layout.encoding or 'UTF-8'} text"
-        raise UserError(f"{error.sentence(path, kind)}; or convert it first, for example with iconv") from error
-
-
-def _read_jsonl(path: Path, text_column: str, layout: TableFormat) -> Iterator[str]:
-    try:
-        for place, row in json_rows(path, layout):
-            where = f"{path}, {place}"
-            _check_column(text_column, list(row), where)
-            yield _checked_text(row[text_column], text_column, where)
-    except BadRow as error:
-        raise UserError(error.sentence(path, "JSON lines")) from error
-    except Unreadable as error:
-        place = "" if error.line is None else f", line {error.line}"
-        raise UserError(f"{path}{place}: not a line of JSON ({error.reason})") from error
-
-
-def _read_delimited(path: Path, text_column: str, layout: TableFormat) -> Iterator[str]:
-    kind = f"a {suffix_of(path)[1:].upper()} file in {layout.encoding or 'UTF-8'}"
-    try:
-        rows = delimited_rows(path, layout)
-        _, header = next(rows)
-        _check_column(text_column, header, path)
-        column = header.index(text_column)
-        yield from (cells[column] for _, cells in rows)
-    except Unreadable as error:
-        raise UserError(error.sentence(path, kind)) from error
-
-
-def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
-    import pyarrow.parquet  # slow to import, and only needed here
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file ({error})") from error
-    with table:
-        _check_column(text_column, table.schema_arrow.names, path)
-        for batch in table.iter_batches(batch_size=ROWS_PER_READ, columns=[text_column]):
-            for value in batch.column(0).to_pylist():
-                yield _checked_text(value, text_column, path)
-
-
 def _hub_part(item: str, split: str, text_column: str) -> tuple[Callable[[], Iterator[str]], str]:
     import datasets  # slow to import, and only needed here
 
@@ -238,36 +239,11 @@ def _hub_part(item: str, split: str, text_column: str) -> tuple[Callable[[], Ite
         raise UserError(
             f"source={item!r} is no file or folder here, and loading its split {split!r} from the Hub failed: {error}"
         ) from error
-    _check_column(text_column, rows.column_names, item)
+    check_column(text_column, rows.column_names, item)
     return partial(_read_rows, rows.select_columns([text_column]), text_column, item), f"{item} {rows._fingerprint}"
 
 
 def _read_rows(rows: Any, text_column: str, where: str) -> Iterator[str]:
     for batch in rows.iter(batch_size=ROWS_PER_READ):
         for value in batch[text_column]:
-            yield _checked_text(value, text_column, where)
-
-
-def _check_column(text_column: str, columns: list[str], where: str | Path) -> None:
-    if text_column not in columns:
-        raise UserError(f"text_column={text_column!r} is not in {where}; the columns there are {columns}")
-
-
-def _checked_text(value: object, text_column: str, where: str | Path) -> str:
-    """`value` as a text that UTF-8 can hold; a missing value is a blank text."""
-    if value is None:
-        return ""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{where}: text_column={text_column!r} holds bytes that are not UTF-8 ({error})"
-            ) from error
-    if not isinstance(value, str):
-        raise UserError(f"{where}: text_column={text_column!r} holds {type(value).__name__}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: the text is not Unicode ({error}); repair or remove it") from error
-    return value
+            yield checked_text(value, text_column, where)

@@ -5,6 +5,7 @@ import codecs
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ OFFERED = ("windows-1252", "gbk", "big5", "shift_jis", "euc-kr", "windows-1251")
 NAMED_DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 HEAD_BYTES = 4096
 AROUND = 12  # characters that are shown on either side of a byte
+UTF8 = ("utf-8", "utf8", "utf-8-sig")
+DAMAGED = re.compile("[\udc80-\udcff]")  # how "surrogateescape" writes bytes that are not UTF-8
+Span = tuple[int, int]  # bytes of a file that is not compressed: the first, and the one after the last
 PIECE = 1 << 16  # bytes of a line, which may be the whole file, by which encodings are tried
 
 
@@ -95,9 +99,35 @@ def is_compressed(path: Path) -> bool:
         return _compression(file.read(HEAD_BYTES)) is not None
 
 
+class _Stretch(io.RawIOBase):
+    """Some bytes of a file."""
+
+    def __init__(self, path: Path, span: Span):
+        self.file = path.open("rb")
+        self.file.seek(span[0])
+        self.left = span[1] - span[0]
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self.file.read(min(len(buffer), self.left))
+        buffer[: len(piece)] = piece
+        self.left -= len(piece)
+        return len(piece)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 @contextmanager
-def opened_bytes(path: Path) -> Iterator[BinaryIO]:
+def opened_bytes(path: Path, span: Span | None = None) -> Iterator[BinaryIO]:
     """The unpacked content.  Raises: Unreadable, also while it is read, for a damaged archive."""
+    if span is not None:
+        with io.BufferedReader(_Stretch(path, span), 1 << 20) as stretch:
+            yield cast(BinaryIO, stretch)
+        return
     with path.open("rb") as file:
         kind = _compression(file.read(HEAD_BYTES))
     try:
@@ -112,20 +142,41 @@ def opened_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def opened_text(path: Path, encoding: str | None = None, *, newline: str | None = "") -> Iterator[TextIO]:
+def opened_text(
+    path: Path,
+    encoding: str | None = None,
+    *,
+    newline: str | None = "",
+    span: Span | None = None,
+    marks_faults: bool = False,
+) -> Iterator[TextIO]:
     """The text of a file.  A byte-order mark decides its encoding, else `encoding`, else it is UTF-8.
 
-    `newline` is that of `open`.  Raises: Unreadable, also while it is read, that names the line and the byte.
+    `newline` is that of `open`; only the bytes of `span` are read, if it is given, and lines are counted from there.
+    With `marks_faults`, bytes that are not UTF-8 become what `is_damaged` finds.
+    Raises: Unreadable, also while it is read, that names the line and the byte.
     """
     with opened_bytes(path) as content:
         head = content.read(HEAD_BYTES)
-    known = next((name for mark, name in MARKS.items() if head.startswith(mark)), encoding) or "utf-8"
+    known = found_encoding(head, encoding)
     refuse_other_kinds(head, known)
+    if span is not None and span[0]:
+        known = known.replace("-sig", "")
     try:
-        with opened_bytes(path) as content, io.TextIOWrapper(content, encoding=known, newline=newline) as text:
+        errors = "surrogateescape" if marks_faults and known in UTF8 else "strict"
+        with opened_bytes(path, span) as content, io.TextIOWrapper(content, known, errors, newline) as text:
             yield text
     except UnicodeDecodeError as error:
-        raise _place_of_fault(path, known, error) from error
+        raise _place_of_fault(path, known, error, span) from error
+
+
+def is_damaged(text: str) -> bool:
+    return not text.isascii() and DAMAGED.search(text) is not None
+
+
+def found_encoding(head: bytes, encoding: str | None) -> str:
+    """That of a byte-order mark at the beginning of a file, else `encoding`, else UTF-8."""
+    return next((name for mark, name in MARKS.items() if head.startswith(mark)), encoding) or "utf-8"
 
 
 def refuse_other_kinds(head: bytes, encoding: str) -> None:
@@ -167,12 +218,12 @@ def _unpacked(path: Path, kind: str | None) -> BinaryIO:
     return cast(BinaryIO, opener(path, "rb"))
 
 
-def _place_of_fault(path: Path, encoding: str, error: UnicodeDecodeError) -> Unreadable:
+def _place_of_fault(path: Path, encoding: str, error: UnicodeDecodeError, span: Span | None) -> Unreadable:
     """Where the first byte is that `encoding` does not have, and what the place would be in other encodings."""
     if encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32")):  # lines do not end in one byte
         return Unreadable(f"can't decode it as {encoding} ({error.reason}); set encoding to the right one")
-    offset = 0
-    with opened_bytes(path) as content:
+    offset = span[0] if span else 0
+    with opened_bytes(path, span) as content:
         for number, line in enumerate(content, 1):
             try:
                 line.decode(encoding)

@@ -11,13 +11,14 @@ no word longer than about 64 characters.
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bmtk.errors import UserError
+
+from . import text_cuts
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
@@ -36,8 +37,7 @@ WORDS = "|".join(  # repeats are bounded: the time to train is quadratic in the 
 )
 LINES_OF_WORDS = r"\n|\S+"
 UNCASED_WORDS = r"\p{Han}|[^\s\p{P}\p{S}\p{Han}]+|[\p{P}\p{S}]"
-PIECE_CHARACTERS = 1 << 16
-LONE_NEWLINE = re.compile(r"(?<=\S\n)(?=\S)")
+PIECE_CHARACTERS = text_cuts.PIECE_CHARACTERS
 
 
 def train_tokenizer(
@@ -98,28 +98,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def pieces(text: str) -> Iterator[str]:
     """Cut a long text where no token of a tokenizer with `has_newline_cuts` spans the cut.
 
-    That is after a newline with a visible character on both sides: GPT-2 and GPT-4 both end a word there, and neither
-    looks back or ahead from there. Pieces have at least `PIECE_CHARACTERS` characters, but for the last.
+    Pieces have at least `PIECE_CHARACTERS` characters, but for the last.
     """
-    start = 0
-    while cut := LONE_NEWLINE.search(text, start + PIECE_CHARACTERS):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
+    return text_cuts.pieces(text, PIECE_CHARACTERS)
 
 
 def has_newline_cuts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether encoding the `pieces` of a text is known to give the ids of the whole: our tokenizers and GPT-2's."""
+    """Whether encoding the `pieces` of a text is known to give the ids of the whole: our tokenizers, GPT-2's, ..."""
     if not tokenizer.is_fast:
         return False
-    facts = json.loads(tokenizer.backend_tokenizer.to_str())
-    if facts["normalizer"] is not None:
-        return False
-    words = facts["pre_tokenizer"]
-    if words is None:
-        return facts["model"]["type"] == "BPE" and not facts["model"]["merges"]
-    is_gpt2 = words["type"] == "ByteLevel" and words["use_regex"] and not words["add_prefix_space"]
-    return is_gpt2 or words == json.loads(_byte_bpe(models.BPE()).to_str())["pre_tokenizer"]
+    return text_cuts.is_certain(json.loads(tokenizer.backend_tokenizer.to_str()), (WORDS,))
 
 
 def _byte_bpe(model: models.BPE) -> Tokenizer:

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,14 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from bmtk.data.batches import Rows
 from bmtk.data.decontamination import TOLERATED_SHARE, SharedLines
+from bmtk.data.downloads import is_url
 from bmtk.data.fingerprints import FileDigests, Marks
 from bmtk.data.held_out_texts import hold_out
 from bmtk.data.masking import BLANKS
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
-from bmtk.data.sources import Texts, has_split, read_texts, text_fingerprint
+from bmtk.data.sources import ON_CORRUPT, Texts, has_split, read_texts, text_fingerprint
 from bmtk.data.tables import text_cells
+from bmtk.data.text_cuts import PIECE_CHARACTERS, cut_pieces
 from bmtk.data.token_store import TokenStore, build_token_store
 from bmtk.data.tokenizers import KINDS, mask_token, tokenizer_fingerprint, train_tokenizer
 from bmtk.errors import UserError
@@ -34,6 +36,7 @@ from .texts import load_tokenizer, pad_texts
 logger = logging.getLogger(__name__)
 
 TRAINED_ON = "trained_on.json"  # beside a kept tokenizer: how it was made, and its fingerprint
+CUT_KINDS = ("byte_bpe", "char")
 HELD_OUT = 0.1  # of a corpus without a validation text
 SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus is not tokenised yet
 
@@ -44,7 +47,9 @@ class CorpusArguments(SourceArguments):
 
     dataset: str | None = setting(None, "folder or Hub id (owner/name) with a train and a validation split, or a file")
     train_file: list[str] | None = setting(
-        None, "training text: .txt, .jsonl, .csv, .tsv or .parquet files, or folders"
+        None,
+        "training text: .txt, .jsonl, .csv, .tsv, .parquet or .arrow files (each also .gz, .bz2, .xz, .zst), folders, "
+        "patterns such as 'texts/*.txt', or URLs",
     )
     validation_file: list[str] | None = setting(None, "validation text, likewise")
     test_file: list[str] | None = setting(None, "text of the final test, likewise; default: that of dataset, if any")
@@ -60,7 +65,15 @@ class CorpusArguments(SourceArguments):
         "training text that is also validation or test text: stop (the default), drop (leave out its documents) or "
         "allow",
     )
-    text_column: str = fact("text", "column that holds the text (.jsonl, .csv, .tsv, .parquet, Hub)")
+    # None stands for stop, as above.
+    on_corrupt: str | None = setting(
+        None,
+        "rows and ends of files that cannot be read: stop (the default), or skip (leave them out, and count them)",
+    )
+    prepare_workers: int | None = setting(
+        None, "processes that tokenise the corpus, with the same result; default: one for each processor"
+    )
+    text_column: str = fact("text", "column that holds the text (.jsonl, .csv, .tsv, .parquet, .arrow, Hub)")
     sample_by: str = fact("document", "make one document of each .txt file ('document') or of each 'line'")
     tokenizer: str = setting(
         "byte_bpe", "byte_bpe, char, word or uncased_word: train one; or folder or Hub id of a finished one"
@@ -69,12 +82,16 @@ class CorpusArguments(SourceArguments):
     context_length: int = setting(256, "tokens per row")
     corpus_dir: str | None = setting(None, "folder for the tokenised text; default: <output_dir>/corpus")
 
-    free_keys: ClassVar[frozenset[str]] = SourceArguments.free_keys | {"corpus_dir"}
+    free_keys: ClassVar[frozenset[str]] = SourceArguments.free_keys | {"corpus_dir", "prepare_workers"}
 
     def __post_init__(self) -> None:
         self.check_layout()
         if self.leakage not in (None, *LEAKAGE):
             raise UserError(f"leakage={self.leakage!r} is unknown; choose one of {', '.join(LEAKAGE)}")
+        if self.on_corrupt not in (None, *ON_CORRUPT):
+            raise UserError(f"on_corrupt={self.on_corrupt!r} is unknown; choose one of {', '.join(ON_CORRUPT)}")
+        if self.prepare_workers is not None and self.prepare_workers < 0:
+            raise UserError(f"prepare_workers={self.prepare_workers} must be 0 (no other process) or more")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction} is not a share; choose between 0 and 1")
         if self.context_length < 1:
@@ -82,7 +99,7 @@ class CorpusArguments(SourceArguments):
 
     def settings_that_change(self, metric: str) -> dict[str, str]:
         return {
-            **dict.fromkeys(("text_column", "sample_by"), "decides which texts are measured"),
+            **dict.fromkeys(("text_column", "sample_by", "on_corrupt"), "decides which texts are measured"),
             **dict.fromkeys(
                 ("tokenizer", "vocab_size"), f"decides what a token is, and {metric} is a mean over tokens"
             ),
@@ -168,6 +185,27 @@ class CorpusData(TaskData):
             "tokenizer": f"{self.model or args.tokenizer}, {len(self.tokenizer)} tokens",
         }
 
+    def prepare(self, log: Callable[[str], None]) -> None:
+        """Tokenise every split into the corpus folder, with lines of progress; a plan keeps nothing there."""
+        for split, texts in self.rows.items() if not self.is_plan else ():
+            self.store_of(split, texts, self.corpus, log=log)
+
+    def prepared(self) -> list[str]:
+        stores = {split: TokenStore(self.corpus / split) for split in self.rows}
+        lines = [
+            f"{split:12}{s.num_documents:>12,} documents{s.num_tokens:>16,} tokens" for split, s in stores.items()
+        ]
+        return [*lines, f"next: bmtk data show {self.corpus}, or bmtk pretrain with the same settings"]
+
+    def store_of(self, split: str, texts: Texts | Sequence[str], folder: Path, **options: Any) -> TokenStore:
+        """The tokens of a split, written if they are not there; what had to be left out is noted."""
+        workers = self.args.prepare_workers
+        store = build_token_store(texts, self.tokenizer, folder / split, workers=workers, **options)
+        note = f"{split}: {store.left_out:,} rows or ends of files could not be read and are left out"
+        if store.left_out and not any(line.startswith(note) for line in self.notes):
+            self.notes.append(f"{note} (the first: {store.faults[0]}); `bmtk data show {store.directory}` lists them")
+        return store
+
     # ------------------------------------------------------------------------------------------------ reading
 
     def _read(self, splits: Sequence[str]) -> dict[str, Any]:
@@ -191,14 +229,14 @@ class CorpusData(TaskData):
         dataset = self.args.dataset
         if self.args.files[split] or dataset is None:
             return bool(self.args.files[split])
-        is_local = Path(dataset).expanduser().exists()
+        is_local = Path(dataset).expanduser().exists() or is_url(dataset)
         return split == "train" or has_split(dataset, split) or (split == "validation" and not is_local)
 
     def _texts(self, split: str) -> Texts:
         source = self.args.files[split] or self.args.dataset
         args = self.args
         how = {"text_column": args.text_column, "sample_by": args.sample_by, "layout": args.layout}
-        return read_texts(source, split=split, digests=self.digests, **how)
+        return read_texts(source, split=split, digests=self.digests, on_corrupt=args.on_corrupt or "stop", **how)
 
     def _sample(self, texts: Texts, split: str) -> Texts | list[str]:
         """For a plan: all of a corpus that is small or tokenised already, else its beginning."""
@@ -284,11 +322,17 @@ class CorpusData(TaskData):
         identity = {**kind, "texts": texts.fingerprint if isinstance(texts, Texts) else None}
         if kept := kept_tokenizer(self.corpus / "tokenizer", identity):
             return kept
-        tokenizer = train_tokenizer(texts, **kind)
+        tokenizer = train_tokenizer(self._pieces(texts), **kind)
         tokenizer.model_max_length = self.args.longest_row
         if not self.is_plan:
             keep_tokenizer(tokenizer, self.corpus / "tokenizer", identity)
         return tokenizer
+
+    def _pieces(self, texts: Texts | Sequence[str]) -> Iterable[str]:
+        """The texts, long ones cut where no token of the kind is."""
+        if isinstance(texts, Texts) and self.args.tokenizer in CUT_KINDS:
+            return (text for text, _ in cut_pieces(texts.pieces(), PIECE_CHARACTERS))
+        return texts
 
     def _with_mask(self, tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
         """A finished tokenizer, with a mask token if need be.  Raises: UserError if a trained model lacks one."""
@@ -362,7 +406,7 @@ class CorpusObjective(Objective):
                 isinstance(texts, Texts) and self.data.is_tokenised(texts, split)
             )
             folder = Path(self.scratch.name) if self.scratch is not None and is_sample else self.data.corpus
-            self.rows[split] = self.packed(build_token_store(texts, self.tokenizer, folder / split), split)
+            self.rows[split] = self.packed(self.data.store_of(split, texts, folder), split)
 
     def packed(self, store: TokenStore, split: str) -> Any:
         """The rows of a split."""

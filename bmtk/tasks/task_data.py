@@ -1,7 +1,7 @@
 """Rows as they were read: columns under the task's own names, split, and with no row in two splits."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -149,6 +149,13 @@ class TaskData:
     def readable_rows(self, table: Dataset, where: str) -> Dataset:
         """Those rows of `table` that can be read at all, before some are held out; also of rows to be predicted."""
         return table
+
+    def prepare(self, log: Callable[[str], None]) -> None:
+        """Make of the rows what takes long and is kept, before other processes ask for it; `log` shows progress."""
+
+    def prepared(self) -> list[str]:
+        """What `prepare` has made, in lines."""
+        return [f"there is nothing to prepare for task {self.task.name}: it reads its rows as they are"]
 
     @property
     def group_option(self) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from bmtk.data import corpus_files
 from bmtk.data.held_out_texts import hold_out
 from bmtk.data.sources import read_texts
 from bmtk.errors import UserError
@@ -58,3 +59,14 @@ def test_of_a_large_corpus_every_document_has_its_own_chance(tmp_path):
     assert 400 < len(held) < 600
     assert len(held) + len(list(found.train)) == 5000
     assert not set(held) & set(found.train)
+
+
+@pytest.mark.parametrize("characters", [1, 7, 100])
+def test_what_is_held_out_does_not_depend_on_how_a_file_is_read(tmp_path, monkeypatch, characters):
+    blocks = [f"block {number} \n" + "word\n " * (number % 9) + "\n \n\n  " for number in range(300)]
+    texts = corpus(tmp_path, "".join(blocks))
+    whole = hold_out(texts, 0.1, 0)
+    train, validation = list(whole.train), list(whole.validation)
+    monkeypatch.setattr(corpus_files, "READ_CHARACTERS", characters)
+    found = hold_out(texts, 0.1, 0)
+    assert (list(found.train), list(found.validation), found.note) == (train, validation, whole.note)

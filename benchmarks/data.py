@@ -1,0 +1,193 @@
+"""From raw text to batches: tokens a CPU second and peak memory, ours beside `datasets.map`; batches from the store.
+
+    python benchmarks/data.py                          # 50 MB of text; two minutes on one core
+    python benchmarks/data.py --megabytes 50 1000      # also 1 GB, by ours only
+    python benchmarks/data.py --line 300               # also one line of 300 MB
+
+The text is the source code of the installed Python packages, a document a file, so that any machine has it; the
+tokenizer is a byte-level BPE of 16,384 tokens, trained on 4 MB of it.  Each measurement has a process of its own; peak
+memory is what it needs beyond its imports.  CPU seconds are those of all threads and child processes.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+VOCABULARY, TRAINED_ON = 16_384, 4 << 20
+CONTEXT, ROWS = 1024, 32  # of a batch
+LONGEST_FOR_MAP = 50  # MB
+PLACES = (0, 10**9)  # rows of the order at which a run begins or resumes
+
+
+def source_texts() -> Iterator[str]:
+    """The files of the installed packages, over and over."""
+    files = sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
+    while True:
+        for file in files:
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if text.strip():
+                yield text
+
+
+def write_corpus(path: Path, megabytes: int, *, as_line: bool) -> None:
+    """JSON lines of about that much text, or a text file of one line."""
+    left = megabytes * 1_000_000
+    with path.open("w", encoding="utf-8") as file:
+        for text in source_texts():
+            file.write(text.replace("\n", " ") if as_line else json.dumps({"text": text}) + "\n")
+            left -= len(text)
+            if left <= 0:
+                return
+
+
+def train(folder: Path) -> None:
+    from bmtk.data.tokenizers import train_tokenizer
+
+    texts, left = [], TRAINED_ON
+    for text in source_texts():
+        texts.append(text)
+        left -= len(text)
+        if left <= 0:
+            break
+    train_tokenizer(texts, kind="byte_bpe", vocab_size=VOCABULARY).save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------- measured in their own process
+
+
+def prepare_ours(corpus: Path, folder: Path) -> dict[str, float]:
+    from transformers import AutoTokenizer
+
+    from bmtk.data.sources import read_texts
+    from bmtk.data.token_store import build_token_store
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    texts = read_texts(corpus, sample_by="line")
+    meter = Meter()
+    store = build_token_store(texts, tokenizer, folder / f"store-{corpus.name}", workers=0)
+    return meter.facts(store.num_tokens)
+
+
+def prepare_exactly(corpus: Path, folder: Path) -> dict[str, float]:
+    """Ours, without the fast engine."""
+    sys.modules["fastokens"] = None  # type: ignore[assignment]
+    return prepare_ours(corpus, folder / "exact")
+
+
+def prepare_by_map(corpus: Path, folder: Path) -> dict[str, float]:
+    """What the example scripts of transformers do: tokenise in batches, then join and cut."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    meter = Meter()
+    rows = datasets.load_dataset("json", data_files=str(corpus), split="train", cache_dir=str(folder / "cache"))
+    rows = rows.map(lambda batch: tokenizer(batch["text"], verbose=False), batched=True, remove_columns=["text"])
+
+    def grouped(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        joined = [token for ids in batch["input_ids"] for token in ids]
+        cut = [joined[i : i + CONTEXT] for i in range(0, len(joined) // CONTEXT * CONTEXT, CONTEXT)]
+        return {"input_ids": cut, "labels": cut}
+
+    rows = rows.map(grouped, batched=True, remove_columns=rows.column_names)
+    return meter.facts(len(rows) * CONTEXT)
+
+
+def read_batches(corpus: Path, folder: Path) -> dict[str, float]:
+    from bmtk.data.batches import GlobalBatches
+    from bmtk.data.packing import PackedRows
+    from bmtk.data.token_store import TokenStore
+
+    found: dict[str, float] = {}
+    for place in (PLACES[0], *PLACES):  # the first warms up
+        began = time.perf_counter()
+        store = TokenStore(folder / f"store-{corpus.name}")
+        batches = GlobalBatches(PackedRows(store, CONTEXT), batch_size=ROWS, seed=0)
+        batches[place // ROWS]
+        found[f"first batch at row {place:,}, ms"] = (time.perf_counter() - began) * 1000
+    began, steps = time.process_time(), 300
+    for step in range(steps):
+        batches[step]
+    found["tokens of batches a CPU second, M"] = steps * ROWS * CONTEXT / (time.process_time() - began) / 1e6
+    return found
+
+
+class Meter:
+    """CPU time and memory from now on."""
+
+    def __init__(self) -> None:
+        self.memory, self.seconds = self._memory(), self._seconds()
+
+    def facts(self, tokens: int) -> dict[str, float]:
+        rate = tokens / (self._seconds() - self.seconds) / 1e6
+        return {"tokens, M": tokens / 1e6, "tokens a CPU second, M": rate, "peak MB": self._memory() - self.memory}
+
+    @staticmethod
+    def _memory() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+    @staticmethod
+    def _seconds() -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+MEASURES = {
+    "ours": prepare_ours,
+    "ours, tokenizers": prepare_exactly,
+    "datasets.map": prepare_by_map,
+    "batches": read_batches,
+}
+
+
+def measured(name: str, corpus: Path, folder: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", name, str(corpus), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(done.stderr)
+    facts: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return facts
+
+
+def show(corpus: str, name: str, facts: dict[str, float]) -> None:
+    print(f"{corpus:16}{name:20}{', '.join(f'{key}: {value:,.2f}' for key, value in facts.items())}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, nargs="*", default=[50], help="of text; several are measured in turn")
+    parser.add_argument("--line", type=int, default=0, help="MB of a text that is one line; 0: none")
+    parser.add_argument("--measure", nargs=3, metavar=("NAME", "CORPUS", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        name, corpus, folder = options.measure
+        print(json.dumps(MEASURES[name](Path(corpus), Path(folder))))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "exact").mkdir()
+        train(folder / "tokenizer")
+        (folder / "exact" / "tokenizer").symlink_to(folder / "tokenizer")
+        for size in options.megabytes:
+            corpus = folder / f"{size}.jsonl"
+            write_corpus(corpus, size, as_line=False)
+            for measure in MEASURES:
+                if size <= LONGEST_FOR_MAP or measure in ("ours", "batches"):
+                    show(f"{size:,} MB", measure, measured(measure, corpus, folder))
+        if options.line:
+            corpus = folder / "line.txt"
+            write_corpus(corpus, options.line, as_line=True)
+            show(f"line of {options.line} MB", "ours", measured("ours", corpus, folder))
+
+
+if __name__ == "__main__":
+    main()
