@@ -50,14 +50,20 @@ def begin(recipe: str, description: str, argv: list[str]) -> None:
     gc.disable()
     with clean_errors():
         answer(Path(recipe), description, argv)
-    if os.environ.get("RANK", "0") == "0":
-        print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)  # noqa: T201
+    say("loading PyTorch and transformers ...")
 
 
 def imported() -> None:
     """All is imported: what there is stays, and is not looked through again."""
     gc.freeze()
     gc.enable()
+    say("reading the data ...")
+
+
+def say(what_takes_seconds: str) -> None:
+    """A line on stderr, of the main process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(what_takes_seconds, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def answer(recipe: Path, description: str, argv: list[str]) -> None:

@@ -120,7 +120,6 @@ def start(
     folder: Path,
 ) -> tuple[Objective, PreTrainedModel]:
     """The objective, and the model that training starts from: the same on every process."""
-    accelerator.print("reading the data ...", flush=True)
     with main_process_first(accelerator, None if run.is_plan else folder):
         data = task_named(run.task).read(data_args, seed=seed, folder=folder, **run.reading)
         is_noted = accelerator.is_main_process and not run.is_plan
