@@ -8,6 +8,7 @@ import torch ...
 import gc
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,11 @@ def begin(recipe: str, description: str, argv: list[str]) -> None:
     """Answer `--help` and unknown keys of `recipe` (a file) and exit; else say that the libraries are imported.
 
     Python looks for unused objects all the time while it imports: of those that are made here none is unused, and to
-    look for them takes a fifth of the time.  `imported` turns that on again.
+    look for them takes a fifth of the time.  `imported` turns that on again, and what Ctrl-C raises.
     """
     gc.disable()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends an import without a traceback; status 130
     with clean_errors():
         answer(Path(recipe), description, argv)
     say("loading PyTorch and transformers ...")
@@ -57,6 +60,8 @@ def imported() -> None:
     """All is imported: what there is stays, and is not looked through again."""
     gc.freeze()
     gc.enable()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     say("reading the data ...")
 
 

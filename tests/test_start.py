@@ -4,6 +4,7 @@ import gc
 import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -151,6 +152,16 @@ def test_garbage_is_collected_again_when_all_is_imported():
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("after", ["", "start.imported(); "])
+def test_ctrl_c_in_an_import_ends_it_without_a_traceback_and_later_it_is_an_exception(after):
+    code = "import os, signal; from bmtk import start; start.begin('recipes/finetune.py', '', ['--preset', 'smoke']); "
+    code += after + "os.kill(os.getpid(), signal.SIGINT); print('not ended')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT  # as the shell's 130; also how Python ends after a KeyboardInterrupt
+    assert ("KeyboardInterrupt" in done.stderr) == bool(after)
+    assert "not ended" not in done.stdout
 
 
 def test_declarations_are_read_without_running_their_module(tmp_path):
