@@ -58,8 +58,8 @@ machines, or in order to look at the tokens first. Give the same settings to bot
 
 A corpus is written shard by shard (64 MiB of files each) by --prepare_workers processes; their number changes no byte
 of the result. Interrupted at any point, the same command goes on at the shard; where nothing has changed it does
-nothing; files that are added at the end cost only themselves. `pip install 'big-model-toolkit[fast]'` tokenises byte-
-level BPE several times as fast, with the same ids.
+nothing; files that are added at the end cost only themselves. In a clone, `pip install -c constraints.txt '.[fast]'`
+makes byte-level BPE several times as fast, with the same ids.
 
 `bmtk pretrain --help data` lists the options about the corpus.
 """
