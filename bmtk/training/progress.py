@@ -40,7 +40,12 @@ class Bar(tqdm):  # type: ignore[type-arg]
 
 def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
     """Metrics such as `validation/loss` in words: "step 20: validation loss 0.6931"."""
-    words = (f"{key.replace('/', ' ').replace('_', ' ')} {value:.4f}" for key, value in metrics.items())
+    names = (key.replace("/", " ").replace("_", " ") for key in metrics)
+    counted = (
+        f"{value:,.0f}" if value >= 1000 and float(value).is_integer() else f"{value:.4f}"
+        for value in metrics.values()
+    )
+    words = map(" ".join, zip(names, counted, strict=True))
     return f"step {step}: {', '.join(words)}"
 
 
