@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoProcessor, VisionTextDualEncoderModel, V
 
 import bmtk  # noqa: F401
 from bmtk.data.image_transforms import BatchTransform, apply_batch_transform, draw_batch_transform
-from bmtk.models import BmImageProcessor
+from bmtk.models.image_processing_bm import BmImageProcessor
 from bmtk.tasks.image_text_contrastive import TASK, ImageTextContrastiveArguments, ranks
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.finetuning_arguments import FineTuningArguments, resolve_defaults
