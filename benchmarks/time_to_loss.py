@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="clone of nanoGPT; without one it is left out")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of ours (default: 300)")
+    parser.add_argument("--steps", type=int, default=320, help="optimizer steps of ours (default: 320)")
     parser.add_argument("--llama_steps", type=int, default=1000, help="of llama (default: 1000)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
