@@ -1,4 +1,4 @@
-"""Training of tokenizers, and their identity.
+"""Training of tokenizers, their identity, and those that are kept beside a corpus.
 
 `byte_bpe`: byte-level byte-pair encoding, lossless on any text.
 Source: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, GPT-2 (on bytes); the split into
@@ -11,15 +11,21 @@ no word longer than about 64 characters.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bmtk.errors import UserError
+from bmtk.files import read_json, replacing_folder, write_json
 
 from . import text_cuts
 
+logger = logging.getLogger(__name__)
+
+TRAINED_ON = "trained_on.json"  # beside a kept tokenizer: how it was made, and its fingerprint
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
 MASK = "<mask>"
@@ -204,3 +210,25 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
 
 
 KINDS = {"byte_bpe": _train_byte_bpe, "char": _train_char, "word": _train_word, "uncased_word": _train_uncased_word}
+
+
+def kept_tokenizer(folder: Path, identity: Mapping[str, object]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that `keep_tokenizer` saved for the same `identity`; None if there is none, or it is damaged."""
+    stamp = read_json(folder / TRAINED_ON)
+    if not isinstance(stamp, dict) or any(stamp.get(key) != value for key, value in identity.items()):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        if tokenizer_fingerprint(tokenizer) == stamp.get("fingerprint"):
+            return tokenizer
+        problem = "it is another one than was saved"
+    except Exception as error:  # tokenizers raises bare Exceptions
+        problem = str(error)
+    logger.warning("the tokenizer in %s is damaged (%s); training it again on the same text", folder, problem)
+    return None
+
+
+def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, identity: Mapping[str, object]) -> None:
+    with replacing_folder(folder) as beside:
+        tokenizer.save_pretrained(beside)
+        write_json(beside / TRAINED_ON, {**identity, "fingerprint": tokenizer_fingerprint(tokenizer)})

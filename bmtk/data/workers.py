@@ -16,16 +16,7 @@ from bmtk.errors import UserError
 
 from .shards import ShardJob
 
-PACKAGE = Path(__file__).parents[1]
-# The package without its __init__, which registers the model families and imports torch.
-PROGRAM = """
-import sys, types
-sys.path[:] = {path!r}
-package = sys.modules["bmtk"] = types.ModuleType("bmtk")
-package.__path__ = [{package!r}]
-from bmtk.data.shards import main
-main()
-"""
+PROGRAM = "import sys; sys.path[:] = {path!r}; from bmtk.data.shards import main; main()"
 OnEvent = Callable[[int, str, Any], None]  # number of the shard, kind ("progress", "done") and value
 
 
@@ -70,7 +61,7 @@ class _Worker:
     ):
         self.waiting, self.events = waiting, events
         self.errors = tempfile.TemporaryFile()
-        program = PROGRAM.format(path=[path or os.getcwd() for path in sys.path], package=str(PACKAGE))
+        program = PROGRAM.format(path=[path or os.getcwd() for path in sys.path])
         one_thread = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", program],

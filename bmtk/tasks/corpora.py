@@ -1,6 +1,5 @@
 """What the language-modelling tasks share: a corpus, a tokenizer, and token stores cut into rows."""
 
-import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from bmtk.data.batches import Rows
 from bmtk.data.decontamination import TOLERATED_SHARE, SharedLines
@@ -22,9 +21,15 @@ from bmtk.data.sources import ON_CORRUPT, Texts, has_split, read_texts, text_fin
 from bmtk.data.tables import text_cells
 from bmtk.data.text_cuts import PIECE_CHARACTERS, cut_pieces
 from bmtk.data.token_store import TokenStore, build_token_store
-from bmtk.data.tokenizers import KINDS, mask_token, tokenizer_fingerprint, train_tokenizer
+from bmtk.data.tokenizers import (
+    KINDS,
+    keep_tokenizer,
+    kept_tokenizer,
+    mask_token,
+    train_tokenizer,
+)
 from bmtk.errors import UserError
-from bmtk.files import read_json, replacing_folder, write_json
+from bmtk.files import read_json, write_json
 from bmtk.settings import fact, setting
 
 from .objective import Objective
@@ -33,9 +38,6 @@ from .task import Task
 from .task_data import LEAKAGE, SourceArguments, TaskData
 from .texts import load_tokenizer, pad_texts
 
-logger = logging.getLogger(__name__)
-
-TRAINED_ON = "trained_on.json"  # beside a kept tokenizer: how it was made, and its fingerprint
 CUT_KINDS = ("byte_bpe", "char")
 HELD_OUT = 0.1  # of a corpus without a validation text
 SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus is not tokenised yet
@@ -349,28 +351,6 @@ class CorpusData(TaskData):
             f"the tokenizer has no mask token: {tokenizer.mask_token} (id {tokenizer.mask_token_id}) is new"
         )
         return tokenizer
-
-
-def kept_tokenizer(folder: Path, identity: Mapping[str, object]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that `keep_tokenizer` saved for the same `identity`; None if there is none, or it is damaged."""
-    stamp = read_json(folder / TRAINED_ON)
-    if not isinstance(stamp, dict) or any(stamp.get(key) != value for key, value in identity.items()):
-        return None
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        if tokenizer_fingerprint(tokenizer) == stamp.get("fingerprint"):
-            return tokenizer
-        problem = "it is another one than was saved"
-    except Exception as error:  # tokenizers raises bare Exceptions
-        problem = str(error)
-    logger.warning("the tokenizer in %s is damaged (%s); training it again on the same text", folder, problem)
-    return None
-
-
-def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, identity: Mapping[str, object]) -> None:
-    with replacing_folder(folder) as beside:
-        tokenizer.save_pretrained(beside)
-        write_json(beside / TRAINED_ON, {**identity, "fingerprint": tokenizer_fingerprint(tokenizer)})
 
 
 class CorpusObjective(Objective):

@@ -225,7 +225,7 @@ def test_row_groups_of_parquet_are_shards(tmp_path, small_shards):
 
 
 def test_a_worker_imports_neither_torch_nor_transformers():
-    program = workers.PROGRAM.format(path=sys.path, package=str(workers.PACKAGE)).replace("main()", "")
+    program = workers.PROGRAM.format(path=sys.path).replace("main()", "")
     heavy = "[name for name in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow') if name in sys.modules]"
     done = subprocess.run([sys.executable, "-c", f"{program}\nprint({heavy})"], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
