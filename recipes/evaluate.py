@@ -42,7 +42,7 @@ OF_TRAINING = (
     "validation_fraction",
     "leakage",
 )  # data settings that a finished model has no use for
-SOURCES = ("dataset", "train_file", "validation_file", "test_file", "data_name", "data_licence")
+SOURCES = ("dataset", "corpora", "train_file", "validation_file", "test_file", "data_name", "data_licence")
 
 
 @dataclass

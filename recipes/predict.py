@@ -46,6 +46,7 @@ OF_TRAINING = (
     "tokenizer",
     "vocab_size",
     "dataset",
+    "corpora",
     "train_file",
     "validation_file",
     "test_file",

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     begin(__file__, __doc__, sys.argv[1:])
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
     folder = Path(args.output_dir)
     if run.is_plan:
         objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)
-        accelerator.print(notes_of(objective), end="", flush=True)
+        accelerator.print(lines_of("note", objective.notes), end="", flush=True)
         rehearse = suggest_rate if run.find_lr else partial(plan, settings)
         return accelerator.print(rehearse(objective, model, args, accelerator))
 
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> None:
     with held(folder, settings, is_main=accelerator.is_main_process, **check):
         started_at = run_record.now()
         objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)
-        accelerator.print(notes_of(objective), end="", flush=True)
+        accelerator.print(lines_of("note", objective.notes), end="", flush=True)
         if is_finished(folder, {**settings, **objective.decided_settings}):
             return accelerator.on_main_process(show_finished)(folder, run=run, objective=objective, log=print)
         state, results, speeds = fit(model, objective, args, settings, accelerator)
@@ -132,8 +133,8 @@ def start(
     return objective, starting_weights(objective, config, run)
 
 
-def notes_of(objective: Objective) -> str:
-    return "".join(f"note: {line}\n" for line in objective.notes)
+def lines_of(kind: str, lines: Iterable[str]) -> str:
+    return "".join(f"{kind}: {line}\n" for line in lines)
 
 
 def fit(
@@ -150,8 +151,7 @@ def fit(
     meter = build_meter(model, objective.unit, one_row, accelerator)
     prepared = prepare(model, args, accelerator)
     checkpoints = Checkpoints(args.output_dir, prepared, objective.processor, settings, args.save_total_limit)
-    newest = checkpoints.newest()
-    state = checkpoints.load(newest) if newest else TrainState()
+    state = checkpoints.load(newest) if (newest := checkpoints.newest()) else TrainState()
     if newest:
         accelerator.print(f"going on after step {state.step:,} ({newest})")
     evaluator = Evaluator(objective, prepared.model, accelerator, batch_size=batches.micro_batch_size)
@@ -160,9 +160,13 @@ def fit(
         main_metric=f"validation/{objective.scorer.main_metric}",
         save=checkpoints.save,
         load_best=checkpoints.load_best,
+        account=lambda state: objective.corpus_epochs(state.step * batches.batch_size),
     )
-    schedule = build_schedule(args, args.total_steps(batches.steps_per_epoch))
+    steps = args.total_steps(batches.steps_per_epoch)
+    accelerator.print(lines_of("corpus", objective.corpus_shares(steps * batches.batch_size)), end="", flush=True)
+    schedule = build_schedule(args, steps)
     train(prepared, batches, Losses.of(objective), schedule, args=args, state=state, hooks=hooks, meter=meter)
+    objective.num_rows_read = state.step * batches.batch_size
     return state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)
 
 
@@ -185,7 +189,11 @@ def plan(
         per_step=round(args.batch_size * objective.units_per_row("train")),
         unit=objective.unit,
         seconds_per_step=seconds_per_step(model, batches, accelerator, Losses.of(objective)),
-        decided={"learning rate": args.learning_rate, "rows per step": args.batch_size},
+        decided={
+            "learning rate": args.learning_rate,
+            "rows per step": args.batch_size,
+            **dict(f"corpus {line}".split(": ") for line in objective.corpus_shares(steps * args.batch_size)),
+        },
     )
 
 

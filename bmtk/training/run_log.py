@@ -35,6 +35,7 @@ class Hooks:
     main_metric: str = "validation/loss"  # the one of them used for early stopping
     save: Callable[[TrainState], object] | None = None  # writes a checkpoint; called on every process
     load_best: Callable[[TrainState], object] | None = None  # puts what was saved after state.best_step into the model
+    account: Callable[[TrainState], dict[str, float]] | None = None  # what else a line of history.jsonl has
     log: Callable[[dict[str, float]], None] | None = None  # gets each line of history.jsonl; on the main process
 
 
@@ -165,6 +166,7 @@ class RunLog:
             record["grad_norm"] = self.grad_norm
         record |= self.meter.lap(self.window_tokens)
         record["seconds"] = round(self.meter.seconds, 3)
+        record |= self.hooks.account(self.state) if self.hooks.account else {}
         self.state.window_loss, self.state.window_items, self.window_tokens = 0.0, 0, 0
         self._write(record)
         mfu = f", MFU {record['mfu']:.1%}" if "mfu" in record else ""
