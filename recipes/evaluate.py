@@ -39,6 +39,7 @@ from bmtk.training.trained_model import TrainedModel
 OF_TRAINING = (
     "tokenizer",
     "vocab_size",
+    "packing",
     "validation_fraction",
     "leakage",
 )  # data settings that a finished model has no use for

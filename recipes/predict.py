@@ -45,6 +45,7 @@ from bmtk.training.updates import on_device
 OF_TRAINING = (
     "tokenizer",
     "vocab_size",
+    "packing",
     "dataset",
     "corpora",
     "train_file",

@@ -1,6 +1,7 @@
 """Rows of several token stores, in an order that mixes them by weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,9 +35,18 @@ class MixedRows(PackedRows):
         return int(self.ends[-1])
 
     def piece(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        rows, place = self._member(row)
+        return rows.piece(place)
+
+    def inputs(self, row: int) -> np.ndarray:
+        rows, place = self._member(row)
+        return rows.inputs(place)
+
+    def _member(self, row: int) -> tuple[PackedRows, int]:
+        """The rows of its corpus, and which of them it is."""
         number = int(np.searchsorted(self.ends, row, side="right"))
         rows = self.members[number]
-        return rows.piece(row - (int(self.ends[number]) - len(rows)))
+        return rows, row - (int(self.ends[number]) - len(rows))
 
 
 class MixedBatches(GlobalBatches):
@@ -47,7 +57,7 @@ class MixedBatches(GlobalBatches):
     Raises: UserError for a step behind the end of a mixture that has one.
     """
 
-    def __init__(self, rows: Rows, *, mixture: Mixture, batch_size: int, **sizes: int):
+    def __init__(self, rows: Rows, *, mixture: Mixture, batch_size: int, **sizes: Any):
         super().__init__(rows, batch_size=batch_size, **sizes)
         self.mixture = mixture
 

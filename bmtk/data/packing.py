@@ -86,7 +86,8 @@ class PackedRows:
 
     def inputs(self, row: int) -> np.ndarray:
         """The tokens of a row, without padding."""
-        return np.asarray(self.piece(row)[0][: self.context_length], np.int64)
+        first = row * self.context_length
+        return np.asarray(self.store.tokens[first : first + self.context_length], np.int64)
 
 
 def _count_from_starts(is_start: np.ndarray, goes_on: np.ndarray | None) -> np.ndarray:

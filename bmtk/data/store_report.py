@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from bmtk.errors import UserError
 from bmtk.files import read_json
 
+from .best_fit import BestFitRows
 from .mixture import MIXTURE, Mixture
 from .token_store import TOKENIZER, TokenStore
 
@@ -90,6 +91,7 @@ def _packing(store: TokenStore, length: int) -> Iterator[str]:
     yield f"in rows of {length} tokens: {rows:,} rows"
     yield f"  {'padding':12}{pads:,} tokens ({pads / max(1, rows * length):.3%}), at the end of the last row"
     yield f"  {'divided':12}{divided:,} of {store.num_documents:,} documents lie in more than one row"
+    yield f"  {'best_fit':12}{BestFitRows(store, length, is_kept=False).described}"
 
 
 def _longest(store: TokenStore, decoder: Tokenizer | None, count: int = 5) -> Iterator[str]:

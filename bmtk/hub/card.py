@@ -125,6 +125,7 @@ def run_status(run: RunRecord, last_step: float | None) -> str:
 def data_rows(run: RunRecord) -> list[tuple[str, str]]:
     """Return (split, sizes) for each split that the run describes."""
     splits = ((name, run.data.get(name)) for name in ("train", "validation", "test"))
+    corpora = run.data.get("corpora")
     sized = ((name, split) for name, split in splits if isinstance(split, dict))
     return [
         (
@@ -134,7 +135,7 @@ def data_rows(run: RunRecord) -> list[tuple[str, str]]:
             ),
         )
         for name, split in sized
-    ] + [corpus_row(corpus) for corpus in run.data.get("corpora") or () if isinstance(corpus, dict)]
+    ] + [corpus_row(one) for one in (corpora if isinstance(corpora, list) else ()) if isinstance(one, dict)]
 
 
 def corpus_row(corpus: Mapping[str, Any]) -> tuple[str, str]:

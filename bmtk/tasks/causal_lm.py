@@ -45,6 +45,8 @@ class CausalLMArguments(CorpusArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.carry_state and self.packing == "best_fit":
+            raise UserError("carry_state reads the text in its order; leave it out, or set packing to cut")
         if self.carry_state and self.is_mixture:
             raise UserError("carry_state reads one text in its order; leave it out, or train on one corpus")
         if self.eval_context_length is not None and self.eval_context_length < 1:

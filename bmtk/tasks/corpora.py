@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from bmtk.data.batches import GlobalBatches, Rows
+from bmtk.data.best_fit import BestFitRows, index_of
 from bmtk.data.decontamination import TOLERATED_SHARE, SharedLines
 from bmtk.data.downloads import is_url
 from bmtk.data.fingerprints import FileDigests, Marks
@@ -41,6 +42,7 @@ from .task import Task
 from .task_data import LEAKAGE, SourceArguments, TaskData
 from .texts import load_tokenizer, pad_texts
 
+PACKINGS = ("cut", "best_fit")
 CUT_KINDS = ("byte_bpe", "char")
 HELD_OUT = 0.1  # of a corpus without a validation text
 SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus is not tokenised yet
@@ -91,6 +93,12 @@ class CorpusArguments(SourceArguments):
     )
     vocab_size: int = setting(4096, "tokens of a tokenizer to be trained, at most")
     context_length: int = setting(256, "tokens per row")
+    # None stands for cut, as above.
+    packing: str | None = setting(
+        None,
+        "how documents become training rows: cut (the default: laid end to end, without padding) or best_fit (whole "
+        "where they fit into a row, with some padding)",
+    )
     corpus_dir: str | None = setting(None, "folder for the tokenised text; default: <output_dir>/corpus")
 
     free_keys: ClassVar[frozenset[str]] = SourceArguments.free_keys | {"corpus_dir", "prepare_workers"}
@@ -105,6 +113,8 @@ class CorpusArguments(SourceArguments):
             raise UserError(f"prepare_workers={self.prepare_workers} must be 0 (no other process) or more")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction} is not a share; choose between 0 and 1")
+        if self.packing not in (None, *PACKINGS):
+            raise UserError(f"packing={self.packing!r} is unknown; choose one of {', '.join(PACKINGS)}")
         if self.context_length < 1:
             raise UserError(f"context_length={self.context_length} must be at least 1 token")
         if self.corpora is not None:
@@ -223,7 +233,9 @@ class CorpusData(TaskData):
     def prepare(self, log: Callable[[str], None]) -> None:
         """Tokenise every split into the corpus folder, with lines of progress; a plan keeps nothing there."""
         for split, texts in self.rows.items() if not self.is_plan else ():
-            self.stores_of(split, texts, self.corpus, log=log)
+            stores = self.stores_of(split, texts, self.corpus, log=log)
+            for store in stores if split == "train" and self.args.packing == "best_fit" else ():
+                index_of(store, self.args.context_length)
         if self.args.is_mixture and "train" in self.rows and not self.is_plan:
             items = zip(stores_of_split("train", self.rows["train"]), self.args.named_corpora.values(), strict=True)
             facts = [{"store": name, "weight": item.weight, "repeat": item.repeat} for name, item in items]
@@ -272,7 +284,7 @@ class CorpusData(TaskData):
         }
         if isinstance(texts, MixedTexts):
             return hold_out_of_each(texts, own, fraction, self.seed)
-        return HeldOut(texts, *own.values(), "") if own else hold_out(texts, fraction, self.seed)
+        return HeldOut(texts, next(iter(own.values())), "") if own else hold_out(texts, fraction, self.seed)
 
     def _check_sources(self) -> None:
         if not self.args.dataset and not self.args.train_file and not self.args.corpora:
@@ -306,10 +318,14 @@ class CorpusData(TaskData):
         """For a plan: all of a corpus that is small or tokenised already, else its beginning."""
         if (texts.num_bytes or SAMPLE_CHARACTERS + 1) <= SAMPLE_CHARACTERS or self.is_tokenised(texts, split):
             return texts
-        is_mixed = split == "train" and isinstance(texts, MixedTexts)
-        sample = texts.sample(SAMPLE_CHARACTERS) if is_mixed else texts.head(SAMPLE_CHARACTERS)
-        # A file holds more than its texts: nothing may be left unread.
-        if sample is texts if is_mixed else sum(map(len, sample)) < SAMPLE_CHARACTERS:
+        sample: Texts | list[str]
+        if split == "train" and isinstance(texts, MixedTexts):
+            sample = texts.sample(SAMPLE_CHARACTERS)
+            is_whole = sample is texts
+        else:
+            sample = texts.head(SAMPLE_CHARACTERS)
+            is_whole = sum(map(len, sample)) < SAMPLE_CHARACTERS  # a file holds more than its texts
+        if is_whole:
             return texts
         num_bytes = sum(len(text.encode()) for text in sample)
         if split == "train" and texts.num_bytes:
@@ -463,11 +479,19 @@ class CorpusObjective(Objective):
                 isinstance(texts, Texts) and self.data.is_tokenised(texts, split)
             )
             folder = Path(self.scratch.name) if self.scratch is not None and is_sample else self.data.corpus
-            stores = self.data.stores_of(split, texts, folder)
-            members = [PackedRows(store, self.row_length(split)) for store in stores]
+            members = [self.packed_rows(store, split) for store in self.data.stores_of(split, texts, folder)]
             if split == "train" and self.args.is_mixture:
                 self.mixture = self._mixture([len(rows) for rows in members])
             self.rows[split] = self.of_packed(MixedRows(members) if len(members) > 1 else members[0], split)
+
+    def packed_rows(self, store: TokenStore, split: str) -> PackedRows:
+        """The rows of a store: what is measured is always cut, so that it does not depend on how training rows are."""
+        length = self.row_length(split)
+        if split != "train" or self.args.packing != "best_fit":
+            return PackedRows(store, length)
+        rows = BestFitRows(store, length, is_kept=not self.data.is_plan)
+        self.notes.append(f"packing=best_fit, {store.directory.name}: {rows.described}")
+        return rows
 
     def row_length(self, split: str) -> int:
         """Tokens of a row."""

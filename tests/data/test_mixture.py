@@ -135,7 +135,7 @@ def test_rows_of_several_stores_are_numbered_one_after_the_other(tmp_path):
     rows = MixedRows(members)
     assert (len(rows), rows.store.num_documents, rows.store.num_tokens) == (4, 3, 13)
     together = rows[[3, 0, 2]]
-    apart = [members[1][[1]], members[0][[0]], members[1][[0]]]
+    apart = [members[1][[0]], members[0][[0]], members[0][[2]]]
     for name in ("input_ids", "labels"):
         assert together[name].tolist() == [row for batch in apart for row in batch[name].tolist()]
 

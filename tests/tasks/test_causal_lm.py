@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bmtk  # noqa: F401  registers the model families
+from bmtk.data.store_report import mixture_report
 from bmtk.errors import UserError
 from bmtk.tasks import corpora
 from bmtk.tasks.causal_lm import TASK, CausalLMArguments
@@ -289,8 +290,10 @@ def test_corpora_are_mixed_by_weights(tmp_path):
     objective.num_rows_read = 8
     assert [corpus["rows"] for corpus in objective.data_record()["corpora"]] == [6, 2]
     assert objective.data_record()["train"]["documents"] == 67
-    facts = json.loads((tmp_path / "run" / "corpus" / "mixture.json").read_text())
-    assert facts[0] == {"store": "train.books", "weight": 3, "repeat": None}
+    shown = mixture_report(tmp_path / "run" / "corpus", context_length=16).splitlines()
+    assert shown[0].startswith(f"mixture, in the first {len(books) + len(web)} rows of 16 tokens:")
+    assert shown[1].startswith("  train.books: weight 3, 75.")
+    assert mixture_report(tmp_path, context_length=16) == ""
 
 
 def test_one_corpus_is_read_as_a_training_file_is(tmp_path):
@@ -328,8 +331,9 @@ def test_a_run_that_is_longer_than_its_corpora_is_refused(tmp_path):
 
 def test_a_plan_reads_the_beginning_of_each_large_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "SAMPLE_CHARACTERS", 600)
-    whole = mixture(tmp_path).bind(mixture(tmp_path).new_config("bm_rnn", SMALL))
-    planned = TASK.read(mixture(tmp_path).args, folder=tmp_path / "plan", seed=1, is_plan=True)
+    data = mixture(tmp_path, tokenizer="char")
+    whole = data.bind(data.new_config("bm_rnn", SMALL))
+    planned = TASK.read(data.args, folder=tmp_path / "plan", seed=1, is_plan=True)
     objective = planned.bind(planned.new_config("bm_rnn", SMALL))
     assert sum(map(len, planned.rows["train"])) == 600
     shown = [line.rpartition("epochs of ")[2] for line in objective.corpus_shares(8)]
