@@ -160,13 +160,13 @@ def fit(
         main_metric=f"validation/{objective.scorer.main_metric}",
         save=checkpoints.save,
         load_best=checkpoints.load_best,
-        account=lambda state: objective.corpus_epochs(state.step * batches.batch_size),
+        account=lambda state: objective.reading.epochs(state.step * batches.batch_size),
     )
     steps = args.total_steps(batches.steps_per_epoch)
-    accelerator.print(lines_of("corpus", objective.corpus_shares(steps * batches.batch_size)), end="", flush=True)
+    accelerator.print(lines_of("corpus", objective.reading.shares(steps * batches.batch_size)), end="", flush=True)
     schedule = build_schedule(args, steps)
     train(prepared, batches, Losses.of(objective), schedule, args=args, state=state, hooks=hooks, meter=meter)
-    objective.num_rows_read = state.step * batches.batch_size
+    objective.reading.num_rows = state.step * batches.batch_size
     return state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)
 
 
@@ -192,7 +192,7 @@ def plan(
         decided={
             "learning rate": args.learning_rate,
             "rows per step": args.batch_size,
-            **dict(f"corpus {line}".split(": ") for line in objective.corpus_shares(steps * args.batch_size)),
+            **dict(f"corpus {line}".split(": ") for line in objective.reading.shares(steps * args.batch_size)),
         },
     )
 

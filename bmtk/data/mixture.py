@@ -269,6 +269,33 @@ class Mixture:
         return lines
 
 
+class Reading:
+    """What a run reads of each corpus of a mixture; without one, nothing is counted or said.
+
+    `whole` is the mixture with the sizes that the corpora have, where a plan has read a part of each.
+    """
+
+    def __init__(self, mixture: Mixture | None = None, whole: Mixture | None = None):
+        self.mixture, self.whole = mixture, whole or mixture
+        self.num_rows = 0  # that training has read
+
+    def shares(self, num_rows: int) -> list[str]:
+        """The corpora in a run of `num_rows` rows, in words.  Raises: UserError if there are not that many rows."""
+        if self.whole is None:
+            return []
+        self.whole.check(num_rows)
+        return self.whole.described(num_rows)
+
+    def epochs(self, num_rows: int) -> dict[str, float]:
+        """How often each corpus has been read after `num_rows` rows, as values of a line of history."""
+        found = self.mixture.epochs(num_rows) if self.mixture else {}
+        return {f"epochs/{name}": epochs for name, epochs in found.items()}
+
+    def record(self) -> dict[str, Any]:
+        """What training has read, for the record of a run."""
+        return {"corpora": self.mixture.record(self.num_rows)} if self.mixture and self.num_rows else {}
+
+
 def share_names(paths: Sequence[str]) -> list[str]:
     """A short name for each path, all different, which can be part of the name of a folder."""
     names: list[str] = []

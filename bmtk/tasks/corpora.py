@@ -19,7 +19,7 @@ from bmtk.data.held_out_texts import HeldOut, hold_out
 from bmtk.data.masking import BLANKS
 from bmtk.data.mixed_rows import MixedBatches, MixedRows
 from bmtk.data.mixed_texts import MixedTexts, hold_out_of_each, mixed
-from bmtk.data.mixture import MIXTURE, Corpus, Mixture, read_corpora, share_names, to_text
+from bmtk.data.mixture import MIXTURE, Corpus, Mixture, Reading, read_corpora, share_names, to_text
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.sources import ON_CORRUPT, Texts, has_split, read_texts, text_fingerprint
 from bmtk.data.tables import text_cells
@@ -466,7 +466,6 @@ class CorpusObjective(Objective):
             )
         # A plan keeps its tokens outside of the run's folder, unless it only opens what is there.
         self.keeps_order = self.args.is_mixture
-        self.mixture: Mixture | None = None  # of the training rows
         self.scratch = tempfile.TemporaryDirectory() if data.is_plan else None
 
     @property
@@ -481,7 +480,7 @@ class CorpusObjective(Objective):
             folder = Path(self.scratch.name) if self.scratch is not None and is_sample else self.data.corpus
             members = [self.packed_rows(store, split) for store in self.data.stores_of(split, texts, folder)]
             if split == "train" and self.args.is_mixture:
-                self.mixture = self._mixture([len(rows) for rows in members])
+                self.reading = self._reading([len(rows) for rows in members])
             self.rows[split] = self.of_packed(MixedRows(members) if len(members) > 1 else members[0], split)
 
     def packed_rows(self, store: TokenStore, split: str) -> PackedRows:
@@ -501,29 +500,18 @@ class CorpusObjective(Objective):
         """The rows of a split, made of packed ones."""
         return rows
 
-    def _mixture(self, sizes: Sequence[int]) -> Mixture:
+    def _reading(self, sizes: Sequence[int]) -> Reading:
         corpora = self.args.named_corpora
-        repeats = [corpus.repeat for corpus in corpora.values()]
-        return Mixture(list(corpora), [corpus.weight for corpus in corpora.values()], sizes, repeats)
+        weights, repeats = zip(*((corpus.weight, corpus.repeat) for corpus in corpora.values()), strict=True)
+        sampled = getattr(self.data.rows["train"], "sampled", ()) or [self.sampled_share] * len(sizes)
+        whole = [round(size / share) for size, share in zip(sizes, sampled, strict=True)]
+        return Reading(*(Mixture(list(corpora), weights, numbers, repeats) for numbers in (sizes, whole)))
 
     def train_batches(self, **sizes: Any) -> GlobalBatches:
-        if self.mixture is None:
+        mixture = self.reading.mixture
+        if mixture is None:
             return super().train_batches(**sizes)
-        return MixedBatches(self.batch_rows(self.training_rows(), is_training=True), mixture=self.mixture, **sizes)
-
-    def corpus_shares(self, num_rows: int) -> list[str]:
-        if self.mixture is None:
-            return []
-        sampled = getattr(self.data.rows["train"], "sampled", ()) or [self.sampled_share] * len(self.mixture.names)
-        sizes = [round(size / share) for size, share in zip(self.mixture.sizes, sampled, strict=True)]
-        whole = self._mixture(sizes)  # a plan reads a part of each corpus
-        whole.check(num_rows)
-        return whole.described(num_rows)
-
-    def corpus_epochs(self, num_rows: int) -> dict[str, float]:
-        if self.mixture is None:
-            return {}
-        return {f"epochs/{name}": epochs for name, epochs in self.mixture.epochs(num_rows).items()}
+        return MixedBatches(self.batch_rows(self.training_rows(), is_training=True), mixture=mixture, **sizes)
 
     def batch_rows(self, rows: Any, *, is_training: bool = False) -> Rows:
         return super().batch_rows(rows) if isinstance(rows, Dataset) else rows
@@ -557,9 +545,7 @@ class CorpusObjective(Objective):
         }
 
     def data_record(self) -> dict[str, object]:
-        if self.mixture is None or not self.num_rows_read:
-            return super().data_record()
-        return {**super().data_record(), "corpora": self.mixture.record(self.num_rows_read)}
+        return {**super().data_record(), **self.reading.record()}
 
 
 class CorpusScorer(Scorer):

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bmtk.data.batches import CollatedRows, GlobalBatches, Rows, sequential_batches
+from bmtk.data.mixture import Reading
 from bmtk.errors import UserError
 
 from .scorer import Scorer
@@ -43,7 +44,7 @@ class Objective:
         # Whether `train_batches` go in an order that means something, so that no other sampler may shuffle them.
         self.keeps_order = False
         self.rows: dict[str, Any] = {}  # split -> encoded rows
-        self.num_rows_read = 0  # in training
+        self.reading = Reading()  # what training reads of each corpus
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -100,17 +101,6 @@ class Objective:
                 f"{self.name} compares every row with all others of its optimizer step, which would be cut into "
                 f"{count} parts; use one process, without micro_batch_size or gradient_accumulation_steps"
             )
-
-    def corpus_shares(self, num_rows: int) -> list[str]:
-        """What a run of `num_rows` rows reads of each corpus, in words; nothing if all is one corpus.
-
-        Raises: UserError if there are not that many rows.
-        """
-        return []
-
-    def corpus_epochs(self, num_rows: int) -> dict[str, float]:
-        """How often `num_rows` rows go through each corpus; nothing if all is one corpus."""
-        return {}
 
     def batches_in_order(self, rows: Any, **sizes: Any) -> Iterator[dict[str, Any]]:
         """Every one of `rows` once; `sizes` are sequential_batches' own arguments."""

@@ -284,10 +284,10 @@ def test_corpora_are_mixed_by_weights(tmp_path):
         places, _ = batches.places(step)
         assert (places < len(books)).sum() == 3
     assert batches.steps_per_epoch == (len(books) + len(web)) / 4
-    assert objective.corpus_shares(8)[0].startswith("books: weight 3, 75.00% of the rows, ")
-    assert objective.corpus_epochs(8) == {"epochs/books": 6 / len(books), "epochs/web": 2 / len(web)}
+    assert objective.reading.shares(8)[0].startswith("books: weight 3, 75.00% of the rows, ")
+    assert objective.reading.epochs(8) == {"epochs/books": 6 / len(books), "epochs/web": 2 / len(web)}
     assert "corpora" not in objective.data_record()
-    objective.num_rows_read = 8
+    objective.reading.num_rows = 8
     assert [corpus["rows"] for corpus in objective.data_record()["corpora"]] == [6, 2]
     assert objective.data_record()["train"]["documents"] == 67
     shown = mixture_report(tmp_path / "run" / "corpus", context_length=16).splitlines()
@@ -315,18 +315,18 @@ def test_one_corpus_is_read_as_a_training_file_is(tmp_path):
 def test_a_run_that_is_longer_than_its_corpora_is_refused(tmp_path):
     data = mixture(tmp_path, web={"repeat": 2})
     objective = data.bind(data.new_config("bm_rnn", SMALL))
-    assert objective.corpus_shares(10**6)[1].endswith(
+    assert objective.reading.shares(10**6)[1].endswith(
         f", 2 epochs of at most 2 of {len(objective.rows['train'].members[1])} rows"
     )
     one = json.dumps({"path": str(tmp_path / "web"), "repeat": 1})
     data = TASK.read(CausalLMArguments(corpora=[one], vocab_size=300, context_length=16), folder=tmp_path / "one")
     objective = data.bind(data.new_config("bm_rnn", SMALL))
     num_rows = len(objective.rows["train"])
-    assert objective.corpus_shares(num_rows)[0].startswith(
+    assert objective.reading.shares(num_rows)[0].startswith(
         "web: weight 1, 100.00% of the rows, 1 epochs of at most 1 of"
     )
     with pytest.raises(UserError, match=f"all are used up after {num_rows} rows"):
-        objective.corpus_shares(num_rows + 1)
+        objective.reading.shares(num_rows + 1)
 
 
 def test_a_plan_reads_the_beginning_of_each_large_corpus(tmp_path, monkeypatch):
@@ -336,7 +336,7 @@ def test_a_plan_reads_the_beginning_of_each_large_corpus(tmp_path, monkeypatch):
     planned = TASK.read(data.args, folder=tmp_path / "plan", seed=1, is_plan=True)
     objective = planned.bind(planned.new_config("bm_rnn", SMALL))
     assert sum(map(len, planned.rows["train"])) == 600
-    shown = [line.rpartition("epochs of ")[2] for line in objective.corpus_shares(8)]
+    shown = [line.rpartition("epochs of ")[2] for line in objective.reading.shares(8)]
     for line, rows in zip(shown, whole.rows["train"].members, strict=True):
         assert int(line.split(" ")[0]) == pytest.approx(len(rows), rel=0.3)
     assert not (tmp_path / "plan").exists()
