@@ -50,6 +50,7 @@ def test_weights_become_whole_numbers_of_the_same_ratio():
     assert sum(parts) == MOST_PARTS
     assert all(abs(part - MOST_PARTS * w / sum(weights)) < 1 for part, w in zip(parts, weights, strict=True))
     assert parts[2] == 1
+    assert sorted(whole_weights([10**9 + 7, 10**9 + 9, 10**9 + 21])) == [21845, 21845, 21846]
 
 
 def test_a_used_up_corpus_leaves_its_share_to_the_others():
