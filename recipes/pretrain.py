@@ -144,17 +144,16 @@ def fit(
     accelerator: Accelerator,
 ) -> tuple[TrainState, Results, dict[str, float | None]]:
     """Train to the end, from the newest checkpoint if there is one; return the last state, results and speeds."""
-    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    batches = objective.train_batches(**args.batching, **ranks)
     one_row = next(objective.batches_in_order(objective.rows["train"], batch_size=1))
     meter = build_meter(model, objective.unit, one_row, accelerator)
     prepared = prepare(model, args, accelerator)
+    batches = objective.train_batches(**args.batching, **prepared.share)
     checkpoints = Checkpoints(args.output_dir, prepared, objective.processor, settings, args.save_total_limit)
     newest = checkpoints.newest()
     state = checkpoints.load(newest) if newest else TrainState()
     if newest:
         accelerator.print(f"going on after step {state.step:,} ({newest})")
-    evaluator = Evaluator(objective, prepared.model, accelerator, batch_size=batches.micro_batch_size)
+    evaluator = Evaluator(objective, prepared, batch_size=batches.micro_batch_size)
     hooks = Hooks(
         evaluate=evaluator.validate,
         main_metric=f"validation/{objective.scorer.main_metric}",

@@ -12,6 +12,7 @@ from bmtk.errors import UserError
 from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .optimizers import NamedOptimizer, build_optimizer, multiplies_bfloat16_fast
+from .sharding import Layout, shard
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -23,6 +24,17 @@ class Prepared:
     model: torch.nn.Module  # wrapped for several devices, and compiled if the settings ask for it
     optimizer: NamedOptimizer
     accelerator: Accelerator
+    layout: Layout = Layout()
+
+    @property
+    def share(self) -> dict[str, int]:
+        """The part of each step's rows that this process reads: `rank` and `world_size`."""
+        return self.layout.share(self.accelerator.process_index)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether another process of a lower number reads the very same rows."""
+        return self.layout.is_copy(self.accelerator.process_index)
 
     @property
     def unwrapped(self) -> PreTrainedModel:
@@ -56,11 +68,15 @@ def natural_precision() -> str:
 
 
 def prepare(model: PreTrainedModel, args: LoopArguments, accelerator: Accelerator) -> Prepared:
-    """Make the optimizer of `model`, and wrap the model for the devices (and compile it, if `args` ask for it)."""
+    """Shard the model or wrap it for the devices (and compile it), as `args` ask, and make its optimizer."""
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    layout = Layout.of(args, accelerator.num_processes)
+    if layout.is_sharded:
+        model = shard(model, layout, accelerator.device)
     optimizer = build_optimizer(model, args)
-    wrapped = accelerator.prepare(model)
+    # A sharded model is not wrapped for several devices, and accelerate's optimizers are not ours.
+    wrapped = accelerator.prepare_model(model, evaluation_mode=layout.is_sharded)
     if args.ema_decay:
         optimizer.average = WeightAverage(optimizer.names, args.ema_decay)
-    return Prepared(wrapped, optimizer, accelerator)
+    return Prepared(wrapped, optimizer, accelerator, layout)
