@@ -290,7 +290,7 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:
-        """What is gathered together when weights are spread over processes: a stage of images, a layer of sequences."""
+        """What is gathered together when weights are spread over processes: a stage (images) or a layer."""
         return {"stages.*" if self.input_type == "pixels" else "layers.*": "free_full_weight"}
 
     def validate_layer_type(self):

@@ -179,7 +179,8 @@ class LoopArguments(SharedArguments):
         0, "copies of the model that are sharded so, best one on each machine (HSDP); 0: as many as the processes make"
     )
     tp_size: int = _setting(
-        1, "processes over which each matrix is cut (tensor parallelism), for models whose layers one device cannot hold"
+        1,
+        "processes over which each matrix is cut (tensor parallelism), where one device cannot hold a layer",
     )
     nonfinite: str = _setting(
         "stop", "a step that is not finite is never applied: stop, with the weights before it saved, or skip it"

@@ -134,7 +134,8 @@ class Muon(torch.optim.Muon):
             by_shape: dict[Any, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape.setdefault((parameter.shape, getattr(parameter, "placements", None)), []).append(parameter)
+                    alike = parameter.shape, getattr(parameter, "placements", None)  # the second of sharded ones
+                    by_shape.setdefault(alike, []).append(parameter)
             for (shape, _), parameters in by_shape.items():
                 updates = torch.stack([self._momentum(parameter, group) for parameter in parameters])
                 rate = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5

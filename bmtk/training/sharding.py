@@ -142,10 +142,8 @@ def by_mesh(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     return list(groups.values())
 
 
-def on_whole_matrices(
-    function: Callable[[torch.Tensor], torch.Tensor], matrices: torch.Tensor
-) -> torch.Tensor:
-    """Apply `function` to matrices (N, A, B); of those that are spread over processes, each process gets some whole."""
+def on_whole_matrices(function: Callable[[torch.Tensor], torch.Tensor], matrices: torch.Tensor) -> torch.Tensor:
+    """Apply `function` to matrices (N, A, B); each process gets some of those that are spread, whole."""
     if not is_dtensor(matrices):
         return function(matrices)
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -176,15 +174,15 @@ def _check_plans(model: PreTrainedModel, layout: Layout) -> None:
             f"tp_size={layout.tp_size}: {type(model).__name__} has no plan for tensor parallelism "
             "(base_model_tp_plan); leave tp_size out, and set fsdp_size"
         )
-    if layout.tp_size > 1 and layout.num_shares > 1 and _tied(model):
+    if layout.tp_size > 1 and layout.num_shares > 1 and tied_weights(model):
         raise UserError(
             f"tp_size={layout.tp_size} with {layout.num_shares} shares of the rows needs an output layer with weights "
             "of its own; set tie_word_embeddings to false, or use either tp_size or fsdp_size"
         )
     if layout.num_shares > 1 and not set(names) & set(model.fsdp_plan or ()):
         raise UserError(
-            f"fsdp_size={layout.fsdp_size}: the plan of {type(model).__name__} (base_model_fsdp_plan) names none of its "
-            "modules; leave fsdp_size out"
+            f"fsdp_size={layout.fsdp_size}: the plan of {type(model).__name__} (base_model_fsdp_plan) names none of "
+            "its modules; leave fsdp_size out"
         )
     for name in ("num_attention_heads", "num_key_value_heads"):
         count = getattr(model.config, name, None)
@@ -212,14 +210,14 @@ def _summed(gradient: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _tied(model: PreTrainedModel) -> dict[str, str]:
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
     """The names of weights that are another's, with its name."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _untie(model: PreTrainedModel) -> None:
     """Give tied weights parameters of their own: the engine cuts them one by one, and they are tied again then."""
-    for name in _tied(model):
+    for name in tied_weights(model):
         owner, _, last = name.rpartition(".")
         module = model.get_submodule(owner)
         module.register_parameter(last, nn.Parameter(getattr(module, last).detach()))
