@@ -85,6 +85,12 @@ class EmbeddingInStem:
     Precedes PreTrainedModel in the bases of a family's root.  A stem names its layer in `input_layer`.
     """
 
+    def post_init(self) -> None:
+        super().post_init()
+        # accelerate's FSDP refuses a name that this model has no module of.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = self._no_split_modules & present
+
     def get_input_embeddings(self) -> nn.Module:
         stem = self.base_model.stem
         return getattr(stem, stem.input_layer)

@@ -128,7 +128,8 @@ def measure(
     """Metrics, samples and figures of the splits but the training rows; `predict_split` gives their predictions."""
     model.eval()
     scorer, results = objective.scorer, Results()
-    results.samples += scorer.generated_samples(model, seed=seed)
+    with evaluating(model):
+        results.samples += scorer.generated_samples(model, seed=seed)
     samples: list[Sample] = []
     for split in (split for split in objective.rows if split != "train"):
         started = time.perf_counter()

@@ -1,10 +1,17 @@
 """A model and its optimizer, made ready for the devices that a launcher gave."""
 
+import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, extract_model_from_parallel
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    extract_model_from_parallel,
+    str_to_bool,
+)
 from transformers import PreTrainedModel
 
 from bmtk.errors import UserError
@@ -14,6 +21,8 @@ from .averaging import WeightAverage
 from .optimizers import NamedOptimizer, build_optimizer, multiplies_bfloat16_fast
 from .sharding import Layout, shard
 
+# How long a process waits for another.  NCCL's ten minutes would end a run whose main process draws many samples.
+TIMEOUT = timedelta(minutes=30)
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -48,11 +57,20 @@ def build_accelerator(args: LoopArguments) -> Accelerator:
 
     Raises: UserError for a way of distribution that the loop cannot save and resume yet.
     """
+    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # on CPUs accelerate drops the first without a word
+    if any(str_to_bool(os.environ.get(name, "false")) for name in engines):
+        raise UserError(
+            "this recipe shards models itself, without accelerate's FSDP and DeepSpeed: leave --use_fsdp and "
+            "--use_deepspeed out of accelerate launch (accelerate_configs/multi_gpu.yaml), and set fsdp_size"
+        )
     precision = natural_precision() if args.precision == "auto" else args.precision
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         dynamo_backend="inductor" if args.torch_compile else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
     )
     if accelerator.distributed_type not in SUPPORTED:
         raise UserError(

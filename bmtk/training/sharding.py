@@ -109,6 +109,8 @@ def shard(model: PreTrainedModel, layout: Layout, device: torch.device) -> PreTr
         # The root's own weights stay whole between the forward and the backward pass by default, and after an
         # evaluation for ever: what an average of weights puts into the model would not be seen.
         model.set_reshard_after_forward(True, recurse=False)
+        # A layer that is called before the whole model, in an evaluation, would take itself for the root.
+        model._get_fsdp_state()._lazy_init()
     return model
 
 
@@ -229,9 +231,21 @@ def _wildcard(name: str) -> str:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluate with the main process's statistics (of BatchNorm), as a model that is not sharded does."""
-    if is_fsdp(model):
-        for name, buffer in model.named_buffers():
-            if name.endswith(STATISTICS):
-                torch.distributed.broadcast(buffer, src=0)
-    yield
+    """Let the body call any part of a model: what no layer gathers for itself, such as the embedding, is gathered.
+
+    Statistics (of BatchNorm) are those of the main process, as they are where a model is not sharded.
+    """
+    if not is_fsdp(model):
+        yield
+        return
+    sharded: Any = model
+    for name, buffer in model.named_buffers():
+        if name.endswith(STATISTICS):
+            torch.distributed.broadcast(buffer, src=0)
+    sharded.set_reshard_after_forward(False, recurse=False)
+    sharded.unshard()
+    try:
+        yield
+    finally:
+        sharded.reshard()
+        sharded.set_reshard_after_forward(True, recurse=False)
