@@ -94,9 +94,7 @@ def launch(count: int, steps: int, fsdp_size: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8], help="how many to start")
-    parser.add_argument(
-        "--steps", type=int, default=12, help="optimizer steps of each run; the first two do not count"
-    )
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a run; the first two do not count")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--fsdp_size", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -104,18 +102,14 @@ def main() -> None:
         torch.set_num_threads(1)
         return measure(Path(args.worker), args.steps, args.fsdp_size)
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {ROWS} rows of {LENGTH} tokens a step")
-    print(
-        f"{'processes':>10} {'layout':>8} {'step ms':>9} {'save ms':>9} {'resume ms':>10} {'largest file':>13} {'manifest':>9}"
-    )
+    print("processes   layout   step ms   save ms  resume ms  largest file  manifest")
     for count in args.processes:
         for fsdp_size in (1, count) if count > 1 else (1,):
             found = launch(count, args.steps, fsdp_size)
-            times = (1000 * found[name] for name in ("step", "save", "resume"))
+            step, save, resume = (1000 * found[name] for name in ("step", "save", "resume"))
             sizes = f"{found['largest file'] / 1e6:10.2f} MB {found['manifest'] / 1e3:6.1f} kB"
             layout = "FSDP2" if fsdp_size > 1 else "DDP" if count > 1 else "-"
-            print(
-                f"{count:10} {layout:>8} {next(times):9.1f} {next(times):9.1f} {next(times):10.1f} {sizes}", flush=True
-            )
+            print(f"{count:9} {layout:>8} {step:9.1f} {save:9.1f} {resume:10.1f} {sizes}", flush=True)
     with torch.device("meta"):
         weights = dict(tiny_model().named_parameters())
     for count in (64, 1024):
