@@ -86,6 +86,8 @@ class EmbeddingInStem:
     Precedes PreTrainedModel in the bases of a family's root.  A stem names its layer in `input_layer`.
     """
 
+    _no_split_modules: set[str]
+
     def init_parallel_plans(self) -> None:
         """The plans of the configuration, for the modules that this model has: an encoder has no cross-attention."""
         super().init_parallel_plans()

@@ -2,22 +2,18 @@
 
 import hashlib
 import json
-import platform
 import secrets
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import accelerate
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-import bmtk
-from bmtk.errors import UserError
+from bmtk.errors import UserError, installed_version, versions
 
 Result = TypeVar("Result")
 
@@ -76,7 +72,7 @@ def check_shared(accelerator: Accelerator, folder: Path) -> None:
 
 def check_agreement(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
     """Raises: UserError on all processes that names the first fact in which one differs from the main process."""
-    all_facts = of_all(accelerator, (socket.gethostname(), {**versions(), **facts}))
+    all_facts = of_all(accelerator, (socket.gethostname(), {**installed(), **facts}))
     host, expected = all_facts[0]
     for number, (other, found) in enumerate(all_facts):
         for name, value in found.items():
@@ -88,11 +84,9 @@ def check_agreement(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
                 )
 
 
-def versions() -> dict[str, str]:
+def installed() -> dict[str, str]:
     """The versions of what computes."""
-    packages = {"bmtk": bmtk, "torch": torch, "transformers": transformers, "accelerate": accelerate}
-    found = {f"the version of {name}": str(package.__version__) for name, package in packages.items()}
-    return found | {"the version of Python": platform.python_version()}
+    return {"the versions": f"{versions()}, accelerate {installed_version('accelerate')}"}
 
 
 def digest(value: object) -> str:

@@ -239,7 +239,7 @@ def save_model(directory: str | Path, prepared: Prepared, processor: Processor |
     Called by every process; the main one gathers the weights and writes them.  Every file is written beside and
     renamed, config.json last: until the end there is no model to load, or the former one.
     """
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for name, tensor in _stored_weights(prepared.unwrapped).items() if prepared.layout.is_sharded else ():
         gathered = whole(tensor.detach())
         weights |= {name: gathered.cpu()} if prepared.accelerator.is_main_process else {}
@@ -247,7 +247,7 @@ def save_model(directory: str | Path, prepared: Prepared, processor: Processor |
         return
     with adding_to_folder(directory, last="config.json") as beside:
         with _no_bars():
-            _described(prepared).save_pretrained(beside, **({"state_dict": weights} if weights else {}))
+            _described(prepared).save_pretrained(beside, state_dict=weights or None)
         if processor is not None:
             processor.save_pretrained(beside)
 
@@ -256,7 +256,7 @@ def _write_description(folder: Path, prepared: Prepared, processor: Processor | 
     """What from_pretrained reads: configuration, code and processor, and of a single process the weights."""
     is_whole = prepared.accelerator.num_processes == 1
     with _no_bars():
-        _described(prepared).save_pretrained(folder, **({} if is_whole else {"state_dict": {}}))
+        _described(prepared).save_pretrained(folder, state_dict=None if is_whole else {})
     if not is_whole:
         (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # with no tensor in it
     if processor is not None:

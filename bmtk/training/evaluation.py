@@ -85,7 +85,7 @@ def in_lockstep(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         if not all(has_one):
             stand_in = [batch]
             torch.distributed.broadcast_object_list(stand_in, src=has_one.index(True))
-            yield (batch, True) if has_one[rank] else (cast(Batch, stand_in[0]), False)
+            yield cast(Batch, batch if has_one[rank] else stand_in[0]), has_one[rank]
         else:
             yield cast(Batch, batch), True
 

@@ -19,7 +19,7 @@ from bmtk.errors import UserError
 from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .optimizers import NamedOptimizer, build_optimizer, multiplies_bfloat16_fast
-from .sharding import Layout, shard
+from .sharding import ProcessLayout, shard
 
 # How long a process waits for another.  NCCL's ten minutes would end a run whose main process draws many samples.
 TIMEOUT = timedelta(minutes=30)
@@ -33,7 +33,7 @@ class Prepared:
     model: torch.nn.Module  # wrapped for several devices, and compiled if the settings ask for it
     optimizer: NamedOptimizer
     accelerator: Accelerator
-    layout: Layout = Layout()
+    layout: ProcessLayout = ProcessLayout()
 
     @property
     def share(self) -> dict[str, int]:
@@ -89,7 +89,7 @@ def prepare(model: PreTrainedModel, args: LoopArguments, accelerator: Accelerato
     """Shard the model or wrap it for the devices (and compile it), as `args` ask, and make its optimizer."""
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    layout = Layout.of(args, accelerator.num_processes)
+    layout = ProcessLayout.of(args, accelerator.num_processes)
     if layout.is_sharded:
         model = shard(model, layout, accelerator.device)
     optimizer = build_optimizer(model, args)

@@ -19,7 +19,7 @@ from .guards import SpikeWatch
 from .history import History
 from .progress import Bar, evaluation_line
 from .rng_state import preserved_rng_state, seed_process, set_rng_state
-from .sharding import Layout
+from .sharding import ProcessLayout
 from .throughput import Meter
 from .updates import Update
 
@@ -53,7 +53,7 @@ class RunLog:
         hooks: Hooks = Hooks(),
     ):
         self.accelerator, self.args, self.state, self.total, self.meter = accelerator, args, state, total, meter
-        self.hooks, self.layout = hooks, Layout.of(args, accelerator.num_processes)
+        self.hooks, self.layout = hooks, ProcessLayout.of(args, accelerator.num_processes)
         self.history = History(args.output_dir)
         self.unread: list[Update] = []
         self.window_tokens = 0  # since the meter's last lap

@@ -9,8 +9,8 @@ Sources: Zhao et al. 2023, arXiv:2304.11277 (FSDP); Shoeybi et al. 2019, arXiv:1
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ from .guards import STATISTICS
 
 
 class ShardingSettings(Protocol):
-    """What `Layout.of` reads of a run's settings."""
+    """What `ProcessLayout.of` reads of a run's settings."""
 
     fsdp_size: int
     dp_replicate_size: int
@@ -31,7 +31,7 @@ class ShardingSettings(Protocol):
 
 
 @dataclass(frozen=True)
-class Layout:
+class ProcessLayout:
     """How many processes hold what: each of `dp_replicate_size` replicas is cut into `fsdp_size` x `tp_size` parts."""
 
     fsdp_size: int = 1
@@ -39,7 +39,7 @@ class Layout:
     tp_size: int = 1
 
     @classmethod
-    def of(cls, args: ShardingSettings, num_processes: int) -> "Layout":
+    def of(cls, args: ShardingSettings, num_processes: int) -> "ProcessLayout":
         """The layout that `args` ask for; dp_replicate_size=0 takes as many replicas as the processes make.
 
         Raises: UserError if the processes do not divide that way.
@@ -87,7 +87,7 @@ class Layout:
         return total / self.tp_size if total.is_floating_point() else -(-total // self.tp_size)
 
 
-def shard(model: PreTrainedModel, layout: Layout, device: torch.device) -> PreTrainedModel:
+def shard(model: PreTrainedModel, layout: ProcessLayout, device: torch.device) -> PreTrainedModel:
     """Cut the weights of `model`, which are equal on every process, and keep this process's part of them.
 
     Raises: UserError if the model has no plan for it.
@@ -97,21 +97,22 @@ def shard(model: PreTrainedModel, layout: Layout, device: torch.device) -> PreTr
     _check_plans(model, layout)
     if layout.tp_size > 1:
         _untie(model)
-    sizes = {"fsdp_size": layout.fsdp_size, "dp_replicate_size": layout.dp_replicate_size, "tp_size": layout.tp_size}
+    sizes: dict[str, Any] = asdict(layout)
     config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(**sizes))
     shared = _take_shared_norms(model) if layout.tp_size > 1 and layout.num_shares == 1 else []
-    model = type(model).maybe_distribute_model(model.to(device), config, mesh)
+    whole_model: Any = model
+    sharded: Any = type(model).maybe_distribute_model(whole_model.to(device), config, mesh)
     if layout.tp_size > 1:
-        model.tie_weights()
+        sharded.tie_weights()
     for parameter in shared:
         parameter.register_hook(_summed)
     if layout.num_shares > 1:
         # The root's own weights stay whole between the forward and the backward pass by default, and after an
         # evaluation for ever: what an average of weights puts into the model would not be seen.
-        model.set_reshard_after_forward(True, recurse=False)
+        sharded.set_reshard_after_forward(True, recurse=False)
         # A layer that is called before the whole model, in an evaluation, would take itself for the root.
-        model._get_fsdp_state()._lazy_init()
-    return model
+        sharded._get_fsdp_state()._lazy_init()
+    return cast(PreTrainedModel, sharded)
 
 
 def plain_class(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -119,7 +120,8 @@ def plain_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     from torch.distributed.fsdp import FSDPModule
 
     kind = type(model)
-    return next(base for base in kind.__mro__ if not issubclass(base, FSDPModule)) if is_fsdp(model) else kind
+    plain = next(base for base in kind.__mro__ if not issubclass(base, FSDPModule)) if is_fsdp(model) else kind
+    return cast(type[PreTrainedModel], plain)
 
 
 def is_fsdp(model: nn.Module) -> bool:
@@ -163,10 +165,10 @@ def on_whole_matrices(function: Callable[[torch.Tensor], torch.Tensor], matrices
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that may be spread over processes, all of which must call this."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def _check_plans(model: PreTrainedModel, layout: Layout) -> None:
+def _check_plans(model: PreTrainedModel, layout: ProcessLayout) -> None:
     """Raises: UserError if the plans of the model's configuration do not fit it, or the sizes."""
     names = {_wildcard(name): module for name, module in model.named_modules()}
     head = model.get_output_embeddings()
@@ -200,7 +202,7 @@ def _take_shared_norms(model: PreTrainedModel) -> list[nn.Parameter]:
     """
     style = "replicated_with_grad_allreduce"
     shared = {name for name, kind in model.tp_plan.items() if kind == style}
-    model.tp_plan = {name: kind for name, kind in model.tp_plan.items() if name not in shared}
+    model._tp_plan = {name: kind for name, kind in model.tp_plan.items() if name not in shared}
     modules = (module for name, module in model.named_modules() if _wildcard(name) in shared)
     return [parameter for module in modules for parameter in module.parameters()]
 

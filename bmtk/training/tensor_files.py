@@ -85,7 +85,7 @@ class TensorFiles:
         from transformers.distributed.sharding_utils import DtensorShardOperation
 
         spread: Any = like
-        part = DtensorShardOperation(spread).shard_tensor(stored, device=like.device)
+        part: Any = DtensorShardOperation(spread).shard_tensor(stored, device=like.device)
         sizes = {"shape": spread.shape, "stride": spread.stride()}
         made: torch.Tensor = DTensor.from_local(part.contiguous(), spread.device_mesh, spread.placements, **sizes)
         return made

@@ -22,7 +22,7 @@ import bmtk
 from bmtk.errors import UserError
 from bmtk.training import agreement, optimizers
 from bmtk.training.manifest import damages
-from bmtk.training.sharding import Layout, shard
+from bmtk.training.sharding import ProcessLayout, shard
 from bmtk.training.tensor_files import file_name, opened, owners_of, write_index
 
 SCRIPT = Path(__file__).with_name("sharded_processes.py")
@@ -137,7 +137,7 @@ def test_a_damaged_part_is_found_by_whichever_process_looks_at_it(folder, tmp_pa
      ({"fsdp_size": 2, "tp_size": 2}, 4, 1, 2), ({"fsdp_size": 2, "dp_replicate_size": 3}, 6, 3, 6)],
 )  # fmt: skip
 def test_all_processes_are_used_and_those_of_one_matrix_read_the_same_rows(sizes, count, replicas, shares):
-    layout = Layout.of(arguments("none", **sizes), count)
+    layout = ProcessLayout.of(arguments("none", **sizes), count)
     assert (layout.dp_replicate_size, layout.num_shares) == (replicas, shares)
     ranks = [layout.share(index)["rank"] for index in range(count)]
     assert ranks == sorted(ranks)
@@ -155,7 +155,7 @@ def test_all_processes_are_used_and_those_of_one_matrix_read_the_same_rows(sizes
 )
 def test_processes_that_do_not_divide_are_refused(sizes, count, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        Layout.of(arguments("none", **sizes), count)
+        ProcessLayout.of(arguments("none", **sizes), count)
 
 
 def recurrent():
@@ -170,10 +170,10 @@ def bert():
 @pytest.mark.parametrize(
     ("model", "layout", "message"),
     [
-        (recurrent, Layout(tp_size=2), "tp_size=2: BmRnnForCausalLM has no plan for tensor parallelism"),
-        (bert, Layout(fsdp_size=2), "fsdp_size=2: the plan of BertForMaskedLM .* names none of its modules"),
-        (tiny_model, Layout(tp_size=4), "tp_size=4 does not divide num_attention_heads=2; choose a divisor"),
-        (lambda: tiny_model(tied=True), Layout(fsdp_size=2, tp_size=2), "set tie_word_embeddings to false"),
+        (recurrent, ProcessLayout(tp_size=2), "tp_size=2: BmRnnForCausalLM has no plan for tensor parallelism"),
+        (bert, ProcessLayout(fsdp_size=2), "fsdp_size=2: the plan of BertForMaskedLM .* names none of its modules"),
+        (tiny_model, ProcessLayout(tp_size=4), "tp_size=4 does not divide num_attention_heads=2; choose a divisor"),
+        (lambda: tiny_model(tied=True), ProcessLayout(fsdp_size=2, tp_size=2), "set tie_word_embeddings to false"),
     ],
 )
 def test_models_that_no_plan_fits_are_refused_by_name(model, layout, message):
@@ -249,9 +249,9 @@ def test_processes_with_other_files_or_versions_stop_all_with_what_differs(monke
     assert [type(error) for error in errors] == [UserError, UserError]
     assert "do not agree on the rows: process 0 on" in str(errors[1])
     assert as_processes(monkeypatch, lambda a: agreement.check_agreement(a, {"the rows": "same"})) == [None, None]
-    other = {"the version of torch": "0"}
+    other = {"the versions": "torch 0"}
     errors = as_processes(monkeypatch, lambda a: agreement.check_agreement(a, other if a.process_index else {}))
-    assert "the version of torch" in str(errors[0])
+    assert "the versions: process 0 on" in str(errors[0])
 
 
 def test_what_fails_in_one_process_fails_in_all(monkeypatch):
