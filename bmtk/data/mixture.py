@@ -277,17 +277,19 @@ class Reading:
 
     def __init__(self, mixture: Mixture | None = None, whole: Mixture | None = None):
         self.mixture, self.whole = mixture, whole or mixture
-        self.num_rows = 0  # that training has read
+        self.num_rows = 0  # that are read in training, or will be
 
     def shares(self, num_rows: int) -> list[str]:
         """The corpora in a run of `num_rows` rows, in words.  Raises: UserError if there are not that many rows."""
         if self.whole is None:
             return []
         self.whole.check(num_rows)
+        self.num_rows = num_rows
         return self.whole.described(num_rows)
 
-    def epochs(self, num_rows: int) -> dict[str, float]:
-        """How often each corpus has been read after `num_rows` rows, as values of a line of history."""
+    def account(self, num_rows: int) -> dict[str, float]:
+        """Note that `num_rows` rows have been read; how often each corpus was, as values of a line of history."""
+        self.num_rows = num_rows
         found = self.mixture.epochs(num_rows) if self.mixture else {}
         return {f"epochs/{name}": epochs for name, epochs in found.items()}
 

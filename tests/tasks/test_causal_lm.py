@@ -284,10 +284,9 @@ def test_corpora_are_mixed_by_weights(tmp_path):
         places, _ = batches.places(step)
         assert (places < len(books)).sum() == 3
     assert batches.steps_per_epoch == (len(books) + len(web)) / 4
-    assert objective.reading.shares(8)[0].startswith("books: weight 3, 75.00% of the rows, ")
-    assert objective.reading.epochs(8) == {"epochs/books": 6 / len(books), "epochs/web": 2 / len(web)}
     assert "corpora" not in objective.data_record()
-    objective.reading.num_rows = 8
+    assert objective.reading.shares(8)[0].startswith("books: weight 3, 75.00% of the rows, ")
+    assert objective.reading.account(8) == {"epochs/books": 6 / len(books), "epochs/web": 2 / len(web)}
     assert [corpus["rows"] for corpus in objective.data_record()["corpora"]] == [6, 2]
     assert objective.data_record()["train"]["documents"] == 67
     shown = mixture_report(tmp_path / "run" / "corpus", context_length=16).splitlines()
