@@ -25,7 +25,7 @@ def weights_of(seed):
     return [draw.choice(kinds)() for _ in range(draw.randint(1, 9))]
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(20))
 def test_no_corpus_is_ever_a_row_from_its_share(seed):
     weights = weights_of(seed)
     mixture = Mixture([str(i) for i in range(len(weights))], weights, [1000] * len(weights))
