@@ -26,6 +26,7 @@ from benchmarks.rows import Line, Settings, at_least, at_most, row
 from bmtk.arguments import chosen_fields
 from bmtk.tasks import task_named
 from bmtk.tasks.objective import Objective
+from bmtk.training.allocation import keep_freed_memory
 from bmtk.training.callbacks import RecordHistory
 from bmtk.training.finetuning_arguments import resolve_defaults
 from bmtk.training.trainer import TaskTrainer, build_trainer
@@ -95,6 +96,7 @@ class Epochs(TrainerCallback):
         words += ["--load_best_model_at_end", "false", "--disable_tqdm", "true", *facts]
         self.objective, model, args = prepared(words)
         history = RecordHistory(self.folder, unit=self.objective.unit)
+        keep_freed_memory(args.device)  # as `train` does; both contestants have it
         self.trainer = build_trainer(model, self.objective, args, folder=self.folder, callbacks=[history])
         self.trainer.add_callback(self)
         self.bare = Bare(self.trainer, loss)
