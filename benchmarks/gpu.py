@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=ROOT)
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(Path(folder), args.repeats, data=args.data)
+        settings = Settings(Path(folder), args.repeats, data=args.data and args.data.resolve())
         left = MINUTES - (time.perf_counter() - started) / 60
         chosen = [one for one in ROWS.values() if one.is_gpu]
         facts = show(measured(chosen, settings, minutes=left - 2), settings)  # two: what the last row may take

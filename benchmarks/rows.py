@@ -16,8 +16,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +161,13 @@ def _entered(measure: Measure, *, is_gpu: bool) -> Measure:
     return measure
 
 
-def measured(chosen: Sequence[Row], settings: Settings, *, minutes: float = math.inf) -> dict[str, list[Line]]:
+def measured(
+    chosen: Sequence[Row], settings: Settings, *, minutes: float = math.inf, apart: bool = False
+) -> dict[str, list[Line]]:
     """The lines of each row; one that fails is a line that says so, and the others go on.
 
-    No row begins when more than `minutes` are over.
+    No row begins when more than `minutes` are over.  `apart`: each in a process of its own, so that what one leaves
+    behind (settings of the allocator, precision, memory) does not meet the next.
     """
     begun = time.perf_counter()
     found: dict[str, list[Line]] = {}
@@ -171,7 +176,8 @@ def measured(chosen: Sequence[Row], settings: Settings, *, minutes: float = math
         started = time.perf_counter()
         try:
             is_late = started - begun > 60 * minutes
-            lines = not_run(one.name, f"{minutes:g} minutes are over") if is_late else _lines(one, settings)
+            measure = _lines_apart if apart else _lines
+            lines = not_run(one.name, f"{minutes:g} minutes are over") if is_late else measure(one, settings)
         except (Exception, SystemExit) as error:  # a long table is not lost to one of its rows
             traceback.print_exc()
             lines = [Line(one.name, "", note=f"failed: {' '.join(str(error).split())[-160:] or type(error).__name__}")]
@@ -180,6 +186,11 @@ def measured(chosen: Sequence[Row], settings: Settings, *, minutes: float = math
             print(f"    {'  |  '.join(line.cells())}", file=sys.stderr, flush=True)
         print(f"    took {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return found
+
+
+def _lines_apart(one: Row, settings: Settings) -> Line | list[Line]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_lines, one, settings).result()
 
 
 def _lines(one: Row, settings: Settings) -> Line | list[Line]:

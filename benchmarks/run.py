@@ -45,8 +45,9 @@ def main(argv: list[str]) -> None:
     if not chosen:
         parser.error("name some rows, or give --all; --list prints them")
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(Path(folder), args.repeats, args.quick, args.clock, args.data, args.nanogpt)
-        found = measured(chosen, settings)
+        paths = [path and path.resolve() for path in (args.data, args.nanogpt)]  # children have other folders
+        settings = Settings(Path(folder), args.repeats, args.quick, args.clock, *paths)
+        found = measured(chosen, settings, apart=len(chosen) > 1)
     facts = show(found, settings)
     args.output.mkdir(parents=True, exist_ok=True)
     write_json(args.output / "speed.json", facts)

@@ -441,9 +441,9 @@ def test_a_view_is_the_image_on_a_ground_of_its_mean_colour(scale):
         )
         low, high = np.minimum([40 - width, 30 - height], 0), np.maximum([40 - width, 30 - height], 0)
         left, top = np.round(draw.uniform(low, high)).astype(int)
-        ground = np.tile(np.asarray(image.resize((1, 1), PIL.Image.Resampling.BOX)), (300, 300, 1))
-        ground[100:130, 100:140] = np.asarray(image)
-        expected = ground[100 + top : 100 + top + height, 100 + left : 100 + left + width]
+        ground = np.tile(np.asarray(image.resize((1, 1), PIL.Image.Resampling.BOX)), (500, 500, 1))
+        ground[200:230, 200:240] = np.asarray(image)
+        expected = ground[200 + top : 200 + top + height, 200 + left : 200 + left + width]
         assert np.array_equal(np.asarray(view), expected)
         within += width <= 40
     assert 3 < within < 17
