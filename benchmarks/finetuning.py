@@ -22,7 +22,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import TrainerCallback, set_seed
 
-from benchmarks.rows import Line, Settings, at_least, at_most, row
+from benchmarks.rows import ROOT, Line, Settings, at_least, at_most, row
 from bmtk.arguments import chosen_fields
 from bmtk.tasks import task_named
 from bmtk.tasks.objective import Objective
@@ -90,7 +90,8 @@ class Epochs(TrainerCallback):
         self.settings, self.loss = settings, loss
         self.folder = settings.folder / config.replace("/", "-")
         self.turns = settings.turns + 1  # the first warms up
-        words = ["--config", f"recipes/configs/{config}.yaml", "--output_dir", str(self.folder), "--dataset", "null"]
+        file = ROOT / "recipes" / "configs" / f"{config}.yaml"
+        words = ["--config", str(file), "--output_dir", str(self.folder), "--dataset", "null"]
         words += [word for split, path in files.items() for word in (f"--{split}_file", str(path))]
         words += ["--num_train_epochs", str(self.turns), "--eval_strategy", "epoch", "--save_strategy", "no"]
         words += ["--load_best_model_at_end", "false", "--disable_tqdm", "true", *facts]
@@ -100,7 +101,7 @@ class Epochs(TrainerCallback):
         self.trainer = build_trainer(model, self.objective, args, folder=self.folder, callbacks=[history])
         self.trainer.add_callback(self)
         self.bare = Bare(self.trainer, loss)
-        self.started = self.trained = 0.0
+        self.started = 0.0
         self.whole: dict[str, list[float]] = {"ours": [], "peer": []}
         self.steps: dict[str, list[float]] = {"ours": [], "peer": []}
 
@@ -123,8 +124,7 @@ class Epochs(TrainerCallback):
         self.started = now()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trained = self.settings.now()
-        self.steps["ours"].append(self.trained - self.started)
+        self.steps["ours"].append(self.settings.now() - self.started)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.whole["ours"].append(self.settings.now() - self.started)
