@@ -3,6 +3,6 @@
     arguments -> rules -> stages -> executors -> command
 
 A stage is a datatrove pipeline over the shards of a corpus.  How many shards there are is decided by the input alone,
-so that neither the executor nor the number of workers changes a byte of the result.  Only `arguments` and `command` can
-be imported without datatrove (the extra `clean`).
+so that neither the executor nor the number of workers changes a byte of the result.  Without datatrove (the extra
+`clean`) only `arguments` and `command` can be imported.
 """

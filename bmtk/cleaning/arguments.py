@@ -12,7 +12,7 @@ from bmtk.settings import setting
 RULES = {
     "unicode": "repair text that was decoded with the wrong encoding (ftfy)",
     "length": "keep documents whose length is within bounds",
-    "language": "keep documents in `languages`",
+    "language": "keep documents in the languages that are named",
     "repetition": "drop documents that repeat lines, paragraphs or n-grams (Gopher)",
     "gopher": "drop documents unlike prose, by words, symbols and stop words (Gopher)",
     "c4": "drop lines that are no sentences, and pages with few of them (C4; for languages in Latin script)",
@@ -107,7 +107,9 @@ class RepetitionRule:
     max_duplicate_lines: float = setting(0.3, "largest share of lines that are copies; 0: any")
     max_duplicate_paragraphs: float = setting(0.3, "largest share of paragraphs that are copies; 0: any")
     max_duplicate_line_characters: float = setting(0.2, "largest share of characters in copied lines; 0: any")
-    max_duplicate_paragraph_characters: float = setting(0.2, "largest share of characters in copied paragraphs; 0: any")
+    max_duplicate_paragraph_characters: float = setting(
+        0.2, "largest share of characters in copied paragraphs; 0: any"
+    )
     max_top_ngrams: list[float] = setting(
         [0.2, 0.18, 0.16], "largest share of characters in the most frequent 2-, 3-, 4-gram"
     )
@@ -129,7 +131,9 @@ class GopherRule:
     gopher_max_symbols: float = setting(0.1, "most hash signs, or ellipses, for each word; 0: any")
     gopher_max_bullet_lines: float = setting(0.9, "largest share of lines that begin with a bullet; 0: any")
     gopher_max_ellipsis_lines: float = setting(0.3, "largest share of lines that end in an ellipsis; 0: any")
-    gopher_min_alphabetic: float = setting(0.8, "least share of words and punctuation marks that hold a letter; 0: any")
+    gopher_min_alphabetic: float = setting(
+        0.8, "least share of words and punctuation marks that hold a letter; 0: any"
+    )
     gopher_min_stop_words: int = setting(2, "least number of different stop words; 0: any")
     gopher_stop_words: list[str] = setting(
         ["the", "be", "to", "of", "and", "that", "have", "with"], "stop words of the language"

@@ -1,4 +1,4 @@
-"""`bmtk clean`: reads the settings, finds out what is left to do in the output folder, has it done, says what was done."""
+"""`bmtk clean`: reads the settings, has done what is left to do in the output folder, and says what was done."""
 
 import json
 import shutil
@@ -44,8 +44,8 @@ def clean(settings: Cleaning, log: Log) -> None:
     """Do what is left to do, unless Slurm will do it later.  Raises: UserError."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise UserError(
-            f"bmtk clean needs the extra clean ({', '.join(missing)} not found): pip install 'big-model-toolkit[clean]', "
-            "or in a clone: pip install -c constraints.txt '.[clean]'"
+            f"bmtk clean needs {', '.join(missing)}: pip install 'big-model-toolkit[clean]', or in a clone "
+            "pip install -c constraints.txt '.[clean]'"
         )
     output = Path(settings.run.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,9 @@ def clean(settings: Cleaning, log: Log) -> None:
         with FileLock(output / LOCK, timeout=0):
             _clean(settings, output, log)
     except Timeout as error:
-        raise UserError(f"another process is cleaning into {output}; wait for it, or choose another output_dir") from error
+        raise UserError(
+            f"another process is cleaning into {output}; wait for it, or choose another output_dir"
+        ) from error
 
 
 def _clean(settings: Cleaning, output: Path, log: Log) -> None:
@@ -92,7 +94,8 @@ def _check_record(output: Path, record: dict[str, Any]) -> bool:
     if former is None:
         if others := sorted(path.name for path in output.iterdir() if not path.name.startswith(".")):
             raise UserError(
-                f"output_dir={output} is not empty ({', '.join(others[:3])}) and no folder of bmtk clean; choose another"
+                f"output_dir={output} is not empty ({', '.join(others[:3])}) and no folder of bmtk clean; "
+                "choose another"
             )
         return False
     if former == json.loads(json.dumps(record)):

@@ -1,4 +1,4 @@
-"""Documents that hold what a model will be measured on: the n-grams of evaluation sets, and the rule that looks for them.
+"""Documents that hold what a model will be measured on: n-grams of evaluation sets, and the rule that finds them.
 
 datatrove's filter is used; its indexer needs the package lighteval, which would load the sets from the Hub, so the
 index is made here from files of any kind that bmtk reads.
@@ -77,8 +77,8 @@ def write_index(sets: list[EvaluationSet], settings: DecontaminationRule, folder
         write_bytes(folder / f"{evaluation.name}.index.hashes", np.array(sorted(hashes), "<u8").tobytes())
         if num_short:
             remarks.append(
-                f"{num_short:,} of {num_texts:,} texts of {evaluation.name} have fewer than {config.n_grams} words and "
-                "are not looked for"
+                f"{num_short:,} of {num_texts:,} texts of {evaluation.name} have fewer than {config.n_grams} words "
+                "and are not looked for"
             )
     return remarks
 

@@ -15,7 +15,6 @@ from bmtk.files import replacing
 
 from .record import Record
 
-
 ROWS = 1024  # of a batch of Parquet
 BETWEEN = "jsonl.gz"  # format of documents between stages
 

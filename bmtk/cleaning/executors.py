@@ -3,13 +3,16 @@
 A task that is completed is marked so by a file, so that the same command goes on at the tasks that are not.
 """
 
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +60,7 @@ class LocalExecutor(LocalPipelineExecutor):
         log, self.log = self.log, _silent  # the other process has none
         task = dill.dumps(self)  # some steps of datatrove hold functions that pickle does not know
         self.log = log
-        with ProcessPoolExecutor(self.workers, get_context("forkserver")) as pool:
+        with ProcessPoolExecutor(self.workers, get_context("forkserver"), _end_with_parent) as pool:
             futures = [pool.submit(_run_pickled, task, rank) for rank in ranks]
             try:
                 for future in as_completed(futures):
@@ -73,9 +76,21 @@ class LocalExecutor(LocalPipelineExecutor):
 
     def run_task(self, rank: int) -> None:
         logger.disable("datatrove")
-        # A worker whose parent was killed may still be at this task; when it is done, there is nothing left to do.
+        # What a kill leaves behind may still be at this task; when it is done, there is nothing left to do.
         with FileLock(self.folder / f"{rank:05}.lock"):
             self._run_for_rank(rank, local_rank=1)  # 0 would print to the terminal
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that gives it tasks is killed: it would wait for the next one forever."""
+    parent = parent_process()
+    assert parent is not None  # as this is a child
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _silent(line: str) -> None:
@@ -100,12 +115,16 @@ class _Progress:
         now, left = time.monotonic(), self.num_tasks - self.num_before - self.num_done
         if left and now > self.last + self.SECONDS:
             seconds = (now - self.start) / self.num_done * left
-            self.log(f"{self.purpose}: {self.num_before + self.num_done:,} of {self.num_tasks:,}, {seconds:,.0f} s left")
+            self.log(
+                f"{self.purpose}: {self.num_before + self.num_done:,} of {self.num_tasks:,}, {seconds:,.0f} s left"
+            )
             self.last = now
 
     def finish(self) -> None:
         before = f", {self.num_before:,} of them before" if self.num_before else ""
-        self.log(f"{self.purpose}: {self.num_tasks:,} of {self.num_tasks:,}{before}, {time.monotonic() - self.start:.1f} s")
+        self.log(
+            f"{self.purpose}: {self.num_tasks:,} of {self.num_tasks:,}{before}, {time.monotonic() - self.start:.1f} s"
+        )
 
 
 def run_locally(stages: list[Stage], folder: Path, settings: Cleaning, log: Log) -> None:
@@ -155,6 +174,7 @@ def _last_line(path: Path) -> str:
 
 def submit_to_slurm(stages: list[Stage], folder: Path, settings: Cleaning, log: Log) -> None:
     """Submit all stages; each begins when the one before it has succeeded."""
+    logger.disable("datatrove")
     last: Any = None
     for stage in stages:
         last = SlurmPipelineExecutor(

@@ -1,7 +1,12 @@
 """Rules that datatrove does not have, or not without a download."""
 
+from functools import cache
+from typing import Any
+
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
+
+from bmtk.errors import UserError
 
 from .arguments import LengthRule
 from .words import Words
@@ -17,21 +22,27 @@ class Language(BaseFilter):
     def __init__(self, languages: list[str], confidence: float):
         super().__init__()
         self.languages, self.confidence = frozenset(languages), confidence
-        self.model = None
 
     def filter(self, doc: Document) -> tuple[bool, str]:
-        if self.model is None:  # not before a worker needs it: it is large to send
-            self.model = language_model()
-        language, confidence = self.model.classify(doc.text[:CLASSIFIED])
+        language, confidence = language_model().classify(doc.text[:CLASSIFIED])
         doc.metadata["language"] = language
         is_certain = confidence >= self.confidence
         return language in self.languages and is_certain, language if is_certain else "uncertain"
 
 
-def language_model():  # type: ignore[no-untyped-def]  # py3langid has no types
+@cache
+def language_model() -> Any:
+    """The classifier, once in each process that needs it."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier  # reads a model of 4 MB
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def check_languages(languages: list[str]) -> None:
+    """Raise UserError for a code that the classifier does not know."""
+    known = sorted(language_model().labels)
+    if unknown := [language for language in languages if language not in known]:
+        raise UserError(f"languages: {unknown[0]!r} is unknown; choose from the ISO 639 codes {', '.join(known)}")
 
 
 class Length(BaseFilter):

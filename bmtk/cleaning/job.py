@@ -17,6 +17,7 @@ from bmtk.files import read_json, write_json
 from .arguments import DOCUMENTS, PACKAGES, WORK, Cleaning
 from .contamination import evaluation_sets, write_index
 from .executors import RUN
+from .filters import check_languages
 from .report import WriteReport
 from .stages import Plan, Stage
 
@@ -38,7 +39,11 @@ class Job:
             on_corrupt=how.on_corrupt,
         )
         if not self.texts.files:
-            raise UserError(f"input={settings.run.input} names a data set of the Hub; save it as files, and name these")
+            raise UserError(
+                f"input={settings.run.input} names a data set of the Hub; save it as files, and name these"
+            )
+        if settings.uses("language"):
+            check_languages(settings.of_rule["language"].languages)
         self.rule = settings.of_rule["decontaminate"]
         self.evaluation_sets = evaluation_sets(self.rule) if settings.uses("decontaminate") else []
 

@@ -35,7 +35,7 @@ class WriteReport(PipelineStep):
 
 
 def steps(names: list[str], record: Facts) -> list[Facts]:
-    """What became of the documents at each rule, in order: those that came to it, that it removed and that it changed."""
+    """What became of the documents at each rule, in order: how many came to it, and what it removed and changed."""
     left, found = record["counts"].get("read_documents", 0), []
     for name in names:
         kinds = record["rules"].get(name, {})
@@ -60,22 +60,22 @@ def table(report: Facts) -> Iterator[str]:
         parts += [f"({reason} {facts['documents']:,})" for reason, facts in step["reasons"][CHANGED].items()]
         reasons = ", ".join(parts)
         reasons = reasons if len(reasons) <= 60 else f"{reasons[:57]}..."
-        yield f"{step['rule']:15}{step['seen']:12,}{step['removed']:11,}{step['removed_share']:8.1%}  {reasons}".rstrip()
+        numbers = f"{step['seen']:12,}{step['removed']:11,}{step['removed_share']:8.1%}"
+        yield f"{step['rule']:15}{numbers}  {reasons}".rstrip()
     yield sentence(report)
     if rows := report["left_out"]["rows"]:
-        yield f"{rows:,} {plural('rows', rows)} could not be read and are left out, the first: {report['left_out']['first'][0]}"
+        first = report["left_out"]["first"][0]
+        yield f"left out: {rows:,} {plural('rows', rows)} that could not be read, the first: {first}"
     yield from report["remarks"]
 
 
 def sentence(report: Facts) -> str:
     """What is left, in one sentence."""
-    counts = {name: report["counts"].get(name, 0) for name in ("read_documents", "kept_documents")}
-    characters = {name: report["counts"].get(f"{name}_characters", 0) for name in ("read", "kept")}
+    names = ("read_documents", "kept_documents", "read_characters", "kept_characters")
+    read, kept, of, characters = (report["counts"].get(name, 0) for name in names)
     return (
-        f"Of {counts['read_documents']:,} {plural('documents', counts['read_documents'])} {counts['kept_documents']:,} are "
-        f"kept ({counts['kept_documents'] / max(1, counts['read_documents']):.1%}), and of "
-        f"{format_compact(characters['read'])} characters {format_compact(characters['kept'])} "
-        f"({characters['kept'] / max(1, characters['read']):.1%})."
+        f"Of {read:,} {plural('documents', read)} {kept:,} are kept ({kept / max(1, read):.1%}), and of "
+        f"{format_compact(of)} characters {format_compact(characters)} ({characters / max(1, of):.1%})."
     )
 
 

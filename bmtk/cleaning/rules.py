@@ -1,5 +1,6 @@
 """The rules that look at one document at a time, and the step that applies them one after the other."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,24 @@ from .record import Record
 from .scrubbing import Scrub, kinds_scrubbed
 from .words import Words
 
+# What datatrove calls a reason -> what it means, where the two differ.
+MEANING = {
+    "gopher_short_doc": "too few words",
+    "gopher_long_doc": "too many words",
+    "gopher_below_avg_threshold": "short words",
+    "gopher_above_avg_threshold": "long words",
+    "gopher_too_many_end_ellipsis": "too many lines end in an ellipsis",
+    "gopher_below_alpha_threshold": "too few words with letters",
+    "gopher_enough_stop_words": "too few stop words",
+    "dup_line_frac": "copied lines",
+    "dup_para_frac": "copied paragraphs",
+    "dup_line_char_frac": "characters in copied lines",
+    "dup_para_char_frac": "characters in copied paragraphs",
+    "line_punct_ratio": "too few lines end in punctuation",
+    "short_line_ratio": "too many short lines",
+    "char_dup_ratio": "characters in copied lines",
+    "list_ratio": "too many line breaks",
+}
 Reasons = Callable[[str, str], Iterable[str]]  # why a text was changed: from the text before and after
 
 
@@ -150,7 +169,10 @@ def _fineweb(part: FineWebRule) -> BaseFilter:
 
 
 def _words(reason: str) -> str:
-    return reason.removeprefix("gopher_").replace("_", " ")
+    named = re.sub(
+        r"duplicated_(\d+)_n_grams", r"repeated \1-grams", re.sub(r"top_(\d)_gram", r"a frequent \1-gram", reason)
+    )
+    return MEANING.get(reason, named.removeprefix("gopher_").replace("_", " "))
 
 
 def _changed(before: str, after: str) -> list[str]:

@@ -21,14 +21,16 @@ IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9
 SEPARATOR = r"[ .\-/]?"
 PHONE = re.compile(
     rf"(?<![\w+.,-])(?:"
-    rf"(?:\+|00)[1-9]\d{{0,2}}(?:{SEPARATOR}\(?\d{{1,5}}\)?){{2,6}}"  # with a country code
+    rf"(?:\+|00)[1-9]\d{{0,2}}(?:{SEPARATOR}(?:\(\d{{1,5}}\)|\d{{1,5}})){{2,6}}"  # with a country code
     rf"|(?:1[ .-]?)?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{{4}}"  # North America
     rf"|1[3-9]\d[ -]?\d{{4}}[ -]?\d{{4}}"  # mobile phones in China
     rf")(?![\w-]|[.,]\d)",
     re.ASCII,
 )
 # Other national numbers are like any number, but for the word before them.
-NAMED_PHONE = re.compile(r"(?i)((?<!\w)(?:tel|phone|telephone|fax|mobile|telefon|电话|手机)[.:：]{0,2} ?)\(?0[\d ()/-]{5,18}\d(?!\w)")
+NAMED_PHONE = re.compile(
+    r"(?i)((?<!\w)(?:tel|phone|telephone|fax|mobile|telefon|电话|手机)[.:：]{0,2} ?)\(?0[\d ()/-]{5,18}\d(?!\w)"
+)
 DIGITS = range(8, 16)  # of a number with its country code; E.164 allows 15
 
 

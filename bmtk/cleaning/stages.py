@@ -137,7 +137,7 @@ class Plan:
             steps.append(self._recorded(unequal, "exact", "equal document") if counts else unequal)
         return steps
 
-    # ------------------------------------------------------------------------------------------- nearly equal documents
+    # ------------------------------------------------------------------------------------------ nearly equal documents
 
     def _add_near(self) -> None:
         if self.settings.uses("exact"):

@@ -10,8 +10,8 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
-LETTERS = r"[\p{L}\p{M}\p{N}--[%s]]" % UNSPACED
-# A character of such a script with its marks; a word, with apostrophes and hyphens inside; any other visible character.
+LETTERS = rf"[\p{{L}}\p{{M}}\p{{N}}--[{UNSPACED}]]"
+# A character of such a script with its marks; a word, with apostrophes and hyphens inside; any other character.
 WORD = regex.compile(rf"(?V1)[{UNSPACED}]\p{{M}}*+|{LETTERS}++(?:['’-]{LETTERS}++)*+|\S")
 # The end of a sentence: marks and closing quotes, before a space; those of Chinese and Japanese need no space.
 SENTENCE_END = regex.compile(r"[.!?…]+[\"'”’)\]]*+(?=\s|$)|[。！？]+[”’」』）]*+|\n+")

@@ -1,7 +1,7 @@
 """Write a made-up crawl with planted faults beside this file: python recipes/data/web_text/make_web_text.py
 
-Every page is put together from the word lists below by a seeded draw.  `faults.json` says what is wrong with which page,
-so that what a cleaning removes can be compared with what it should.
+Every page is put together from the word lists below by a seeded draw.  `faults.json` says what is wrong with which
+page, so that what a cleaning removes can be compared with what it should.
 """
 
 import gzip
@@ -9,31 +9,74 @@ import json
 import random
 from pathlib import Path
 
-PEOPLE = ["the miller", "her aunt", "a young clerk", "the ferryman", "our neighbour", "the schoolmaster", "an old sailor"]
+PEOPLE = [
+    "the miller",
+    "her aunt",
+    "a young clerk",
+    "the ferryman",
+    "our neighbour",
+    "the schoolmaster",
+    "an old sailor",
+]
 PEOPLE += ["the gardener", "two sisters", "the baker", "a travelling doctor", "the night watchman", "most farmers"]
 ACTS = ["repaired", "carried home", "described", "sold", "remembered", "painted", "hid", "borrowed", "inspected"]
 ACTS += ["gave away", "counted", "washed", "lost", "promised", "ordered", "weighed", "forgot", "admired"]
 THINGS = ["the broken clock", "a basket of pears", "seven copper kettles", "the harbour map", "an unfinished letter"]
-THINGS += ["a pair of winter boots", "the parish register", "some dried herrings", "the heavy oak door", "a brass lantern"]
+THINGS += [
+    "a pair of winter boots",
+    "the parish register",
+    "some dried herrings",
+    "the heavy oak door",
+    "a brass lantern",
+]
 THINGS += ["three sacks of flour", "the garden bench", "a blue umbrella", "the church bell", "every spare candle"]
 PLACES = ["behind the mill", "near the old bridge", "at the market", "on the way to the coast", "in the cellar"]
 PLACES += ["outside the bakery", "between two hay wagons", "at the foot of the hill", "along the southern wall"]
-PLACES += ["under the chestnut trees", "beside the canal", "within the city walls", "by the lighthouse", "in a narrow lane"]
+PLACES += [
+    "under the chestnut trees",
+    "beside the canal",
+    "within the city walls",
+    "by the lighthouse",
+    "in a narrow lane",
+]
 TIMES = ["Last winter", "Before the storm", "On Tuesday", "After supper", "In those years", "Towards evening", "Once"]
 TIMES += ["During the fair", "When the snow had melted", "Early in March", "At noon", "While it rained"]
-ENDS = ["and nobody asked why", "which surprised the whole village", "though it was of little use", "with great patience"]
+ENDS = [
+    "and nobody asked why",
+    "which surprised the whole village",
+    "though it was of little use",
+    "with great patience",
+]
 ENDS += ["because the road was closed", "and wrote it down", "as was the custom", "for half of the usual price"]
 ENDS += ["while the children watched", "as if it were nothing", "and kept the receipt", "until the lamps went out"]
 ENDS += ["to be ready for the spring", "without a word", "that the others had left", "and be gone by dawn"]
 OPENINGS = ["It is often told that", "We have heard that", "Few people believe that", "The letters show that"]
-OPENINGS += ["Nobody could explain how", "It was said to have begun when", "The story goes that", "Records have it that"]
+OPENINGS += [
+    "Nobody could explain how",
+    "It was said to have begun when",
+    "The story goes that",
+    "Records have it that",
+]
 
 GERMAN = ["Der Müller reparierte gestern die alte Uhr hinter der Kirche.", "Im Winter war der Weg zum Hafen gesperrt."]
-GERMAN += ["Niemand wusste, warum die Glocke in der Nacht geläutet hatte.", "Die Kinder sammelten Birnen unter den Bäumen."]
-GERMAN += ["Nach dem Essen schrieb sie einen langen Brief an ihre Tante.", "Auf dem Markt gab es frisches Brot und Käse."]
-CHINESE = ["昨天下午，磨坊主在桥边修好了那座旧钟。", "冬天的时候，通往港口的路被大雪封住了。", "没有人知道钟声为什么在夜里响起。"]
+GERMAN += [
+    "Niemand wusste, warum die Glocke in der Nacht geläutet hatte.",
+    "Die Kinder sammelten Birnen unter den Bäumen.",
+]
+GERMAN += [
+    "Nach dem Essen schrieb sie einen langen Brief an ihre Tante.",
+    "Auf dem Markt gab es frisches Brot und Käse.",
+]
+CHINESE = [
+    "昨天下午，磨坊主在桥边修好了那座旧钟。",
+    "冬天的时候，通往港口的路被大雪封住了。",
+    "没有人知道钟声为什么在夜里响起。",
+]
 CHINESE += ["孩子们在栗子树下捡了一篮梨。", "晚饭以后，她给姑妈写了一封长信。", "市场上有新鲜的面包和奶酪。"]
-QUOTES = ["“It’s the café’s finest crème brûlée,” she said — and naïve tourists agreed.", "The façade of the château was déjà vu."]
+QUOTES = [
+    "“It’s the café’s finest crème brûlée, she said — and naïve tourists agreed",
+    "The façade of the château was déjà vu",
+]
 FOREIGN = 5  # pages of each other language
 PLANTED = 5  # pages of every other fault
 NUM_PAGES = 120  # without fault
@@ -69,8 +112,8 @@ def page(draw: random.Random) -> str:
 def question(draw: random.Random) -> str:
     first, second = draw.sample(PLACES, 2)
     return (
-        f"A cart leaves {first} with {draw.randint(20, 90)} barrels and loses {draw.randint(2, 9)} of them at every bend "
-        f"of the road, so how many of them will arrive {second} if there are {draw.randint(2, 5)} bends on the way"
+        f"A cart leaves {first} with {draw.randint(20, 90)} barrels and loses {draw.randint(2, 9)} of them at every "
+        f"bend of the road, so how many of them arrive {second} if there are {draw.randint(2, 5)} bends on the way"
     )
 
 
@@ -104,14 +147,24 @@ def address(draw: random.Random) -> str:
 
 def removed_pages(draw: random.Random, clean: list[str], questions: list[str]) -> dict[str, list[str]]:
     """Pages that a cleaning removes, by the rule that should."""
-    nouns = "clock pears kettles harbour map letter boots winter register door lantern flour bench umbrella bell".split()
-    short = ["The miller slept well.", "It rained on the coast.", "She was tired of it.", "He ate bread.", "A long road."]
+    nouns = (
+        "clock pears kettles harbour map letter boots winter register door lantern flour bench umbrella bell".split()
+    )
+    short = [
+        "The miller slept well.",
+        "It rained on the coast.",
+        "She was tired of it.",
+        "He ate bread.",
+        "A long road.",
+    ]
     labels = [f"The {draw.choice(['red', 'old', 'tall', 'grey'])} {thing.split()[-1]}." for thing in THINGS]
     return {
         "language": [" ".join(draw.choices(words, k=12)) for words in (GERMAN, CHINESE) for _ in range(FOREIGN)],
         "length": short[:PLANTED],
         "repetition": ["\n".join([page(draw), *[sentence(draw)] * 8]) for _ in range(PLANTED)],
-        "gopher": [" ".join(word for _ in range(6) for word in draw.sample(nouns, len(nouns))) for _ in range(PLANTED)],
+        "gopher": [
+            " ".join(word for _ in range(6) for word in draw.sample(nouns, len(nouns))) for _ in range(PLANTED)
+        ],
         "c4": [page(draw) + "\nThis part of the page holds {{ template }} marks." for _ in range(PLANTED)],
         "fineweb": ["\n".join([sentence(draw), *draw.sample(labels, 12), sentence(draw)]) for _ in range(PLANTED)],
         "decontaminate": [with_inserted(draw, page(draw), draw.choice(questions)) for _ in range(PLANTED)],
@@ -122,13 +175,21 @@ def removed_pages(draw: random.Random, clean: list[str], questions: list[str]) -
 
 def changed_pages(draw: random.Random) -> dict[str, list[str]]:
     """Pages that a cleaning keeps when it has repaired or scrubbed them."""
-    broken = [quote.encode("utf-8").decode("windows-1252", "replace") for quote in QUOTES]
+    broken = [quote.encode("utf-8").decode("windows-1252") for quote in QUOTES]
     return {
         "unicode": [with_inserted(draw, page(draw), draw.choice(broken)) for _ in range(PLANTED)],
-        "email": [with_inserted(draw, page(draw), f"Write to anna.{n}@mill-house.example.org to order") for n in range(PLANTED)],
+        "email": [
+            with_inserted(draw, page(draw), f"Write to anna.{n}@mill-house.example.org to order")
+            for n in range(PLANTED)
+        ],
         "phone": [with_inserted(draw, page(draw), f"Call {phone(draw)} for a table") for _ in range(PLANTED)],
-        "ip": [with_inserted(draw, page(draw), f"The lighthouse answers at {address(draw)} by night") for _ in range(PLANTED)],
-        "key": [with_inserted(draw, page(draw), f"The clerk wrote {secret(draw)} on the wall") for _ in range(PLANTED)],
+        "ip": [
+            with_inserted(draw, page(draw), f"The lighthouse answers at {address(draw)} by night")
+            for _ in range(PLANTED)
+        ],
+        "key": [
+            with_inserted(draw, page(draw), f"The clerk wrote {secret(draw)} on the wall") for _ in range(PLANTED)
+        ],
     }
 
 
