@@ -285,7 +285,8 @@ class Cleaning:
 
 def cleaning(parts: list[Any]) -> Cleaning:
     """The settings from instances of CLASSES, in order.  Raises: UserError."""
-    return Cleaning(*parts[:3], dict(zip(RULE_SETTINGS, parts[3:], strict=True)))
+    run, source, slurm, *of_rules = parts
+    return Cleaning(run, source, slurm, dict(zip(RULE_SETTINGS, of_rules, strict=True)))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -36,8 +36,18 @@ def read_settings(argv: list[str], recipes: Path) -> Cleaning:
     values = RunConfig({}, argv)
     if config := values.get("config"):
         path = Path(str(config))
-        values = RunConfig(with_shipped_data(read_yaml(path), recipes), argv, path)
+        in_file = with_shipped_data(read_yaml(path), recipes)
+        if isinstance(sets := in_file.get("evaluation_sets"), list):
+            in_file["evaluation_sets"] = [_with_shipped_source(text, recipes) for text in sets]
+        values = RunConfig(in_file, argv, path)
     return cleaning(values.bind(CLASSES, description=DESCRIPTION))
+
+
+def _with_shipped_source(text: object, recipes: Path) -> str:
+    """NAME=SOURCE#COLUMN with a source that is found also where the working folder is no clone."""
+    name, equals, source = str(text).partition("=")
+    source, mark, columns = source.partition("#")
+    return f"{name}{equals}{with_shipped_data({'source': source}, recipes)['source']}{mark}{columns}"
 
 
 def clean(settings: Cleaning, log: Log) -> None:

@@ -83,7 +83,7 @@ class ReadDocuments(PipelineStep):
         with gzip.open(self.folder / f"{rank:05}.{BETWEEN}", "rt", encoding="utf-8", newline="\n") as lines:
             for line in lines:
                 row = json.loads(line)
-                yield Document(row["text"], row["id"], metadata={"language": row["language"]})
+                yield Document(row["text"], row["id"], metadata={"language": row.get("language", "")})
 
 
 class _JsonLines:

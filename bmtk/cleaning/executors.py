@@ -20,6 +20,7 @@ import dill
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
 from filelock import FileLock
 from loguru import logger
 
@@ -38,6 +39,8 @@ class LocalExecutor(LocalPipelineExecutor):
     datatrove's own waits forever for a worker that was killed (for want of memory, say), prints the traceback of every
     error twice, and forgets the counts of tasks that were completed before.
     """
+
+    pipeline: list[PipelineStep]
 
     def __init__(self, stage: Stage, folder: Path, workers: int, log: Log):
         super().__init__(stage.steps, stage.num_tasks, min(workers, stage.num_tasks), logging_dir=str(folder))

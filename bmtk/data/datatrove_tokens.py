@@ -32,7 +32,7 @@ def store_of_datatrove(source: Path, directory: Path, tokenizer: PreTrainedToken
         raise UserError(f"{source} holds no .ds file; datatrove's DocumentTokenizer writes them")
     with replacing_folder(directory) as folder:
         shards = [_shard(file, number, folder, tokenizer) for number, file in enumerate(files)]
-        if len(dtypes := {facts.pop("dtype") for facts in shards}) > 1:
+        if len(dtypes := {dtype for facts in shards if (dtype := facts.pop("dtype"))}) > 1:
             raise UserError(f"the .ds files in {source} have tokens of 2 and of 4 bytes; make a store of each kind")
         write_text(folder / TOKENIZER, tokenizer.backend_tokenizer.to_str())
         sources = [
@@ -45,7 +45,7 @@ def store_of_datatrove(source: Path, directory: Path, tokenizer: PreTrainedToken
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
             "source_fingerprint": hashlib.sha256(" ".join(facts["mark"] for facts in shards).encode()).hexdigest(),
             **{f"num_{name}": sum(facts[name] for facts in shards) for name in COUNTS},
-            "dtype": dtypes.pop(),
+            "dtype": dtypes.pop() if dtypes else DTYPES[2],
             "pad_token_id": pad or 0,
             "files": {name: file for facts in shards for name, file in facts["files"].items()},
             "sources": sources,
@@ -61,12 +61,12 @@ def _shard(source: Path, number: int, folder: Path, tokenizer: PreTrainedTokeniz
     paths = [folder / shard_name(kind, number) for kind in ("tokens", "offsets")]
     _link(source, paths[0])
     offsets.tofile(paths[1])
-    tokens = np.memmap(source, dtype, mode="r") if source.stat().st_size else np.empty(0, dtype)
+    tokens = np.memmap(source, dtype, mode="r") if source.stat().st_size else np.empty(0, DTYPES[2])
     if len(tokens) and tokens.max() >= len(tokenizer):
         raise UserError(f"{source} has the id {tokens.max()}, and the tokenizer {len(tokenizer)}: it is another one")
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     counts = [len(offsets) - 1, len(tokens), _num_bytes(tokens, offsets, tokenizer)]
-    mark = files[paths[0].name]["sha256"] + files[paths[1].name]["sha256"]
+    mark = "".join(str(file["sha256"]) for file in files.values())
     return {
         "mark": mark,
         **dict(zip(COUNTS, counts, strict=True)),
@@ -90,7 +90,7 @@ def _documents(source: Path) -> tuple[np.ndarray, str]:
         raise UserError(
             f"{source} has {size:,} bytes, and {index.name} speaks of {num_tokens:,} tokens: one is damaged"
         )
-    return np.concatenate([[0], ends]).astype(OFFSET), DTYPES.get(width, "<u2")
+    return np.concatenate([[0], ends]).astype(OFFSET), DTYPES.get(width, "")  # "": it has no token
 
 
 def _num_bytes(tokens: np.ndarray, offsets: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> int:

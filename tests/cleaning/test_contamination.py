@@ -14,7 +14,7 @@ from bmtk.cleaning.arguments import DecontaminationRule
 from bmtk.cleaning.contamination import decontamination, evaluation_sets, write_index
 from bmtk.cleaning.words import Words
 
-WORDS = [f"w{number}" for number in range(40)]
+WORDS = [f"{a}{b}" for a in "bdfgklmn" for b in ("a", "e", "i", "o", "u")]  # without digits: all numbers count as one
 
 
 def grams(text: str, n: int) -> set[tuple[str, ...]]:
@@ -22,7 +22,7 @@ def grams(text: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
-@pytest.mark.parametrize("n", [3, 8, 13])
+@pytest.mark.parametrize("n", [5, 8, 13])
 def test_the_rule_finds_what_a_plain_search_finds(n, tmp_path):
     draw = random.Random(n)
     questions = [" ".join(draw.choices(WORDS, k=draw.randint(2, 30))) for _ in range(30)]
@@ -31,18 +31,19 @@ def test_the_rule_finds_what_a_plain_search_finds(n, tmp_path):
     settings = DecontaminationRule(evaluation_sets=[f"quiz={path}"], evaluation_ngram=n)
     remarks = write_index(evaluation_sets(settings), settings, tmp_path / "index")
     num_short = sum(len(text.split()) < n for text in questions)
-    assert remarks == [f"{num_short} of 30 texts of quiz have fewer than {n} words and are not looked for"]
+    remark = f"{num_short} of 30 texts of quiz have fewer than {n} words and are not looked for"
+    assert remarks == ([remark] if num_short else [])
     documents = []
     for _ in range(60):
-        words, copied = draw.choices(WORDS, k=80), draw.choice(questions).split()
+        words, copied = draw.choices(WORDS, k=30), draw.choice(questions).split()
         if draw.random() < 0.5:
-            words[20:20] = copied[: draw.randint(1, len(copied))]
+            words[9:9] = copied[: draw.randint(1, len(copied))]
         documents.append(" ".join(words).upper() + "!")
     wanted = set().union(*(grams(text, n) for text in questions))
     expected = [not grams(text, n) & wanted for text in documents]
     rule = decontamination(settings, tmp_path / "index")
     assert [rule.filter(Document(text, "x")) is True for text in documents] == expected
-    assert 0 < sum(expected) < 60 or n == 3
+    assert 10 < sum(expected) < 50
 
 
 def test_columns_and_names_of_several_sets(tmp_path):

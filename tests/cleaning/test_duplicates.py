@@ -18,7 +18,7 @@ from bmtk.cleaning.words import Words
 
 PRIME = (1 << 61) - 1
 NGRAM, BUCKETS, HASHES, SEED = 5, 14, 8, 1
-ENGLISH = [f"word{number}" for number in range(3000)]
+ENGLISH = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "aeiou", "bdfgklmnprst", "aeiou")]
 CHINESE = [chr(0x4E00 + number) for number in range(3000)]
 
 

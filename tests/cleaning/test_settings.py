@@ -31,7 +31,7 @@ def test_every_config_binds_and_the_command_in_its_header_runs_it(config, monkey
 def test_the_shipped_data_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bound = settings("--config", str(CONFIGS[0]))
-    assert bound.run.input == [str(ROOT / "recipes/data/web_text/pages-*.jsonl.gz")]
+    assert bound.run.input == [str(ROOT / f"recipes/data/web_text/pages-{n}.jsonl.gz") for n in (1, 2)]
     assert bound.of_rule["decontaminate"].evaluation_sets == [f"quiz={ROOT}/recipes/data/web_text/quiz.jsonl#question"]
 
 
@@ -64,9 +64,7 @@ def test_rules_are_applied_in_one_order_whatever_that_of_the_config():
 def test_without_the_extra_one_sentence_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: None if name != "ftfy" else object())
     bound = settings("--input", "a.txt", "--rules", "length", "--output_dir", str(tmp_path / "out"))
-    with pytest.raises(
-        UserError, match=r"needs datatrove, py3langid: pip install 'big-model-toolkit\[clean\]', or in"
-    ):
+    with pytest.raises(UserError, match=r"needs datatrove, py3langid: pip install 'big-model-toolkit\[clean\]'"):
         clean(bound, print)
     assert not (tmp_path / "out").exists()
 
@@ -76,6 +74,4 @@ def test_the_command_shows_an_error_in_one_line(capsys):
         bmtk_cli.main(["clean", "--input", "a.txt", "--rules", "lenght"])
     assert end.value.code == 1
     shown = capsys.readouterr().err.strip().splitlines()
-    assert shown[0].startswith(
-        "error: rules: 'lenght' is unknown; did you mean 'length'? choose from unicode, length,"
-    )
+    assert shown[0].startswith("error: rules: 'lenght' is unknown; did you mean 'length'? choose from unicode,")
