@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +17,7 @@ from bmtk.files import replacing
 
 from .record import Record
 
+SECONDS = 20  # between two lines about a shard
 ROWS = 1024  # of a batch of Parquet
 BETWEEN = "jsonl.gz"  # format of documents between stages
 
@@ -32,11 +35,15 @@ class ReadCorpus(PipelineStep):
         self.shards, self.folder, self.num_examples = shards, folder, num_examples
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        record = Record(self.num_examples)
+        record, last, count = Record(self.num_examples), time.monotonic(), 0
         for file in self.shards[rank]:
             name = Path(file.path).name + (f"@{file.span[0]}" if file.span else "")
             for number, text in enumerate(_documents(file, record.unreadable), 1):
                 yield Document(text, f"{name}/{number}")
+                count += 1
+                if time.monotonic() > last + SECONDS:
+                    sys.stderr.write(f"  shard {rank + 1:,} of {len(self.shards):,}: {count:,} documents so far\n")
+                    last = time.monotonic()
         record.save(self.folder, rank)
 
 

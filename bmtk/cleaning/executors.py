@@ -7,10 +7,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from copy import deepcopy
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -20,7 +19,6 @@ import dill
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
 from filelock import FileLock
 from loguru import logger
 
@@ -34,54 +32,37 @@ Log = Callable[[str], None]
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """Runs the tasks of a stage in processes of this machine.
+    """Runs single tasks of a stage, in whatever process.
 
-    datatrove's own waits forever for a worker that was killed (for want of memory, say), prints the traceback of every
-    error twice, and forgets the counts of tasks that were completed before.
+    datatrove's own way to run all of them waits forever for a worker that was killed (for want of memory, say), and
+    forgets the counts of tasks that were completed before.
     """
 
-    pipeline: list[PipelineStep]
-
-    def __init__(self, stage: Stage, folder: Path, workers: int, log: Log):
-        super().__init__(stage.steps, stage.num_tasks, min(workers, stage.num_tasks), logging_dir=str(folder))
-        self.purpose, self.folder, self.log = stage.purpose, folder, log
-
-    def run(self) -> None:
-        ranks = self.get_incomplete_ranks()
-        progress = _Progress(self.purpose, self.tasks, self.tasks - len(ranks), self.log)
-        if self.workers == 1:
-            steps = self.pipeline
-            for rank in ranks:
-                self.pipeline = deepcopy(steps)  # some steps keep what they have read of a shard
-                self.run_task(rank)
-                progress.add()
-        elif ranks:
-            self._run_in_processes(ranks, progress)
-        progress.finish()
-
-    def _run_in_processes(self, ranks: list[int], progress: "_Progress") -> None:
-        log, self.log = self.log, _silent  # the other process has none
-        task = dill.dumps(self)  # some steps of datatrove hold functions that pickle does not know
-        self.log = log
-        with ProcessPoolExecutor(self.workers, get_context("forkserver"), _end_with_parent) as pool:
-            futures = [pool.submit(_run_pickled, task, rank) for rank in ranks]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    progress.add()
-            except BrokenProcessPool as error:
-                raise UserError(
-                    f"a worker process was killed while it did this: {self.purpose}. If memory ran out, set fewer "
-                    "workers; the same command goes on where this one stopped"
-                ) from error
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+    def __init__(self, stage: Stage, folder: Path):
+        super().__init__(stage.steps, stage.num_tasks, logging_dir=str(folder))
+        self.folder = folder
 
     def run_task(self, rank: int) -> None:
         logger.disable("datatrove")
         # What a kill leaves behind may still be at this task; when it is done, there is nothing left to do.
         with FileLock(self.folder / f"{rank:05}.lock"):
             self._run_for_rank(rank, local_rank=1)  # 0 would print to the terminal
+
+
+def _run_pickled(executor: bytes, rank: int) -> None:
+    """Run a task by a copy of its own, as some steps keep what they have read of a shard."""
+    dill.loads(executor).run_task(rank)
+
+
+def _in_this_process(executor: bytes, ranks: list[int]) -> Iterator[None]:
+    for rank in ranks:
+        _run_pickled(executor, rank)
+        yield
+
+
+def _in_processes(pool: ProcessPoolExecutor, executor: bytes, ranks: list[int]) -> Iterator[None]:
+    for future in as_completed([pool.submit(_run_pickled, executor, rank) for rank in ranks]):
+        yield future.result()
 
 
 def _end_with_parent() -> None:
@@ -94,14 +75,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _silent(line: str) -> None:
-    pass
-
-
-def _run_pickled(executor: bytes, rank: int) -> None:
-    dill.loads(executor).run_task(rank)
 
 
 class _Progress:
@@ -132,8 +105,24 @@ class _Progress:
 
 def run_locally(stages: list[Stage], folder: Path, settings: Cleaning, log: Log) -> None:
     workers = settings.run.workers or default_workers()
-    for stage in stages:
-        LocalExecutor(stage, folder / stage.name, workers, log).run()
+    pool = ProcessPoolExecutor(workers, get_context("forkserver"), _end_with_parent)
+    try:
+        for stage in stages:
+            executor = LocalExecutor(stage, folder / stage.name)
+            task = dill.dumps(executor)  # some steps of datatrove hold functions that pickle does not know
+            ranks = executor.get_incomplete_ranks()
+            progress = _Progress(stage.purpose, stage.num_tasks, stage.num_tasks - len(ranks), log)
+            is_small = workers == 1 or len(ranks) < 2
+            for _ in _in_this_process(task, ranks) if is_small else _in_processes(pool, task, ranks):
+                progress.add()
+            progress.finish()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a worker process was killed while it did this: {stage.purpose}. If memory ran out, set fewer workers; "
+            "the same command goes on where this one stopped"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def run_by_ray(stages: list[Stage], folder: Path, settings: Cleaning, log: Log) -> None:

@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("datatrove", reason="needs the extra clean")
 
 import pyarrow.parquet
+from datatrove.pipeline.base import PipelineStep
 
 from bmtk.cleaning.arguments import RULES
 from bmtk.cleaning.command import clean, read_settings
@@ -82,6 +83,15 @@ def small_shards(monkeypatch):
 def pages(tmp_path_factory):
     texts, folder = list(crawl().values()), tmp_path_factory.mktemp("pages")
     return [write_jsonl(folder / "a.jsonl", texts[:100]), write_jsonl(folder / "b.jsonl", texts[100:])]
+
+
+class KilledStep(PipelineStep):
+    """Ends the process that runs it, as the system does when memory runs out."""
+
+    type, name = "test", "killed"
+
+    def run(self, data=None, rank=0, world_size=1):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # What goes and what stays --------------------------------------------------------------------------------------------
@@ -252,16 +262,30 @@ def test_several_workers_and_kills_leave_the_same_bytes(tmp_path, pages, monkeyp
     monkeypatch.setattr(shard_plan, "SHARD_BYTES", 40_000)
     whole, killed = tmp_path / "1" / "out", tmp_path / "2" / "out"
     run("--input", *pages, "--output_dir", whole, "--workers", 1)
-    for stage in ("sieve", "match", "keep"):  # killed when the first task of the stage is done
+    for stage, kill in (
+        ("sieve", subprocess.Popen.kill),
+        ("keep", lambda process: os.killpg(process.pid, signal.SIGKILL)),
+    ):
         process = start(killed, pages, "--workers", "2")
         while not any((killed / ".work" / "tasks" / stage).glob("completions/*")) and process.poll() is None:
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
+        process.communicate(timeout=60)  # what is printed ends when the last worker has ended
     process = start(killed, pages, "--workers", "2")
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     assert same_folders(whole, killed)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(tmp_path):
+    from bmtk.cleaning.executors import run_locally
+    from bmtk.cleaning.stages import Stage
+
+    settings = read_settings(["--input", "a.txt", "--rules", "length", "--workers", "2"], ROOT)
+    stage = Stage("die", "look at what is there", [KilledStep()], 3)
+    with pytest.raises(UserError, match=r"a worker process was killed while it did this: look at what is there\."):
+        run_locally([stage], tmp_path / "tasks", settings, print)
 
 
 @pytest.mark.slow
