@@ -197,6 +197,15 @@ def test_hostile_texts_do_not_break_the_page(tmp_path):
     assert "\u202e" not in page
 
 
+def test_a_page_of_which_repair_leaves_nothing_is_removed_and_counted_as_it_was(tmp_path):
+    pages = write_jsonl(tmp_path / "a.jsonl", ["\x07\x08", "fine words here"])
+    run("--input", pages, "--output_dir", tmp_path / "out", "--rules", "unicode", config=None)
+    step = json.loads((tmp_path / "out" / "report.json").read_text())["rules"][0]
+    reason = step["reasons"]["removed"]["nothing is left"]
+    assert (step["removed"], reason["documents"], reason["characters"]) == (1, 1, 2)
+    assert list(texts_by_id(tmp_path / "out").values()) == ["fine words here"]
+
+
 def test_parquet_holds_the_same_documents(tmp_path, pages):
     common = ("--input", *pages, "--rules", "length", "--min_words", 20, "--num_examples", 0)
     run(*common, "--output_dir", tmp_path / "a", config=None)
