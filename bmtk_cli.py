@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import runpy
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ the same options, on several devices.
 EPILOG = """\
 example:
   bmtk pretrain --preset smoke                           a small language model, in seconds
+  bmtk clean --config my.yaml                            filter raw text, with a report of what was removed
   bmtk prepare --config my.yaml                          tokenise the corpus of a pretraining run beforehand
   bmtk data show outputs/pretrain                        what a tokenised corpus holds, with samples
   bmtk finetune --preset smoke                           a classifier of texts, in seconds
@@ -99,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
         return run_recipe(argv[0], argv[1:])
     if argv and argv[0] == "prepare":  # has those of the recipe for pretraining
         return run_prepare(argv[1:])
+    if argv and argv[0] == "clean":  # reads a config file, as recipes do
+        return run_clean(argv[1:])
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -125,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, purpose in RECIPES.items():
         commands.add_parser(name, help=purpose)
     commands.add_parser("prepare", help="read, check and tokenise the corpus of a pretraining run")
+    commands.add_parser("clean", help="filter, repair and deduplicate raw text by the rules of a config file")
     add_data_commands(commands)
 
     publishes = "publish a folder on the Hub and check that it loads"
@@ -217,6 +222,17 @@ def run_prepare(argv: list[str]) -> int:
         check_data(folder, data, is_main=True)
         data.prepare(log=lambda line: print(line, flush=True))
         print("\n".join([*(f"note: {line}" for line in data.notes), *data.prepared()]))
+    return 0
+
+
+def run_clean(argv: list[str]) -> int:
+    """Clean a corpus; torch is not needed."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of datatrove for steps of a moment; read when tqdm is imported
+    from bmtk.cleaning.command import clean, read_settings
+    from bmtk.process import clean_errors
+
+    with clean_errors():
+        clean(read_settings(argv, recipes_folder()), log=lambda line: print(line, flush=True))
     return 0
 
 

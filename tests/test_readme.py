@@ -10,6 +10,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import bmtk_cli
+from bmtk.cleaning.command import read_settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -33,6 +34,8 @@ def check_bmtk(words):
     if words[0] in (*bmtk_cli.RECIPES, "prepare"):  # has the options of a recipe
         recipe = {"prepare": "pretrain"}.get(words[0], words[0])
         importlib.import_module(f"recipes.{recipe}").read_arguments(words[1:])
+    elif words[0] == "clean":
+        read_settings(words[1:], ROOT / "recipes")
     else:
         bmtk_cli.build_parser().parse_args(words)
 
