@@ -1,0 +1,275 @@
+"""The dial applied: what follows from a size, the data and the speed of this machine becomes settings of the run.
+
+`derive_shape` comes before the model is made, `derive_training` after it.  A run that is resumed keeps what it derived
+when it began, whatever speed would be measured now.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from bmtk.errors import UserError
+
+from .arguments import LoopArguments
+from .profiling import Rehearsal, rehearse
+from .protocols import BindableData, TrainingObjective
+from .run_folder import derived_before, note_derived
+from .sizes import (
+    MOST_TOKENS_AT_ONCE,
+    SHAPES,
+    TRAINING,
+    SizeArguments,
+    batch_for,
+    context_for,
+    depth_for,
+    fitted_shape,
+    heads_for,
+    learning_rate_for,
+    shown_count,
+    tokens_for,
+    tokens_of_steps,
+    vocabulary_for,
+)
+from .updates import Losses
+
+NUM_EVALUATIONS = 10  # of a run, each with a checkpoint
+MOST_RESCALED = 4.0  # by which a batch that is given may change the learning rate
+TOLERANCE = 0.1  # of a model's parameters around the size
+
+
+class NamedTask(Protocol):
+    """What is read of a task: what its models are made by."""
+
+    @property
+    def auto_class(self) -> Any: ...
+
+
+class DataOfSize(BindableData, Protocol):
+    """What is read of the data, before a model is made for them."""
+
+    @property
+    def task(self) -> NamedTask: ...
+
+
+def derive_shape(
+    dial: SizeArguments, architecture: object, data: DataOfSize, model_type: str, folder: Path | None
+) -> None:
+    """Fill in the fields of `architecture` that are None: a shape with the parameters of the size, for these data.
+
+    `folder` is that of the run; None for a plan.
+    """
+    dial.derived = derived_before(folder) if folder and (dial.size or dial.budget) else None
+    if dial.derived:
+        vars(architecture).update(dial.derived["architecture"])
+    elif dial.parameters:
+        chosen = {name: value for name, value in vars(architecture).items() if value is not None}
+        shape = shape_of(dial.parameters, data, model_type, chosen)
+        data.notes += _about_shape(dial, _on_meta(data, model_type, shape), chosen)
+        dial.derived = {"architecture": {name: value for name, value in shape.items() if name not in chosen}}
+        vars(architecture).update(dial.derived["architecture"])
+
+
+def shape_of(parameters: float, data: DataOfSize, model_type: str, chosen: Mapping[str, object]) -> dict[str, object]:
+    """The architecture of a model of `parameters` with the vocabulary of `data` and the fields `chosen`."""
+
+    def fields(width: int, depth: int) -> dict[str, object]:
+        heads = {"num_attention_heads": heads_for(width)} if model_type == "bm_transformer" else {}
+        return {**SHAPES[model_type], **heads, **chosen, "hidden_size": width, "num_hidden_layers": depth}
+
+    def count(width: int, depth: int) -> int:
+        return _on_meta(data, model_type, fields(width, depth)).num_parameters()
+
+    given: dict[str, Any] = {
+        "width": chosen.get("hidden_size"),
+        "depth": chosen.get("num_hidden_layers"),
+        "heads": chosen.get("num_attention_heads"),
+    }
+    return fields(*fitted_shape(parameters, count, **given))
+
+
+def _on_meta(data: DataOfSize, model_type: str, shape: Mapping[str, object]) -> PreTrainedModel:
+    """A model without memory for its weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = data.task.auto_class.from_config(data.new_config(model_type, shape))
+    return model
+
+
+def _about_shape(dial: SizeArguments, model: PreTrainedModel, chosen: Mapping[str, object]) -> list[str]:
+    """What of a model follows from the size, by which formulas, and what is given."""
+    config, count, parameters = model.config, model.num_parameters(), dial.parameters or 0.0
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names if hasattr(config, name))
+    share, off = 1 - num_trunk_parameters(model) / count, count / parameters - 1
+    formulas = {
+        "vocab_size": f"{vocabulary_for(parameters)} = 1024 (N / 1M)^0.6",
+        "context_length": f"{context_for(parameters)} = 256 (N / 1M)^0.3",
+    }
+    given = {name: dial.given[name] for name in formulas if name in dial.given} | dict(chosen)
+    tokens = [f"{name}={value}, a power of two" for name, value in formulas.items() if name not in given]
+    layers = f"layers about {depth_for(config.hidden_size):.1f} = 4 (width / 128)^0.6"
+    return [
+        f"size {dial.size}: {'; '.join([*tokens, layers])}",
+        f"shape: {config.model_type} with {sizes}: {count:,} parameters, {off:+.1%} beside the size, {share:.0%} of "
+        f"them for {config.vocab_size:,} tokens",
+        *_by_hand(given),
+        *([f"the size is missed by more than {TOLERANCE:.0%}, because of these"] if abs(off) > TOLERANCE else []),
+    ]
+
+
+def num_trunk_parameters(model: PreTrainedModel) -> int:
+    """Parameters without lookup tables and without the output head."""
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    apart = tables if head is None else tables | {head.weight}
+    return sum(p.numel() for p in model.parameters() if p not in apart)
+
+
+def _named(values: Mapping[str, object]) -> str:
+    shown = {k: f"{value:.3g}" if isinstance(value, float) else value for k, value in values.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _by_hand(values: Mapping[str, object]) -> list[str]:
+    return [f"given by hand, and kept: {_named(values)}"] if values else []
+
+
+def derive_training(
+    dial: SizeArguments,
+    args: LoopArguments,
+    objective: TrainingObjective,
+    model: PreTrainedModel,
+    accelerator: Accelerator,
+    folder: Path | None,
+) -> None:
+    """Write into `args` what follows from size and budget, note how, and keep it in `folder` (None: a plan).
+
+    Raises: UserError if the budget has no room for a step.
+    """
+    if not (dial.size or dial.budget):
+        return
+    derived = dial.derived or {"architecture": {}}
+    if "training" in derived:
+        objective.notes.append(f"derived when this run began, and kept: {_named(derived['training'])}")
+    else:
+        derived["training"], notes = TrainingDerivation(dial, args, objective, model, accelerator).derive()
+        objective.notes += notes
+        if folder and accelerator.is_main_process:
+            note_derived(folder, derived)
+    vars(args).update(derived["training"])
+    dial.budget = None  # it has become num_train_steps, which the record of the run shows
+
+
+class TrainingDerivation:
+    """Settings of training that follow from a size and a budget, and how, in sentences."""
+
+    def __init__(
+        self,
+        dial: SizeArguments,
+        args: LoopArguments,
+        objective: TrainingObjective,
+        model: PreTrainedModel,
+        accelerator: Accelerator,
+    ):
+        self.dial, self.args, self.objective = dial, args, objective
+        self.model, self.accelerator = model, accelerator
+        self.row = objective.units_per_row("train")  # tokens
+        self.in_data = len(objective.rows["train"]) * self.row / objective.sampled_share
+
+    def derive(self) -> tuple[dict[str, Any], list[str]]:
+        """The settings and the sentences."""
+        if self.dial.size:
+            tokens, why = self._tokens()
+            settings, notes = self.for_tokens(tokens), [f"tokens: {shown_count(tokens)}, {why}"]
+        else:
+            steps_per_epoch = self.in_data / self.row / self.args.batch_size
+            settings, notes = {"num_train_steps": self.args.total_steps(steps_per_epoch)}, []
+        if self.dial.seconds:
+            settings, sentence = self._within(self.dial.seconds, settings)
+            notes.append(sentence)
+        return settings, [*notes, *self._about(settings)]
+
+    def _tokens(self) -> tuple[float, str]:
+        if steps := self._given("num_train_steps"):
+            rows = self._given("batch_size")
+            return steps * rows * self.row if rows else tokens_of_steps(steps), f"num_train_steps={steps} by hand"
+        if "num_train_epochs" in self.dial.given:
+            epochs = self.args.num_train_epochs
+            return epochs * self.in_data, f"num_train_epochs={epochs:g} by hand"
+        return tokens_for(self.model.num_parameters(), self.in_data)
+
+    def _given(self, name: str) -> int:
+        """The value of a setting that is given; 0 if it is not, or leaves the choice to others."""
+        return max(0, vars(self.args)[name]) if name in self.dial.given else 0
+
+    def for_tokens(self, tokens: float) -> dict[str, Any]:
+        """What follows from a number of tokens to train on, without what is given."""
+        best, processes = batch_for(tokens), self.accelerator.num_processes
+        rows = self._given("batch_size") or max(1, round(best / self.row / processes)) * processes
+        batch = rows * self.row
+        # Adam's best rate grows with the root of the batch (Malladi et al. 2022, arXiv:2205.10287).
+        rescaled = min(max(math.sqrt(batch / best), 1 / MOST_RESCALED), MOST_RESCALED)
+        rate = learning_rate_for(num_trunk_parameters(self.model), tokens) * rescaled
+        is_cut = batch / processes > MOST_TOKENS_AT_ONCE
+        settings = {
+            **TRAINING,
+            "batch_size": rows,
+            "micro_batch_size": max(1, int(MOST_TOKENS_AT_ONCE / self.row)) if is_cut else 0,
+            "learning_rate": float(f"{rate:.3g}"),
+            **_length(self._given("num_train_steps") or max(1, round(tokens / batch))),
+        }
+        return self._without_given(settings)
+
+    def _without_given(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in settings.items() if name not in self.dial.given}
+
+    def _within(self, seconds: float, settings: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """The settings with as many steps as fit in `seconds`; the learning rate decays over these."""
+        wanted, found = settings["num_train_steps"], self._rehearse(settings)
+        if self.dial.size and found.seconds * wanted > seconds:
+            # Fewer tokens want a smaller batch, which takes another time.
+            batch = settings.get("batch_size", self.args.batch_size) * self.row
+            settings = self.for_tokens(seconds / found.seconds * batch)
+            found = self._rehearse(settings)
+        steps = min(settings["num_train_steps"], int(seconds / found.seconds))
+        if steps < 1:
+            raise UserError(
+                f"budget={self.dial.budget} has no room for a step, which takes {found.seconds:.2g} s here; give more "
+                "time, or a smaller size"
+            )
+        length = _length(steps) if self.dial.size else {"num_train_steps": steps}
+        return {**settings, **self._without_given({**length}), "num_train_steps": steps}, (
+            f"budget {self.dial.budget}: {found.seconds * 1e3:.3g} ms a step, the mean of {found.num_steps} measured "
+            f"now: {steps:,} of {wanted:,} steps, {steps * found.seconds:.3g} s of training; evaluations come on top"
+        )
+
+    def _rehearse(self, settings: Mapping[str, Any]) -> Rehearsal:
+        args = replace(self.args, **{**settings, "num_train_steps": -1})
+        ranks = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
+        batches = self.objective.train_batches(**args.batching, **ranks)
+        return rehearse(self.model, batches, self.accelerator, Losses.of(self.objective), args)
+
+    def _about(self, settings: Mapping[str, Any]) -> list[str]:
+        """The settings with their formulas, and what is given instead."""
+        formulas = {
+            "batch_size": " = 0.58 tokens^0.571, in rows",
+            "learning_rate": " = 1.79 N^-0.713 tokens^0.307, N without vocabulary",
+        }
+        if not self.dial.size:
+            return []
+        parts = [_named({name: value}) + formulas.get(name, "") for name, value in settings.items()]
+        names = (*settings, *TRAINING, *formulas, "num_train_steps", "num_train_epochs", "micro_batch_size")
+        given = {name: vars(self.args)[name] for name in dict.fromkeys(names) if name in self.dial.given}
+        return [f"training: {'; '.join(parts)}", *_by_hand(given)]
+
+
+def _length(steps: int) -> dict[str, int]:
+    """Settings of a run of `steps`."""
+    every = math.ceil(steps / NUM_EVALUATIONS)
+    return {"num_train_steps": steps, "eval_steps": every, "save_steps": every}
