@@ -35,15 +35,19 @@ def test_a_plan_says_what_follows_from_a_size(text, tmp_path, capsys):
     pretrain.main(sized(text, tmp_path / "run", "--dry_run"))
     out = capsys.readouterr().out
     assert re.search(r"note: size 100K: vocab_size=512 = 1024 \(N / 1M\)\^0\.6, .*context_length=128 = 256", out)
-    assert re.search(
-        r"note: shape: bm_transformer with num_hidden_layers=\d+, hidden_size=\d+, .*% beside the size", out
-    )
+    assert re.search(r"note: shape: bm_transformer with num_hidden_layers=\d+, .*% beside the size", out)
     assert re.search(r"note: tokens: [\d.]+K, 4 times the [\d.]+K that the data have", out)
-    assert re.search(r"note: training: optimizer=muon; .*learning_rate=0\.\d+ = 1\.79 N\^-0\.713 tokens\^0\.307", out)
-    assert re.search(r"\n  FLOPs +\d\.\d+e\+1\d\n  memory +\d+ MB ", out)
+    assert re.search(r"note: training: optimizer=muon; .*learning_rate=0\.\d+ = 0\.01 \(128 / width\)\^0\.5", out)
+    assert re.search(r"\n  FLOPs +\d\.\d+e\+1\d\n  memory +at least \d+ MB ", out)
     assert re.search(r"\n  steps +[\d,]+ \(4 epochs\)\n", out)
-    assert "given by hand" not in out.replace("given by hand, and kept: output_dir", "")
+    assert "given by hand" not in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_short_text_has_a_small_vocabulary(text, tmp_path, capsys):
+    sizes = ["--model_type", "bm_cnn", "--size", "1M", "--output_dir", str(tmp_path / "run"), "--dry_run"]
+    pretrain.main([*text, "--leakage", "allow", *sizes])
+    assert "vocab_size=512 = 1024 (N / 1M)^0.6, N no more than a 15th of the bytes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -74,7 +78,7 @@ def test_what_file_and_command_line_give_wins_and_is_named(text, tmp_path, capsy
 def test_the_default_file_gives_its_data_and_nothing_else(text):
     _, data, args, dial_args, _, architecture = pretrain.read_arguments(["--size", "3M", "--model_type", "bm_rnn"])
     assert data.data_name == "tiny Shakespeare"
-    assert (data.vocab_size, data.context_length, args.output_dir) == (2048, 256, "outputs/bm_rnn-3M")
+    assert (data.tokenizer, data.context_length, args.output_dir) == ("byte_bpe", 256, "outputs/bm_rnn-3M")
     assert set(vars(architecture).values()) == {None}
     assert not {"learning_rate", "batch_size", "num_train_epochs"} & dial_args.given.keys()
 

@@ -22,7 +22,9 @@ from .profiling import Rehearsal, rehearse
 from .protocols import BindableData, TrainingObjective
 from .run_folder import derived_before, note_derived
 from .sizes import (
+    BYTES_PER_PARAMETER,
     MOST_TOKENS_AT_ONCE,
+    MUON_RATES,
     SHAPES,
     TRAINING,
     SizeArguments,
@@ -33,6 +35,7 @@ from .sizes import (
     heads_for,
     learning_rate_for,
     shown_count,
+    table_rate_for,
     tokens_for,
     tokens_of_steps,
     vocabulary_for,
@@ -52,10 +55,25 @@ class NamedTask(Protocol):
 
 
 class DataOfSize(BindableData, Protocol):
-    """What is read of the data, before a model is made for them."""
+    """What is read of the data, before a model is made for them; its settings are written."""
+
+    args: Any
 
     @property
     def task(self) -> NamedTask: ...
+
+    @property
+    def text_bytes(self) -> float | None:
+        """Size of the training text; None: not known."""
+
+
+def choose_vocabulary(dial: SizeArguments, data: Any) -> None:
+    """Write into the settings of `data` what vocabulary goes with the size and the text.
+
+    Before the tokenizer is trained, which is when it is first asked for.
+    """
+    if dial.parameters and "vocab_size" not in dial.given:
+        data.args.vocab_size = vocabulary_for(dial.parameters, data.text_bytes)
 
 
 def derive_shape(
@@ -65,13 +83,14 @@ def derive_shape(
 
     `folder` is that of the run; None for a plan.
     """
+    choose_vocabulary(dial, data)
     dial.derived = derived_before(folder) if folder and (dial.size or dial.budget) else None
     if dial.derived:
         vars(architecture).update(dial.derived["architecture"])
     elif dial.parameters:
         chosen = {name: value for name, value in vars(architecture).items() if value is not None}
         shape = shape_of(dial.parameters, data, model_type, chosen)
-        data.notes += _about_shape(dial, _on_meta(data, model_type, shape), chosen)
+        data.notes += _about_shape(dial, _on_meta(data, model_type, shape), chosen, data.args.vocab_size)
         dial.derived = {"architecture": {name: value for name, value in shape.items() if name not in chosen}}
         vars(architecture).update(dial.derived["architecture"])
 
@@ -101,16 +120,20 @@ def _on_meta(data: DataOfSize, model_type: str, shape: Mapping[str, object]) -> 
     return model
 
 
-def _about_shape(dial: SizeArguments, model: PreTrainedModel, chosen: Mapping[str, object]) -> list[str]:
+def _about_shape(
+    dial: SizeArguments, model: PreTrainedModel, chosen: Mapping[str, object], vocabulary: int
+) -> list[str]:
     """What of a model follows from the size, by which formulas, and what is given."""
     config, count, parameters = model.config, model.num_parameters(), dial.parameters or 0.0
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names if hasattr(config, name))
     share, off = 1 - num_trunk_parameters(model) / count, count / parameters - 1
     formulas = {
-        "vocab_size": f"{vocabulary_for(parameters)} = 1024 (N / 1M)^0.6",
+        "vocab_size": f"{vocabulary} = 1024 (N / 1M)^0.6",
         "context_length": f"{context_for(parameters)} = 256 (N / 1M)^0.3",
     }
+    if vocabulary < vocabulary_for(parameters):
+        formulas["vocab_size"] += f", N no more than a {BYTES_PER_PARAMETER}th of the bytes of the text"
     given = {name: dial.given[name] for name in formulas if name in dial.given} | dict(chosen)
     tokens = [f"{name}={value}, a power of two" for name, value in formulas.items() if name not in given]
     layers = f"layers about {depth_for(config.hidden_size):.1f} = 4 (width / 128)^0.6"
@@ -215,16 +238,27 @@ class TrainingDerivation:
         batch = rows * self.row
         # Adam's best rate grows with the root of the batch (Malladi et al. 2022, arXiv:2205.10287).
         rescaled = min(max(math.sqrt(batch / best), 1 / MOST_RESCALED), MOST_RESCALED)
-        rate = learning_rate_for(num_trunk_parameters(self.model), tokens) * rescaled
         is_cut = batch / processes > MOST_TOKENS_AT_ONCE
         settings = {
             **TRAINING,
             "batch_size": rows,
             "micro_batch_size": max(1, int(MOST_TOKENS_AT_ONCE / self.row)) if is_cut else 0,
-            "learning_rate": float(f"{rate:.3g}"),
+            **{name: float(f"{rate * rescaled:.3g}") for name, rate in self._rates(tokens).items()},
             **_length(self._given("num_train_steps") or max(1, round(tokens / batch))),
         }
         return self._without_given(settings)
+
+    @property
+    def uses_muon(self) -> bool:
+        return "optimizer" not in self.dial.given or self.args.optimizer == "muon"
+
+    def _rates(self, tokens: float) -> dict[str, float]:
+        """Learning rates for the batch that goes with `tokens`."""
+        if not self.uses_muon:
+            return {"learning_rate": learning_rate_for(num_trunk_parameters(self.model), tokens)}
+        config = self.model.config
+        muon = MUON_RATES.get(config.model_type, LoopArguments.muon_learning_rate)
+        return {"muon_learning_rate": muon, "learning_rate": table_rate_for(config.hidden_size)}
 
     def _without_given(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in settings.items() if name not in self.dial.given}
@@ -259,7 +293,9 @@ class TrainingDerivation:
         """The settings with their formulas, and what is given instead."""
         formulas = {
             "batch_size": " = 0.58 tokens^0.571, in rows",
-            "learning_rate": " = 1.79 N^-0.713 tokens^0.307, N without vocabulary",
+            "learning_rate": " = 0.01 (128 / width)^0.5"
+            if self.uses_muon
+            else " = 1.79 N^-0.713 tokens^0.307, N without vocabulary",
         }
         if not self.dial.size:
             return []

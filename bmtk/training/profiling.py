@@ -96,7 +96,7 @@ def costs(
     flops = flops_per_unit(model, objective.unit, row) * num_rows * objective.units_per_row("train")
     return {
         "FLOPs": f"{flops:.3g}",
-        "memory": f"{rehearsal.num_bytes / 1e6:,.0f} MB (weights, gradients, optimizer, one micro-batch), and PyTorch",
+        "memory": f"at least {rehearsal.num_bytes / 1e6:,.0f} MB (weights, gradients, optimizer, one micro-batch)",
     }
 
 

@@ -24,15 +24,17 @@ WIDTHS = (*range(32, 256, 32), *range(256, 8193, 64))
 PULL = 0.2  # how much a depth beside the curve counts, against a number of parameters beside the size
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, arXiv:2203.15556
 EPOCHS = 4  # that are about as good as new text: Muennighoff et al. 2023, arXiv:2305.16264
+BYTES_PER_PARAMETER = 15  # of text: 20 tokens of 3 bytes, read 4 times
 # What a family is made of, besides width and depth.
 SHAPES: dict[str, dict[str, object]] = {
     "bm_cnn": {"input_type": "tokens", "block_type": "gated"},
     "bm_rnn": {"cell_type": "mingru", "residual": True, "norm_type": "rms_norm"},
     "bm_transformer": {"qk_norm": True},
 }
-# Training that is the same for all sizes.  Muon's rate needs no rule: an update of bounded spectral norm changes the
-# outputs of wide and of narrow layers alike (Yang et al. 2023, arXiv:2310.17813).
-TRAINING: dict[str, object] = {"optimizer": "muon", "muon_learning_rate": 0.02, "schedule": "linear"}
+TRAINING: dict[str, object] = {"optimizer": "muon", "schedule": "linear"}
+# Muon's rate is the same for all sizes: an update of bounded spectral norm changes the outputs of wide and of narrow
+# layers alike (Yang et al. 2023, arXiv:2310.17813).  Which one was measured (docs/sizes.md).
+MUON_RATES = {"bm_cnn": 0.02, "bm_rnn": 0.04, "bm_transformer": 0.02}
 MOST_TOKENS_AT_ONCE = 16384  # of a process's forward pass; more keep no device busier
 
 
@@ -92,11 +94,14 @@ def parameters_of(size: object) -> float | None:
 # Shape -------------------------------------------------------------------------------------------------------------
 
 
-def vocabulary_for(parameters: float) -> int:
-    """Tokens of a vocabulary whose table takes about a tenth of the parameters: 1024 (N / 1M)^0.6, a power of two.
+def vocabulary_for(parameters: float, text_bytes: float | None = None) -> int:
+    """Tokens of a vocabulary whose table takes some 15 % of the parameters: 1024 (N / 1M)^0.6, a power of two.
 
-    The table grows slower than the rest (Tao et al. 2024, arXiv:2407.13623: V x width as the rest^0.83).
+    The table grows slower than the rest (Tao et al. 2024, arXiv:2407.13623: V x width as the rest^0.83).  A text of
+    `text_bytes` that is too short for N has the vocabulary of the size that it suffices for.
     """
+    if text_bytes is not None:
+        parameters = min(parameters, text_bytes / BYTES_PER_PARAMETER)
     return min(max(_power_of_two(1024 * (parameters / 1e6) ** 0.6), SMALLEST_VOCABULARY), LARGEST_VOCABULARY)
 
 
@@ -148,7 +153,7 @@ def fitted_shape(
         off_curve = 0.0 if depth else abs(math.log(layers / depth_for(width)))
         return abs(math.log((rest + layers * layer) / parameters)) + PULL * off_curve
 
-    crossing = bisect_left(widths, 0, key=lambda width: (depth or depth_for(width)) - needed(width))
+    crossing = bisect_left(widths, True, key=lambda width: needed(width) <= (depth or depth_for(width)))
     best = min(widths[max(0, crossing - 2) : crossing + 2] or widths[-1:], key=misfit)
     return best, depth or max(1, round(needed(best)))
 
@@ -167,11 +172,16 @@ def tokens_of_steps(steps: int) -> float:
 
 
 def learning_rate_for(trunk: float, tokens: float) -> float:
-    """Peak learning rate of AdamW: 1.79 N^-0.713 D^0.307 (Step Law, as above).
+    """Peak learning rate of AdamW for all weights: 1.79 N^-0.713 D^0.307 (Step Law, as above).
 
     `trunk`: N without lookup tables and output head, as there.
     """
     return float(1.79 * trunk**-0.713 * tokens**0.307)
+
+
+def table_rate_for(width: int) -> float:
+    """Peak learning rate of AdamW beside Muon, for tables and norms: 0.01 (128 / width)^0.5 (docs/sizes.md)."""
+    return float(0.01 * (128 / width) ** 0.5)
 
 
 def tokens_for(parameters: float, in_data: float) -> tuple[float, str]:
@@ -212,7 +222,7 @@ class Values(Protocol):
 
 
 def fill_by_size(values: Values, model_type: str, of_task: Any) -> None:
-    """Fill in what follows from `size` alone: vocabulary, context and output folder, unless they are given.
+    """Fill in what follows from `size` alone: context and output folder, unless they are given.
 
     Of the recipe's default file only the data stay: nobody has given its model and its training by hand.
     `of_task` is the dataclass of the task's data.  Raises: UserError where a size does not go with the run.
@@ -230,8 +240,7 @@ def fill_by_size(values: Values, model_type: str, of_task: Any) -> None:
         kept = {f.name for f in dataclasses.fields(of_task)} - {"vocab_size", "context_length"} | {"task"}
         values.file_values = {key: value for key, value in values.file_values.items() if key in kept}
     name = f"outputs/{model_type}-{values.get('size')}"
-    vocabulary, context = vocabulary_for(parameters), context_for(parameters)
-    values.derived = {"vocab_size": vocabulary, "context_length": context, "output_dir": name}
+    values.derived = {"context_length": context_for(parameters), "output_dir": name}
 
 
 def _check_new_language_model(values: Values, model_type: str, of_task: Any) -> None:

@@ -89,6 +89,7 @@ def test_the_curve_goes_through_known_shapes():
 
 
 def test_vocabulary_and_context_are_powers_of_two():
+    assert [vocabulary_for(1e8, size) for size in (1e6, 15e6, 15e7, 15e9)] == [512, 1024, 4096, 16384]
     sizes = [1e5, 1e6, 1e7, 1e8, 1e9, 1e10]
     assert [vocabulary_for(size) for size in sizes] == [512, 1024, 4096, 16384, 32768, 32768]
     assert [context_for(size) for size in sizes] == [128, 256, 512, 1024, 2048, 4096]
@@ -149,22 +150,32 @@ def derived(size=None, *, budget=None, rows=400_000, given=(), **settings):
 def test_training_follows_from_the_tokens():
     settings, notes = derived("1M")
     number = tiny_model().num_parameters()
-    tokens, trunk = 20 * number, num_trunk_parameters(tiny_model())
+    tokens = 20 * number
     assert settings["batch_size"] == round(0.58 * tokens**0.571 / 8)
     assert settings["num_train_steps"] == round(tokens / (8 * settings["batch_size"]))
     assert settings["eval_steps"] == settings["save_steps"] == math.ceil(settings["num_train_steps"] / 10)
-    assert settings["learning_rate"] == pytest.approx(1.79 * trunk**-0.713 * tokens**0.307, rel=0.02)
+    rescaled = (8 * settings["batch_size"] / (0.58 * tokens**0.571)) ** 0.5  # whole rows
+    assert settings["learning_rate"] == pytest.approx(0.01 * (128 / 16) ** 0.5 * rescaled, rel=0.01)
+    assert settings["muon_learning_rate"] == pytest.approx(0.02 * rescaled, rel=0.01)
     assert (settings["optimizer"], settings["schedule"]) == ("muon", "linear")
     assert "20 a parameter" in notes[0]
 
 
+def test_the_rate_of_adamw_alone_is_that_of_the_step_law():
+    settings, notes = derived("1M", given=["optimizer"], optimizer="adamw")
+    tokens, trunk = 20 * tiny_model().num_parameters(), num_trunk_parameters(tiny_model())
+    assert settings["learning_rate"] == pytest.approx(1.79 * trunk**-0.713 * tokens**0.307, rel=0.02)
+    assert "muon_learning_rate" not in settings
+    assert notes[-1] == "given by hand, and kept: optimizer=adamw"
+
+
 def test_what_is_given_wins_and_is_named():
     free, _ = derived("1M")
-    settings, notes = derived("1M", given=["batch_size", "optimizer"], batch_size=4 * free["batch_size"])
-    assert not {"batch_size", "optimizer"} & settings.keys()
+    settings, notes = derived("1M", given=["batch_size", "schedule"], batch_size=4 * free["batch_size"])
+    assert not {"batch_size", "schedule"} & settings.keys()
     assert settings["learning_rate"] == pytest.approx(2 * free["learning_rate"], rel=0.02)  # the root of the batch
     assert settings["num_train_steps"] == pytest.approx(free["num_train_steps"] / 4, abs=1)
-    assert notes[-1] == f"given by hand, and kept: optimizer=adamw, batch_size={4 * free['batch_size']}"
+    assert notes[-1] == f"given by hand, and kept: schedule=cosine, batch_size={4 * free['batch_size']}"
     settings, notes = derived("1M", given=["num_train_steps"], num_train_steps=50)
     assert "num_train_steps" not in settings
     assert settings["batch_size"] == round(0.58 * tokens_of_steps(50) ** 0.571 / 8)
