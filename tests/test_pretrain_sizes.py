@@ -108,6 +108,14 @@ def test_a_resumed_run_keeps_the_steps_that_were_derived_at_its_start(text, tmp_
     assert one == other
 
 
+def test_every_task_has_budgets(tmp_path, capsys):
+    argv = ["--task", "masked_image_modeling", "--preset", "smoke", "--num_train_steps", "null"]
+    pretrain.main([*argv, "--budget", "1h", "--output_dir", str(tmp_path / "run"), "--dry_run"])
+    assert re.search(
+        r"note: budget 1h: [\d.]+ ms a step, the mean of \d+ measured now: (\d+) of \1 steps", capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

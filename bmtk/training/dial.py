@@ -202,6 +202,8 @@ class TrainingDerivation:
     ):
         self.dial, self.args, self.objective = dial, args, objective
         self.model, self.accelerator = model, accelerator
+        leaves_length_open = "num_train_steps" if args.num_train_steps == -1 else None
+        self.given = {name for name in dial.given if name != leaves_length_open}
         self.row = objective.units_per_row("train")  # tokens
         self.in_data = len(objective.rows["train"]) * self.row / objective.sampled_share
 
@@ -222,14 +224,14 @@ class TrainingDerivation:
         if steps := self._given("num_train_steps"):
             rows = self._given("batch_size")
             return steps * rows * self.row if rows else tokens_of_steps(steps), f"num_train_steps={steps} by hand"
-        if "num_train_epochs" in self.dial.given:
+        if "num_train_epochs" in self.given:
             epochs = self.args.num_train_epochs
             return epochs * self.in_data, f"num_train_epochs={epochs:g} by hand"
         return tokens_for(self.model.num_parameters(), self.in_data)
 
     def _given(self, name: str) -> int:
-        """The value of a setting that is given; 0 if it is not, or leaves the choice to others."""
-        return max(0, vars(self.args)[name]) if name in self.dial.given else 0
+        """The value of a setting that is given; 0 if it is not."""
+        return int(vars(self.args)[name]) if name in self.given else 0
 
     def for_tokens(self, tokens: float) -> dict[str, Any]:
         """What follows from a number of tokens to train on, without what is given."""
@@ -237,7 +239,8 @@ class TrainingDerivation:
         rows = self._given("batch_size") or max(1, round(best / self.row / processes)) * processes
         batch = rows * self.row
         # Adam's best rate grows with the root of the batch (Malladi et al. 2022, arXiv:2205.10287).
-        rescaled = min(max(math.sqrt(batch / best), 1 / MOST_RESCALED), MOST_RESCALED)
+        of_batch = math.sqrt(batch / best) if "batch_size" in self.given else 1.0
+        rescaled = min(max(of_batch, 1 / MOST_RESCALED), MOST_RESCALED)
         is_cut = batch / processes > MOST_TOKENS_AT_ONCE
         settings = {
             **TRAINING,
@@ -249,19 +252,21 @@ class TrainingDerivation:
         return self._without_given(settings)
 
     @property
-    def uses_muon(self) -> bool:
-        return "optimizer" not in self.dial.given or self.args.optimizer == "muon"
+    def optimizer(self) -> str:
+        return self.args.optimizer if "optimizer" in self.given else str(TRAINING["optimizer"])
 
     def _rates(self, tokens: float) -> dict[str, float]:
-        """Learning rates for the batch that goes with `tokens`."""
-        if not self.uses_muon:
+        """Learning rates for the batch that goes with `tokens`; none for SGD, which has no such law."""
+        if self.optimizer == "adamw":
             return {"learning_rate": learning_rate_for(num_trunk_parameters(self.model), tokens)}
+        if self.optimizer == "sgd":
+            return {}
         config = self.model.config
         muon = MUON_RATES.get(config.model_type, LoopArguments.muon_learning_rate)
         return {"muon_learning_rate": muon, "learning_rate": table_rate_for(config.hidden_size)}
 
     def _without_given(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in settings.items() if name not in self.dial.given}
+        return {name: value for name, value in settings.items() if name not in self.given}
 
     def _within(self, seconds: float, settings: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """The settings with as many steps as fit in `seconds`; the learning rate decays over these."""
@@ -277,7 +282,7 @@ class TrainingDerivation:
                 f"budget={self.dial.budget} has no room for a step, which takes {found.seconds:.2g} s here; give more "
                 "time, or a smaller size"
             )
-        length = _length(steps) if self.dial.size else {"num_train_steps": steps}
+        length = _length(steps) if self.dial.size else {}
         return {**settings, **self._without_given({**length}), "num_train_steps": steps}, (
             f"budget {self.dial.budget}: {found.seconds * 1e3:.3g} ms a step, the mean of {found.num_steps} measured "
             f"now: {steps:,} of {wanted:,} steps, {steps * found.seconds:.3g} s of training; evaluations come on top"
@@ -294,14 +299,14 @@ class TrainingDerivation:
         formulas = {
             "batch_size": " = 0.58 tokens^0.571, in rows",
             "learning_rate": " = 0.01 (128 / width)^0.5"
-            if self.uses_muon
+            if self.optimizer == "muon"
             else " = 1.79 N^-0.713 tokens^0.307, N without vocabulary",
         }
         if not self.dial.size:
             return []
         parts = [_named({name: value}) + formulas.get(name, "") for name, value in settings.items()]
         names = (*settings, *TRAINING, *formulas, "num_train_steps", "num_train_epochs", "micro_batch_size")
-        given = {name: vars(self.args)[name] for name in dict.fromkeys(names) if name in self.dial.given}
+        given = {name: vars(self.args)[name] for name in dict.fromkeys(names) if name in self.given}
         return [f"training: {'; '.join(parts)}", *_by_hand(given)]
 
 

@@ -1,5 +1,6 @@
 """A rehearsal: how long a step takes and what memory it needs, by steps that leave the weights as they are."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -61,8 +62,10 @@ def rehearse(
     """Take whole steps at a learning rate of 0, with an optimizer of their own.
 
     Weights, buffers and random numbers are as before when it returns.  Of several processes, each has its own share of
-    the rows, and they wait for the slowest; the exchange of gradients is not in it, nor is compilation.
+    the rows, and the slowest counts; the exchange of gradients is not in it, nor is compilation.
     """
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     model = model.to(accelerator.device)
     buffers, was_training = SavedBuffers(model), model.training
     optimizer = build_optimizer(model.train(), replace(args, learning_rate=0.0, muon_learning_rate=0.0))
@@ -74,18 +77,24 @@ def rehearse(
             updater.step(batches[0][:1])
         if state:
             state.rows = None  # a state of the first micro-batch's rows only
-        _wait_for(accelerator.device)
-        started, num_steps = time.perf_counter(), 0
-        while num_steps < FEWEST or (num_steps < MOST and time.perf_counter() - started < SECONDS):
-            updater.step(batches[num_steps])
-            _wait_for(accelerator.device)
-            num_steps += 1
-        seconds = (time.perf_counter() - started) / num_steps
+        # All processes take as many steps, because they add up their counts in each.
+        num_steps = min(max(math.ceil(SECONDS / _timed(updater, batches, range(1), accelerator)), FEWEST), MOST)
+        seconds = _timed(updater, batches, range(1, 1 + num_steps), accelerator)
     buffers.restore()
     model.train(was_training)
-    slowest = accelerator.gather(torch.tensor([seconds], dtype=torch.float32, device=accelerator.device)).max()
     fixed = [*_twice(model.parameters()), *(t for kept in optimizer.state.values() for t in kept.values())]
-    return Rehearsal(float(slowest), num_steps, sum(t.nbytes for t in fixed) + sum(storages.values()))
+    return Rehearsal(seconds, num_steps, sum(t.nbytes for t in fixed) + sum(storages.values()))
+
+
+def _timed(updater: Updater, batches: TrainBatches, steps: range, accelerator: Accelerator) -> float:
+    """Mean seconds of `steps` on the slowest process."""
+    _wait_for(accelerator.device)
+    started = time.perf_counter()
+    for step in steps:
+        updater.step(batches[step])
+        _wait_for(accelerator.device)
+    mean = torch.tensor([(time.perf_counter() - started) / len(steps)], device=accelerator.device)
+    return float(accelerator.gather(mean).max())
 
 
 def costs(

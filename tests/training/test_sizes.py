@@ -154,9 +154,8 @@ def test_training_follows_from_the_tokens():
     assert settings["batch_size"] == round(0.58 * tokens**0.571 / 8)
     assert settings["num_train_steps"] == round(tokens / (8 * settings["batch_size"]))
     assert settings["eval_steps"] == settings["save_steps"] == math.ceil(settings["num_train_steps"] / 10)
-    rescaled = (8 * settings["batch_size"] / (0.58 * tokens**0.571)) ** 0.5  # whole rows
-    assert settings["learning_rate"] == pytest.approx(0.01 * (128 / 16) ** 0.5 * rescaled, rel=0.01)
-    assert settings["muon_learning_rate"] == pytest.approx(0.02 * rescaled, rel=0.01)
+    assert settings["learning_rate"] == pytest.approx(0.01 * (128 / 16) ** 0.5, rel=0.01)
+    assert settings["muon_learning_rate"] == 0.02
     assert (settings["optimizer"], settings["schedule"]) == ("muon", "linear")
     assert "20 a parameter" in notes[0]
 
@@ -167,6 +166,7 @@ def test_the_rate_of_adamw_alone_is_that_of_the_step_law():
     assert settings["learning_rate"] == pytest.approx(1.79 * trunk**-0.713 * tokens**0.307, rel=0.02)
     assert "muon_learning_rate" not in settings
     assert notes[-1] == "given by hand, and kept: optimizer=adamw"
+    assert "learning_rate" not in derived("1M", given=["optimizer"], optimizer="sgd")[0]
 
 
 def test_what_is_given_wins_and_is_named():
@@ -180,6 +180,7 @@ def test_what_is_given_wins_and_is_named():
     assert "num_train_steps" not in settings
     assert settings["batch_size"] == round(0.58 * tokens_of_steps(50) ** 0.571 / 8)
     assert "num_train_steps=50 by hand" in notes[0]
+    assert derived("1M", given=["num_train_steps"], num_train_steps=-1)[0] == free
     settings, notes = derived("1M", given=["num_train_epochs"], num_train_epochs=0.01)
     assert settings["num_train_steps"] * settings["batch_size"] == pytest.approx(4000, rel=0.1)
 
