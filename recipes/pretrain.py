@@ -36,6 +36,7 @@ from bmtk.settings import about_data
 from bmtk.tasks import task_named
 from bmtk.tasks.objective import Objective
 from bmtk.tasks.task_data import SourceArguments
+from bmtk.training.agreement import check_agreement, check_shared, checksum, digest
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState, save_model
 from bmtk.training.dial import derive_shape, derive_training
@@ -43,7 +44,7 @@ from bmtk.training.evaluation import Evaluator, Results
 from bmtk.training.first_process import main_process_first
 from bmtk.training.loop import train
 from bmtk.training.lr_range_test import suggest_rate
-from bmtk.training.prepared import build_accelerator, prepare
+from bmtk.training.prepared import Prepared, build_accelerator, prepare
 from bmtk.training.profiling import costs, rehearse
 from bmtk.training.run_folder import check_data, check_tokenizer, held
 from bmtk.training.run_log import Hooks
@@ -84,26 +85,29 @@ def main(argv: list[str]) -> None:
         rehearsed = suggest_rate if run.find_lr else partial(plan, redact_settings(arguments.resolved_config(*groups)))
         return accelerator.print(rehearsed(objective, model, args, accelerator))
 
-    free_keys = FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys
-    check = {"overwrite": args.overwrite_output_dir, "free_keys": free_keys}
+    check = {
+        "overwrite": args.overwrite_output_dir,
+        "free_keys": FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys,
+    }
     if accelerator.is_main_process:
         check_publishing(run, log=print)
     with held(folder, settings, is_main=accelerator.is_main_process, **check):
         started_at = run_record.now()
+        check_shared(accelerator, folder)
         objective, model = start(accelerator, *groups)
         settings = redact_settings(arguments.resolved_config(*groups))  # with what the start has derived
         if is_finished(folder, {**settings, **objective.decided_settings}):
             return accelerator.on_main_process(show_finished)(folder, run=run, objective=objective, log=print)
-        state, results, speeds = fit(model, objective, args, settings, accelerator)
+        prepared, state, results, speeds = fit(model, objective, args, settings, accelerator)
+        save_model(folder, prepared, objective.processor)
         if accelerator.is_main_process:
-            save_model(folder, model, objective.processor)
             finished = FinishedRun(
                 recipe="pretrain",
                 config=settings,
                 environment=run_record.environment_record(accelerator),
                 started_at=started_at,
                 train_seconds=state.seconds,
-                model=run_record.model_record(model, base_model=run.model),
+                model=run_record.model_record(prepared.unwrapped, base_model=run.model),
                 throughput=speeds,
                 results=results,
             )
@@ -124,19 +128,18 @@ def start(
     `args` and `architecture` get the settings that follow from the size and the budget.
     """
     folder = Path(args.output_dir)
-    kept_in = None if run.is_plan else folder
-    with main_process_first(accelerator, kept_in):
+    with main_process_first(accelerator, None if run.is_plan else folder):
         data = task_named(run.task).read(data_args, seed=args.seed, folder=folder, **run.reading)
         is_noted = accelerator.is_main_process and not run.is_plan
         check_data(folder, data, is_main=is_noted)
-        derive_shape(dial, architecture, data, run.model_type, kept_in)
+        derive_shape(dial, architecture, data, run, folder)
         config = starting_config(run, data, arguments.chosen_fields(architecture))
         check_tokenizer(folder, data, is_main=is_noted)
         data.prepare(log=accelerator.print)
     set_seed(args.seed)
     objective = data.bind(config)
     model = starting_weights(objective, config, run)
-    derive_training(dial, args, objective, model, accelerator, kept_in)
+    derive_training(dial, args, objective, model, accelerator, is_plan=run.is_plan)
     accelerator.print("".join(f"note: {line}\n" for line in objective.notes), end="", flush=True)
     return objective, model
 
@@ -147,20 +150,22 @@ def fit(
     args: LoopArguments,
     settings: dict[str, object],
     accelerator: Accelerator,
-) -> tuple[TrainState, Results, dict[str, float | None]]:
-    """Train to the end, from the newest checkpoint if there is one; return the last state, results and speeds."""
-    batches = objective.train_batches(
-        **args.batching, rank=accelerator.process_index, world_size=accelerator.num_processes
-    )
+) -> tuple[Prepared, TrainState, Results, dict[str, float | None]]:
+    """Train to the end, from the newest checkpoint if there is one; return model, last state, results, speeds."""
     one_row = next(objective.batches_in_order(objective.rows["train"], batch_size=1))
+    check_agreement(
+        accelerator,
+        {"the settings": digest(settings), "the rows": digest(one_row), "the weights": checksum(model)},
+    )
     meter = build_meter(model, objective.unit, one_row, accelerator)
     prepared = prepare(model, args, accelerator)
+    batches = objective.train_batches(**args.batching, **prepared.share)
     checkpoints = Checkpoints(args.output_dir, prepared, objective.processor, settings, args.save_total_limit)
     newest = checkpoints.newest()
     state = checkpoints.load(newest) if newest else TrainState()
     if newest:
         accelerator.print(f"going on after step {state.step:,} ({newest})")
-    evaluator = Evaluator(objective, prepared.model, accelerator, batch_size=batches.micro_batch_size)
+    evaluator = Evaluator(objective, prepared, batch_size=batches.micro_batch_size)
     hooks = Hooks(
         evaluate=evaluator.validate,
         main_metric=f"validation/{objective.scorer.main_metric}",
@@ -169,7 +174,7 @@ def fit(
     )
     schedule = build_schedule(args, args.total_steps(batches.steps_per_epoch))
     train(prepared, batches, Losses.of(objective), schedule, args=args, state=state, hooks=hooks, meter=meter)
-    return state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)
+    return prepared, state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)
 
 
 def plan(

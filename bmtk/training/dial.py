@@ -21,6 +21,7 @@ from .arguments import LoopArguments
 from .profiling import Rehearsal, rehearse
 from .protocols import BindableData, TrainingObjective
 from .run_folder import derived_before, note_derived
+from .sharding import ProcessLayout
 from .sizes import (
     BYTES_PER_PARAMETER,
     MOST_TOKENS_AT_ONCE,
@@ -76,21 +77,28 @@ def choose_vocabulary(dial: SizeArguments, data: Any) -> None:
         data.args.vocab_size = vocabulary_for(dial.parameters, data.text_bytes)
 
 
-def derive_shape(
-    dial: SizeArguments, architecture: object, data: DataOfSize, model_type: str, folder: Path | None
-) -> None:
+class PlannedRun(Protocol):
+    """What is read of the settings of a run."""
+
+    model_type: str
+
+    @property
+    def is_plan(self) -> bool: ...
+
+
+def derive_shape(dial: SizeArguments, architecture: object, data: DataOfSize, run: PlannedRun, folder: Path) -> None:
     """Fill in the fields of `architecture` that are None: a shape with the parameters of the size, for these data.
 
-    `folder` is that of the run; None for a plan.
+    Or that which the run in `folder` has begun with.
     """
     choose_vocabulary(dial, data)
-    dial.derived = derived_before(folder) if folder and (dial.size or dial.budget) else None
+    dial.derived = derived_before(folder) if not run.is_plan and (dial.size or dial.budget) else None
     if dial.derived:
         vars(architecture).update(dial.derived["architecture"])
     elif dial.parameters:
         chosen = {name: value for name, value in vars(architecture).items() if value is not None}
-        shape = shape_of(dial.parameters, data, model_type, chosen)
-        data.notes += _about_shape(dial, _on_meta(data, model_type, shape), chosen, data.args.vocab_size)
+        shape = shape_of(dial.parameters, data, run.model_type, chosen)
+        data.notes += _about_shape(dial, _on_meta(data, run.model_type, shape), chosen, data.args.vocab_size)
         dial.derived = {"architecture": {name: value for name, value in shape.items() if name not in chosen}}
         vars(architecture).update(dial.derived["architecture"])
 
@@ -169,11 +177,12 @@ def derive_training(
     objective: TrainingObjective,
     model: PreTrainedModel,
     accelerator: Accelerator,
-    folder: Path | None,
+    *,
+    is_plan: bool,
 ) -> None:
-    """Write into `args` what follows from size and budget, note how, and keep it in `folder` (None: a plan).
+    """Write into `args` what follows from size and budget, note how, and keep it in the run's folder.
 
-    Raises: UserError if the budget has no room for a step.
+    Raises: UserError if the budget has no room for a step, or cannot be measured.
     """
     if not (dial.size or dial.budget):
         return
@@ -183,10 +192,18 @@ def derive_training(
     else:
         derived["training"], notes = TrainingDerivation(dial, args, objective, model, accelerator).derive()
         objective.notes += notes
-        if folder and accelerator.is_main_process:
-            note_derived(folder, derived)
-    vars(args).update(derived["training"])
+        if accelerator.is_main_process and not is_plan:
+            note_derived(Path(args.output_dir), derived)
+    # What may differ in a resumed run, such as save_steps, may be given to it.
+    given = _given_names(dial, args)
+    vars(args).update({name: value for name, value in derived["training"].items() if name not in given})
     dial.budget = None  # it has become num_train_steps, which the record of the run shows
+
+
+def _given_names(dial: SizeArguments, args: LoopArguments) -> set[str]:
+    """The settings that file or command line have; num_train_steps=-1 leaves the length open."""
+    is_open = args.num_train_steps == -1
+    return {name for name in dial.given if not (is_open and name == "num_train_steps")}
 
 
 class TrainingDerivation:
@@ -202,8 +219,8 @@ class TrainingDerivation:
     ):
         self.dial, self.args, self.objective = dial, args, objective
         self.model, self.accelerator = model, accelerator
-        leaves_length_open = "num_train_steps" if args.num_train_steps == -1 else None
-        self.given = {name for name in dial.given if name != leaves_length_open}
+        self.layout = ProcessLayout.of(args, accelerator.num_processes)
+        self.given = _given_names(dial, args)
         self.row = objective.units_per_row("train")  # tokens
         self.in_data = len(objective.rows["train"]) * self.row / objective.sampled_share
 
@@ -235,7 +252,7 @@ class TrainingDerivation:
 
     def for_tokens(self, tokens: float) -> dict[str, Any]:
         """What follows from a number of tokens to train on, without what is given."""
-        best, processes = batch_for(tokens), self.accelerator.num_processes
+        best, processes = batch_for(tokens), self.layout.num_shares
         rows = self._given("batch_size") or max(1, round(best / self.row / processes)) * processes
         batch = rows * self.row
         # Adam's best rate grows with the root of the batch (Malladi et al. 2022, arXiv:2205.10287).
@@ -289,9 +306,13 @@ class TrainingDerivation:
         )
 
     def _rehearse(self, settings: Mapping[str, Any]) -> Rehearsal:
+        if self.layout.is_sharded:
+            raise UserError(
+                f"budget={self.dial.budget} is measured with a whole model on every process, which fsdp_size and "
+                "tp_size are to avoid; set num_train_steps instead"
+            )
         args = replace(self.args, **{**settings, "num_train_steps": -1})
-        ranks = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        batches = self.objective.train_batches(**args.batching, **ranks)
+        batches = self.objective.train_batches(**args.batching, **self.layout.share(self.accelerator.process_index))
         return rehearse(self.model, batches, self.accelerator, Losses.of(self.objective), args)
 
     def _about(self, settings: Mapping[str, Any]) -> list[str]:
