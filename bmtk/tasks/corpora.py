@@ -154,12 +154,12 @@ class CorpusData(TaskData):
 
     @property
     def text_bytes(self) -> float | None:
-        """Size of the training text; None where only reading it would show that."""
         texts = self.rows.get("train")
         if isinstance(texts, Texts):
             return texts.num_bytes
-        is_sample = texts is not None and self.sampled_share < 1
-        return sum(len(text.encode()) for text in texts) / self.sampled_share if is_sample else None
+        if texts is None or self.sampled_share == 1:
+            return None
+        return sum(len(text.encode()) for text in texts) / self.sampled_share
 
     @property
     def corpus(self) -> Path:

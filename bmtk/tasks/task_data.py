@@ -220,6 +220,11 @@ class TaskData:
         tokenizer = getattr(self, "tokenizer", None)
         return tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
 
+    @property
+    def text_bytes(self) -> float | None:
+        """Size of the training text; None where there is none, or only reading it would show that."""
+        return None
+
     def differences(self, former: Marks) -> list[str]:
         """In what the data differ from those with the marks `former`, in words."""
         return differences(former, self.marks, unit=self.unit)
