@@ -46,13 +46,12 @@ class SizeArguments:
 
     size: str | None = setting(
         None,
-        "parameters of a new language model: 1M, 10M, 100M, 1B or any between; its shape, vocabulary, context, batch, "
-        "learning rate and number of tokens follow from it, unless they are set; default: they are all set by hand",
+        "parameters of a new language model, such as 1M, 10M, 100M or 1B: its shape and its training follow from it, "
+        "where they are not set; default: none",
     )
     budget: str | None = setting(
         None,
-        "longest time of training, such as 90s, 5min or 2h: as many steps as fit in it at the speed that is measured "
-        "first; default: no limit",
+        "longest time of training, such as 90s, 5min or 2h: as many steps as fit by measurement; default: no limit",
     )
 
     # Raw values of the file and the command line, which win over what follows from the size.
