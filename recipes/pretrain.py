@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     begin(__file__, __doc__, sys.argv[1:])
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,13 @@ def read_arguments(argv: list[str]) -> list[Any]:
     remarks, columns = values.drop_facts_of_other_data(about_data(task.arguments))
     model_type = arguments.model_type_of(values)
     fill_by_size(values, model_type, task.arguments)
-    ours = (LoopArguments, SizeArguments, SearchArguments, arguments.model_fields(model_type))
-    bound = values.bind([arguments.RunArguments, task.arguments, *ours], description=__doc__)
+    bound = values.bind(
+        [
+            *(arguments.RunArguments, task.arguments, LoopArguments, SizeArguments, SearchArguments),
+            arguments.model_fields(model_type),
+        ],
+        description=__doc__,
+    )
     bound[0].task, bound[0].model_type = task.name, model_type
     bound[1].remarks, bound[1].borrowed_columns, bound[3].given = remarks, columns, values.given
     return bound
@@ -140,8 +146,12 @@ def start(
     objective = data.bind(config)
     model = starting_weights(objective, config, run)
     derive_training(dial, args, objective, model, accelerator, is_plan=run.is_plan)
-    accelerator.print("".join(f"note: {line}\n" for line in objective.notes), end="", flush=True)
+    accelerator.print(lines_of("note", objective.notes), end="", flush=True)
     return objective, model
+
+
+def lines_of(kind: str, lines: Iterable[str]) -> str:
+    return "".join(f"{kind}: {line}\n" for line in lines)
 
 
 def fit(
@@ -161,8 +171,7 @@ def fit(
     prepared = prepare(model, args, accelerator)
     batches = objective.train_batches(**args.batching, **prepared.share)
     checkpoints = Checkpoints(args.output_dir, prepared, objective.processor, settings, args.save_total_limit)
-    newest = checkpoints.newest()
-    state = checkpoints.load(newest) if newest else TrainState()
+    state = checkpoints.load(newest) if (newest := checkpoints.newest()) else TrainState()
     if newest:
         accelerator.print(f"going on after step {state.step:,} ({newest})")
     evaluator = Evaluator(objective, prepared, batch_size=batches.micro_batch_size)
@@ -171,9 +180,20 @@ def fit(
         main_metric=f"validation/{objective.scorer.main_metric}",
         save=checkpoints.save,
         load_best=checkpoints.load_best,
+        account=lambda state: objective.reading.account(state.step * batches.batch_size),
     )
-    schedule = build_schedule(args, args.total_steps(batches.steps_per_epoch))
-    train(prepared, batches, Losses.of(objective), schedule, args=args, state=state, hooks=hooks, meter=meter)
+    steps = args.total_steps(batches.steps_per_epoch)
+    accelerator.print(lines_of("corpus", objective.reading.shares(steps * batches.batch_size)), end="", flush=True)
+    train(
+        prepared,
+        batches,
+        Losses.of(objective),
+        build_schedule(args, steps),
+        args=args,
+        state=state,
+        hooks=hooks,
+        meter=meter,
+    )
     return prepared, state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)
 
 
@@ -200,6 +220,7 @@ def plan(
             "learning rate": args.learning_rate,
             "rows per step": args.batch_size,
             **costs(model, objective, found, num_rows=steps * args.batch_size),
+            **dict(f"corpus {line}".split(": ") for line in objective.reading.shares(steps * args.batch_size)),
         },
     )
 

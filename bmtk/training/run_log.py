@@ -36,6 +36,7 @@ class Hooks:
     main_metric: str = "validation/loss"  # the one of them used for early stopping
     save: Callable[[TrainState], object] | None = None  # writes a checkpoint; called on every process
     load_best: Callable[[TrainState], object] | None = None  # puts what was saved after state.best_step into the model
+    account: Callable[[TrainState], dict[str, float]] | None = None  # what else a line of history.jsonl has
     log: Callable[[dict[str, float]], None] | None = None  # gets each line of history.jsonl; on the main process
 
 
@@ -230,6 +231,7 @@ class RunLog:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
+            record |= self.hooks.account(self.state) if self.hooks.account else {}
             self.history.append(record)
             if self.hooks.log is not None:
                 self.hooks.log(record)

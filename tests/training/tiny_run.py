@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 import bmtk  # noqa: F401  registers the model families
+from bmtk.training.agreement import check_shared
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState, save_model
 from bmtk.training.evaluation import predict_all
@@ -135,6 +136,8 @@ def run(args: LoopArguments, **changes) -> dict:
     AcceleratorState._reset_state()  # another run of this process may have had another precision
     accelerator = build_accelerator(args)
     try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        check_shared(accelerator, Path(args.output_dir))
         with locked(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
             return run_on(accelerator, args, **changes)
     finally:
