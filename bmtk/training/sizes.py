@@ -46,12 +46,11 @@ class SizeArguments:
 
     size: str | None = setting(
         None,
-        "parameters of a new language model, such as 1M, 10M, 100M or 1B: its shape and its training follow from it, "
-        "where they are not set; default: none",
+        "parameters of a new language model (10M), from which all else follows; default: none",
     )
     budget: str | None = setting(
         None,
-        "longest time of training, such as 90s, 5min or 2h: as many steps as fit by measurement; default: no limit",
+        "longest time of training: 90s, 5min, 2h; the steps follow from it; default: no limit",
     )
 
     # Raw values of the file and the command line, which win over what follows from the size.
