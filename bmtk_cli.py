@@ -213,12 +213,14 @@ def run_prepare(argv: list[str]) -> int:
     recipe = runpy.run_path(str(path), run_name="bmtk_prepare")
     from bmtk.process import clean_errors
     from bmtk.tasks import task_named
+    from bmtk.training.dial import choose_vocabulary
     from bmtk.training.run_folder import check_data
 
     with clean_errors():
-        run, data_args, args, *_ = recipe["read_arguments"](argv)
+        run, data_args, args, dial, *_ = recipe["read_arguments"](argv)
         folder = Path(args.output_dir)
         data = task_named(run.task).read(data_args, seed=args.seed, folder=folder, **run.reading)
+        choose_vocabulary(dial, data)
         check_data(folder, data, is_main=True)
         data.prepare(log=lambda line: print(line, flush=True))
         print("\n".join([*(f"note: {line}" for line in data.notes), *data.prepared()]))

@@ -44,6 +44,7 @@ FIRST_SCREEN: FirstScreen = {
             *("output_dir", "num_train_steps", "num_train_epochs", "batch_size", "learning_rate", "optimizer"),
             *("schedule", "precision"),
         ),
+        "size": ("size", "budget"),
         "adapter": ("adapter",),
         "search": ("search",),
         "architecture": ("hidden_size", "num_hidden_layers"),
@@ -124,6 +125,7 @@ class RunConfig:
         self.argv = [re.sub(r"^(--\w+=)?~/", rf"\1{Path.home()}/", text) for text in _without_unset(argv)]
         self.cli_values = dict(_cli_pairs(self.argv))
         self.file_values = {key: _at_home(value) for key, value in file_values.items() if key not in unset}
+        self.derived: dict[str, object] = {}  # values that follow from others, where neither of them has one
 
     @classmethod
     def read(cls, argv: list[str], *, configs: Path, default: str) -> "RunConfig":
@@ -161,6 +163,16 @@ class RunConfig:
         remark = f"{self.path} is about other data; not used of it: {', '.join(dropped)}"
         return [remark] if dropped else [], columns
 
+    @property
+    def given(self) -> dict[str, object]:
+        """The raw values that the file and the command line have."""
+        return {**self.file_values, **self.cli_values}
+
+    @property
+    def names_no_file(self) -> bool:
+        """Whether the file is the recipe's own default."""
+        return not {"config", "preset"} & self.cli_values.keys()
+
     def get(self, key: str, default: object = None) -> object:
         """The raw value of `key`: from the command line, else from the file, else `default`."""
         return self.cli_values.get(key, self.file_values.get(key, default))
@@ -177,7 +189,8 @@ class RunConfig:
     @property
     def words(self) -> list[str]:
         """File and command line as one command line."""
-        return [text for key, value in self.file_values.items() for text in _as_argv(key, value)] + self.argv
+        values = {**self.derived, **self.file_values}
+        return [text for key, value in values.items() for text in _as_argv(key, value)] + self.argv
 
     def answer(self, classes: list[Any], *, description: str) -> OptionParser:
         """The parser of the options of `classes`, if they are not asked for: exits after `--help`.

@@ -24,7 +24,11 @@ TRAINED_FOR = "sequence_classification"  # by models without a run.json, as in t
 TRAINING: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "pretrain": (
         "causal_lm/tiny_shakespeare",
-        (("bmtk.training.arguments", "LoopArguments"), ("bmtk.search.space", "SearchArguments")),
+        (
+            ("bmtk.training.arguments", "LoopArguments"),
+            ("bmtk.training.sizes", "SizeArguments"),
+            ("bmtk.search.space", "SearchArguments"),
+        ),
     ),
     "finetune": (
         "sequence_classification/sst2",

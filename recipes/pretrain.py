@@ -4,6 +4,7 @@
     accelerate launch recipes/pretrain.py --preset smoke                                  # takes seconds
     accelerate launch recipes/pretrain.py --config my.yaml --learning_rate 1e-3
     accelerate launch recipes/pretrain.py --config my.yaml --dry_run                      # plan only
+    accelerate launch recipes/pretrain.py --train_file texts/ --size 10M --budget 30min   # all settings follow from it
     accelerate launch recipes/pretrain.py --config my.yaml --search optuna --trials 30    # tune settings
 
 An interrupted run is resumed by the same command.
@@ -39,16 +40,18 @@ from bmtk.tasks.task_data import SourceArguments
 from bmtk.training.agreement import check_agreement, check_shared, checksum, digest
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState, save_model
+from bmtk.training.dial import derive_shape, derive_training
 from bmtk.training.evaluation import Evaluator, Results
 from bmtk.training.first_process import main_process_first
 from bmtk.training.loop import train
 from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.prepared import Prepared, build_accelerator, prepare
-from bmtk.training.profiling import seconds_per_step
+from bmtk.training.profiling import costs, rehearse
 from bmtk.training.run_folder import check_data, check_tokenizer, held
 from bmtk.training.run_log import Hooks
 from bmtk.training.schedules import build_schedule
 from bmtk.training.signals import ending_signals
+from bmtk.training.sizes import SizeArguments, fill_by_size
 from bmtk.training.starting_weights import starting_config, starting_weights
 from bmtk.training.throughput import build_meter
 from bmtk.training.updates import Losses
@@ -62,38 +65,43 @@ def read_arguments(argv: list[str]) -> list[Any]:
     task = task_named(values.get("task", "causal_lm"))
     remarks, columns = values.drop_facts_of_other_data(about_data(task.arguments))
     model_type = arguments.model_type_of(values)
-    architecture = arguments.model_fields(model_type)
-    groups = [arguments.RunArguments, task.arguments, LoopArguments, SearchArguments, architecture]
-    bound = values.bind(groups, description=__doc__)
+    fill_by_size(values, model_type, task.arguments)
+    bound = values.bind(
+        [
+            *(arguments.RunArguments, task.arguments, LoopArguments, SizeArguments, SearchArguments),
+            arguments.model_fields(model_type),
+        ],
+        description=__doc__,
+    )
     bound[0].task, bound[0].model_type = task.name, model_type
-    bound[1].remarks, bound[1].borrowed_columns = remarks, columns
+    bound[1].remarks, bound[1].borrowed_columns, bound[3].given = remarks, columns, values.given
     return bound
 
 
 def main(argv: list[str]) -> None:
-    run, data_args, args, search, architecture = read_arguments(argv)
-    task, groups = task_named(run.task), [run, data_args, args, architecture]
+    run, data_args, args, dial, search, architecture = read_arguments(argv)
+    task, groups = task_named(run.task), [run, data_args, args, dial, architecture]
     if search.search:
         return search_settings(search, groups, task, recipe=__file__, log=print)
     settings = redact_settings(arguments.resolved_config(*groups))
-    chosen = arguments.chosen_fields(architecture)
-    accelerator = build_accelerator(args)
-    folder = Path(args.output_dir)
+    _ = arguments.chosen_fields(architecture)  # refuses what no architecture has, before any folder is made
+    accelerator, folder = build_accelerator(args), Path(args.output_dir)
     if run.is_plan:
-        objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)
-        accelerator.print(lines_of("note", objective.notes), end="", flush=True)
-        rehearse = suggest_rate if run.find_lr else partial(plan, settings)
-        return accelerator.print(rehearse(objective, model, args, accelerator))
+        objective, model = start(accelerator, *groups)
+        rehearsed = suggest_rate if run.find_lr else partial(plan, redact_settings(arguments.resolved_config(*groups)))
+        return accelerator.print(rehearsed(objective, model, args, accelerator))
 
-    free_keys = FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys
-    check = {"overwrite": args.overwrite_output_dir, "free_keys": free_keys}
+    check = {
+        "overwrite": args.overwrite_output_dir,
+        "free_keys": FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys,
+    }
     if accelerator.is_main_process:
         check_publishing(run, log=print)
     with held(folder, settings, is_main=accelerator.is_main_process, **check):
         started_at = run_record.now()
         check_shared(accelerator, folder)
-        objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)
-        accelerator.print(lines_of("note", objective.notes), end="", flush=True)
+        objective, model = start(accelerator, *groups)
+        settings = redact_settings(arguments.resolved_config(*groups))  # with what the start has derived
         if is_finished(folder, {**settings, **objective.decided_settings}):
             return accelerator.on_main_process(show_finished)(folder, run=run, objective=objective, log=print)
         prepared, state, results, speeds = fit(model, objective, args, settings, accelerator)
@@ -114,25 +122,32 @@ def main(argv: list[str]) -> None:
 
 
 def start(
+    accelerator: Accelerator,
     run: arguments.RunArguments,
     data_args: SourceArguments,
-    chosen: dict[str, object],
-    accelerator: Accelerator,
-    *,
-    seed: int,
-    folder: Path,
+    args: LoopArguments,
+    dial: SizeArguments,
+    architecture: object,
 ) -> tuple[Objective, PreTrainedModel]:
-    """The objective, and the model that training starts from: the same on every process."""
+    """The objective, and the model that training starts from: the same on every process.
+
+    `args` and `architecture` get the settings that follow from the size and the budget.
+    """
+    folder = Path(args.output_dir)
     with main_process_first(accelerator, None if run.is_plan else folder):
-        data = task_named(run.task).read(data_args, seed=seed, folder=folder, **run.reading)
+        data = task_named(run.task).read(data_args, seed=args.seed, folder=folder, **run.reading)
         is_noted = accelerator.is_main_process and not run.is_plan
         check_data(folder, data, is_main=is_noted)
-        config = starting_config(run, data, chosen)
+        derive_shape(dial, architecture, data, run, folder)
+        config = starting_config(run, data, arguments.chosen_fields(architecture))
         check_tokenizer(folder, data, is_main=is_noted)
         data.prepare(log=accelerator.print)
-    set_seed(seed)
+    set_seed(args.seed)
     objective = data.bind(config)
-    return objective, starting_weights(objective, config, run)
+    model = starting_weights(objective, config, run)
+    derive_training(dial, args, objective, model, accelerator, is_plan=run.is_plan)
+    accelerator.print(lines_of("note", objective.notes), end="", flush=True)
+    return objective, model
 
 
 def lines_of(kind: str, lines: Iterable[str]) -> str:
@@ -148,8 +163,10 @@ def fit(
 ) -> tuple[Prepared, TrainState, Results, dict[str, float | None]]:
     """Train to the end, from the newest checkpoint if there is one; return model, last state, results, speeds."""
     one_row = next(objective.batches_in_order(objective.rows["train"], batch_size=1))
-    facts = {"the settings": digest(settings), "the rows": digest(one_row), "the weights": checksum(model)}
-    check_agreement(accelerator, facts)
+    check_agreement(
+        accelerator,
+        {"the settings": digest(settings), "the rows": digest(one_row), "the weights": checksum(model)},
+    )
     meter = build_meter(model, objective.unit, one_row, accelerator)
     prepared = prepare(model, args, accelerator)
     batches = objective.train_batches(**args.batching, **prepared.share)
@@ -187,10 +204,10 @@ def plan(
     args: LoopArguments,
     accelerator: Accelerator,
 ) -> str:
-    """The run without training it, timed by a rehearsal of its first step."""
+    """The run without training it, timed by a rehearsal of its first steps."""
     batches = objective.train_batches(**args.batching)
     steps_per_epoch = batches.steps_per_epoch / objective.sampled_share
-    steps = args.total_steps(steps_per_epoch)
+    steps, found = args.total_steps(steps_per_epoch), rehearse(model, batches, accelerator, Losses.of(objective), args)
     return summary.run_plan(
         settings,
         model,
@@ -198,10 +215,11 @@ def plan(
         epochs=steps / steps_per_epoch,
         per_step=round(args.batch_size * objective.units_per_row("train")),
         unit=objective.unit,
-        seconds_per_step=seconds_per_step(model, batches, accelerator, Losses.of(objective)),
+        seconds_per_step=found.seconds,
         decided={
             "learning rate": args.learning_rate,
             "rows per step": args.batch_size,
+            **costs(model, objective, found, num_rows=steps * args.batch_size),
             **dict(f"corpus {line}".split(": ") for line in objective.reading.shares(steps * args.batch_size)),
         },
     )

@@ -24,7 +24,7 @@ class SearchArguments:
 
     search: str | None = field(
         default=None,
-        metadata={"help": "optuna: run many trials with different values; the best settings are written to best.yaml"},
+        metadata={"help": "optuna: many trials with other values, the best written to best.yaml"},
     )
     trials: int = field(default=20, metadata={"help": "number of trials, including those before an interruption"})
     search_space: list[str] | None = field(

@@ -52,7 +52,7 @@ SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus
 class CorpusArguments(SourceArguments):
     """Which text, which tokenizer, how much context."""
 
-    dataset: str | None = setting(None, "folder or Hub id (owner/name) with a train and a validation split, or a file")
+    dataset: str | None = setting(None, "folder, file or Hub id (owner/name) with a train and a validation split")
     train_file: list[str] | None = setting(
         None,
         "training text: .txt, .jsonl, .csv, .tsv, .parquet or .arrow files (each also .gz, .bz2, .xz, .zst), folders, "

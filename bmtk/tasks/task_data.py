@@ -220,6 +220,15 @@ class TaskData:
         tokenizer = getattr(self, "tokenizer", None)
         return tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
 
+    @property
+    def text_bytes(self) -> float | None:
+        """Size of the training text; None where there is none, or only reading it would show that."""
+        texts = self.rows.get("train")
+        if isinstance(texts, list):  # a sample, for a plan
+            whole = sum(len(text.encode()) for text in texts) / self.sampled_share
+            return None if self.sampled_share == 1 else whole
+        return getattr(texts, "num_bytes", None)
+
     def differences(self, former: Marks) -> list[str]:
         """In what the data differ from those with the marks `former`, in words."""
         return differences(former, self.marks, unit=self.unit)

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 RUN_CONFIG = "run_config.json"  # resolved configuration of the run that the folder holds
 DATA_MARKS = "data_marks.json"  # what the run learns from, by content
+DERIVED = "derived.json"  # settings that followed from size, data and speed when the run began
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 READS_A_MODEL = ("model", "tokenizer")
@@ -29,6 +30,7 @@ FROM_A_RUN = (
     "history.jsonl",
     RUN_CONFIG,
     DATA_MARKS,
+    DERIVED,
     "run.json",
     "report.html",
     "config.json",
@@ -170,6 +172,17 @@ def check_tokenizer(directory: str | Path, data: MarkedData, *, is_main: bool) -
     write_json(path, {**known, "tokenizer": data.tokenizer_mark}, indent=0)
 
 
+def derived_before(directory: Path) -> dict[str, Any] | None:
+    """What `note_derived` has noted of the run in `directory`; None if there is nothing to go on with."""
+    found = read_json(directory / DERIVED)
+    return found if isinstance(found, dict) and _what_would_be_lost(directory) else None
+
+
+def note_derived(directory: Path, settings: Mapping[str, object]) -> None:
+    """Keep settings that a run has derived at its start, so that it goes on with the very same."""
+    write_json(directory / DERIVED, dict(settings), indent=1)
+
+
 def _of_other_data(directory: str | Path, found: Sequence[str]) -> str:
     return (
         f"output_dir={str(directory)!r} holds a run that has learned from other data:\n  "
@@ -181,7 +194,8 @@ def _of_other_data(directory: str | Path, found: Sequence[str]) -> str:
 
 def _what_would_be_lost(directory: Path) -> list[str]:
     """What a run has left that took time to make: checkpoints, weights, facts."""
-    found = [name for name in _what_is_there(directory) if name not in (RUN_CONFIG, DATA_MARKS, "history.jsonl")]
+    quickly_made = (RUN_CONFIG, DATA_MARKS, DERIVED, "history.jsonl")
+    found = [name for name in _what_is_there(directory) if name not in quickly_made]
     return [name for name in found if name != CHECKPOINTS or any((directory / CHECKPOINTS).iterdir())]
 
 

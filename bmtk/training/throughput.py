@@ -170,12 +170,15 @@ def build_meter(model: PreTrainedModel, unit: str, row: Batch, accelerator: Acce
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     peak = peak_flops(accelerator.device, dtype)
-    if unit == "tokens":
-        scored = (row["labels"] != -100).float().mean().item() if can_skip_logits(model) else 1.0
-        of_unit = flops_per_token(model, row["input_ids"].shape[1], scored=scored)
-    else:
-        of_unit = flops_per_row(model, row)
-    return Meter(of_unit, peak * accelerator.num_processes, unit=unit)
+    return Meter(flops_per_unit(model, unit, row), peak * accelerator.num_processes, unit=unit)
+
+
+def flops_per_unit(model: PreTrainedModel, unit: str, row: Batch) -> float:
+    """Floating-point operations that a token, or a row, costs in training; `row` is a batch of one row."""
+    if unit != "tokens":
+        return flops_per_row(model, row)
+    scored = (row["labels"] != -100).float().mean().item() if can_skip_logits(model) else 1.0
+    return flops_per_token(model, row["input_ids"].shape[1], scored=scored)
 
 
 @torch.no_grad()
