@@ -41,6 +41,17 @@ class UserError(ValueError):
     """
 
 
+class Diverged(FloatingPointError):
+    """A run whose steps cannot be applied any more, whatever was tried."""
+
+    exit_code = 65
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The status with which a command ends after `error`."""
+    return error.exit_code if isinstance(error, Diverged) else 1
+
+
 def user_message(error: BaseException) -> str | None:
     """The message of an error that the user can mend; None for a fault of bmtk.
 

@@ -43,6 +43,7 @@ from bmtk.training.loop import train
 from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.prepared import build_accelerator, prepare
 from bmtk.training.profiling import seconds_per_step
+from bmtk.training.rollback import roll_back
 from bmtk.training.run_folder import check_data, check_tokenizer, held
 from bmtk.training.run_log import Hooks
 from bmtk.training.schedules import build_schedule
@@ -160,6 +161,7 @@ def fit(
         main_metric=f"validation/{objective.scorer.main_metric}",
         save=checkpoints.save,
         load_best=checkpoints.load_best,
+        roll_back=partial(roll_back, checkpoints),
     )
     schedule = build_schedule(args, args.total_steps(batches.steps_per_epoch))
     train(prepared, batches, Losses.of(objective), schedule, args=args, state=state, hooks=hooks, meter=meter)

@@ -20,7 +20,8 @@ NONFINITE = ("stop", "skip")
 # memory, not what is learned.
 FREE_KEYS = frozenset(
     "output_dir overwrite_output_dir logging_steps eval_steps save_steps save_total_limit "
-    "micro_batch_size gradient_checkpointing torch_compile nonfinite max_minutes".split()
+    "micro_batch_size gradient_checkpointing torch_compile nonfinite spike_sigma rollback_after "
+    "max_minutes".split()
 )
 
 
@@ -174,6 +175,15 @@ class LoopArguments(SharedArguments):
     nonfinite: str = _setting(
         "stop", "a step that is not finite is never applied: stop, with the weights before it saved, or skip it"
     )
+    spike_sigma: float = _setting(
+        6.0,
+        "a step is skipped if its loss and its gradient norm are both this many robust standard deviations above the "
+        "median of the last 128 steps; 0: never",
+    )
+    rollback_after: int = _setting(
+        20,
+        "skipped steps in a row after which the run goes back to its last checkpoint, and leaves their data out",
+    )
 
     def __post_init__(self) -> None:
         check([*self._wrong_choices(), *self._wrong_numbers(), *self.wrong_settings()])
@@ -186,6 +196,7 @@ class LoopArguments(SharedArguments):
 
     def _wrong_numbers(self) -> Iterator[str]:
         at_least = {"logging_steps": 1, "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0}
+        at_least |= {"spike_sigma": 0, "rollback_after": 1}
         at_least |= {"adam_epsilon": 0, "max_grad_norm": 0, "warmup_steps": 0, "min_lr_ratio": 0, "seed": 0}
         yield from too_low(self, at_least)
         yield from not_below_one(self, ("adam_beta1", "adam_beta2"))

@@ -18,8 +18,10 @@ from .gradients import gradient_rules
 from .prepared import Prepared
 from .progress import Bar
 from .protocols import TrainBatches
+from .rollback import data_step
 from .run_log import Hooks, RunLog
 from .signals import Stopped, StopRequest, deferred_signals
+from .spikes import SpikeDetector
 from .tbptt import TBPTTState, tbptt_state
 from .throughput import Meter
 from .updates import Losses, Update, Updater
@@ -44,14 +46,17 @@ def train(
     Where the optimizer keeps an average of the weights, the model has it in evaluations, and when this returns.
 
     Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop", after the weights before it are
-    saved; Stopped after a signal or args.max_minutes, when the step is finished and saved.
+    saved; Diverged, one of them, when no step can be applied any more; Stopped after a signal or args.max_minutes,
+    when the step is finished and saved.
     """
     optimizer, accelerator = prepared.optimizer, prepared.accelerator
     keep_freed_memory(accelerator.device)
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
     state.recurrent = tbptt_state(batches, state.recurrent)
     updater = _updater(prepared, batches, losses, args, total=total, recurrent=state.recurrent)
-    run = RunLog(accelerator, args, state, total=total, meter=meter or Meter(), hooks=_averaged(hooks, prepared))
+    watched = {"hooks": _averaged(hooks, prepared), "detector": updater.spikes, "meter": meter or Meter()}
+    run = RunLog(accelerator, args, state, total=total, **watched)
+    run.bad_steps.batches = batches
     run.begin()
     prepared.model.train()
     stopping = {"second_stops_at_once": accelerator.num_processes == 1, "max_minutes": args.max_minutes}
@@ -62,9 +67,12 @@ def train(
         for step in run.steps():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step)
-            run.add(update := updater.step(batches[step], step, stop_requested=bool(request)))
-            bar.update()
-            _after_step(run, update, vote, bar, learning_rate=optimizer.param_groups[0]["lr"])
+            rows = batches[data_step(step, state.left_out)]
+            if run.add(update := updater.step(rows, step, stop_requested=bool(request))):
+                bar.update()
+                _after_step(run, update, vote, bar, learning_rate=optimizer.param_groups[0]["lr"])
+            else:
+                bar.update(state.step - bar.n)
     if optimizer.average:
         optimizer.average.apply()
     run.load_best()
@@ -113,7 +121,10 @@ def _updater(
     rules = gradient_rules(prepared.unwrapped, args, steps_per_epoch=steps_per_epoch, total=total)
     stops = args.nonfinite == "stop"
     norm = args.max_grad_norm
-    return Updater(prepared, losses, max_grad_norm=norm, gradient_rules=rules, recurrent=recurrent, stops=stops)
+    updater = Updater(prepared, losses, max_grad_norm=norm, gradient_rules=rules, recurrent=recurrent, stops=stops)
+    if args.spike_sigma:
+        updater.spikes = SpikeDetector(args.spike_sigma, prepared.accelerator.device)
+    return updater
 
 
 def _averaged(hooks: Hooks, prepared: Prepared) -> Hooks:

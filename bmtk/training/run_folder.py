@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 RUN_CONFIG = "run_config.json"  # resolved configuration of the run that the folder holds
 DATA_MARKS = "data_marks.json"  # what the run learns from, by content
+NOTES = ("bad_steps", "micro_batches.json")  # what a run writes down beside its results
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 READS_A_MODEL = ("model", "tokenizer")
@@ -29,6 +30,7 @@ FROM_A_RUN = (
     "history.jsonl",
     RUN_CONFIG,
     DATA_MARKS,
+    *NOTES,
     "run.json",
     "report.html",
     "config.json",
@@ -181,7 +183,8 @@ def _of_other_data(directory: str | Path, found: Sequence[str]) -> str:
 
 def _what_would_be_lost(directory: Path) -> list[str]:
     """What a run has left that took time to make: checkpoints, weights, facts."""
-    found = [name for name in _what_is_there(directory) if name not in (RUN_CONFIG, DATA_MARKS, "history.jsonl")]
+    cheap = {RUN_CONFIG, DATA_MARKS, *NOTES, "history.jsonl"}
+    found = [name for name in _what_is_there(directory) if name not in cheap]
     return [name for name in found if name != CHECKPOINTS or any((directory / CHECKPOINTS).iterdir())]
 
 

@@ -1,0 +1,244 @@
+"""How many rows a forward pass takes: as many as were asked for or found by trial, halved where memory was too little.
+
+    <output_dir>/micro_batches.json      {"limits": [[step, rows], ...]}: at most so many rows from that step on
+
+The size is a function of the step (counted from 0) and of this list, so a resumed run takes the very sizes that the
+run had before it was interrupted, at the very steps.
+"""
+
+import gc
+import logging
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from bmtk.errors import UserError, is_out_of_memory
+from bmtk.files import read_json, write_json
+
+from .arguments import AUTO, LoopArguments
+from .guards import SavedBuffers
+from .protocols import Batch, TrainBatches, TrainingObjective
+from .rng_state import preserved_rng_state
+from .updates import Losses, LossSum, Update, Updater
+
+logger = logging.getLogger(__name__)
+
+FILE = "micro_batches.json"
+USABLE = 0.9  # part of the memory that `auto` fills at most: rows differ, and memory is cut into pieces
+MANY = 10_000  # rows whose lengths are looked at
+REMEDIES = (
+    "set gradient_checkpointing, shorten the rows (context_length, max_length, smaller images), choose a smaller "
+    "model, or a device with more memory"
+)
+
+
+class MicroBatches:
+    """The rows of a forward pass at each step of one run, equal on all processes."""
+
+    def __init__(
+        self, directory: str | Path, accelerator: Accelerator, check: Callable[[int], None] | None, *, rows: int
+    ):
+        """`rows` are asked for (0: the share of the process); `check(n)` refuses n micro-batches per step."""
+        self.path, self.accelerator, self.check, self.rows = Path(directory) / FILE, accelerator, check, rows
+        stored: list[Any] = [read_json(self.path)]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(stored)
+        self.limits: list[list[int]] = stored[0]["limits"] if stored[0] else []
+
+    def at(self, step: int) -> int:
+        """The rows of a forward pass in optimizer step `step`; 0: the share of the process."""
+        limits = [rows for first, rows in self.limits if first <= step]
+        return min([*limits, *([self.rows] if self.rows else [])], default=0)
+
+    def limit(self, step: int, rows: int) -> None:
+        """Take at most `rows` from `step` on, also when the run is resumed."""
+        self.limits.append([step, rows])
+        if self.accelerator.is_main_process or self.accelerator.num_processes == 1:
+            write_json(self.path, {"limits": self.limits})
+
+    def halve(self, step: int, rows: int, *, share: int, model: torch.nn.Module) -> None:
+        """Take half of `rows` from `step` on, because memory was too little; `share` are those of this process.
+
+        Raises: UserError if it was one row, or if smaller micro-batches would change what is learned.
+        """
+        where = f"step {step + 1}: out of memory with {rows} row{'s' * (rows > 1)} in a forward pass"
+        if rows == 1:
+            raise UserError(f"{where}: {REMEDIES}")
+        half = -(-rows // 2)
+        refuse_changed_loss(model, self.check, -(-share // half) * self.accelerator.num_processes, where)
+        self.limit(step, half)
+        if self.accelerator.is_main_process:
+            logger.warning("%s; from now on %d rows, and as many more forward passes per step", where, half)
+
+
+def refuse_changed_loss(
+    model: torch.nn.Module, check: Callable[[int], None] | None, count: int, where: str = "micro_batch_size=auto"
+) -> None:
+    """Raises: UserError if a step of `count` micro-batches would have another loss than one of a whole batch."""
+    try:
+        if check:
+            check(count)
+    except UserError as error:
+        raise UserError(f"{where}, and smaller micro-batches would change the loss: {error}; {REMEDIES}") from error
+    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise UserError(
+            f"{where}, and smaller micro-batches would change the loss, because the statistics of BatchNorm are those "
+            f"of a micro-batch; choose micro_batch_size yourself, or {REMEDIES}"
+        )
+
+
+def step_within_memory(
+    updater: Updater, batches: TrainBatches, sizes: MicroBatches, data: int, number: int, *, stop_requested: bool
+) -> Update:
+    """Make optimizer step `number` of the rows of `batches[data]`, in micro-batches that memory is large enough for.
+
+    Raises: UserError as `halve`; and on several processes, which cannot wait for one that tries again: the run then
+    goes on with half the rows when it is resumed.
+    """
+    while True:
+        rows = _cut(batches, sizes, number)
+        micro_batches = batches[data]
+        try:
+            return updater.step(micro_batches, number, stop_requested=stop_requested)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # The frames of the failed step, which hold its tensors, are gone only here.
+        share = sum(map(num_rows, micro_batches))
+        sizes.halve(number, rows or share, share=share, model=updater.unwrapped)
+        refuse_to_go_on_alone(sizes.accelerator)
+        free_memory()
+
+
+def refuse_to_go_on_alone(accelerator: Accelerator) -> None:
+    """Raises: UserError if other processes wait for this one, which has run out of memory in the middle of a step."""
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"process {accelerator.process_index} is out of memory; run the same command again: it goes on from the "
+            "last checkpoint, with half the rows in a forward pass"
+        )
+
+
+def rehearse(updater: Updater, batches: TrainBatches, sizes: MicroBatches, data: int, number: int) -> None:
+    """Halve the micro-batches until a rehearsal of the step fits on every process; for several of them.
+
+    In the step itself they wait for each other's gradients, so one could not try again alone.
+    """
+    accelerator, model, losses = sizes.accelerator, updater.unwrapped, updater.losses
+    while accelerator.num_processes > 1:
+        rows = _cut(batches, sizes, number)
+        micro_batches = batches[data]
+        largest = max(micro_batches, key=num_rows)
+        if on_all(fits(model, largest, losses, accelerator), accelerator):
+            return
+        share = sum(map(num_rows, micro_batches))
+        sizes.halve(number, rows or share, share=share, model=model)
+
+
+def _cut(batches: TrainBatches, sizes: MicroBatches, number: int) -> int:
+    """Set the size of micro-batches for optimizer step `number`, and return it."""
+    if rows := sizes.at(number):
+        batches.micro_batch_size = rows
+    return rows
+
+
+def on_all(fitted: bool, accelerator: Accelerator) -> bool:
+    """Whether it is so on all processes."""
+    failed = torch.tensor(int(not fitted), device=accelerator.device)
+    return not (accelerator.reduce(failed) if accelerator.num_processes > 1 else failed)
+
+
+def fits(model: torch.nn.Module, batch: Batch, losses: Losses, accelerator: Accelerator) -> bool:
+    """Whether forward and backward over a batch fit into memory; leaves weights, buffers and generators as they are."""
+    buffers, one = SavedBuffers(model), torch.ones((), dtype=torch.int64, device=accelerator.device)
+    loss_sum = LossSum(model, cast(Any, model), accelerator.device, losses)
+    with preserved_rng_state():
+        try:
+            with accelerator.autocast():
+                loss = loss_sum(batch, int(losses.num_items(batch)), one)
+            loss.backward()  # type: ignore[no-untyped-call]
+            fitted = True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            fitted = False
+    model.zero_grad(set_to_none=True)
+    buffers.restore()
+    if not fitted:
+        free_memory()
+    return fitted
+
+
+def free_memory() -> None:
+    """Give back what a failed forward pass has left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# micro_batch_size=auto -----------------------------------------------------------------------------------------------
+
+
+def choose_micro_batches(
+    args: LoopArguments,
+    batches: TrainBatches,
+    objective: TrainingObjective,
+    model: torch.nn.Module,
+    accelerator: Accelerator,
+) -> None:
+    """With micro_batch_size=auto, cut `batches` as memory allows; a resumed run takes what it has found before."""
+    if args.micro_batch_size != AUTO:
+        return
+    sizes = MicroBatches(args.output_dir, accelerator, objective.check_micro_batches, rows=0)
+    if not sizes.at(0):
+        share = batches.batch_size // accelerator.num_processes
+        sizes.limits = [[0, largest_fitting(share, objective, model, Losses.of(objective), accelerator)]]
+    batches.micro_batch_size = sizes.at(0)
+
+
+def largest_fitting(
+    share: int, objective: TrainingObjective, model: torch.nn.Module, losses: Losses, accelerator: Accelerator
+) -> int:
+    """The largest power of two that divides `share` rows, and whose longest rows fit into memory with a margin.
+
+    Raises: UserError if not even one row fits, or if micro-batches would change the loss.
+    """
+    model.to(accelerator.device).train()
+    found = 0
+    for rows in powers_of_two(share):
+        margin = Margin(model, accelerator.device)
+        fitted = margin.allows_twice(found) and fits(model, longest_rows(objective, rows), losses, accelerator)
+        if not on_all(fitted and margin.is_kept(), accelerator):
+            break
+        found = rows
+    if not found:
+        raise UserError(f"micro_batch_size=auto: not even one row fits into memory: {REMEDIES}")
+    if found < share:
+        refuse_changed_loss(model, objective.check_micro_batches, share // found * accelerator.num_processes)
+    return found
+
+
+def powers_of_two(share: int) -> Iterator[int]:
+    """1, 2, 4, ... as long as they divide `share`."""
+    rows = 1
+    while share % rows == 0:
+        yield rows
+        rows *= 2
+
+
+def longest_rows(objective: TrainingObjective, count: int) -> Batch:
+    """A batch of the `count` longest training rows, as far as their lengths are known."""
+    rows = objective.rows["train"]
+    columns = getattr(rows, "column_names", ())
+    if "length" in columns or "input_ids" in columns:
+        some = rows.select(range(min(len(rows), MANY)))
+        lengths = some["length"] if "length" in columns else list(map(len, some["input_ids"]))
+        rows = some.select(np.argsort(-np.asarray(lengths), kind="stable")[:count])
+    return next(objective.batches_in_order(rows, batch_size=count))
