@@ -176,8 +176,10 @@ class RunConfig:
 
     @property
     def words(self) -> list[str]:
-        """File and command line as one command line."""
-        return [text for key, value in self.file_values.items() for text in _as_argv(key, value)] + self.argv
+        """File and command line as one command line, with numbers for the words that stand for them."""
+        words = [text for key, value in self.file_values.items() for text in _as_argv(key, value)] + self.argv
+        line = re.sub(r"(--micro_batch_size)[=\0]auto(?=\0|$)", r"\1=-1", "\0".join(words))
+        return line.split("\0") if words else []
 
     def answer(self, classes: list[Any], *, description: str) -> OptionParser:
         """The parser of the options of `classes`, if they are not asked for: exits after `--help`.

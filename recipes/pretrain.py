@@ -41,6 +41,7 @@ from bmtk.training.evaluation import Evaluator, Results
 from bmtk.training.first_process import main_process_first
 from bmtk.training.loop import train
 from bmtk.training.lr_range_test import suggest_rate
+from bmtk.training.micro_batches import choose_micro_batches
 from bmtk.training.prepared import build_accelerator, prepare
 from bmtk.training.profiling import seconds_per_step
 from bmtk.training.rollback import roll_back
@@ -150,6 +151,7 @@ def fit(
     one_row = next(objective.batches_in_order(objective.rows["train"], batch_size=1))
     meter = build_meter(model, objective.unit, one_row, accelerator)
     prepared = prepare(model, args, accelerator)
+    choose_micro_batches(args, batches, objective, model, accelerator)
     checkpoints = Checkpoints(args.output_dir, prepared, objective.processor, settings, args.save_total_limit)
     newest = checkpoints.newest()
     state = checkpoints.load(newest) if newest else TrainState()
@@ -161,6 +163,7 @@ def fit(
         main_metric=f"validation/{objective.scorer.main_metric}",
         save=checkpoints.save,
         load_best=checkpoints.load_best,
+        check_micro_batches=objective.check_micro_batches,
         roll_back=partial(roll_back, checkpoints),
     )
     schedule = build_schedule(args, args.total_steps(batches.steps_per_epoch))
@@ -177,6 +180,7 @@ def plan(
 ) -> str:
     """The run without training it, timed by a rehearsal of its first step."""
     batches = objective.train_batches(**args.batching)
+    choose_micro_batches(args, batches, objective, model, accelerator)
     steps_per_epoch = batches.steps_per_epoch / objective.sampled_share
     steps = args.total_steps(steps_per_epoch)
     return summary.run_plan(
@@ -187,7 +191,11 @@ def plan(
         per_step=round(args.batch_size * objective.units_per_row("train")),
         unit=objective.unit,
         seconds_per_step=seconds_per_step(model, batches, accelerator, Losses.of(objective)),
-        decided={"learning rate": args.learning_rate, "rows per step": args.batch_size},
+        decided={
+            "learning rate": args.learning_rate,
+            "rows per step": args.batch_size,
+            "rows per forward pass": batches.micro_batch_size,
+        },
     )
 
 

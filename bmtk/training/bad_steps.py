@@ -66,15 +66,16 @@ class BadSteps:
 
     def note_return(self, row: list[int], *, to: int) -> None:
         """Write down that the run goes back to step `to`, and leaves out the data of the steps `row`."""
+        if not self.accelerator.is_main_process:
+            return
         data = [step + 1 for step in self.data_of(row)]
         logger.warning(
             "steps %d to %d were not applied: going back to the checkpoint after step %d; the rows of steps %d to %d "
             "are left out from now on",
             *(row[0], row[-1], to, data[0], data[-1]),
         )
-        if self.accelerator.is_main_process:
-            path = Path(self.args.output_dir) / FOLDER / f"rollback-{row[0]:08d}-data-{data[0]:08d}.json"
-            write_json(path, {"what": "rollback", "steps": row, "back_to": to, "left_out": data})
+        path = Path(self.args.output_dir) / FOLDER / f"rollback-{row[0]:08d}-data-{data[0]:08d}.json"
+        write_json(path, {"what": "rollback", "steps": row, "back_to": to, "left_out": data})
 
     def data_of(self, row: list[int]) -> list[int]:
         """The steps in the order of the data, counted from 0, that the steps `row` had their rows from."""

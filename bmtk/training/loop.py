@@ -12,9 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from .allocation import keep_freed_memory
-from .arguments import LoopArguments
+from .arguments import AUTO, LoopArguments
 from .checkpoint import TrainState
 from .gradients import gradient_rules
+from .micro_batches import MicroBatches, rehearse, step_within_memory
 from .prepared import Prepared
 from .progress import Bar
 from .protocols import TrainBatches
@@ -58,6 +59,9 @@ def train(
     run = RunLog(accelerator, args, state, total=total, **watched)
     run.bad_steps.batches = batches
     run.begin()
+    sizes = _sizes(prepared, batches, args, hooks)
+    if state.step < total:
+        rehearse(updater, batches, sizes, data_step(state.step, state.left_out), state.step)
     prepared.model.train()
     stopping = {"second_stops_at_once": accelerator.num_processes == 1, "max_minutes": args.max_minutes}
     with deferred_signals(**stopping) as request, run.bar() as bar:
@@ -67,8 +71,9 @@ def train(
         for step in run.steps():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step)
-            rows = batches[data_step(step, state.left_out)]
-            if run.add(update := updater.step(rows, step, stop_requested=bool(request))):
+            data = data_step(step, state.left_out)
+            update = step_within_memory(updater, batches, sizes, data, step, stop_requested=bool(request))
+            if run.add(update):
                 bar.update()
                 _after_step(run, update, vote, bar, learning_rate=optimizer.param_groups[0]["lr"])
             else:
@@ -125,6 +130,15 @@ def _updater(
     if args.spike_sigma:
         updater.spikes = SpikeDetector(args.spike_sigma, prepared.accelerator.device)
     return updater
+
+
+def _sizes(prepared: Prepared, batches: TrainBatches, args: LoopArguments, hooks: Hooks) -> MicroBatches:
+    """The sizes of micro-batches that the run has had; `auto` has cut the batches already."""
+    accelerator, check = prepared.accelerator, hooks.check_micro_batches
+    sizes = MicroBatches(args.output_dir, accelerator, check, rows=batches.micro_batch_size)
+    if args.micro_batch_size == AUTO and not sizes.limits:
+        sizes.limit(0, batches.micro_batch_size, is_writer=accelerator.is_main_process)
+    return sizes
 
 
 def _averaged(hooks: Hooks, prepared: Prepared) -> Hooks:

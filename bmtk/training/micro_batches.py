@@ -8,13 +8,14 @@ run had before it was interrupted, at the very steps.
 
 import gc
 import logging
+import os
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -23,6 +24,7 @@ from bmtk.errors import UserError, is_out_of_memory
 from bmtk.files import read_json, write_json
 
 from .arguments import AUTO, LoopArguments
+from .finetuning_arguments import FineTuningArguments
 from .guards import SavedBuffers
 from .protocols import Batch, TrainBatches, TrainingObjective
 from .rng_state import preserved_rng_state
@@ -57,13 +59,13 @@ class MicroBatches:
         limits = [rows for first, rows in self.limits if first <= step]
         return min([*limits, *([self.rows] if self.rows else [])], default=0)
 
-    def limit(self, step: int, rows: int) -> None:
+    def limit(self, step: int, rows: int, *, is_writer: bool) -> None:
         """Take at most `rows` from `step` on, also when the run is resumed."""
         self.limits.append([step, rows])
-        if self.accelerator.is_main_process or self.accelerator.num_processes == 1:
+        if is_writer:
             write_json(self.path, {"limits": self.limits})
 
-    def halve(self, step: int, rows: int, *, share: int, model: torch.nn.Module) -> None:
+    def halve(self, step: int, rows: int, *, share: int, model: torch.nn.Module, is_writer: bool = True) -> None:
         """Take half of `rows` from `step` on, because memory was too little; `share` are those of this process.
 
         Raises: UserError if it was one row, or if smaller micro-batches would change what is learned.
@@ -73,8 +75,8 @@ class MicroBatches:
             raise UserError(f"{where}: {REMEDIES}")
         half = -(-rows // 2)
         refuse_changed_loss(model, self.check, -(-share // half) * self.accelerator.num_processes, where)
-        self.limit(step, half)
-        if self.accelerator.is_main_process:
+        self.limit(step, half, is_writer=is_writer)
+        if is_writer:
             logger.warning("%s; from now on %d rows, and as many more forward passes per step", where, half)
 
 
@@ -134,12 +136,13 @@ def rehearse(updater: Updater, batches: TrainBatches, sizes: MicroBatches, data:
     accelerator, model, losses = sizes.accelerator, updater.unwrapped, updater.losses
     while accelerator.num_processes > 1:
         rows = _cut(batches, sizes, number)
-        micro_batches = batches[data]
+        with preserved_rng_state():
+            micro_batches = batches[data]
         largest = max(micro_batches, key=num_rows)
         if on_all(fits(model, largest, losses, accelerator), accelerator):
             return
         share = sum(map(num_rows, micro_batches))
-        sizes.halve(number, rows or share, share=share, model=model)
+        sizes.halve(number, rows or share, share=share, model=model, is_writer=accelerator.is_main_process)
 
 
 def _cut(batches: TrainBatches, sizes: MicroBatches, number: int) -> int:
@@ -156,7 +159,7 @@ def on_all(fitted: bool, accelerator: Accelerator) -> bool:
 
 
 def fits(model: torch.nn.Module, batch: Batch, losses: Losses, accelerator: Accelerator) -> bool:
-    """Whether forward and backward over a batch fit into memory; leaves weights, buffers and generators as they are."""
+    """Whether forward and backward over a batch fit into memory; weights, buffers and generators stay as they are."""
     buffers, one = SavedBuffers(model), torch.ones((), dtype=torch.int64, device=accelerator.device)
     loss_sum = LossSum(model, cast(Any, model), accelerator.device, losses)
     with preserved_rng_state():
@@ -176,6 +179,31 @@ def fits(model: torch.nn.Module, batch: Batch, losses: Losses, accelerator: Acce
     return fitted
 
 
+def num_rows(batch: Batch) -> int:
+    """The rows of a batch: the first dimension of its tensors."""
+    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+
+
+def split_rows(batch: Batch, rows: int) -> list[Batch]:
+    """A collated batch in parts of at most `rows` rows (0: whole).
+
+    >>> [part["labels"] for part in split_rows({"labels": torch.arange(3), "mean": torch.ones(())}, 2)]
+    [tensor([0, 1]), tensor([2])]
+
+    Raises: UserError if its values do not all have a row for each.
+    """
+    count = num_rows(batch)
+    if not rows or count <= rows:
+        return [batch]
+    by_row = {name for name, value in batch.items() if isinstance(value, list) or getattr(value, "ndim", 0)}
+    if odd := sorted(name for name in by_row if len(batch[name]) != count):
+        raise UserError(
+            f"out of memory, and a batch with {', '.join(odd)} cannot be cut into smaller ones; lower micro_batch_size"
+        )
+    cuts = [slice(start, start + rows) for start in range(0, count, rows)]
+    return [{name: value[cut] if name in by_row else value for name, value in batch.items()} for cut in cuts]
+
+
 def free_memory() -> None:
     """Give back what a failed forward pass has left."""
     gc.collect()
@@ -187,20 +215,20 @@ def free_memory() -> None:
 
 
 def choose_micro_batches(
-    args: LoopArguments,
+    args: LoopArguments | FineTuningArguments,
     batches: TrainBatches,
     objective: TrainingObjective,
     model: torch.nn.Module,
     accelerator: Accelerator,
 ) -> None:
-    """With micro_batch_size=auto, cut `batches` as memory allows; a resumed run takes what it has found before."""
+    """With micro_batch_size=auto, cut `batches` as memory allows; a resumed run has what it has found before."""
     if args.micro_batch_size != AUTO:
         return
-    sizes = MicroBatches(args.output_dir, accelerator, objective.check_micro_batches, rows=0)
-    if not sizes.at(0):
-        share = batches.batch_size // accelerator.num_processes
-        sizes.limits = [[0, largest_fitting(share, objective, model, Losses.of(objective), accelerator)]]
-    batches.micro_batch_size = sizes.at(0)
+    sizes = MicroBatches(args.output_dir, accelerator, None, rows=0)
+    share = batches.batch_size // accelerator.num_processes
+    batches.micro_batch_size = sizes.at(0) or largest_fitting(
+        share, objective, model, Losses.of(objective), accelerator
+    )
 
 
 def largest_fitting(
@@ -211,10 +239,9 @@ def largest_fitting(
     Raises: UserError if not even one row fits, or if micro-batches would change the loss.
     """
     model.to(accelerator.device).train()
-    found = 0
+    found, margin = 0, Margin(model, accelerator.device)
     for rows in powers_of_two(share):
-        margin = Margin(model, accelerator.device)
-        fitted = margin.allows_twice(found) and fits(model, longest_rows(objective, rows), losses, accelerator)
+        fitted = margin.allows_twice and fits(model, longest_rows(objective, rows), losses, accelerator)
         if not on_all(fitted and margin.is_kept(), accelerator):
             break
         found = rows
@@ -223,6 +250,54 @@ def largest_fitting(
     if found < share:
         refuse_changed_loss(model, objective.check_micro_batches, share // found * accelerator.num_processes)
     return found
+
+
+class Margin:
+    """Watches what trials of growing size take, so that no more than `USABLE` of the memory is filled.
+
+    A GPU counts what it has handed out at most; the optimizer's two moments are yet to come.  A system may end a
+    process that fills its memory, instead of refusing it, so on a CPU the next trial is not made where twice the last
+    one's need would be too much.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: torch.device):
+        self.device, self.growth = device, 0
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.to_come = 2 * 4 * trained
+        self.room, self.peak = self._room(), self._peak()
+
+    @property
+    def allows_twice(self) -> bool:
+        """Whether twice the need of the last trial would do."""
+        return self.device.type == "cuda" or 2 * self.growth + self.to_come <= USABLE * self.room
+
+    def is_kept(self) -> bool:
+        """Whether the need of the trials up to now leaves enough."""
+        self.growth = self._peak() - self.peak
+        return self.growth + self.to_come <= USABLE * self.room
+
+    def _room(self) -> int:
+        """Bytes that could still be taken."""
+        if self.device.type == "cuda":
+            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + kept
+        return available_memory()
+
+    def _peak(self) -> int:
+        """The most bytes that this process has had at a time."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def available_memory() -> int:
+    """Bytes of memory that this machine could still give; all that it has, where it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            facts = dict(line.split(":") for line in file)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def powers_of_two(share: int) -> Iterator[int]:

@@ -35,6 +35,7 @@ class Hooks:
     main_metric: str = "validation/loss"  # the one of them used for early stopping
     save: Callable[[TrainState], object] | None = None  # writes a checkpoint; called on every process
     load_best: Callable[[TrainState], object] | None = None  # puts what was saved after state.best_step into the model
+    check_micro_batches: Callable[[int], None] | None = None  # refuses a step of so many micro-batches
     # (at_most, above) -> loads the newest checkpoint of so many steps; see `rollback.roll_back`
     roll_back: Callable[[int, int], TrainState | None] | None = None
     log: Callable[[dict[str, float]], None] | None = None  # gets each line of history.jsonl; on the main process
@@ -145,7 +146,8 @@ class RunLog:
             self._go_back(step - 1, update)
             remedy = "lower learning_rate or max_grad_norm, look at the data of this step, or set nonfinite to 'skip'"
             raise FloatingPointError(self._last_words(happened, remedy))
-        logger.warning("%s", happened)
+        if self.accelerator.is_main_process:
+            logger.warning("%s", happened)
         self.state.skipped.append(step)
         return self.bad_steps.row_before(step)
 
