@@ -63,6 +63,9 @@ FREE_RUN_KEYS = frozenset(
 )
 
 
+AUTO = ("micro_batch_size", -1)  # a setting and its value that users write as auto
+
+
 @dataclass
 class RunArguments:
     """What every recipe reads."""
@@ -178,7 +181,8 @@ class RunConfig:
     def words(self) -> list[str]:
         """File and command line as one command line, with numbers for the words that stand for them."""
         words = [text for key, value in self.file_values.items() for text in _as_argv(key, value)] + self.argv
-        line = re.sub(r"(--micro_batch_size)[=\0]auto(?=\0|$)", r"\1=-1", "\0".join(words))
+        option = AUTO[0].replace("_", "[_-]")
+        line = re.sub(rf"(--{option})[=\0]auto(?=\0|$)", rf"\1={AUTO[1]}", "\0".join(words))
         return line.split("\0") if words else []
 
     def answer(self, classes: list[Any], *, description: str) -> OptionParser:
@@ -223,6 +227,7 @@ def resolved_config(*instances: Any) -> dict[str, object]:
                 continue
             if foreign and (value == [] or not isinstance(value, str | int | float | list | dict | None)):
                 continue  # computed by the class, not given by the user
+            value = "auto" if (f.name, value) == AUTO else value
             resolved[f.name] = json.loads(json.dumps(value, default=str))
     return resolved
 

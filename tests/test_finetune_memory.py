@@ -103,6 +103,19 @@ def test_a_resumed_run_has_the_sizes_of_the_one_before(stop, memory, tmp_path, m
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
 
 
+def test_a_step_that_is_begun_again_draws_the_same_numbers(memory, tmp_path):
+    settings = ["--micro_batch_size", "8", "--hidden_dropout", "0.1", "--max_steps", "2"]
+    known, found = tmp_path / "known", tmp_path / "found"
+    known.mkdir()
+    (known / "micro_batches.json").write_text('{"limits": [[1, 4]]}')
+    memory(5, first=1, in_backward=True)
+    run(known, *settings)
+    run(found, *settings)
+    assert limits(found) == limits(known)
+    assert losses(found) == losses(known)
+    assert all(torch.equal(value, weights(found)[name]) for name, value in weights(known).items())
+
+
 def test_auto_finds_what_fits_and_the_plan_shows_it(whole, memory, tmp_path, capsys, monkeypatch):
     memory(5)
     folder = run(tmp_path / "run", "--micro_batch_size", "auto", "--hidden_dropout", "0")

@@ -20,6 +20,11 @@ class Scaled(TinyBatches):
         self.now, self.before[step] = step, (digest(self.model), torch.get_rng_state())
         return super().__getitem__(step)
 
+    def places(self, step: int):
+        """Rows of the step, and their epochs: what GlobalBatches knows."""
+        numbers = [8 * step + place for place in self.share]
+        return numbers, [0] * len(numbers)
+
     def scale(self, model, inputs, outputs):
         if self.now in self.steps and model.training:
             outputs.loss = outputs.loss * self.factor
@@ -59,9 +64,10 @@ class SmallMemory:
         return batches
 
     def refuse(self, model, inputs, kwargs, outputs):
-        count = len(kwargs["input_ids"])
-        self.calls.append(count)
-        if not model.training or count <= self.rows or (self.batches and self.batches.now < self.first):
+        if not model.training:
+            return
+        self.calls.append(count := len(kwargs["input_ids"]))
+        if count <= self.rows or (self.batches and self.batches.now < self.first):
             return
         if not self.in_backward:
             raise self.error

@@ -76,23 +76,30 @@ def test_a_curve_that_stands_still_or_is_short_has_no_spike():
 
 
 def test_precision_and_recall_on_real_curves(capsys):
-    """Short runs of the shipped data; in some of them the rows of known steps were replaced by noise."""
-    right = missed = wrong = steps = 0
+    """Short runs of the shipped data; in some of them the rows of known steps were replaced by noise.
+
+    Rows that repeat one token are not found: they are easy, so the loss does not rise, and the gradient is clipped.
+    """
+    right = wrong = num_spikes = steps = alone = 0
     lines = []
     for path in CURVES:
         curve = json.loads(path.read_text())
-        spikes, seen = set(curve["spikes"]), set(found(curve["pairs"]))
-        lines.append(f"{path.stem:<20} {len(curve['pairs']):>4} steps, spikes {sorted(spikes)}, found {sorted(seen)}")
-        right, missed, wrong = right + len(spikes & seen), missed + len(spikes - seen), wrong + len(seen - spikes)
-        steps += len(curve["pairs"])
+        spikes, seen, pairs = set(curve["spikes"]), set(found(curve["pairs"])), curve["pairs"]
+        lines.append(f"{path.stem:<15} {len(pairs)} steps, spikes {sorted(spikes)}, found {sorted(seen)}")
+        right, wrong = right + len(spikes & seen), wrong + len(seen - spikes)
+        num_spikes, steps = num_spikes + len(spikes), steps + len(pairs)
+        for column in (0, 1):
+            alone += len(set(found([[pair[column]] * 2 for pair in pairs])) - spikes)
+        assert spikes - seen == (spikes if path.stem == "decoder_same" else set())
+    precision, recall = right / (right + wrong), right / num_spikes
+    lines.append(
+        f"precision {precision:.3f}, recall {recall:.3f} in {steps} steps; false alarms of one alone: {alone}"
+    )
     with capsys.disabled():
-        sys.stdout.write("\n" + "\n".join(lines))
-        sys.stdout.write(
-            f"\nprecision {right / (right + wrong):.3f}, recall {right / (right + missed):.3f} in {steps} steps\n"
-        )
-    assert len(CURVES) >= 6
-    assert wrong == 0
-    assert right / (right + missed) >= 0.9
+        sys.stdout.write("\n" + "\n".join(lines) + "\n")
+    assert (len(CURVES), num_spikes, wrong) == (11, 34, 0)
+    assert recall > 0.85
+    assert alone > 20  # why both are asked for
 
 
 def test_a_detector_goes_on_where_another_one_was():
@@ -147,6 +154,7 @@ def test_a_spike_is_skipped_and_leaves_a_bundle(device_side, tmp_path, monkeypat
     assert (event["what"], event["step"], event["data"]) == ("spike", 70, 70)
     assert event["loss"] > 1000 > 10 * event["loss_median"]
     assert torch.equal(bundle["torch"], batches.before[69][1])
+    assert (bundle["rows"].tolist(), bundle["epochs"].tolist()) == (list(range(552, 560)), [0] * 8)
     assert torch.isfinite(bundle["window"]).all(dim=1).sum() == 69
     assert caplog.text.count("step 70: loss ") == 1
     assert "both are 6 robust deviations above the last steps" in caplog.text
@@ -195,6 +203,18 @@ def test_a_run_that_is_stopped_around_a_rollback_ends_with_the_same_bytes(stop, 
         run(arguments(tmp_path / "run", **BACK), model=model, batches=Scaled(model, [9, 10, 11], math.inf)) == expected
     )
     assert read_history(tmp_path / "run") == read_history(tmp_path / "without")
+
+
+def test_checkpoints_of_steps_that_are_made_again_are_replaced(tmp_path):
+    settings = {**BACK, "num_train_steps": 12, "save_steps": 1}
+    run(arguments(tmp_path / "without", **settings), batches=Without([8, 9, 10]))
+    model = tiny_model(dropout=0.2)
+    run(arguments(tmp_path / "run", **settings), model=model, batches=Scaled(model, [8, 9, 10], math.inf))
+    for step in range(1, 13):
+        ours, theirs = (
+            tmp_path / name / "checkpoints" / f"step-{step:08d}" / "model.safetensors" for name in ("run", "without")
+        )
+        assert ours.read_bytes() == theirs.read_bytes(), step
 
 
 def test_a_second_row_ends_the_run_unless_it_has_got_on_since(tmp_path):
