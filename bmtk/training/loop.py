@@ -55,8 +55,8 @@ def train(
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
     state.recurrent = tbptt_state(batches, state.recurrent)
     updater = _updater(prepared, batches, losses, args, total=total, recurrent=state.recurrent)
-    watched = {"hooks": _averaged(hooks, prepared), "detector": updater.spikes, "meter": meter or Meter()}
-    run = RunLog(accelerator, args, state, total=total, **watched)
+    hooks = _averaged(hooks, prepared)
+    run = RunLog(accelerator, args, state, total=total, meter=meter or Meter(), hooks=hooks, detector=updater.spikes)
     run.bad_steps.batches = batches
     run.begin()
     sizes = _sizes(prepared, batches, args, hooks)
@@ -72,7 +72,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step)
             data = data_step(step, state.left_out)
-            update = step_within_memory(updater, batches, sizes, data, step, stop_requested=bool(request))
+            update = step_within_memory(updater, batches, sizes, data, step, request=request)
             if run.add(update):
                 bar.update()
                 _after_step(run, update, vote, bar, learning_rate=optimizer.param_groups[0]["lr"])

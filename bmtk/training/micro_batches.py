@@ -28,6 +28,7 @@ from .finetuning_arguments import FineTuningArguments
 from .guards import SavedBuffers
 from .protocols import Batch, TrainBatches, TrainingObjective
 from .rng_state import preserved_rng_state
+from .signals import StopRequest
 from .updates import Losses, LossSum, Update, Updater
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def refuse_changed_loss(
 
 
 def step_within_memory(
-    updater: Updater, batches: TrainBatches, sizes: MicroBatches, data: int, number: int, *, stop_requested: bool
+    updater: Updater, batches: TrainBatches, sizes: MicroBatches, data: int, number: int, *, request: StopRequest
 ) -> Update:
     """Make optimizer step `number` of the rows of `batches[data]`, in micro-batches that memory is large enough for.
 
@@ -108,7 +109,7 @@ def step_within_memory(
         rows = _cut(batches, sizes, number)
         micro_batches = batches[data]
         try:
-            return updater.step(micro_batches, number, stop_requested=stop_requested)
+            return updater.step(micro_batches, number, stop_requested=bool(request))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -166,7 +167,7 @@ def fits(model: torch.nn.Module, batch: Batch, losses: Losses, accelerator: Acce
         try:
             with accelerator.autocast():
                 loss = loss_sum(batch, int(losses.num_items(batch)), one)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             fitted = True
         except Exception as error:
             if not is_out_of_memory(error):
@@ -195,7 +196,11 @@ def split_rows(batch: Batch, rows: int) -> list[Batch]:
     count = num_rows(batch)
     if not rows or count <= rows:
         return [batch]
-    by_row = {name for name, value in batch.items() if isinstance(value, list) or getattr(value, "ndim", 0)}
+    by_row = {
+        name
+        for name, value in batch.items()
+        if isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim)
+    }
     if odd := sorted(name for name in by_row if len(batch[name]) != count):
         raise UserError(
             f"out of memory, and a batch with {', '.join(odd)} cannot be cut into smaller ones; lower micro_batch_size"

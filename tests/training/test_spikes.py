@@ -115,6 +115,22 @@ def test_a_detector_goes_on_where_another_one_was():
     assert one.state() == other.state()
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_host_does_not_wait_for_the_decision():
+    pairs = torch.rand(100, 2, generator=torch.Generator().manual_seed(1)) + 1
+    pairs[90] = 50.0
+    here, there = SpikeDetector(6.0, torch.device("cpu")), SpikeDetector(6.0, torch.device("cuda"))
+    expected = [bool(here.sees_spike(loss, norm, bad=NEVER)) for loss, norm in pairs]
+    rows, never = [(pair[0], pair[1]) for pair in pairs.cuda()], NEVER.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        seen = [there.sees_spike(loss, norm, bad=never) for loss, norm in rows]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(seen).tolist() == expected
+    assert there.state() == here.state()
+
+
 class ScaledAndStopping(Scaled, Stopping):
     """The same, with a signal before a step of the data."""
 
