@@ -269,6 +269,8 @@ class Margin:
         self.device, self.growth = device, 0
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.to_come = 2 * 4 * trained
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.room, self.peak = self._room(), self._peak()
 
     @property

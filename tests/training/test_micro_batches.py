@@ -1,6 +1,7 @@
 """Too little memory: smaller micro-batches, the same steps, and a run that goes on with them when it is resumed."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -38,6 +39,7 @@ from bmtk.training.micro_batches import (
 )
 from bmtk.training.prepared import prepare
 from bmtk.training.updates import Losses, Updater
+from recipes import pretrain
 
 ERRORS = [torch.cuda.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError(TOO_LITTLE)]
 
@@ -252,6 +254,14 @@ def test_auto_is_remembered(tmp_path, monkeypatch):
         if memory == 5:
             run(args, batches=batches)
     assert limits(tmp_path) == [[0, 4]]
+
+
+def test_a_plan_shows_what_auto_finds(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    plan = ["--preset", "smoke", "--dry_run", "--output_dir", str(tmp_path)]
+    pretrain.main([*plan, "--batch_size", "24", "--micro_batch_size", "auto"])
+    assert "rows per forward pass  8\n" in capsys.readouterr().out
+    assert not (tmp_path / FILE).exists()
 
 
 def test_a_trial_leaves_no_trace():
