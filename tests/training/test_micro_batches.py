@@ -36,8 +36,10 @@ from bmtk.training.micro_batches import (
     longest_rows,
     num_rows,
     split_rows,
+    step_within_memory,
 )
 from bmtk.training.prepared import prepare
+from bmtk.training.signals import StopRequest
 from bmtk.training.updates import Losses, Updater
 from recipes import pretrain
 
@@ -170,6 +172,18 @@ def test_the_size_is_a_function_of_the_step(tmp_path):
     again = MicroBatches(tmp_path, Accelerator(cpu=True), None, rows=12)
     assert [again.at(step) for step in (0, 6, 7, 8, 9, 50)] == [12, 12, 6, 6, 2, 2]
     assert MicroBatches(tmp_path, Accelerator(cpu=True), None, rows=4).at(8) == 4
+
+
+def test_a_process_whose_memory_ends_later_leaves_half_the_rows_to_the_resumed_run(tmp_path):
+    """The others wait for its gradients, so it cannot try again alone."""
+    prepared = prepare(model := tiny_model(), LoopArguments(), Accelerator(cpu=True))
+    SmallMemory(model, 5)
+    sizes = MicroBatches(tmp_path, prepared.accelerator, None, rows=0)
+    sizes.accelerator = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False)
+    updater = Updater(prepared, Losses(num_items), max_grad_norm=0.0)
+    with pytest.raises(UserError, match="process 1 is out of memory; run the same command again: it goes on from the "):
+        step_within_memory(updater, TinyBatches(0), sizes, 4, 4, request=StopRequest())
+    assert limits(tmp_path) == [[4, 4]]
 
 
 def test_a_batch_is_cut_by_rows():
