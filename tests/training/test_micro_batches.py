@@ -181,7 +181,7 @@ def test_a_process_whose_memory_ends_later_leaves_half_the_rows_to_the_resumed_r
     sizes = MicroBatches(tmp_path, prepared.accelerator, None, rows=0)
     sizes.accelerator = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False)
     updater = Updater(prepared, Losses(num_items), max_grad_norm=0.0)
-    with pytest.raises(UserError, match="process 1 is out of memory; run the same command again: it goes on from the "):
+    with pytest.raises(UserError, match="process 1 is out of memory; run the same command again: it goes on "):
         step_within_memory(updater, TinyBatches(0), sizes, 4, 4, request=StopRequest())
     assert limits(tmp_path) == [[4, 4]]
 
