@@ -185,28 +185,28 @@ def num_rows(batch: Batch) -> int:
     return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
-def split_rows(batch: Batch, rows: int) -> list[Batch]:
-    """A collated batch in parts of at most `rows` rows (0: whole).
+def split_rows(batch: Batch, rows: int | None) -> list[Batch]:
+    """A collated batch in parts of at most `rows` rows.
 
     >>> [part["labels"] for part in split_rows({"labels": torch.arange(3), "mean": torch.ones(())}, 2)]
     [tensor([0, 1]), tensor([2])]
 
-    Raises: UserError if its values do not all have a row for each.
+    Raises: UserError if its values do not all have an entry for each row, or `rows` is None: it is known that they
+    have not.
     """
     count = num_rows(batch)
-    if not rows or count <= rows:
-        return [batch]
-    by_row = {
-        name
-        for name, value in batch.items()
-        if isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim)
-    }
-    if odd := sorted(name for name in by_row if len(batch[name]) != count):
+    by_row = {name for name, value in batch.items() if _has_entries(value)}
+    if rows is None or any(len(batch[name]) != count for name in by_row):
         raise UserError(
-            f"out of memory, and a batch with {', '.join(odd)} cannot be cut into smaller ones; lower micro_batch_size"
+            f"out of memory, and batches with {', '.join(sorted(by_row))} cannot be cut into smaller ones: lower "
+            f"micro_batch_size, or {REMEDIES}"
         )
     cuts = [slice(start, start + rows) for start in range(0, count, rows)]
     return [{name: value[cut] if name in by_row else value for name, value in batch.items()} for cut in cuts]
+
+
+def _has_entries(value: object) -> bool:
+    return isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim > 0)
 
 
 def free_memory() -> None:

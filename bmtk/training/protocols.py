@@ -99,6 +99,10 @@ class TrainingObjective(Protocol):
         """The part of the training data that `rows` has: below 1 only for the plan of a large corpus."""
 
     @property
+    def batch_can_be_cut(self) -> bool:
+        """Whether every value of a collated batch has one entry for each row."""
+
+    @property
     def keeps_order(self) -> bool:
         """Whether `train_batches` go in an order that means something, so that no other sampler may shuffle them."""
 

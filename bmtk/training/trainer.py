@@ -171,7 +171,7 @@ class TaskTrainer(PatchedTrainer):
         self._rehearse(batches[-1])
         step, losses, begun = self.state.global_step, list[torch.Tensor](), self.begun
         rows = self.micro_batches.at(step)
-        parts = [split_rows(batch, rows) for batch in batches]
+        parts = [self._parts(batch) for batch in batches]
         try:
             for part in [part for each in parts for part in each][:-1]:
                 with self.accelerator.no_sync(model):
@@ -190,12 +190,19 @@ class TaskTrainer(PatchedTrainer):
         free_memory()
         return None
 
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """A collated batch, cut if memory was too little for as many rows."""
+        rows = self.micro_batches.at(self.state.global_step)
+        if rows >= self.micro_batches.rows:
+            return [batch]  # which may have more windows than rows
+        return split_rows(batch, rows if self.objective.batch_can_be_cut else None)
+
     def _rehearse(self, batch: Batch) -> None:
         """On several processes, halve the micro-batches until the first one fits on all of them."""
         model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
         while not self.is_rehearsed:
             rows = self.micro_batches.at(step)
-            fitted = fits(model, split_rows(batch, rows)[0], self.losses_of_rows, self.accelerator)
+            fitted = fits(model, self._parts(batch)[0], self.losses_of_rows, self.accelerator)
             self.is_rehearsed = on_all(fitted, self.accelerator)
             if not self.is_rehearsed:
                 is_writer = self.args.process_index == 0

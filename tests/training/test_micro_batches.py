@@ -192,9 +192,10 @@ def test_a_batch_is_cut_by_rows():
     assert [num_rows(part) for part in parts] == [2, 2, 1]
     assert [part["names"] for part in parts] == [["a", "b"], ["c", "d"], ["e"]]
     assert torch.equal(torch.cat([part["labels"] for part in parts]), batch["labels"])
-    assert split_rows(batch, 0) == split_rows(batch, 5) == [batch]
-    with pytest.raises(UserError, match="a batch with odd cannot be cut into smaller ones; lower micro_batch_size"):
-        split_rows({**batch, "odd": torch.ones(3)}, 2)
+    assert [num_rows(part) for part in split_rows(batch, 5)] == [5]
+    for several, count in (({**batch, "odd": torch.ones(3)}, 2), (batch, None)):
+        with pytest.raises(UserError, match=r"batches with .*labels.* cannot be cut into smaller ones: lower micro_b"):
+            split_rows(several, count)
 
 
 class Objective(SimpleNamespace):
