@@ -18,7 +18,7 @@ from bmtk.training import loop
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.prepared import prepare
 from bmtk.training.rollback import data_step
-from bmtk.training.spikes import FEWEST, WINDOW, SpikeDetector
+from bmtk.training.spikes import FEWEST, WINDOW, SpikeDetector, levels
 from bmtk.training.tbptt import TBPTTState
 from bmtk.training.updates import Losses, Updater
 
@@ -68,11 +68,24 @@ def test_the_running_median_and_deviation_are_those_of_brute_force(sigma):
     assert found(pairs, sigma) == expected
 
 
+def test_the_levels_are_median_and_median_distance_for_every_number_of_steps():
+    detector, kept = SpikeDetector(6.0, torch.device("cpu")), []
+    for loss, norm in (torch.rand(150, 2, generator=torch.Generator().manual_seed(2)) - 0.3).tolist():
+        detector.sees_spike(torch.tensor(loss), torch.tensor(norm), bad=NEVER)
+        kept.append((loss, norm))
+        recent = np.float32(kept[-128:]).astype(float)
+        middle = np.median(recent, axis=0)
+        deviation = np.maximum(1.4826 * np.median(abs(recent - middle), axis=0), 0.01 * abs(middle))
+        for ours, theirs in zip(levels(detector.window), (middle, deviation), strict=True):
+            np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-12)
+
+
 def test_a_curve_that_stands_still_or_is_short_has_no_spike():
     assert found([[0.0, 0.0]] * 200 + [[1.0, 1.0]]) == []
     assert found([[2.0, 1.0]] * 200 + [[2.05, 1.05]]) == []
     assert found([[2.0, 1.0]] * 200 + [[2.2, 1.2]]) == [201]
-    assert found([[2.0, 1.0]] * (FEWEST - 1) + [[90.0, 90.0]]) == []
+    assert found([[2.0, 1.0]] * 63 + [[90.0, 90.0]]) == []
+    assert found([[2.0, 1.0]] * 64 + [[90.0, 90.0]]) == [65]
 
 
 def test_precision_and_recall_on_real_curves(capsys):
