@@ -64,6 +64,9 @@ FREE_RUN_KEYS = frozenset(
 )
 
 
+AUTO = ("micro_batch_size", -1)  # a setting and its value that users write as auto
+
+
 @dataclass
 class RunArguments:
     """What every recipe reads."""
@@ -188,9 +191,12 @@ class RunConfig:
 
     @property
     def words(self) -> list[str]:
-        """File and command line as one command line."""
+        """File and command line as one command line, with numbers for the words that stand for them."""
         values = {**self.derived, **self.file_values}
-        return [text for key, value in values.items() for text in _as_argv(key, value)] + self.argv
+        words = [text for key, value in values.items() for text in _as_argv(key, value)] + self.argv
+        option = AUTO[0].replace("_", "[_-]")
+        line = re.sub(rf"(--{option})[=\0]auto(?=\0|$)", rf"\1={AUTO[1]}", "\0".join(words))
+        return line.split("\0") if words else []
 
     def answer(self, classes: list[Any], *, description: str) -> OptionParser:
         """The parser of the options of `classes`, if they are not asked for: exits after `--help`.
@@ -234,6 +240,7 @@ def resolved_config(*instances: Any) -> dict[str, object]:
                 continue
             if foreign and (value == [] or not isinstance(value, str | int | float | list | dict | None)):
                 continue  # computed by the class, not given by the user
+            value = "auto" if (f.name, value) == AUTO else value
             resolved[f.name] = json.loads(json.dumps(value, default=str))
     return resolved
 

@@ -30,6 +30,8 @@ RAISE_FOR_USERS = (
 
 # Libraries that name a package to install, where one of their options needs it.
 NAME_PACKAGES = ("transformers.", "accelerate.", "peft.", "datasets.")
+# Of torch on a CPU, which has no class for it, and of CUDA where torch asks for memory in another library's name.
+NO_MEMORY = "DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
 LOST_PROCESS = "onnection closed by peer", "onnection reset by peer"  # of gloo and of NCCL's store
 
 
@@ -39,6 +41,17 @@ class UserError(ValueError):
     The recipes and the command show its message as one line and exit with status 1.  Every other exception keeps its
     traceback, because it is a fault of bmtk.
     """
+
+
+class Diverged(FloatingPointError):
+    """A run whose steps cannot be applied any more, whatever was tried."""
+
+    exit_code = 65
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The status with which a command ends after `error`."""
+    return error.exit_code if isinstance(error, Diverged) else 1
 
 
 def user_message(error: BaseException) -> str | None:
@@ -73,10 +86,10 @@ def user_message(error: BaseException) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was too little: of Python, of a device, or of torch on a CPU, which has no class for it."""
+    """Whether memory was too little: of Python, of a device, or of torch on a CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; slow to import
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def raising_module(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from bmtk.errors import fault_report, user_message
+from bmtk.errors import exit_code_of, fault_report, user_message
 from bmtk.settings import origin_of_value
 
 LAUNCHERS = ("accelerate", "torchrun")
@@ -39,9 +39,10 @@ def words_of(process: int | str, what: str) -> list[str]:
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """Turn an exception into exit status 1: one message for what the user can mend, else a report with its traceback.
+    """Turn an exception into exit status 1, or 65 for `Diverged`.
 
-    BMTK_DEBUG=1 lets every exception through.  A process that ends in order leaves its process group first.
+    What the user can mend is shown as one message, else there is a report with its traceback.  BMTK_DEBUG=1 lets
+    every exception through.  A process that ends in order leaves its process group first.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter is no reason to end a run
         if isinstance(stream, io.TextIOWrapper):
@@ -63,7 +64,7 @@ def clean_errors() -> Iterator[None]:
             message += origin_of_value(message)
             prefix = "error" if rank == "0" else f"error (process {rank})"
             sys.stderr.write(f"\n{prefix}: {message}\n  (BMTK_DEBUG=1 shows where this was raised)\n")
-        sys.exit(1)
+        sys.exit(exit_code_of(error))
 
 
 def leave_process_group() -> None:

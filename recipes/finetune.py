@@ -45,6 +45,7 @@ from bmtk.training.adapters import AdapterArguments, adapt
 from bmtk.training.callbacks import RecordHistory
 from bmtk.training.finetuning_arguments import FineTuningArguments, loop_arguments, resolve_defaults
 from bmtk.training.lr_range_test import suggest_rate
+from bmtk.training.micro_batches import choose_micro_batches
 from bmtk.training.profiling import seconds_per_step
 from bmtk.training.run_folder import check_data, check_tokenizer, held
 from bmtk.training.signals import ending_signals, on_stop
@@ -151,7 +152,8 @@ def plan(
     """The run without training it, timed by a rehearsal of its first step."""
     num_rows = round(len(objective.rows["train"]) / objective.sampled_share)
     sizes = {"batch_size": args.rows_per_step, "micro_batch_size": args.per_device_train_batch_size}
-    batches = objective.train_batches(**sizes, seed=args.seed)
+    batches, accelerator = objective.train_batches(**sizes, seed=args.seed), Accelerator()
+    choose_micro_batches(args, batches, objective, model, accelerator)
     steps, step_rows = args.total_steps(num_rows), args.rows_per_step * args.world_size
     losses = Losses.of(objective, label_smoothing=args.label_smoothing_factor)
     return summary.run_plan(
@@ -161,8 +163,12 @@ def plan(
         epochs=steps * step_rows / num_rows,
         per_step=round(step_rows * objective.units_per_row("train")),
         unit=objective.unit,
-        seconds_per_step=seconds_per_step(model, batches, Accelerator(), losses),
-        decided={"learning rate": args.learning_rate, "rows per step": step_rows},
+        seconds_per_step=seconds_per_step(model, batches, accelerator, losses),
+        decided={
+            "learning rate": args.learning_rate,
+            "rows per step": step_rows,
+            "rows per forward pass": batches.micro_batch_size,
+        },
     )
 
 

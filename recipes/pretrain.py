@@ -45,8 +45,10 @@ from bmtk.training.evaluation import Evaluator, Results
 from bmtk.training.first_process import main_process_first
 from bmtk.training.loop import train
 from bmtk.training.lr_range_test import suggest_rate
+from bmtk.training.micro_batches import choose_micro_batches
 from bmtk.training.prepared import Prepared, build_accelerator, prepare
 from bmtk.training.profiling import costs, rehearse
+from bmtk.training.rollback import roll_back
 from bmtk.training.run_folder import check_data, check_tokenizer, held
 from bmtk.training.run_log import Hooks
 from bmtk.training.schedules import build_schedule
@@ -170,6 +172,7 @@ def fit(
     meter = build_meter(model, objective.unit, one_row, accelerator)
     prepared = prepare(model, args, accelerator)
     batches = objective.train_batches(**args.batching, **prepared.share)
+    choose_micro_batches(args, batches, objective, model, accelerator)
     checkpoints = Checkpoints(args.output_dir, prepared, objective.processor, settings, args.save_total_limit)
     state = checkpoints.load(newest) if (newest := checkpoints.newest()) else TrainState()
     if newest:
@@ -181,6 +184,8 @@ def fit(
         save=checkpoints.save,
         load_best=checkpoints.load_best,
         account=lambda state: objective.reading.account(state.step * batches.batch_size),
+        check_micro_batches=objective.check_micro_batches,
+        roll_back=partial(roll_back, checkpoints),
     )
     steps = args.total_steps(batches.steps_per_epoch)
     accelerator.print(lines_of("corpus", objective.reading.shares(steps * batches.batch_size)), end="", flush=True)
@@ -206,6 +211,7 @@ def plan(
 ) -> str:
     """The run without training it, timed by a rehearsal of its first steps."""
     batches = objective.train_batches(**args.batching)
+    choose_micro_batches(args, batches, objective, model, accelerator)
     steps_per_epoch = batches.steps_per_epoch / objective.sampled_share
     steps, found = args.total_steps(steps_per_epoch), rehearse(model, batches, accelerator, Losses.of(objective), args)
     return summary.run_plan(
@@ -221,6 +227,7 @@ def plan(
             "rows per step": args.batch_size,
             **costs(model, objective, found, num_rows=steps * args.batch_size),
             **dict(f"corpus {line}".split(": ") for line in objective.reading.shares(steps * args.batch_size)),
+            "rows per forward pass": batches.micro_batch_size,
         },
     )
 

@@ -31,6 +31,7 @@ from bmtk.models import FAMILIES
 from bmtk.option_help import help_topic
 from bmtk.process import clean_errors
 from bmtk.tasks.objective import python_command
+from bmtk.training.arguments import AUTO, LoopArguments
 from bmtk.training.finetuning_arguments import FineTuningArguments
 
 
@@ -52,6 +53,26 @@ def test_the_dataclass_decides_the_type_whatever_yaml_thinks(tmp_path):
     assert read_yaml(path)["learning_rate"] == "1e-3"  # YAML 1.1 reads a string
     (training,) = bind(read_yaml(path), [])
     assert training == Training(learning_rate=0.001, num_steps=7, with_ema=False, files=["a.txt", "b.txt"])
+
+
+@pytest.mark.parametrize(
+    ("file_values", "argv"),
+    [
+        ({"micro_batch_size": "auto"}, []),
+        ({"micro_batch_size": 4}, ["--micro_batch_size", "auto"]),
+        ({}, ["--seed=1", "--micro_batch_size=auto"]),
+        ({}, ["--micro-batch-size", "auto", "--seed", "1"]),
+    ],
+)
+def test_the_word_auto_is_a_size_of_micro_batches(file_values, argv):
+    (args,) = bind(file_values, argv, [LoopArguments])
+    assert args.micro_batch_size == AUTO
+    assert args.batching["micro_batch_size"] == 0
+    recorded = resolved_config(args)
+    assert recorded["micro_batch_size"] == "auto"
+    assert bind(recorded, [], [LoopArguments]) == [args]
+    with pytest.raises(UserError, match="micro_batch_size=-2 is out of range; give a number of at least 0"):
+        LoopArguments(micro_batch_size=-2)
 
 
 @pytest.mark.parametrize("argv", [["--num_steps", "3"], ["--num-steps=3"], ["--num_steps=3"]])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bmtk.training import trainer
 from recipes import finetune
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,7 @@ CASES = {
     "numbers": f"--task sequence_classification {TEXT} --label_column stars",
     "tags in windows": f"--task token_classification {TEXT} --max_length 4",
     "speech": "--task speech_recognition --max_steps 3 --eval_strategy no",
+    "little memory": f"--task sequence_classification {TEXT} --label_column stars --hidden_dropout 0",
     "boxes": "--task object_detection --norm_type layer_norm --max_steps 2 --eval_strategy no",
 }
 
@@ -91,6 +93,30 @@ def test_two_processes_train_and_measure_as_one(folders, name):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_two_processes_halve_their_micro_batches_where_one_has_too_little_memory(folders):
+    one, two = (folder / "little memory" / "micro_batches.json" for folder in folders)
+    assert json.loads(two.read_text()) == {"limits": [[0, 2]]}
+    assert not one.exists()
+
+
+def limit_memory() -> None:
+    """Let the second process have memory for two rows, in the runs that are about that."""
+    build = trainer.build_trainer
+
+    def refuse(module, inputs, given, outputs):
+        if module.training and len(given["input_ids"]) > 2:
+            raise MemoryError
+
+    def limited(model, *args, folder, **kwargs):
+        if folder.parent.name == "little memory" and os.environ["RANK"] == "1":
+            model.register_forward_hook(refuse, with_kwargs=True)
+        return build(model, *args, folder=folder, **kwargs)
+
+    trainer.build_trainer = limited
+
+
 if __name__ == "__main__":
+    limit_memory()
     for argv in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         finetune.main(argv)

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers.utils.versions import require_version
 
 import bmtk  # noqa: F401
-from bmtk.errors import UserError, user_message
+from bmtk.errors import Diverged, UserError, user_message
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.process import clean_errors
 
@@ -97,6 +97,14 @@ def test_a_value_error_of_a_module_that_cannot_raise_ours_is_the_users(module, c
         raise_from(module, ValueError("labels hold 7, which is not a token"))
     assert stopped.value.code == 1
     assert capsys.readouterr().err.startswith("\nerror: labels hold 7, which is not a token\n  (BMTK_DEBUG=1")
+
+
+def test_a_run_that_diverged_has_an_exit_code_of_its_own(capsys, monkeypatch):
+    monkeypatch.delenv("BMTK_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as stopped, clean_errors():
+        raise_from("bmtk.training.run_log", Diverged("step 9: skipping does not help"))
+    assert stopped.value.code == 65
+    assert capsys.readouterr().err.startswith("\nerror: step 9: skipping does not help\n")
 
 
 def test_a_configuration_that_its_own_check_refuses_is_the_users(capsys, monkeypatch):

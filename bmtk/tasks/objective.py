@@ -26,6 +26,8 @@ class Objective:
     """
 
     needs_whole_batch: ClassVar[bool] = False  # the loss of a row depends on all others of its optimizer step
+    # Whether every value of a collated batch has one entry for each row, so that it can be cut into smaller ones.
+    batch_can_be_cut = True
     pipeline_options: ClassVar[str] = ""  # Python source of more arguments of `pipeline` in the next command
 
     def __init__(self, data: TaskData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):

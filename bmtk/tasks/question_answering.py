@@ -188,6 +188,8 @@ def located(context: str, text: str, start: int) -> tuple[int, str]:
 class QuestionAnsweringObjective(TextObjective):
     """The windows of each question are added to its row; all of them are in one batch."""
 
+    batch_can_be_cut = False  # several windows of a question, and labels that name them by number
+
     data: QuestionAnsweringData
 
     def __init__(self, data: QuestionAnsweringData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):

@@ -13,6 +13,7 @@ from bmtk.errors import UserError
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
+AUTO = -1  # micro_batch_size: found by trial; bmtk/arguments.py reads the word auto as this
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 NONFINITE = ("stop", "skip")
 
@@ -20,7 +21,7 @@ NONFINITE = ("stop", "skip")
 # memory, not what is learned.
 FREE_KEYS = frozenset(
     "output_dir overwrite_output_dir logging_steps eval_steps save_steps save_total_limit "
-    "micro_batch_size gradient_checkpointing torch_compile nonfinite max_minutes "
+    "micro_batch_size gradient_checkpointing torch_compile nonfinite spike_sigma rollback_after max_minutes "
     "fsdp_size dp_replicate_size tp_size".split()
 )
 
@@ -42,7 +43,9 @@ class SharedArguments:
         None, "rows per optimizer step, over all processes and micro-batches together; default: 8 per process"
     )
     micro_batch_size: int | None = _setting(
-        None, "rows per process and forward pass; 0: the share of the process; default: 0"
+        None,
+        "rows per process and forward pass; 0: the share of the process; auto: as many as fit into memory; halved "
+        "whenever memory is too little; default: 0",
     )
 
     muon_learning_rate: float = _setting(0.02, "peak learning rate of Muon")
@@ -90,7 +93,8 @@ class SharedArguments:
     def wrong_settings(self) -> Iterator[str]:
         """What is wrong with the values, in sentences."""
         yield from self._wrong_shared_choices()
-        yield from too_low(self, {"batch_size": 1, "micro_batch_size": 0, "eval_steps": 0, "save_steps": 0})
+        least_rows = AUTO if self.micro_batch_size == AUTO else 0
+        yield from too_low(self, {"batch_size": 1, "micro_batch_size": least_rows, "eval_steps": 0, "save_steps": 0})
         if self.num_train_steps is not None and self.num_train_steps < 1 and self.num_train_steps != -1:
             yield f"num_train_steps={self.num_train_steps} is out of range; give at least 1, or -1 for whole epochs"
         names = ("muon_learning_rate", "unfreeze_epochs", "l1_penalty", "early_stopping_patience", "decay_fraction")
@@ -185,6 +189,15 @@ class LoopArguments(SharedArguments):
     nonfinite: str = _setting(
         "stop", "a step that is not finite is never applied: stop, with the weights before it saved, or skip it"
     )
+    spike_sigma: float = _setting(
+        6.0,
+        "a step is skipped if its loss and its gradient norm are both this many robust standard deviations above the "
+        "median of the last 128 steps; 0: never",
+    )
+    rollback_after: int = _setting(
+        20,
+        "skipped steps in a row after which the run goes back to its last checkpoint, and leaves their data out",
+    )
 
     def __post_init__(self) -> None:
         check([*self._wrong_choices(), *self._wrong_numbers(), *self.wrong_settings()])
@@ -197,6 +210,7 @@ class LoopArguments(SharedArguments):
 
     def _wrong_numbers(self) -> Iterator[str]:
         at_least = {"logging_steps": 1, "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0}
+        at_least |= {"spike_sigma": 0, "rollback_after": 1}
         at_least |= {"adam_epsilon": 0, "max_grad_norm": 0, "warmup_steps": 0, "min_lr_ratio": 0, "seed": 0}
         at_least |= {"fsdp_size": 1, "dp_replicate_size": 0, "tp_size": 1}
         yield from too_low(self, at_least)
@@ -211,7 +225,7 @@ class LoopArguments(SharedArguments):
     @property
     def batching(self) -> dict[str, int]:
         """Which rows make a step, and how they are cut: arguments of `TrainingObjective.train_batches`."""
-        return {"batch_size": self.batch_size, "micro_batch_size": self.micro_batch_size, "seed": self.seed}
+        return {"batch_size": self.batch_size, "micro_batch_size": max(0, self.micro_batch_size), "seed": self.seed}
 
     def total_steps(self, steps_per_epoch: int | float) -> int:
         """Optimizer steps of the whole run, for a data set that lasts `steps_per_epoch` steps."""

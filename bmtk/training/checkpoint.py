@@ -73,7 +73,10 @@ class TrainState:
     best: float | None = None  # value of the main metric, where a run may end early
     best_step: int = 0  # when that was
     worse: int = 0  # evaluations since then
-    skipped: list[int] = field(default_factory=list)  # steps whose update was not finite, and not applied
+    skipped: list[int] = field(default_factory=list)  # steps whose update was not finite, or spiked, and not applied
+    left_out: list[int] = field(default_factory=list)  # steps in the order of the data that no step takes rows from
+    failed_at: int = -1  # steps done before the last row of bad ones that the run went back for; -1: there was none
+    recent: list[list[float]] = field(default_factory=list)  # what the next steps are compared with: SpikeDetector
     window_loss: float = 0.0  # summed loss since the last line of history.jsonl
     window_items: int = 0  # predicted items since then
     rng_state: dict[str, torch.Tensor] | None = None  # generators of this process, until the loop takes them over

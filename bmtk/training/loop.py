@@ -12,14 +12,17 @@ import torch
 from accelerate import Accelerator
 
 from .allocation import keep_freed_memory
-from .arguments import LoopArguments
+from .arguments import AUTO, LoopArguments
 from .checkpoint import TrainState
 from .gradients import gradient_rules
+from .micro_batches import MicroBatches, rehearse, step_within_memory
 from .prepared import Prepared
 from .progress import Bar
 from .protocols import TrainBatches
+from .rollback import data_step
 from .run_log import Hooks, RunLog
 from .signals import Stopped, StopRequest, deferred_signals
+from .spikes import SpikeDetector
 from .tbptt import TBPTTState, tbptt_state
 from .throughput import Meter
 from .updates import Losses, Update, Updater
@@ -44,15 +47,21 @@ def train(
     Where the optimizer keeps an average of the weights, the model has it in evaluations, and when this returns.
 
     Raises: FloatingPointError when a step is not finite and args.nonfinite is "stop", after the weights before it are
-    saved; Stopped after a signal or args.max_minutes, when the step is finished and saved.
+    saved; Diverged, one of them, when no step can be applied any more; Stopped after a signal or args.max_minutes,
+    when the step is finished and saved.
     """
     optimizer, accelerator = prepared.optimizer, prepared.accelerator
     keep_freed_memory(accelerator.device)
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
     state.recurrent = tbptt_state(batches, state.recurrent)
     updater = _updater(prepared, batches, losses, args, total=total, recurrent=state.recurrent)
-    run = RunLog(accelerator, args, state, total=total, meter=meter or Meter(), hooks=_averaged(hooks, prepared))
+    hooks = _averaged(hooks, prepared)
+    run = RunLog(accelerator, args, state, total=total, meter=meter or Meter(), hooks=hooks, detector=updater.spikes)
+    run.bad_steps.batches = batches
     run.begin()
+    sizes = _sizes(prepared, batches, args, hooks)
+    if state.step < total:
+        rehearse(updater, batches, sizes, data_step(state.step, state.left_out), state.step)
     prepared.model.train()
     stopping = {"second_stops_at_once": accelerator.num_processes == 1, "max_minutes": args.max_minutes}
     with deferred_signals(**stopping) as request, run.bar() as bar:
@@ -62,9 +71,13 @@ def train(
         for step in run.steps():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step)
-            run.add(update := updater.step(batches[step], step, stop_requested=bool(request)))
-            bar.update()
-            _after_step(run, update, vote, bar, learning_rate=optimizer.param_groups[0]["lr"])
+            data = data_step(step, state.left_out)
+            update = step_within_memory(updater, batches, sizes, data, step, request=request)
+            if run.add(update):
+                bar.update()
+                _after_step(run, update, vote, bar, learning_rate=optimizer.param_groups[0]["lr"])
+            else:
+                bar.update(state.step - bar.n)
     if optimizer.average:
         optimizer.average.apply()
     run.load_best()
@@ -113,7 +126,19 @@ def _updater(
     rules = gradient_rules(prepared.unwrapped, args, steps_per_epoch=steps_per_epoch, total=total)
     stops = args.nonfinite == "stop"
     norm = args.max_grad_norm
-    return Updater(prepared, losses, max_grad_norm=norm, gradient_rules=rules, recurrent=recurrent, stops=stops)
+    updater = Updater(prepared, losses, max_grad_norm=norm, gradient_rules=rules, recurrent=recurrent, stops=stops)
+    if args.spike_sigma:
+        updater.spikes = SpikeDetector(args.spike_sigma, prepared.accelerator.device)
+    return updater
+
+
+def _sizes(prepared: Prepared, batches: TrainBatches, args: LoopArguments, hooks: Hooks) -> MicroBatches:
+    """The sizes of micro-batches that the run has had; `auto` has cut the batches already."""
+    accelerator, check = prepared.accelerator, hooks.check_micro_batches
+    sizes = MicroBatches(args.output_dir, accelerator, check, rows=batches.micro_batch_size)
+    if args.micro_batch_size == AUTO and not sizes.limits:
+        sizes.limit(0, batches.micro_batch_size, is_writer=accelerator.is_main_process)
+    return sizes
 
 
 def _averaged(hooks: Hooks, prepared: Prepared) -> Hooks:

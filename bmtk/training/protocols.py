@@ -1,7 +1,7 @@
 """What training and evaluation read of a task.  They stay below `tasks`, and import nothing of it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel
@@ -23,6 +23,14 @@ class TrainBatches(Protocol):
     def steps_per_epoch(self) -> float: ...
 
     def __getitem__(self, step: int) -> list[Batch]: ...
+
+
+@runtime_checkable
+class KnowsRows(Protocol):
+    """Batches that can say which rows a step has."""
+
+    def places(self, step: int) -> tuple[Any, Any]:
+        """Rows of optimizer step `step` that are this process's, and the epoch of each."""
 
 
 class TrainingScorer(Protocol):
@@ -89,6 +97,10 @@ class TrainingObjective(Protocol):
     @property
     def sampled_share(self) -> float:
         """The part of the training data that `rows` has: below 1 only for the plan of a large corpus."""
+
+    @property
+    def batch_can_be_cut(self) -> bool:
+        """Whether every value of a collated batch has one entry for each row."""
 
     @property
     def keeps_order(self) -> bool:

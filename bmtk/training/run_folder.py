@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 RUN_CONFIG = "run_config.json"  # resolved configuration of the run that the folder holds
 DATA_MARKS = "data_marks.json"  # what the run learns from, by content
 DERIVED = "derived.json"  # settings that followed from size, data and speed when the run began
+NOTES = ("bad_steps", "micro_batches.json")  # what a run writes down beside its results
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 READS_A_MODEL = ("model", "tokenizer")
@@ -31,6 +32,7 @@ FROM_A_RUN = (
     RUN_CONFIG,
     DATA_MARKS,
     DERIVED,
+    *NOTES,
     "run.json",
     "report.html",
     "config.json",
@@ -194,7 +196,7 @@ def _of_other_data(directory: str | Path, found: Sequence[str]) -> str:
 
 def _what_would_be_lost(directory: Path) -> list[str]:
     """What a run has left that took time to make: checkpoints, weights, facts."""
-    quickly_made = (RUN_CONFIG, DATA_MARKS, DERIVED, "history.jsonl")
+    quickly_made = {RUN_CONFIG, DATA_MARKS, DERIVED, *NOTES, "history.jsonl"}
     found = [name for name in _what_is_there(directory) if name not in quickly_made]
     return [name for name in found if name != CHECKPOINTS or any((directory / CHECKPOINTS).iterdir())]
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from bmtk.errors import UserError
+from bmtk.errors import Diverged, UserError
 
 from .arguments import LoopArguments
+from .bad_steps import BadSteps
 from .checkpoint import TrainState
 from .early_stopping import is_better, is_exhausted
 from .evaluation import lower_is_better
@@ -20,12 +21,11 @@ from .history import History
 from .progress import Bar, evaluation_line
 from .rng_state import preserved_rng_state, seed_process, set_rng_state
 from .sharding import ProcessLayout
+from .spikes import SpikeDetector
 from .throughput import Meter
 from .updates import Update
 
 logger = logging.getLogger(__name__)
-
-MAX_SKIPS_IN_A_ROW = 20  # after this many rejected steps the weights or the data are broken: skipping cannot help
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Hooks:
     save: Callable[[TrainState], object] | None = None  # writes a checkpoint; called on every process
     load_best: Callable[[TrainState], object] | None = None  # puts what was saved after state.best_step into the model
     account: Callable[[TrainState], dict[str, float]] | None = None  # what else a line of history.jsonl has
+    check_micro_batches: Callable[[int], None] | None = None  # refuses a step of so many micro-batches
+    # (at_most, above) -> loads the newest checkpoint of so many steps; see `rollback.roll_back`
+    roll_back: Callable[[int, int], TrainState | None] | None = None
     log: Callable[[dict[str, float]], None] | None = None  # gets each line of history.jsonl; on the main process
 
 
@@ -52,26 +55,35 @@ class RunLog:
         total: int,
         meter: Meter,
         hooks: Hooks = Hooks(),
+        detector: SpikeDetector | None = None,
     ):
+        """`detector` is the one that the steps are compared by, and is saved and resumed with the state."""
         self.accelerator, self.args, self.state, self.total, self.meter = accelerator, args, state, total, meter
         self.hooks, self.layout = hooks, ProcessLayout.of(args, accelerator.num_processes)
         self.history = History(args.output_dir)
         self.unread: list[Update] = []
         self.window_tokens = 0  # since the meter's last lap
         self.grad_norm: float | None = None
-        self.spikes = SpikeWatch()
+        self.spikes, self.detector = SpikeWatch(), detector
+        self.bad_steps = BadSteps(args, accelerator, state)
 
     def begin(self) -> None:
         """Forget what came after the resumed step, set the generators, and start the clock."""
         if self.accelerator.is_main_process:
             self.history.cut(after=self.state.step)
+        self._take_over()
+        self.meter.start(self.state.seconds)
+
+    def _take_over(self) -> None:
+        """Make the generators and the detector what they were when the state was saved."""
         if self.state.rng_state is None:
             rank = self.layout.share(self.accelerator.process_index)["rank"]  # same rows, same dropout
             seed_process(self.args.seed, rank, self.state.step)
         else:
             set_rng_state(self.state.rng_state)
             self.state.rng_state = None
-        self.meter.start(self.state.seconds)
+        if self.detector:
+            self.detector.restore(self.state.recent)
 
     def bar(self) -> Bar:
         """Make the progress bar, which only the main process shows."""
@@ -83,25 +95,30 @@ class RunLog:
         while self.state.step < self.total and not self.is_over:
             yield self.state.step
 
-    def add(self, update: Update) -> None:
-        """Count one step; read it at once if it is known to be rejected, or something is due after it."""
+    def add(self, update: Update) -> bool:
+        """Count one step; read it at once if it is known to be rejected, or something is due after it.
+
+        Returns whether it counts: False if the run went back to a checkpoint.
+        """
         self.state.step += 1
         self.unread.append(update)
         cadences = (self.args.logging_steps, self.args.eval_steps, self.args.save_steps)
         if update.rejected is True or any(self.is_due(steps) for steps in cadences):
-            self.read()
+            return self.read()
+        return True
 
     def is_due(self, every: int) -> bool:
         """Whether the current step is the last one or a multiple of `every` (0: only the last one)."""
         return self.state.step == self.total or bool(every and self.state.step % every == 0)
 
-    def read(self) -> None:
+    def read(self) -> bool:
         """Read the updates of all processes from the device into the state.
 
+        Returns False if too many of them in a row were rejected, and the run went back to a checkpoint.
         Raises: FloatingPointError for a rejected step that may not be skipped.
         """
         if not self.unread:
-            return
+            return True
         shares = torch.stack([update.loss for update in self.unread]).double()
         losses = self.layout.sum_over_shares(self.accelerator, shares).tolist()
         counts = torch.stack([update.num_items for update in self.unread]).tolist()
@@ -113,7 +130,9 @@ class RunLog:
             zip(updates, losses, counts, units, norms, strict=True), start=first
         ):
             if bool(update.rejected):
-                self._reject(step, loss, norm, update)
+                if row := self._reject(step, loss, norm, update):
+                    self._go_back_before(row)
+                    return False
             else:
                 self.state.window_loss += loss * count
                 self.state.window_items += count
@@ -121,33 +140,54 @@ class RunLog:
                 self.spikes.see(step, loss)
             self.state.tokens += unit_count
             self.window_tokens += unit_count
+        return True
 
-    def _reject(self, step: int, loss: float, norm: float, update: Update) -> None:
-        happened = f"step {step}: loss {loss}, gradient norm {norm}; this update was not applied"
-        if self.args.nonfinite == "stop":
+    def _reject(self, step: int, loss: float, norm: float, update: Update) -> list[int]:
+        """Note a step that was not applied; return it and those before it if they are too many in a row."""
+        happened = self.bad_steps.note(step, loss, norm, update)
+        if self.args.nonfinite == "stop" and not (math.isfinite(loss) and math.isfinite(norm)):
             self._go_back(step - 1, update)
             remedy = "lower learning_rate or max_grad_norm, look at the data of this step, or set nonfinite to 'skip'"
-        else:
-            self.state.skipped.append(step)
-            last = self.state.skipped[-MAX_SKIPS_IN_A_ROW:]
-            if last != list(range(step - MAX_SKIPS_IN_A_ROW + 1, step + 1)):
-                logger.warning("%s", happened)
-                return
-            remedy = (
-                f"these are {MAX_SKIPS_IN_A_ROW} such steps in a row, so skipping does not help: lower learning_rate"
-            )
-        raise FloatingPointError(
+            raise FloatingPointError(self._last_words(happened, remedy))
+        if self.accelerator.is_main_process:
+            logger.warning("%s", happened)
+        self.state.skipped.append(step)
+        return self.bad_steps.row_before(step)
+
+    def _last_words(self, happened: str, remedy: str) -> str:
+        return (
             f"{happened}, and {self._save_sound_weights()}: {remedy}, then run again (with overwrite_output_dir, if "
             "settings changed and checkpoints are there)"
         )
 
+    def _go_back_before(self, row: list[int]) -> None:
+        """Load the newest checkpoint from before the steps `row`, and leave their data out from now on.
+
+        Raises: Diverged if there is none, or none that was saved since the last time.
+        """
+        state, failed_at = self.state, row[0] - 1
+        loaded = self.hooks.roll_back(failed_at, state.failed_at) if self.hooks.roll_back else None
+        if loaded is None:
+            again = "" if state.failed_at < 0 else f", after going back from step {state.failed_at + 1} did not help"
+            happened = f"step {row[-1]}: these are {len(row)} such steps in a row, so skipping does not help{again}"
+            raise Diverged(self._last_words(happened, "lower learning_rate, or look at the data of these steps"))
+        self.bad_steps.note_return(row, to=loaded.step)
+        loaded.left_out = sorted({*loaded.left_out, *self.bad_steps.data_of(row)})
+        loaded.failed_at = failed_at
+        if state.recurrent and loaded.recurrent:  # the updater holds the former object
+            state.recurrent.rows, loaded.recurrent = loaded.recurrent.rows, state.recurrent
+        vars(state).update(vars(loaded))
+        self.unread, self.window_tokens = [], 0
+        self._take_over()
+        if self.accelerator.is_main_process:
+            self.history.cut(after=state.step)
+
     def _go_back(self, step: int, update: Update) -> None:
         """Be where the run was after `step`: no later one was applied, since the run stops."""
         self.state.step = step
-        if before := update.before:
-            set_rng_state(before.randomness)
-            if self.state.recurrent:
-                self.state.recurrent.rows = before.carried
+        set_rng_state(update.before.randomness)
+        if self.state.recurrent:
+            self.state.recurrent.rows = update.before.carried
 
     def _save_sound_weights(self) -> str:
         """Save the weights before a step that ends the run, which might be the only ones; say where they are."""
@@ -155,6 +195,7 @@ class RunLog:
             return "nothing was saved, as no step was applied before" if self.hooks.save else "this run saves nothing"
         self.state.seconds = self.meter.seconds
         try:
+            self._note_recent()
             return f"the weights before it are saved whole: {self.hooks.save(self.state)}"
         except FloatingPointError as error:
             return str(error)
@@ -216,9 +257,14 @@ class RunLog:
         if self.hooks.save is None:
             return
         self.read()
+        self._note_recent()
         self.state.seconds = self.meter.seconds
         with self.meter.paused():
             self.hooks.save(self.state)
+
+    def _note_recent(self) -> None:
+        if self.detector:
+            self.state.recent = self.detector.state()
 
     def load_best(self) -> None:
         """Put the weights of the best evaluation into the model and measure them, unless the last one was the best."""

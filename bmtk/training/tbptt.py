@@ -31,9 +31,15 @@ class TBPTTState:
         """Keep the state (rows, W) after the rows of the last `inputs`."""
         self.after.append(state.detach())
 
-    def turn(self) -> None:
-        """End the step.  What is not finite starts anew from 0: its update was not applied either."""
-        self.rows, self.after = torch.cat(self.after).nan_to_num(0.0, 0.0, 0.0), []
+    def turn(self, *, unless: torch.Tensor | None = None) -> None:
+        """End the step; `unless` (0-dim bool) it was not applied: the rows then go on from the state before it.
+
+        What is not finite all the same starts anew from 0.
+        """
+        after, self.after = torch.cat(self.after).nan_to_num(0.0, 0.0, 0.0), []
+        if unless is not None:
+            after = torch.where(unless, torch.zeros_like(after) if self.rows is None else self.rows, after)
+        self.rows = after
 
 
 def tbptt_state(batches: TrainBatches, before: TBPTTState | None = None) -> TBPTTState | None:

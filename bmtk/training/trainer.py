@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +13,12 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from bmtk.errors import UserError
+from bmtk.errors import UserError, is_out_of_memory
 from bmtk.files import adding_to_folder
 
 from .adapters import ADAPTER_CONFIG
 from .allocation import keep_freed_memory
+from .arguments import AUTO
 from .averaging import WeightAverage
 from .callbacks import (
     AverageWeights,
@@ -29,14 +31,40 @@ from .callbacks import (
 from .evaluation import Results, measure, predict_all
 from .finetuning_arguments import FineTuningArguments
 from .gradients import gradient_rules
+from .guards import SavedBuffers
 from .layers import decay_rates_by_depth
+from .micro_batches import (
+    MicroBatches,
+    fits,
+    free_memory,
+    largest_fitting,
+    on_all,
+    refuse_to_go_on_alone,
+    split_rows,
+)
 from .optimizers import OptimizerSettings, build_optimizer, trained_parameters
 from .protocols import Batch, Prediction, TrainingObjective
 from .resume import checkpoint_to_resume
+from .rng_state import rng_state, set_rng_state
 from .run_folder import CHECKPOINTS
 from .signals import deferred_signals
 from .trainer_patches import PatchedTrainer, SetEpoch, StopEarly
 from .updates import Losses, LossSum
+
+
+@dataclass
+class BegunStep:
+    """The micro-batches of an optimizer step so far, and what was before it, so that it can be begun again."""
+
+    buffers: SavedBuffers
+    randomness: dict[str, torch.Tensor]
+    batches: list[Batch] = field(default_factory=list)
+
+    def undo(self, model: torch.nn.Module) -> None:
+        """Make everything what it was, but for the optimizer, which has not been stepped yet."""
+        model.zero_grad(set_to_none=True)
+        self.buffers.restore()
+        set_rng_state(self.randomness)
 
 
 class TaskTrainer(PatchedTrainer):
@@ -80,6 +108,7 @@ class TaskTrainer(PatchedTrainer):
         )
         self.counts: list[int] = []  # items of the micro-batches of a step that are still to come
         self.losses: list[torch.Tensor] = []  # of the micro-batches of a step, times the processes
+        self.begun: BegunStep | None = None
         self.num_overflows, self.was_skipped = 0, False  # steps that fp16's scaler has skipped; whether the last was
         self.add_callback(StopOnNonFinite(self))
         if hasattr(self.train_dataset, "set_epoch"):
@@ -92,8 +121,11 @@ class TaskTrainer(PatchedTrainer):
             self.add_callback(AverageWeights(self))
         if args.early_stopping_patience:
             self.add_callback(StopEarly(args.early_stopping_patience))
-        losses = Losses.of(objective, label_smoothing=args.label_smoothing_factor)
-        self.loss = LossSum(model, cast(PreTrainedModel, model), args.device, losses)
+        self.losses_of_rows = Losses.of(objective, label_smoothing=args.label_smoothing_factor)
+        self.loss = LossSum(model, cast(PreTrainedModel, model), args.device, self.losses_of_rows)
+        folder, rows = Path(args.output_dir).parent, args.per_device_train_batch_size
+        self.micro_batches = MicroBatches(folder, self.accelerator, objective.check_micro_batches, rows=rows)
+        self.is_rehearsed = args.world_size == 1
 
     def count_items_and_units(self, batches: Sequence[Batch]) -> tuple[int, int]:
         self.counts = [int(self.objective.num_items(batch)) for batch in batches]
@@ -116,12 +148,66 @@ class TaskTrainer(PatchedTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Forward and backward of a micro-batch; after the step's last one, `gradient_rules`, before the clipping."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        """Forward and backward of a micro-batch; after the step's last one, `gradient_rules`, before the clipping.
+
+        Where memory is too little, the step is begun again with smaller micro-batches.
+        """
+        if self.begun is None or not self.losses:
+            self.begun = BegunStep(SavedBuffers(self.model), rng_state())
+        self.begun.batches.append(inputs)
+        todo = [inputs]
+        while (loss := self._within_memory(model, todo, num_items_in_batch)) is None:
+            todo = self.begun.batches
         if self.gradient_rules and self.accelerator.sync_gradients:
             self.gradient_rules(self.state.global_step, scale=self.scaler.get_scale() if self.scaler else 1.0)
-        self.losses.append(loss)
         return loss
+
+    def _within_memory(
+        self, model: torch.nn.Module, batches: Sequence[Batch], num_items: torch.Tensor | int | None
+    ) -> torch.Tensor | None:
+        """Forward and backward of micro-batches, and the loss of the last one; None if memory was too little.
+
+        The step is then as before it had begun, and its micro-batches are smaller from now on.
+        """
+        self._rehearse(batches[-1])
+        step, losses, begun = self.state.global_step, list[torch.Tensor](), self.begun
+        rows = self.micro_batches.at(step)
+        parts = [self._parts(batch) for batch in batches]
+        try:
+            for part in [part for each in parts for part in each][:-1]:
+                with self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, part, num_items))
+            losses.append(super().training_step(model, parts[-1][-1], num_items))
+            self.losses += losses
+            return torch.stack(losses[-len(parts[-1]) :]).sum()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        assert begun is not None
+        begun.undo(model)
+        self.losses = []
+        self.micro_batches.halve(step, rows, share=self.args.rows_per_step, model=self.model)
+        refuse_to_go_on_alone(self.accelerator)
+        free_memory()
+        return None
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """A collated batch, cut if memory was too little for as many rows."""
+        rows = self.micro_batches.at(self.state.global_step)
+        if rows >= self.micro_batches.rows:
+            return [batch]  # which may have more windows than rows
+        return split_rows(batch, rows if self.objective.batch_can_be_cut else None)
+
+    def _rehearse(self, batch: Batch) -> None:
+        """On several processes, halve the micro-batches until the first one fits on all of them."""
+        model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
+        while not self.is_rehearsed:
+            rows = self.micro_batches.at(step)
+            fitted = fits(model, self._parts(batch)[0], self.losses_of_rows, self.accelerator)
+            self.is_rehearsed = on_all(fitted, self.accelerator)
+            if not self.is_rehearsed:
+                is_writer = self.args.process_index == 0
+                self.micro_batches.halve(step, rows, share=self.args.rows_per_step, model=model, is_writer=is_writer)
 
     @property
     def scaler(self) -> Any:
@@ -290,12 +376,26 @@ def train(
     with deferred_signals(**stopping) as request:
         callbacks = [history, StopOnRequest(request)]
         trainer = build_trainer(model, objective, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
+        if args.micro_batch_size == AUTO:
+            cut_by_memory(trainer)
+            trainer = build_trainer(model, objective, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
         trainer.accelerator.wait_for_everyone()  # what the main process deletes is gone
         checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)
         if checkpoint:
             trainer.accelerator.print(f"going on from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
+
+
+def cut_by_memory(trainer: TaskTrainer) -> None:
+    """Set how many rows the arguments take at a time: as many as fit into memory, or as the run has found before."""
+    args, sizes = trainer.args, trainer.micro_batches
+    share = args.rows_per_step
+    if not sizes.limits:
+        rows = largest_fitting(share, trainer.objective, trainer.model, trainer.losses_of_rows, trainer.accelerator)
+        sizes.limit(0, rows, is_writer=args.process_index == 0)
+    args.per_device_train_batch_size = sizes.at(0)
+    args.gradient_accumulation_steps = share // args.per_device_train_batch_size
 
 
 def save(trainer: TaskTrainer, directory: str | Path, *, merge: bool) -> None:

@@ -48,7 +48,7 @@ class BatchSizes:
     """The sizes of batches as they were given, each None where it was not."""
 
     batch_size: int | None
-    micro_batch_size: int | None  # 0: the share of a process
+    micro_batch_size: int | None  # 0: the share of a process; AUTO: too, until it is known what fits
     per_device: int | None
     accumulation: int | None
 
@@ -57,12 +57,12 @@ class BatchSizes:
 
         Raises: UserError for sizes that contradict each other, or do not divide.
         """
-        if self.micro_batch_size and self.per_device and self.micro_batch_size != self.per_device:
+        if self._rows_given and self.per_device and self._rows_given != self.per_device:
             raise UserError(
                 f"micro_batch_size={self.micro_batch_size} and per_device_train_batch_size={self.per_device} are two "
                 "names of one setting, and contradict each other; leave one of them out"
             )
-        rows = self.per_device or self.micro_batch_size
+        rows = self.per_device or self._rows_given
         if self.batch_size is None and (self.per_device or self.accumulation or not rows):
             return rows or ROWS_PER_DEVICE, self.accumulation or 1
         share = self._share(self.batch_size or ROWS_PER_DEVICE * processes, processes)
@@ -73,6 +73,10 @@ class BatchSizes:
         if self.accumulation and self.accumulation != steps:
             raise UserError(self._contradiction(processes))
         return rows, steps
+
+    @property
+    def _rows_given(self) -> int:
+        return max(0, self.micro_batch_size or 0)
 
     def _share(self, batch_size: int, processes: int) -> int:
         share, rest = divmod(batch_size, processes)

@@ -3,9 +3,10 @@
 The loss of a step is a sum over the predicted items of the global batch, divided by their number N over all
 micro-batches and all processes.  So neither the micro-batch size nor the number of processes changes the gradient.
 
-A loss or gradient that is not finite is never applied, and buffers such as the statistics of BatchNorm are then what
-they were before the step.  Where the optimizer can skip on its own device, the decision stays there, and the host does
-not wait for it; elsewhere the host reads one number a step.
+A step whose loss or gradient is not finite, or that a detector finds to spike, is never applied, and buffers such as
+the statistics of BatchNorm and the carried recurrent state are then what they were before the step.  Where the
+optimizer can skip on its own device, the decision stays there, and the host does not wait for it; elsewhere the host
+reads one number a step.
 """
 
 import inspect
@@ -18,12 +19,15 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import PreTrainedModel
 
+from bmtk.errors import is_out_of_memory
+
 from .gradients import GradientRules, gradient_norm
 from .guards import SavedBuffers, sound_or_nan
 from .prepared import Prepared
 from .protocols import Batch, TrainingObjective
-from .rng_state import rng_state
+from .rng_state import rng_state, set_rng_state
 from .sharding import by_mesh
+from .spikes import SpikeDetector
 from .tbptt import TBPTTState, check_carries
 
 Criterion = Callable[..., torch.Tensor]  # (outputs, batch) -> the sum of the batch's losses
@@ -58,7 +62,8 @@ class Before:
     """What a step that is not applied has changed all the same, as it was before."""
 
     randomness: dict[str, torch.Tensor]  # generators of this process
-    carried: torch.Tensor | None = None  # recurrent state of its rows
+    carried: torch.Tensor | None = None  # recurrent state of its rows, where the run ends with such a step
+    window: torch.Tensor | None = None  # what the step is compared with, as in SpikeDetector
 
 
 @dataclass(slots=True)
@@ -70,8 +75,8 @@ class Update:
     num_units: torch.Tensor  # what throughput is counted in, of the global batch
     stop_requests: torch.Tensor  # how many processes were asked to stop
     grad_norm: torch.Tensor  # L2 norm of the whole gradient, before clipping; equal on all processes
-    rejected: torch.Tensor | bool  # whether the update was not applied because something was not finite
-    before: Before | None = None  # where the run ends with such a step
+    rejected: torch.Tensor | bool  # whether the update was not applied: something was not finite, or spiked
+    before: Before
 
 
 def accepts_item_count(model: PreTrainedModel) -> bool:
@@ -215,20 +220,29 @@ class Updater:
             check_carries(prepared.unwrapped)
         self.loss = LossSum(self.model, prepared.unwrapped, self.accelerator.device, losses, recurrent=recurrent)
         self.skips_on_device = self.accelerator.device.type == "cuda" and self.optimizer.can_skip_on_device
+        self.spikes: SpikeDetector | None = None  # finds further steps that are not applied
 
     def step(self, micro_batches: Sequence[Batch], number: int = 0, *, stop_requested: bool = False) -> Update:
         """Train on this process's micro-batches of optimizer step `number`, and drop the gradients afterwards."""
         buffers, before = SavedBuffers(self.unwrapped), self._before()
         counts, units = self.losses.counts(micro_batches)
         items, units_of_all, stop_requests = self._over_processes([sum(counts), units, int(stop_requested)])
-        losses = self._backward(micro_batches, counts, items.clamp(min=1))
+        try:
+            losses = self._backward(micro_batches, counts, items.clamp(min=1))
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._undo(buffers, before)
+            raise
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
         if self.gradient_rules:
             self.gradient_rules(number)
         grad_norm = self._clip()
+        loss = sum(losses[1:], losses[0])
         bad = self._is_bad(grad_norm)
-        rejected = self._apply(bad, losses)
+        spiked = self._is_spike(loss, grad_norm, bad)
+        bad = bad | spiked
+        rejected = self._apply(bad, losses, spiked=spiked)
         if self.skips_on_device:
             buffers.restore(bad)
         elif bad:
@@ -237,18 +251,32 @@ class Updater:
             self.optimizer.average.update(unless=bad)
         self.optimizer.zero_grad(set_to_none=True)
         if self.recurrent:
-            self.recurrent.turn()
-        loss = sum(losses[1:], losses[0])
+            self.recurrent.turn(unless=bad)
         return Update(loss, items, units_of_all, stop_requests, grad_norm, rejected, before)
 
-    def _before(self) -> Before | None:
-        return Before(rng_state(), self.recurrent.rows if self.recurrent else None) if self.stops else None
+    def _before(self) -> Before:
+        carried = self.recurrent.rows if self.recurrent and self.stops else None
+        return Before(rng_state(), carried, self.spikes.window if self.spikes else None)
+
+    def _undo(self, buffers: SavedBuffers, before: Before) -> None:
+        """Be as before a step whose memory was too little, so that it can be tried again."""
+        self.optimizer.zero_grad(set_to_none=True)
+        buffers.restore()
+        set_rng_state(before.randomness)
+        if self.recurrent:
+            self.recurrent.after = []
 
     def _is_bad(self, grad_norm: torch.Tensor) -> torch.Tensor:
         bad = ~torch.isfinite(grad_norm)
         if self.stops and self.skips_on_device:
             bad = self.has_stopped = bad if self.has_stopped is None else bad | self.has_stopped
         return bad
+
+    def _is_spike(self, loss: torch.Tensor, grad_norm: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
+        if self.spikes is None:
+            return torch.zeros_like(bad)
+        total = self.layout.sum_over_shares(self.accelerator, loss)
+        return self.spikes.sees_spike(total, grad_norm, bad=bad)
 
     def _over_processes(self, numbers: list[int]) -> torch.Tensor:
         """Sum whole numbers over all processes, without making the host wait for a GPU."""
@@ -277,13 +305,18 @@ class Updater:
                 torch.nn.utils.clip_grads_with_norm_(group, self.max_grad_norm, norm)
         return norm
 
-    def _apply(self, bad: torch.Tensor, losses: Sequence[torch.Tensor]) -> torch.Tensor | bool:
+    def _apply(
+        self, bad: torch.Tensor, losses: Sequence[torch.Tensor], *, spiked: torch.Tensor
+    ) -> torch.Tensor | bool:
         """Step the optimizer unless `bad`; return whether the step counts as rejected."""
         scaler = self.accelerator.scaler
         if scaler is not None:
             # fp16: an overflow of gradients is the scaler's business, until its scale is below 1; losses are unscaled.
-            scaler.step(self.optimizer)
+            if not spiked:
+                scaler.step(self.optimizer)
             scaler.update()
+            if spiked:
+                return True
             unsound = torch.stack([sound_or_nan(loss).isnan() for loss in losses]).any()
             return bool(bad) and (scaler.get_scale() < 1 or bool(self._over_processes([int(unsound)])))
         if self.skips_on_device:

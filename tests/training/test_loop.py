@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from faults import BACK, Without
 from safetensors.torch import load_file
 from tiny_run import (
     Stopping,
@@ -44,6 +45,7 @@ from bmtk.training.manifest import damages
 from bmtk.training.prepared import prepare
 from bmtk.training.updates import Losses, LossSum, Updater, accepts_item_count, divides_by_count
 
+BUNDLE = ("event.json", "process-0.safetensors", "process-1.safetensors")
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 ENVIRONMENT = os.environ | {
     "ACCELERATE_USE_CPU": "true",
@@ -411,6 +413,7 @@ def two_processes(tmp_path_factory) -> tuple[dict, Path]:
     with pytest.raises(SystemExit):
         run(arguments(folder / "resumed"), dropout=0.0, batches=Stopping(2))
     run(arguments(folder / "one frozen", **FROZEN), dropout=0.0)
+    run(arguments(folder / "one without", **BACK), model=tiny_model(), batches=Without([9, 10, 11]))
     run(arguments(folder / "one carried", **CARRIED), model=tiny_recurrent(), batches=Stream(0))
     with pytest.raises(SystemExit):
         run(arguments(folder / "resumed carried", **CARRIED), model=tiny_recurrent(), batches=StoppingStream(3))
@@ -463,6 +466,21 @@ def test_two_processes_stop_together_and_resume_bit_by_bit(two_processes):
     assert facts["stopped at"] == ["step-00000002", "step-00000004"]  # one process was asked to, in the fourth step
     assert facts["stopped"] == facts["straight"]
     assert read_history(folder / "stopped") == read_history(folder / "straight")
+
+
+def test_two_processes_halve_their_micro_batches_where_one_has_too_little_memory(two_processes):
+    facts, folder = two_processes
+    assert facts["limits"] == [[0, 2]]
+    assert facts["log"].count("out of memory with 4 rows in a forward pass; from now on 2 rows") == 1
+    same_up_to_rounding(folder / "one", folder / "halved")
+
+
+def test_two_processes_go_back_together_where_one_has_bad_steps(two_processes):
+    facts, folder = two_processes
+    same_up_to_rounding(folder / "one without", folder / "rolled back")
+    names = [f"rolled back/bad_steps/step-{n:08d}-data-{n:08d}/{name}" for n in (10, 11, 12) for name in BUNDLE]
+    assert facts["bundles"] == names
+    assert facts["log"].count("going back to the checkpoint after step 8") == 1
 
 
 def test_a_loss_that_is_not_finite_on_one_process_is_applied_on_none(two_processes):

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from bmtk.training.checkpoint import Checkpoints, TrainState, save_model
 from bmtk.training.evaluation import predict_all
 from bmtk.training.loop import train
 from bmtk.training.prepared import build_accelerator, prepare
+from bmtk.training.rollback import roll_back
 from bmtk.training.run_folder import locked
 from bmtk.training.run_log import Hooks
 from bmtk.training.schedules import build_schedule
@@ -164,7 +166,8 @@ def run_on(accelerator, args, *, dropout: float = 0.2, model=None, batches=None,
         return {"validation/loss": loss_sum / count, "validation/items": count}
 
     schedule = build_schedule(args, args.total_steps(TinyBatches.steps_per_epoch))
-    hooks = Hooks(evaluate=evaluate, save=checkpoints.save, load_best=checkpoints.load_best)
+    back = partial(roll_back, checkpoints)
+    hooks = Hooks(evaluate=evaluate, save=checkpoints.save, load_best=checkpoints.load_best, roll_back=back)
     state = train(prepared, batches, Losses(num_items), schedule, args=args, state=state, hooks=hooks)
     save_model(args.output_dir, prepared)
     return {"digest": digest(prepared.unwrapped), "step": state.step, "metrics": state.metrics}

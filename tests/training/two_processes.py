@@ -6,9 +6,11 @@ FOLDER/one holds a run of one process without dropout, and FOLDER/resumed a copy
 import contextlib
 import json
 import sys
+from math import inf
 from pathlib import Path
 
 import torch
+from faults import BACK, Scaled, SmallMemory
 from tiny_run import Stopping, Stream, arguments, run, tiny_model, tiny_recurrent
 
 FROZEN = {"unfreeze_epochs": 0.4, "l1_penalty": 1e-3, "ema_decay": 0.9, "layer_lr_decay": 0.8}
@@ -33,6 +35,14 @@ def main(folder: Path):
         model.register_forward_hook(lambda *_: poison_one_process(model, *_))
         run(arguments(folder / "poisoned"), model=model)
     facts["poisoned"] = (folder / "poisoned" / "checkpoints").exists()
+    model = tiny_model()
+    SmallMemory(model, 3 if torch.distributed.get_rank() == 1 else 99)
+    run(arguments(folder / "halved", micro_batch_size=4), model=model)
+    facts["limits"] = json.loads((folder / "halved" / "micro_batches.json").read_text())["limits"]
+    model = tiny_model()
+    steps = [9, 10, 11] if torch.distributed.get_rank() == 1 else []  # the other's own loss is sound
+    run(arguments(folder / "rolled back", **BACK), model=model, batches=lambda **s: Scaled(model, steps, inf, **s))
+    facts["bundles"] = sorted(str(path.relative_to(folder)) for path in (folder / "rolled back").glob("bad_steps/*/*"))
     if torch.distributed.get_rank() == 0:
         sys.stdout.write(json.dumps(facts) + "\n")
     torch.distributed.destroy_process_group()
