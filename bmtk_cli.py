@@ -22,6 +22,8 @@ example:
   bmtk pretrain --preset smoke                           a small language model, in seconds
   bmtk prepare --config my.yaml                          tokenise the corpus of a pretraining run beforehand
   bmtk data show outputs/pretrain                        what a tokenised corpus holds, with samples
+  bmtk data list                                         the data sets of the README, and which of them are here
+  bmtk data get sst2                                     download one into data/sst2, as the configs name it
   bmtk tokenizer train --train_file my.txt --output_dir tokenizers/mine
   bmtk tokenizer show gpt2 --text_file my.txt            tokens a word, bytes a token, what it does not know
   bmtk finetune --preset smoke                           a classifier of texts, in seconds
@@ -71,13 +73,33 @@ Show what a tokenised corpus holds: documents, tokens, sources, packing, longest
 
 DIR is a token store, a corpus folder, or the output_dir of a pretraining run.
 """
+DATA_LIST = """\
+List the data sets behind the results of the README: task, size, licence, and whether they are here.
+
+  bmtk data list          all of them
+  bmtk data list sst2     one: its files with their SHA-256, and where they come from
+"""
+DATA_GET = """\
+Fetch a data set of the README into the folder that the configs name (data/NAME), so that a result can be repeated:
+
+  bmtk data get sst2
+  bmtk finetune --config recipes/configs/sequence_classification/sst2.yaml
+
+Published files are downloaded to ~/.cache/bmtk (or $BMTK_CACHE), resumed where they break off, compared with the size
+and SHA-256 that are known of them, and converted. The result takes its place when its rows are those that were
+measured on. Read the licence in `bmtk data list` first: some of the data may be used for research only.
+"""
 TOKENIZER_TRAIN = """\
 Train a tokenizer, save it for AutoTokenizer (bmtk is not needed to load it), and measure it.
 
 `bmtk pretrain` trains one itself on its training text. Train it beforehand to compare kinds and sizes, to use one for
 several models, or to add special tokens such as those of a chat:
 
+  bmtk data list                                         the data sets of the README, and which of them are here
+  bmtk data get sst2                                     download one into data/sst2, as the configs name it
   bmtk tokenizer train --train_file 'texts/*.jsonl.zst' --vocab_size 32768 --output_dir tokenizers/mine
+  bmtk data list                                         the data sets of the README, and which of them are here
+  bmtk data get sst2                                     download one into data/sst2, as the configs name it
   bmtk tokenizer train --train_file my.txt --kind unigram --special_tokens '<|user|>' '<|assistant|>' --output_dir t
   bmtk pretrain --train_file 'texts/*.jsonl.zst' --tokenizer tokenizers/mine
 
@@ -204,7 +226,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_data_commands(commands: Any) -> None:
     plain = argparse.RawDescriptionHelpFormatter
-    data = commands.add_parser("data", help="look at tokenised corpora", formatter_class=plain)
+    data = commands.add_parser("data", help="get the data sets of the README, look at corpora", formatter_class=plain)
     kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     show = kinds.add_parser("show", help="show what one holds", description=DATA_SHOW, formatter_class=plain)
     show.add_argument("directory", metavar="DIR", help="token store, corpus folder or output_dir of a run")
@@ -212,6 +234,18 @@ def add_data_commands(commands: Any) -> None:
     show.add_argument("--samples", type=int, default=3, help="rows that are shown as text (default: %(default)s)")
     show.add_argument("--seed", type=int, default=0, help="which rows these are (default: %(default)s)")
     show.set_defaults(run=run_data_show)
+
+    listed = kinds.add_parser(
+        "list", help="list the data sets of the README", description=DATA_LIST, formatter_class=plain
+    )
+    listed.add_argument("name", metavar="NAME", nargs="?", help="one of them, for its sources and files")
+    get = kinds.add_parser("get", help="fetch one of them", description=DATA_GET, formatter_class=plain)
+    get.add_argument("name", metavar="NAME", help="as `bmtk data list` shows it")
+    get.add_argument("--from", dest="given", metavar="DIR", help="folder with the published files, put there by hand")
+    get.add_argument("--mirror", default="", metavar="URL", help="in place of https://raw.githubusercontent.com")
+    for parser, run in ((listed, run_data_list), (get, run_data_get)):
+        parser.add_argument("--folder", default="data", metavar="DIR", help="of all data sets (default: data)")
+        parser.set_defaults(run=run)
 
 
 def add_tokenizer_commands(commands: Any) -> None:
@@ -360,6 +394,28 @@ def text_source(arguments: argparse.Namespace, train: Sequence[str], validation:
     options = {name: getattr(arguments, name) for name in names}
     option = "dataset" if getattr(arguments, "dataset", None) and not arguments.train_file else "train_file"
     return TextSource(tuple(train), option, tuple(validation), layout=layout, **options)
+
+
+def run_data_list(arguments: argparse.Namespace) -> int:
+    from bmtk.data.named_downloads import details, listing, named
+
+    folder = Path(arguments.folder)
+    print("\n".join(details(named(arguments.name), folder) if arguments.name else listing(folder)))
+    return 0
+
+
+def run_data_get(arguments: argparse.Namespace) -> int:
+    from bmtk.data.named_downloads import get, named
+
+    get(
+        named(arguments.name),
+        Path(arguments.folder),
+        places=recipes_folder() / "data" / "splits",
+        given=Path(arguments.given) if arguments.given else None,
+        mirror=arguments.mirror,
+        log=lambda line: print(line, flush=True),
+    )
+    return 0
 
 
 def recipes_folder() -> Path:
