@@ -90,7 +90,6 @@ def _long_line(parts: Iterable[str], number: int, spool: BinaryIO) -> dict[str, 
         for part in parts:
             _refuse_damage(part, number)
             reader.read(part)
-        reader.finish()
         if reader.rest.isspace():
             return None
         value = _read(reader.rest)

@@ -40,7 +40,10 @@ class LongString:
 
 
 class LineReader:
-    """Takes a line apart: `rest` is the line with short names for its long strings, which `strings` has by name."""
+    """Takes a line apart: `rest` is the line with short names for its long strings, which `strings` has by name.
+
+    Of a string without an end, `rest` has the quote that opens it: the fault is found there.
+    """
 
     def __init__(self, spool: BinaryIO):
         self.spool, self.strings = spool, dict[str, LongString]()
@@ -69,10 +72,6 @@ class LineReader:
                 self.is_inside = quote >= 0
             place = end
         self.ahead = text[place:]
-
-    def finish(self) -> None:
-        """A string without an end is left as it is, for the fault to be found in `rest`."""
-        self.outside += [*self.held, self.ahead]
 
     def _inside(self, text: str, place: int) -> int:
         """Take what is certain of a string; up to where."""
