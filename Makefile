@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: pretrain test lint clean
+.PHONY: pretrain test gpu lint clean
 
 # Without OMP_NUM_THREADS accelerate sets it to the same number, and says so at length.
 pretrain: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -14,6 +14,10 @@ pretrain: .venv/.installed
 # A file of tests stays on one core, so that its fixtures are made once.
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+# On a machine with a CUDA card: the tests marked gpu and the GPU rows of the benchmarks, in ten minutes.
+gpu: .venv/.installed
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

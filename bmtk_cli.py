@@ -339,9 +339,11 @@ def run_prepare(argv: list[str]) -> int:
 
 
 def run_data_show(arguments: argparse.Namespace) -> int:
-    from bmtk.data.store_report import report, stores_in
+    from bmtk.data.store_report import mixture_report, report, stores_in
 
-    for directory in stores_in(Path(arguments.directory)):
+    stores = stores_in(Path(arguments.directory))
+    print(mixture_report(stores[0].parent, context_length=arguments.context_length), end="")
+    for directory in stores:
         print(
             report(
                 directory,

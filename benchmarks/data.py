@@ -1,8 +1,8 @@
 """From raw text to batches: tokens a CPU second and peak memory, ours beside `datasets.map`; batches from the store.
 
-    python benchmarks/data.py                          # 50 MB of text; two minutes on one core
-    python benchmarks/data.py --megabytes 50 1000      # also 1 GB, by ours only
-    python benchmarks/data.py --line 300               # also one line of 300 MB, of text and of JSON
+    python benchmarks/run.py tokenising first_batch
+    python -m benchmarks.data --megabytes 50 1000      # also 1 GB, by ours only
+    python -m benchmarks.data --line 300               # also one line of 300 MB, of text and of JSON
 
 The text is the source code of the installed Python packages, a document a file, so that any machine has it; the
 tokenizer is a byte-level BPE of 16,384 tokens, trained on 4 MB of it.  Each measurement has a process of its own; peak
@@ -21,10 +21,54 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.rows import ROOT, Line, Settings, at_most, row, take_turns
+
 VOCABULARY, TRAINED_ON = 16_384, 4 << 20
 CONTEXT, ROWS = 1024, 32  # of a batch
 LONGEST_FOR_MAP = 50  # MB
 PLACES = (0, 10**9)  # rows of the order at which a run begins or resumes
+
+
+@row
+def tokenising(settings: Settings) -> list[Line]:
+    """Raw text to token ids: tokens a CPU second and peak memory, beside `datasets.map`."""
+    folder = prepared_folder(settings.folder / "tokenising")
+    corpus = folder / "text.jsonl"
+    write_corpus(corpus, 1 if settings.quick else LONGEST_FOR_MAP // 2, as_line=False)
+    facts: dict[str, list[dict[str, float]]] = {"ours": [], "datasets.map": []}
+
+    def rate(name: str) -> float:
+        facts[name].append(measured(name, corpus, folder))
+        return facts[name][-1]["tokens a CPU second, M"]
+
+    turns = min(settings.turns, 3)
+    found = take_turns({name: lambda name=name: rate(name) for name in facts}, turns, warm_up=False)
+    memory = {name: [max(1.0, one["peak MB"]) for one in of_name] for name, of_name in facts.items()}
+    return [
+        Line("tokenising", "M tokens a CPU s", found["ours"], found["datasets.map"], "datasets.map"),
+        Line("tokenising, peak memory beyond imports", "MB", memory["ours"], memory["datasets.map"], "datasets.map"),
+    ]
+
+
+@row
+def first_batch(settings: Settings) -> Line:
+    """The first batch of a run resumed at row 1,000,000,000, beside that of a run that begins."""
+    folder = prepared_folder(settings.folder / "first_batch")
+    corpus = folder / "text.jsonl"
+    write_corpus(corpus, 1, as_line=False)
+    measured("ours", corpus, folder)
+    laps = [measured("batches", corpus, folder) for _ in range(min(settings.turns, 3))]
+    begun, resumed = ([lap[f"first batch at row {place:,}, ms"] for lap in laps] for place in PLACES)
+    return Line("first batch at row 1,000,000,000", "ms", resumed, begun, "at row 0", at_most(1.5))
+
+
+def prepared_folder(folder: Path) -> Path:
+    """A folder with a tokenizer, for both engines."""
+    if not folder.is_dir():
+        (folder / "exact").mkdir(parents=True)
+        train(folder / "tokenizer")
+        (folder / "exact" / "tokenizer").symlink_to(folder / "tokenizer")
+    return folder
 
 
 def source_texts() -> Iterator[str]:
@@ -155,8 +199,8 @@ MEASURES = {
 
 
 def measured(name: str, corpus: Path, folder: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", name, str(corpus), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    command = [sys.executable, "-m", "benchmarks.data", "--measure", name, str(corpus), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         sys.exit(done.stderr)
     facts: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -178,10 +222,7 @@ def main() -> None:
         print(json.dumps(MEASURES[name](Path(corpus), Path(folder))))
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "exact").mkdir()
-        train(folder / "tokenizer")
-        (folder / "exact" / "tokenizer").symlink_to(folder / "tokenizer")
+        folder = prepared_folder(Path(name) / "work")
         for size in options.megabytes:
             corpus = folder / f"{size}.jsonl"
             write_corpus(corpus, size, as_line=False)

@@ -1,13 +1,10 @@
 """Whole training steps of bm_transformer beside those of transformers' Llama: same weights, same rows, same settings.
 
-    python benchmarks/steps.py                        # tokens/s and peak memory
-    python benchmarks/steps.py --profile ours         # where a step's time goes (torch.profiler)
-    python benchmarks/steps.py --characters           # 0.8 M parameters, context 64, Muon: the model of characters
+    python benchmarks/run.py lm_step lm_memory char_step
+    python -m benchmarks.steps --profile ours         # where a step's time goes (torch.profiler)
 
-A step is forward, backward, clipping and AdamW in bf16 autocast.  The contestants take turns in one process, so that
-what else the machine does meets all of them; a ratio is the median over the rounds, with least and most.  Peak
-memory is that of a process of its own for each.  CPU seconds are beside the wall's: where they agree with the number
-of threads, the machine was not shared.
+A step is forward, backward, clipping and the optimizer in bf16 autocast.  The contestants take turns in one process.
+Peak memory is that of a process of its own for each.
 
     ours       the project's loop (bmtk/training/updates.py)
     bare       the same model and optimizer in the shortest loop
@@ -17,22 +14,22 @@ of threads, the machine was not shared.
 """
 
 import argparse
-import json
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
+    AutoModelForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -42,19 +39,20 @@ from transformers import (
 )
 
 import bmtk  # noqa: F401 - registers the families
+from benchmarks.rows import ROOT, Line, Settings, Target, at_least, at_most, row, take_turns
 from bmtk.hub.convert import converted
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.training.optimizers import build_optimizer
 from bmtk.training.prepared import Prepared
+from bmtk.training.throughput import flops_per_token, peak_flops
 from bmtk.training.updates import Losses, Updater, can_skip_logits
 
-NAMES = ("ours", "bare", "dropout", "llama", "trainer")
-RATIOS = (("ours", "llama"), ("ours", "trainer"), ("ours", "bare"), ("dropout", "ours"))
 MAX_NORM, RATE, DECAY = 1.0, 1e-3, 0.1
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its batch: `rows` times `context` tokens a step."""
+    """A model and its batch: `rows` times `context` tokens a step, on a device."""
 
     layers: int = 6
     width: int = 384
@@ -63,6 +61,7 @@ class Shape:
     vocabulary: int = 8192
     rows: int = 16
     optimizer: str = "adamw"
+    device: str = "cpu"
 
     @property
     def tokens(self) -> int:
@@ -70,7 +69,7 @@ class Shape:
 
     def llama(self) -> LlamaForCausalLM:
         torch.manual_seed(0)
-        return LlamaForCausalLM(
+        model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=self.vocabulary,
                 hidden_size=self.width,
@@ -86,17 +85,145 @@ class Shape:
                 eos_token_id=None,
             )
         )
+        return model.to(self.device)
 
     def batch(self, step: int) -> torch.Tensor:
         draw = torch.Generator().manual_seed(step)
-        return torch.randint(self.vocabulary, (self.rows, self.context + 1), generator=draw)
+        return torch.randint(self.vocabulary, (self.rows, self.context + 1), generator=draw).to(self.device)
 
 
 CHARACTERS = Shape(layers=4, width=128, heads=4, context=64, vocabulary=65, rows=12, optimizer="muon")
-Step = Callable[[int], float]  # trains on one batch; returns the loss
+QUICK = Shape(layers=1, width=32, heads=2, context=16, vocabulary=64, rows=2)
+Step = Callable[[int], Any]  # trains on one batch
+
+# ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def settings(shape: Shape) -> SimpleNamespace:
+@row
+def lm_step(settings: Settings) -> list[Line]:
+    """6 layers, width 384, context 256, vocabulary 8,192, bf16: tokens/s beside Llama, dropout, a bare loop."""
+    shape = QUICK if settings.quick else Shape()
+    return step_lines("6L/384/256/8k", shape, settings)
+
+
+@row
+def char_step(settings: Settings) -> list[Line]:
+    """4 layers, width 128, context 64, 12 rows, Muon: tokens/s beside Llama with AdamW in a bare loop."""
+    shape = replace(QUICK, optimizer="muon") if settings.quick else CHARACTERS
+    turns = replace(settings, repeats=6 * settings.repeats)  # of milliseconds
+    rates = tokens_per_second(("ours", "llama", "dropout"), shape, turns)
+    lines = [Line("characters", "tokens/s", rates["ours"], rates["llama"], "Llama, bare loop", mfu=mfu(rates, shape))]
+    return [
+        *lines,
+        Line("characters, dropout 0.1", "tokens/s", rates["dropout"], rates["ours"], "without", at_least(0.95)),
+    ]
+
+
+@row
+def lm_memory(settings: Settings) -> Line:
+    """The same model in processes of their own: peak memory beside Trainer + Llama."""
+    contestants = {name: lambda name=name: peak_megabytes(name, quick=settings.quick) for name in ("ours", "trainer")}
+    found = take_turns(contestants, min(settings.turns, 3), warm_up=False)
+    note = "3 turns: memory hardly varies"
+    return Line(
+        "6L/384/256/8k, peak memory", "MB", found["ours"], found["trainer"], "Trainer + Llama", at_most(0.6), note=note
+    )
+
+
+@row
+def masked_lm_step(settings: Settings) -> list[Line]:
+    """Forward and backward of a masked language model whose hidden tokens alone are scored, beside all tokens."""
+    sizes = [{"vocab_size": 6000, "hidden_size": 128, "num_hidden_layers": 2}]
+    sizes += [] if settings.quick else [{"vocab_size": 30522, "hidden_size": 256, "num_hidden_layers": 4}]
+    return [masked_lm_line(size, settings) for size in sizes]
+
+
+@row
+def mfu_peak(settings: Settings) -> list[Line]:
+    """The peak that MFU divides by, beside a benchmark of matrix products in the same process."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return [peak_line(name, dtype, settings) for name, dtype in kinds.items()]
+
+
+def step_lines(work: str, shape: Shape, settings: Settings, *, least: float = 1.4) -> list[Line]:
+    names = ("ours", "trainer", "llama", "bare", "dropout")
+    rates = tokens_per_second(names, shape, settings)
+    milliseconds = {name: [1000 * shape.tokens / rate for rate in found] for name, found in rates.items()}
+
+    def line(what: str, ours: str, peer: str, peer_name: str, target: Target | None = None) -> Line:
+        found = Line(f"{work}{what}", "tokens/s", rates[ours], rates[peer], peer_name, target)
+        found.mfu = mfu(rates, shape) if ours == "ours" else None
+        return found
+
+    return [
+        line("", "ours", "trainer", "Trainer + Llama", at_least(least)),
+        line("", "ours", "llama", "Llama, bare loop"),
+        line(", dropout 0.1", "dropout", "ours", "without", at_least(0.95)),
+        Line(f"{work}, loop", "ms a step", milliseconds["ours"], milliseconds["bare"], "bare loop", at_most(1.02)),
+    ]
+
+
+def tokens_per_second(names: tuple[str, ...], shape: Shape, settings: Settings) -> dict[str, list[float]]:
+    """Tokens per second of each, over turns of one step; two steps of each warm up."""
+    clocks = {name: contestant(name, shape, settings.now) for name in names}
+    for clock in clocks.values():
+        next(clock)
+    runs = {name: lambda clock=clock: shape.tokens / next(clock) for name, clock in clocks.items()}
+    return take_turns(runs, settings.turns)
+
+
+def mfu(rates: dict[str, list[float]], shape: Shape) -> float:
+    """Of the best turn, as the peak is the best of its products."""
+    per_token = flops_per_token(converted(shape.llama(), "AutoModelForCausalLM"), shape.context)
+    return max(rates["ours"]) * per_token / peak_flops(torch.device(shape.device), torch.bfloat16)
+
+
+def peak_line(name: str, dtype: torch.dtype, settings: Settings, device: str = "cpu") -> Line:
+    sizes = (256,) if settings.quick else (1024, 2048, 4096) if device == "cpu" else (4096, 8192, 16384)
+    turns = {
+        "ours": lambda: peak_flops(torch.device(device), dtype) / 1e12,
+        "peer": lambda: max(matmul_rate(size, dtype, device) for size in sizes) / 1e12,
+    }
+    found = take_turns(turns, settings.turns)
+    line = Line(f"peak for MFU, {name}", "TFLOP/s", found["ours"], found["peer"], "matmul", Target(1.03))
+    line.note = "target: within 3 % either way"
+    line.did_not_get_there = min(line.ratios) < 0.97 and sorted(line.ratios)[len(line.ratios) // 2] < 0.97
+    return line
+
+
+def matmul_rate(size: int, dtype: torch.dtype, device: str, rounds: int = 5) -> float:
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def masked_lm_line(size: dict[str, int], settings: Settings) -> Line:
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(BmTransformerConfig(**size, num_attention_heads=4, is_causal=False))
+    ids = torch.randint(10, size["vocab_size"], (8, 256))
+    labels = ids.where(torch.rand(ids.shape) < 0.15, -100)
+
+    def seconds(skip: bool) -> float:
+        started = settings.now()
+        model(input_ids=ids, labels=labels, skip_logits=skip).loss.backward()
+        model.zero_grad()
+        return settings.now() - started
+
+    found = take_turns({"ours": lambda: seconds(True), "peer": lambda: seconds(False)}, settings.turns)
+    work = f"masked LM, width {size['hidden_size']}, {size['vocab_size']:,} tokens"
+    return Line(work, "s", found["ours"], found["peer"], "all tokens scored")
+
+
+# --------------------------------------------------------------------------------------------------------- contestants
+
+
+def settings_of(shape: Shape) -> SimpleNamespace:
     return SimpleNamespace(
         optimizer=shape.optimizer, learning_rate=RATE, weight_decay=DECAY, adam_beta1=0.9, adam_beta2=0.95,
         adam_epsilon=1e-8, muon_learning_rate=0.02, sgd_momentum=0.9, layer_lr_decay=1.0,
@@ -105,19 +232,24 @@ def settings(shape: Shape) -> SimpleNamespace:
 
 def ours(shape: Shape, *, dropout: float = 0.0) -> Step:
     """The model in the project's loop, as recipes/pretrain.py calls it."""
-    model = with_dropout(converted(shape.llama(), "AutoModelForCausalLM"), dropout).train()
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    prepared = Prepared(accelerator.prepare(model), build_optimizer(model, settings(shape)), accelerator)
+    model = with_dropout(converted(shape.llama(), "AutoModelForCausalLM"), dropout).to(shape.device).train()
+    accelerator = accelerator_of("bf16", shape.device)
+    prepared = Prepared(accelerator.prepare(model), build_optimizer(model, settings_of(shape)), accelerator)
     updater = Updater(prepared, Losses(lambda batch: batch["shift_labels"].numel()), max_grad_norm=MAX_NORM)
 
-    def step(number: int) -> float:
+    def step(number: int) -> Any:
         rows = shape.batch(number)
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        positions = torch.arange(shape.context).expand_as(inputs)
-        batch = {"input_ids": inputs, "labels": inputs, "shift_labels": targets, "position_ids": positions}
-        return updater.step([batch], number).loss.item()
+        batch = {"input_ids": inputs, "labels": inputs, "shift_labels": targets}
+        return updater.step([batch], number).loss
 
     return step
+
+
+def accelerator_of(precision: str, device: str = "cpu") -> Accelerator:
+    """A new one; the precision of the last row stays in accelerate's global state otherwise."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu")
 
 
 def with_dropout(model: torch.nn.Module, probability: float) -> torch.nn.Module:
@@ -131,69 +263,72 @@ def with_dropout(model: torch.nn.Module, probability: float) -> torch.nn.Module:
 def bare(shape: Shape, *, is_ours: bool) -> Step:
     """The shortest loop that trains a model this way."""
     model = shape.llama()
-    model = (converted(model, "AutoModelForCausalLM") if is_ours else model).train()
+    model = (converted(model, "AutoModelForCausalLM").to(shape.device) if is_ours else model).train()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": DECAY},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), fused=True)
-    optimizer = build_optimizer(model, settings(shape)) if is_ours else fused
+    optimizer = build_optimizer(model, settings_of(shape)) if is_ours else fused
     options = {"skip_logits": True} if is_ours and can_skip_logits(model) else {}
 
-    def step(number: int) -> float:
+    def step(number: int) -> Any:
         rows = shape.batch(number)
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(shape.device, torch.bfloat16):
             loss = model(inputs, labels=inputs, shift_labels=targets, use_cache=False, **options).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     return step
 
 
 class Laps(TrainerCallback):
-    """Wall and CPU clock at the end of each of Trainer's steps."""
+    """The clock at the end of each of Trainer's steps."""
 
-    def __init__(self) -> None:
-        self.ends: list[tuple[float, float]] = []
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now, self.ends = now, list[float]()
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.ends.append((time.perf_counter(), time.process_time()))
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(self.now())
 
 
-def trainer_seconds(shape: Shape) -> Iterator[tuple[float, float]]:
-    """Wall and CPU seconds of one step of Trainer; one run of it for each."""
+def trainer_seconds(shape: Shape, now: Callable[[], float]) -> Iterator[float]:
+    """Seconds of one step of Trainer; one run of it for each."""
     model, first = shape.llama(), 0
     while True:
-        rows = [
-            {"input_ids": row[:-1], "labels": row[:-1]} for row in torch.cat([shape.batch(first + i) for i in (0, 1)])
-        ]
+        tokens = torch.cat([shape.batch(first + step) for step in (0, 1)]).cpu()
+        rows = [{"input_ids": row_of_tokens[:-1], "labels": row_of_tokens[:-1]} for row_of_tokens in tokens]
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
-                folder, max_steps=2, per_device_train_batch_size=shape.rows, bf16=True, use_cpu=True, report_to="none",
-                save_strategy="no", logging_strategy="no", disable_tqdm=True, learning_rate=RATE, weight_decay=DECAY,
-                max_grad_norm=MAX_NORM, dataloader_pin_memory=False,
+                folder, max_steps=2, per_device_train_batch_size=shape.rows, bf16=True, use_cpu=shape.device == "cpu",
+                report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, learning_rate=RATE,
+                weight_decay=DECAY, max_grad_norm=MAX_NORM, dataloader_pin_memory=False,
             )  # fmt: skip
-            laps = Laps()
+            laps = Laps(now)
             trainer = Trainer(
                 model, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[laps]
             )
             trainer.train()
-        (started, cpu_started), (ended, cpu_ended) = laps.ends
-        yield ended - started, cpu_ended - cpu_started
+        started, ended = laps.ends
+        yield ended - started
         first += 2
 
 
-def step_seconds(step: Step) -> Iterator[tuple[float, float]]:
-    """Wall and CPU seconds of one step after another."""
+def step_seconds(step: Step, now: Callable[[], float]) -> Iterator[float]:
+    """Seconds of one step after another, until its loss is known."""
     number = 0
     while True:
-        started, cpu_started = time.perf_counter(), time.process_time()
-        step(number)
-        yield time.perf_counter() - started, time.process_time() - cpu_started
+        started = now()
+        step(number).item()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        yield now() - started
         number += 1
 
 
@@ -205,18 +340,19 @@ MAKE: dict[str, Callable[[Shape], Step]] = {
 }
 
 
-def contestant(name: str, shape: Shape) -> Iterator[tuple[float, float]]:
-    return trainer_seconds(shape) if name == "trainer" else step_seconds(MAKE[name](shape))
+def contestant(name: str, shape: Shape, now: Callable[[], float]) -> Iterator[float]:
+    return trainer_seconds(shape, now) if name == "trainer" else step_seconds(MAKE[name](shape), now)
 
 
-def peak_megabytes(name: str) -> float:
+def peak_megabytes(name: str, *, quick: bool) -> float:
     """The largest memory of a process that makes three steps, measured in a child of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    command = [sys.executable, "-m", "benchmarks.steps", "--memory_of", name, *(["--quick"] if quick else [])]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    return float(found.stdout.split()[-1])
 
 
 def memory_of(name: str, shape: Shape) -> None:
-    seconds = contestant(name, shape)
+    seconds = contestant(name, shape, time.perf_counter)
     for _ in range(3):
         next(seconds)
     # Not ru_maxrss, which a child inherits from the process that starts it.
@@ -224,34 +360,8 @@ def memory_of(name: str, shape: Shape) -> None:
     print(int(status["VmHWM"].split()[0]) / 1024)
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
-
-
-def measured(names: list[str], shape: Shape, rounds: int) -> dict[str, object]:
-    """Tokens per second of each, and ratios of pairs, over `rounds` in which all take their turn."""
-    clocks = {name: contestant(name, shape) for name in names}
-    laps = {name: [next(clock) for _ in range(2)] for name, clock in clocks.items()}  # these warm up
-    for name in names:
-        laps[name] = []
-    for number in range(rounds):
-        for name in names if number % 2 == 0 else reversed(names):  # no one always comes after the same other
-            laps[name].append(next(clocks[name]))
-    wall = {name: [seconds for seconds, _ in found] for name, found in laps.items()}
-    return {
-        "tokens_per_second": {name: spread([shape.tokens / s for s in found]) for name, found in wall.items()},
-        "step_ms": {name: spread([1000 * s for s in found]) for name, found in wall.items()},
-        "cpu_over_wall": {name: sum(c for _, c in found) / sum(w for w, _ in found) for name, found in laps.items()},
-        "speed_ratio": {
-            f"{one}/{other}": spread([b / a for a, b in zip(wall[one], wall[other], strict=True)])
-            for one, other in RATIOS
-            if one in wall and other in wall
-        },
-    }
-
-
 def print_profile(name: str, shape: Shape) -> None:
-    seconds = contestant(name, shape)
+    seconds = contestant(name, shape, time.perf_counter)
     next(seconds)
     next(seconds)
     with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -261,33 +371,19 @@ def print_profile(name: str, shape: Shape) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="contestants")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rows", type=int, help="rows of a step; default: 16, with --characters 12")
-    parser.add_argument("--characters", action="store_true", help="the small model of characters, with Muon")
-    parser.add_argument("--profile", choices=NAMES, metavar="NAME", help="profile one contestant's step instead")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too, in a process for each")
-    parser.add_argument("--memory_of", choices=NAMES, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    names = [*MAKE, "trainer"]
+    parser.add_argument("--profile", choices=names, metavar="NAME", help="profile one contestant's step")
+    parser.add_argument("--characters", action="store_true", help="of the small model of characters, with Muon")
+    parser.add_argument("--memory_of", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    shape = CHARACTERS if args.characters else Shape()
-    shape = Shape(**{**vars(shape), "rows": args.rows or shape.rows})
+    shape = CHARACTERS if args.characters else QUICK if args.quick else Shape()
     if args.memory_of:
-        return memory_of(args.memory_of, shape)
-    if args.profile:
-        return print_profile(args.profile, shape)
-    names = [name for name in args.only if not (args.characters and name == "trainer")]
-    figures = {"machine": machine(), "shape": vars(shape), **measured(names, shape, args.rounds)}
-    if args.memory:
-        figures["peak_megabytes"] = {name: peak_megabytes(name) for name in names}
-    print(json.dumps(figures, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
-
-def machine() -> dict[str, object]:
-    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-            "instructions": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}  # fmt: skip
+        memory_of(args.memory_of, shape)
+    elif args.profile:
+        print_profile(args.profile, shape)
+    else:
+        parser.error("name what to profile, or measure with benchmarks/run.py")
 
 
 if __name__ == "__main__":

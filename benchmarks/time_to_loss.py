@@ -1,20 +1,11 @@
-"""Characters of tiny Shakespeare to a validation loss of 1.88: whole processes, from the command to its end, in turns.
+"""Whole processes, from the command to its end: characters to a loss, the default pretraining, images to an accuracy.
 
-    python benchmarks/time_to_loss.py --nanogpt DIR        # DIR: a clone of github.com/karpathy/nanoGPT
-    python benchmarks/time_to_loss.py --only ours llama --rounds 5
+    python benchmarks/run.py lm_time_to_loss --nanogpt DIR        # DIR: a clone of github.com/karpathy/nanoGPT
 
-    ours       recipes/pretrain.py with causal_lm/tiny_shakespeare_char.yaml and as many steps as it takes (--steps)
-    llama      LlamaForCausalLM of the same size in transformers' Trainer, AdamW, a cosine of --llama_steps steps
-    nanogpt    the command for a CPU of nanoGPT's README: 2,000 steps of 12 rows
-
-All train on the first nine tenths of the text, in rows of 64 characters, with about 0.8 M parameters.  Ours and llama
-are measured on the whole of the last tenth, nanoGPT on 20 random batches of it, as it does.  A contestant that ends
-above the loss is marked: its time is that of a run which did not get there.
+A contestant that ends above the loss (below the accuracy) is marked: its time is that of a run that did not get there.
 """
 
-import argparse
 import json
-import os
 import pickle
 import re
 import shutil
@@ -22,68 +13,171 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.rows import ROOT, Line, Settings, at_most, not_run, row, timed
+
 TEXT = ROOT / "recipes" / "data" / "tiny_shakespeare"
-CONFIG = "recipes/configs/causal_lm/tiny_shakespeare_char.yaml"
-TARGET = 1.88
+CHARACTERS = "recipes/configs/causal_lm/tiny_shakespeare_char.yaml"
+TARGET, STEPS, LLAMA_STEPS = 1.88, 320, 1000  # loss; steps of ours and of Llama that get there
 README_COMMAND = (
     "--device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12 --n_layer=4 "
     "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 ).split()
+BEFORE = "9d39038f66d10f8d6059d83d82e812a0acc8ef82"  # the project before it was made faster
+FEW = 3  # turns of what takes minutes
 
 
 @dataclass(frozen=True)
 class Lap:
-    """One process: wall seconds of it and of its training, its processor seconds, and the loss in the end."""
+    """One process: seconds of it and of its training, and what it reached (a loss, or an accuracy)."""
 
     whole: float
     training: float
-    processor: float
-    loss: float
+    reached: float
 
 
-def ours(args: argparse.Namespace, folder: Path) -> Lap:
-    out = folder / "run"
-    words = [str(ROOT / "recipes" / "pretrain.py"), "--config", CONFIG, "--output_dir", str(out)]
-    words += ["--num_train_steps", str(args.steps), "--sample_tokens", "0"]
-    _, whole, processor = timed([sys.executable, *words], cwd=ROOT)
-    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    return Lap(whole, run["train_seconds"], processor, run["metrics"]["validation/loss"])
+Contestant = Callable[[Settings, Path], Lap]
+
+# ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def llama(args: argparse.Namespace, folder: Path) -> Lap:
-    words = [__file__, "--child", str(folder / "run"), "--llama_steps", str(args.llama_steps)]
-    printed, whole, processor = timed([sys.executable, *words], cwd=ROOT)
-    training, loss = map(float, printed.split()[-2:])
-    return Lap(whole, training, processor, loss)
+@row
+def lm_time_to_loss(settings: Settings) -> list[Line]:
+    """Characters of tiny Shakespeare, 0.8 M parameters, to a validation loss of 1.88, beside nanoGPT and Llama."""
+    peers: dict[str, Contestant] = {"llama": llama, **({"nanogpt": nanogpt} if settings.nanogpt else {})}
+    laps = turns_of({"ours": ours, **peers}, settings)
+    lines = lines_of("characters to 1.88", laps, "llama", "Trainer + Llama", 1 / 3, goal=TARGET)
+    if settings.nanogpt:
+        return lines + lines_of("characters to 1.88", laps, "nanogpt", "nanoGPT", 1 / 4, goal=TARGET)
+    return [*lines, not_run("characters to 1.88", "needs --nanogpt DIR, a clone of nanoGPT", at_most(1 / 4))]
 
 
-def nanogpt(args: argparse.Namespace, folder: Path) -> Lap:
+@row
+def lm_pretrain(settings: Settings) -> Line:
+    """The command of `make pretrain` to a validation loss of 3.72: training time beside the project before."""
+    before = former_project(settings)
+    if not before:
+        return not_run("make pretrain", f"needs a clone with the commit {BEFORE[:7]}", at_most(0.5))
+    contestants = {"ours": pretraining(ROOT), "peer": pretraining(before)}
+    laps = turns_of(contestants, replace(settings, repeats=min(FEW, settings.repeats)))
+    line = training_line("make pretrain, training", laps, "peer", f"commit {BEFORE[:7]}", 0.5, goal=3.72)
+    return replace(line, note=f"{FEW} turns, as one takes minutes{'; ' if line.note else ''}{line.note}")
+
+
+@row
+def images_time_to_accuracy(settings: Settings) -> Line:
+    """Fashion-MNIST to a test accuracy of 0.92, whole process, beside Trainer + ResNet (needs --data)."""
+    work, folder = "Fashion-MNIST to 0.92", data_folder(settings, "fashion_mnist")
+    if not folder:
+        return not_run(work, "needs --data DIR with fashion_mnist (train.parquet, test.parquet)", at_most(1 / 3))
+    laps = turns_of({"ours": fashion(folder), "resnet": resnet(folder)}, replace(settings, repeats=1))
+    line = whole_line(work, laps, "resnet", "Trainer + ResNet", 1 / 3, goal=0.92, is_accuracy=True)
+    return replace(line, note=f"1 turn, as one takes many minutes{'; ' if line.note else ''}{line.note}")
+
+
+@row
+def small_images_time_to_accuracy(settings: Settings) -> Line:
+    """CIFAR-10, 5,000 images, to an accuracy of 0.70: training time beside the project before (needs --data)."""
+    work, folder = "CIFAR-10 mini to 0.70", data_folder(settings, "cifar10_mini")
+    before = former_project(settings) if folder else None
+    if not folder or not before:
+        return not_run(work, f"needs --data DIR with cifar10_mini, and the commit {BEFORE[:7]}", at_most(0.5))
+    contestants = {"ours": small_images(ROOT, folder), "peer": small_images(before, folder)}
+    laps = turns_of(contestants, replace(settings, repeats=1))
+    line = training_line(work, laps, "peer", f"commit {BEFORE[:7]}", 0.5, goal=0.70, is_accuracy=True)
+    return replace(line, note=f"1 turn, as one takes many minutes{'; ' if line.note else ''}{line.note}")
+
+
+def turns_of(contestants: dict[str, Contestant], settings: Settings) -> dict[str, list[Lap]]:
+    laps: dict[str, list[Lap]] = {name: [] for name in contestants}
+    for turn in range(settings.turns):
+        for name in contestants if turn % 2 == 0 else reversed(list(contestants)):
+            with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
+                laps[name].append(contestants[name](settings, Path(folder)))
+    return laps
+
+
+def lines_of(work: str, laps: dict[str, list[Lap]], peer: str, name: str, bound: float, *, goal: float) -> list[Line]:
+    return [
+        whole_line(f"{work}, process", laps, peer, name, bound, goal=goal),
+        training_line(f"{work}, training", laps, peer, name, bound, goal=goal),
+    ]
+
+
+def whole_line(work: str, laps: dict[str, list[Lap]], peer: str, name: str, bound: float, **goal: Any) -> Line:
+    return seconds_line(work, laps, peer, name, bound, seconds=lambda lap: lap.whole, **goal)
+
+
+def training_line(work: str, laps: dict[str, list[Lap]], peer: str, name: str, bound: float, **goal: Any) -> Line:
+    return seconds_line(work, laps, peer, name, bound, seconds=lambda lap: lap.training, **goal)
+
+
+def seconds_line(
+    work: str,
+    laps: dict[str, list[Lap]],
+    peer: str,
+    name: str,
+    bound: float,
+    *,
+    seconds: Callable[[Lap], float],
+    goal: float,
+    is_accuracy: bool = False,
+) -> Line:
+    """Seconds of ours and of a peer; a note where one of them did not reach `goal`, a loss or an accuracy."""
+    reached = {who: [lap.reached for lap in laps[who]] for who in ("ours", peer)}
+    worst = {who: min(found) if is_accuracy else max(found) for who, found in reached.items()}
+    missed = [who for who, value in worst.items() if (value < goal if is_accuracy else value > goal)]
+    note = f"reached {worst['ours']:.3f} and {worst[peer]:.3f}" + "".join(
+        f"; {'ours' if who == 'ours' else name} did not get to {goal:g}" for who in missed
+    )
+    times = [[seconds(lap) for lap in laps[who]] for who in ("ours", peer)]
+    return Line(work, "s", *times, name, at_most(round(bound, 3)), note=note, did_not_get_there="ours" in missed)
+
+
+# ------------------------------------------------------------------------------------------- contestants of characters
+
+
+def ours(settings: Settings, folder: Path) -> Lap:
+    """recipes/pretrain.py with the config of characters, and as many steps as it takes."""
+    steps = ["2", "--warmup_steps", "0"] if settings.quick else [str(STEPS)]
+    words = ["--config", CHARACTERS, "--sample_tokens", "0", "--num_train_steps", *steps]
+    return recipe_lap("pretrain", words, folder / "run", settings, metric="validation/loss")
+
+
+def llama(settings: Settings, folder: Path) -> Lap:
+    """LlamaForCausalLM of the same size in transformers' Trainer, AdamW, a cosine schedule."""
+    call = f"train_llama({str(folder / 'run')!r}, {2 if settings.quick else LLAMA_STEPS})"
+    return child_lap(call, settings)
+
+
+def nanogpt(settings: Settings, folder: Path) -> Lap:
+    """The command for a CPU of nanoGPT's README: 2,000 steps of 12 rows, measured on 20 random batches."""
     clone, data = folder / "nanoGPT", folder / "nanoGPT" / "data" / "shakespeare_char"
-    shutil.copytree(args.nanogpt, clone, ignore=shutil.ignore_patterns(".git", "assets"))
+    shutil.copytree(str(settings.nanogpt), clone, ignore=shutil.ignore_patterns(".git", "assets"))
     train, validation, num_tokens = ids_of_text()
     for name, ids in (("train", train), ("val", validation)):
         ids.astype("uint16").tofile(data / f"{name}.bin")
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": num_tokens}))
     words = ["train.py", "config/train_shakespeare_char.py", *README_COMMAND]
-    printed, whole, processor = timed([sys.executable, *words], cwd=clone)
+    words += ["--max_iters=2", "--eval_iters=1", "--log_interval=1"] if settings.quick else []
+    printed, whole = timed([sys.executable, *words], cwd=clone, settings=settings)
     loss = float(re.findall(r"val loss ([\d.]+)", printed)[-1])
     steps = [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", printed)]
-    return Lap(whole, statistics.median(steps) * 2, processor, loss)  # of 2,000 steps, in seconds
+    return Lap(whole, statistics.median(steps) * 2, loss)  # of 2,000 steps, in seconds
 
 
-def ids_of_text():
+def ids_of_text() -> tuple[Any, Any, int]:
     """The two parts of the text as numbers of its characters, and how many characters there are."""
     import numpy as np
 
     parts = [(TEXT / f"{name}.txt").read_text(encoding="utf-8") for name in ("train", "validation")]
     known = {character: number for number, character in enumerate(sorted(set("".join(parts))))}
-    return *(np.array([known[character] for character in part]) for part in parts), len(known)
+    train, validation = (np.array([known[character] for character in part]) for part in parts)
+    return train, validation, len(known)
 
 
 def train_llama(folder: str, steps: int) -> None:
@@ -93,7 +187,7 @@ def train_llama(folder: str, steps: int) -> None:
 
     train, validation, num_tokens = ids_of_text()
     rows = [
-        [{"input_ids": row, "labels": row} for row in torch.tensor(part[: len(part) // 64 * 64]).view(-1, 64)]
+        [{"input_ids": ids, "labels": ids} for ids in torch.tensor(part[: len(part) // 64 * 64]).view(-1, 64)]
         for part in (train, validation)
     ]
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -109,56 +203,118 @@ def train_llama(folder: str, steps: int) -> None:
     print(found.metrics["train_runtime"], trainer.evaluate()["eval_loss"])
 
 
-def timed(command: list[str], *, cwd: Path) -> tuple[str, float, float]:
-    """What a command prints, and its wall and processor seconds.  Exits with its output if it fails."""
-    before, started = os.times(), time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-    wall, after = time.perf_counter() - started, os.times()
-    processor = after.children_user + after.children_system - before.children_user - before.children_system
-    return done.stdout, wall, processor
+# ------------------------------------------------------------------------------------------ the other contestants
 
 
-CONTESTANTS: dict[str, Callable[[argparse.Namespace, Path], Lap]] = {"ours": ours, "llama": llama, "nanogpt": nanogpt}
+def pretraining(root: Path) -> Contestant:
+    def run(settings: Settings, folder: Path) -> Lap:
+        words = ["--preset", "smoke"] if settings.quick else []
+        return recipe_lap("pretrain", words, folder / "run", settings, metric="validation/loss", root=root)
+
+    return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", type=Path, help="clone of nanoGPT; without one it is left out")
-    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=320, help="optimizer steps of ours (default: 320)")
-    parser.add_argument("--llama_steps", type=int, default=1000, help="of llama (default: 1000)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        return train_llama(args.child, args.llama_steps)
-    names = [name for name in args.only if name != "nanogpt" or args.nanogpt]
-    laps: dict[str, list[Lap]] = {name: [] for name in names}
-    for _ in range(args.rounds):
-        for name in names:
-            with tempfile.TemporaryDirectory() as folder:
-                laps[name].append(CONTESTANTS[name](args, Path(folder)))
-                print(name, laps[name][-1], flush=True)
-    figures = {name: [vars(lap) for lap in found] for name, found in laps.items()}
-    print(f"\n{'':10}{'whole s':>22}{'training s':>22}{'processor s':>12}{'loss':>8}   whole / ours")
-    for name, found in laps.items():
-        loss = max(lap.loss for lap in found)
-        ratio = shown([lap.whole / first.whole for lap, first in zip(found, laps[names[0]], strict=True)])
-        columns = [shown([lap.whole for lap in found]), shown([lap.training for lap in found])]
-        processor = statistics.median(lap.processor for lap in found)
-        mark = "" if loss <= TARGET else f"   above {TARGET}"
-        print(f"{name:10}{columns[0]:>22}{columns[1]:>22}{processor:12.1f}{loss:8.3f}   {ratio}{mark}")
-    if args.json:
-        args.json.write_text(json.dumps({"target": TARGET, "laps": figures}, indent=1) + "\n", encoding="utf-8")
+def fashion(data: Path) -> Contestant:
+    def run(settings: Settings, folder: Path) -> Lap:
+        config = "recipes/configs/image_classification/fashion_mnist.yaml"
+        # What the file says of its own data does not hold for a folder of another name.
+        words = ["--config", config, "--dataset", str(data), "--horizontal_flip", "true", "--num_train_epochs", "6"]
+        words += ["--num_train_steps", "2"] if settings.quick else []
+        return recipe_lap("finetune", words, folder / "run", settings, metric="test/accuracy")
+
+    return run
 
 
-def shown(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+def resnet(data: Path) -> Contestant:
+    def run(settings: Settings, folder: Path) -> Lap:
+        steps = 2 if settings.quick else -1
+        return child_lap(f"train_resnet({str(folder / 'run')!r}, {str(data)!r}, 6, {steps})", settings)
+
+    return run
 
 
-if __name__ == "__main__":
-    main()
+def train_resnet(folder: str, data: str, epochs: int, steps: int) -> None:
+    """Print the seconds of training and the test accuracy of Trainer with a ResNet-18 shape of 2.8 M parameters."""
+    import datasets
+    import numpy as np
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
+
+    files = {split: f"{data}/{split}.parquet" for split in ("train", "test")}
+    rows = {}
+    for split, table in datasets.load_dataset("parquet", data_files=files).items():
+        pixels = torch.stack([torch.from_numpy(np.asarray(image.convert("L"))) for image in table["image"]])
+        pixels = (pixels[:, None].float() / 255 - 0.2860) / 0.3530
+        labels = torch.tensor(table["label"][:])
+        rows[split] = [{"pixel_values": p, "labels": label} for p, label in zip(pixels, labels, strict=True)]
+    torch.manual_seed(42)
+    sizes = {"hidden_sizes": [32, 64, 128, 256], "depths": [2, 2, 2, 2], "layer_type": "basic", "embedding_size": 32}
+    model = ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=10, **sizes))
+    arguments = TrainingArguments(
+        folder, num_train_epochs=epochs, max_steps=steps, per_device_train_batch_size=128, learning_rate=2e-3,
+        per_device_eval_batch_size=256, weight_decay=0.02, lr_scheduler_type="cosine", warmup_steps=100, bf16=True,
+        use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, seed=42,
+    )  # fmt: skip
+    metrics = {"compute_metrics": lambda found: {"accuracy": (found.predictions.argmax(-1) == found.label_ids).mean()}}
+    trainer = Trainer(model, arguments, train_dataset=rows["train"], eval_dataset=rows["test"], **metrics)
+    found = trainer.train()
+    print(found.metrics["train_runtime"], trainer.evaluate()["eval_accuracy"])
+
+
+def small_images(root: Path, data: Path) -> Contestant:
+    """Training time up to the first evaluation at 0.70 or more."""
+
+    def run(settings: Settings, folder: Path) -> Lap:
+        config = "recipes/configs/image_classification/cifar10_mini.yaml"
+        words = ["--config", config, "--dataset", str(data), "--horizontal_flip", "true"]
+        words += ["--num_train_steps", "2"] if settings.quick else []
+        metric = "validation/accuracy"
+        lap = recipe_lap("finetune", words, folder / "run", settings, metric=metric, root=root)
+        return first_at(folder / "run" / "history.jsonl", metric, 0.70, lap)
+
+    return run
+
+
+def first_at(history: Path, metric: str, goal: float, lap: Lap) -> Lap:
+    """The lap with the seconds until `metric` was at `goal`; as it is where that never was."""
+    seconds = 0.0
+    for line in map(json.loads, history.read_text(encoding="utf-8").splitlines()):
+        seconds = line.get("seconds", seconds)
+        if line.get(metric, 0.0) >= goal:
+            return replace(lap, training=seconds, reached=line[metric])
+    return lap
+
+
+def recipe_lap(
+    recipe: str, words: Sequence[str], folder: Path, settings: Settings, *, metric: str, root: Path = ROOT
+) -> Lap:
+    """A run of one of the recipes of the project in `root`."""
+    command = [sys.executable, f"recipes/{recipe}.py", *words, "--output_dir", str(folder)]
+    _, whole = timed(command, cwd=root, settings=settings)
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return Lap(whole, run["train_seconds"], run["metrics"][metric])
+
+
+def child_lap(call: str, settings: Settings) -> Lap:
+    """A function of this module in a process of its own, which prints seconds of training and what it reached."""
+    code = f"from benchmarks import time_to_loss; time_to_loss.{call}"
+    printed, whole = timed([sys.executable, "-c", code], settings=settings)
+    training, reached = map(float, printed.split()[-2:])
+    return Lap(whole, training, reached)
+
+
+def data_folder(settings: Settings, name: str) -> Path | None:
+    folder = settings.data / name if settings.data else None
+    return folder if folder and folder.is_dir() else None
+
+
+def former_project(settings: Settings) -> Path | None:
+    """The project as it was at BEFORE, from the history of the clone; None without one."""
+    folder = settings.folder / "before"
+    if not folder.is_dir():
+        archive = subprocess.run(["git", "archive", BEFORE], cwd=ROOT, capture_output=True)
+        if archive.returncode:
+            return None
+        folder.mkdir()
+        subprocess.run(["tar", "x"], cwd=folder, input=archive.stdout, check=True)
+    return folder

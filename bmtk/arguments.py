@@ -27,7 +27,7 @@ from bmtk.option_help import FirstScreen, OptionParser, help_topic, shown_defaul
 from bmtk.settings import set_in_file, setting
 
 # Sources of a run's data, and their names for the model card: the command line replaces all of them or none.
-SOURCE_KEYS = frozenset(("dataset", "train_file", "validation_file", "test_file"))
+SOURCE_KEYS = frozenset(("dataset", "corpora", "train_file", "validation_file", "test_file"))
 NAMES_OF_SOURCES = frozenset(("data_name", "data_licence"))
 UNSET = "null"  # on the command line: neither this nor the file's value, but the default
 SIZES = (
@@ -39,7 +39,7 @@ USAGE = "%(prog)s [--config FILE.yaml | --preset NAME] [--key value ...]   (--ke
 FIRST_SCREEN: FirstScreen = {
     "run": {
         "run": ("config", "preset", "task", "model", "model_type", "dry_run", "find_lr", "push_to_hub"),
-        "data": ("dataset", "train_file", "validation_file", "context_length", "max_length"),
+        "data": ("dataset", "train_file", "corpora", "validation_file", "context_length", "max_length"),
         "training": (
             *("output_dir", "num_train_steps", "num_train_epochs", "batch_size", "learning_rate", "optimizer"),
             *("schedule", "precision"),
@@ -341,6 +341,8 @@ def with_shipped_data(values: dict[str, object], recipes: Path) -> dict[str, obj
     def found(value: object) -> object:
         if isinstance(value, list):
             return [found(item) for item in value]
+        if isinstance(value, dict):  # an item of a list
+            return {name: found(item) for name, item in value.items()}
         if not isinstance(value, str) or not value.startswith("recipes/data/") or Path(value).exists():
             return value
         shipped = recipes / value.removeprefix("recipes/")
@@ -375,6 +377,8 @@ def _at_home(value: object) -> object:
     """`value` with ~/ replaced by the home folder, which a shell does for the command line only."""
     if isinstance(value, list):
         return [_at_home(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _at_home(item) for name, item in value.items()}
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
@@ -393,7 +397,8 @@ def _as_argv(key: str, value: object) -> list[str]:
     if value is None:
         return []
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
+        items = (json.dumps(item, ensure_ascii=False) if isinstance(item, dict) else str(item) for item in value)
+        return [f"--{key}", *items]
     return [f"--{key}={json.dumps(value) if isinstance(value, bool) else value}"]
 
 

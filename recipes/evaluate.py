@@ -39,10 +39,11 @@ from bmtk.training.trained_model import TrainedModel
 OF_TRAINING = (
     "tokenizer",
     "vocab_size",
+    "packing",
     "validation_fraction",
     "leakage",
 )  # data settings that a finished model has no use for
-SOURCES = ("dataset", "train_file", "validation_file", "test_file", "data_name", "data_licence")
+SOURCES = ("dataset", "corpora", "train_file", "validation_file", "test_file", "data_name", "data_licence")
 
 
 @dataclass

@@ -45,7 +45,9 @@ from bmtk.training.updates import on_device
 OF_TRAINING = (
     "tokenizer",
     "vocab_size",
+    "packing",
     "dataset",
+    "corpora",
     "train_file",
     "validation_file",
     "test_file",

@@ -91,12 +91,16 @@ class GlobalBatches:
         """Optimizer steps per epoch: not a whole number when a batch spans two epochs."""
         return len(self.rows) / self.batch_size
 
-    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of optimizer step `step` that are this rank's, in order, and the epoch of each: (share,) int64 both."""
+    def positions(self, step: int) -> np.ndarray:
+        """Where this rank's rows of optimizer step `step` stand in the endless order: (share,) int64."""
         if step < 0:
             raise IndexError(f"step={step} must be 0 or more")
         first = step * self.batch_size + self.rank * self.share
-        epoch, position = np.divmod(np.arange(first, first + self.share), len(self.rows))
+        return np.arange(first, first + self.share)
+
+    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of optimizer step `step` that are this rank's, in order, and the epoch of each: (share,) int64 both."""
+        epoch, position = np.divmod(self.positions(step), len(self.rows))
         if not self.shuffle:
             return position, epoch
         return permuted_index(position, num_rows=len(self.rows), seed=self.seed, epoch=epoch), epoch

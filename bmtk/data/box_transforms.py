@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import PIL.ImageEnhance
+import PIL.ImageStat
 from PIL.Image import Resampling, Transpose
 
 FORMATS = {
@@ -84,8 +85,12 @@ class BoxAugmentation:
         size = np.maximum(1, np.round(np.array(image.size) / np.exp(draw.uniform(-limit, limit)))).astype(int)
         spare = np.array(image.size) - size
         corner = np.round(draw.uniform(np.minimum(spare, 0), np.maximum(spare, 0))).astype(int)
-        view = PIL.Image.new(image.mode, tuple(size.tolist()), image.resize((1, 1), Resampling.BOX).getpixel((0, 0)))
-        view.paste(image, tuple((-corner).tolist()))
+        if (spare >= 0).all():  # no border, whose colour would take as long as the rest
+            view = image.crop((*corner.tolist(), *(corner + size).tolist()))
+        else:
+            mean = image.resize((1, 1), Resampling.BOX).getpixel((0, 0))
+            view = PIL.Image.new(image.mode, tuple(size.tolist()), mean)
+            view.paste(image, tuple((-corner).tolist()))
         moved = boxes - np.concatenate((corner, [0, 0]))
         seen = clip_boxes(moved, *size)
         return view, seen, seen[:, 2:].prod(1) >= LEAST_VISIBLE * moved[:, 2:].prod(1)
@@ -93,7 +98,23 @@ class BoxAugmentation:
     def _recolour(self, image: PIL.Image.Image, draw: np.random.Generator) -> PIL.Image.Image:
         if not self.colour:
             return image
-        kinds = (PIL.ImageEnhance.Brightness, PIL.ImageEnhance.Contrast, PIL.ImageEnhance.Color)
-        for kind, factor in zip(kinds, draw.uniform(1 - self.colour, 1 + self.colour, size=3), strict=True):
-            image = kind(image).enhance(factor)
-        return image
+        bright, contrast, colourful = draw.uniform(1 - self.colour, 1 + self.colour, size=3)
+        # ImageEnhance mixes two whole images for each; what it makes of a value is looked up here.
+        image = by_value(image, PIL.Image.blend(flat(0), ramp(), bright))
+        mean = int(PIL.ImageStat.Stat(image.convert("L")).mean[0] + 0.5)
+        image = by_value(image, PIL.Image.blend(flat(mean), ramp(), contrast))
+        return PIL.ImageEnhance.Color(image).enhance(colourful)
+
+
+def ramp() -> PIL.Image.Image:
+    """Every value of eight bits, in order."""
+    return PIL.Image.frombytes("L", (256, 1), bytes(range(256)))
+
+
+def flat(value: int) -> PIL.Image.Image:
+    return PIL.Image.new("L", (256, 1), value)
+
+
+def by_value(image: PIL.Image.Image, values: PIL.Image.Image) -> PIL.Image.Image:
+    """The image with the place of `values` that each value of its pixels names."""
+    return image.point(values.tobytes() * len(image.getbands()))

@@ -10,6 +10,8 @@ from datasets import Dataset
 
 from bmtk.files import read_json, sha256, write_json
 
+from .archives import member_bytes
+
 MARK_BYTES = 6  # of a row in the record of a run: two rows are taken for the same in one of 3e14 cases
 
 Marks = Mapping[str, Sequence[str]]  # split -> a mark of each row or file, which differs where the content does
@@ -32,7 +34,8 @@ def _hash(values: Sequence[object]) -> bytes:
 
 def _content(value: object) -> bytes:
     if isinstance(value, dict) and {"bytes", "path"} <= value.keys():  # an image or a recording that is not decoded
-        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+        content = value["bytes"] if value["bytes"] is not None else member_bytes(value["path"])
+        return Path(value["path"]).read_bytes() if content is None else content
     return json.dumps(value, default=str, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 

@@ -11,6 +11,7 @@ arXiv:1905.04899.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,6 +95,7 @@ def moved(image: np.ndarray, down: int, right: int) -> np.ndarray:
     return image[:, _mirrored(height, down)[:, None], _mirrored(width, right)]
 
 
+@lru_cache  # the same few for all images of a set; nobody writes into them
 def _mirrored(length: int, offset: int) -> np.ndarray:
     """offset, offset + 1, ... as places of an axis that is mirrored at its first and last place."""
     places = np.abs(np.arange(length) - offset)

@@ -22,6 +22,7 @@ import soxr
 
 from bmtk.errors import UserError
 
+from .archives import member_bytes
 from .delimited import delimited_rows
 from .folders import visible_files
 from .json_rows import json_rows
@@ -40,6 +41,7 @@ AUDIO_SUFFIXES = tuple(
     suffix for suffix, kind in SOUNDS.items() if not kind or kind in soundfile.available_subtypes("OGG")
 )
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)
+KIND_OF_SUFFIX = {**dict.fromkeys(IMAGE_SUFFIXES, "image"), **dict.fromkeys(AUDIO_SUFFIXES, "audio")}
 ON_CORRUPT = ("stop", "skip")  # what to do about a file that cannot be read
 Found = TypeVar("Found")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -147,10 +149,16 @@ def image_size(value: Media, where: str) -> tuple[int, int]:
 @contextlib.contextmanager
 def _opened(value: Media, where: str) -> Iterator[PIL.Image.Image]:
     try:
-        with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
+        with PIL.Image.open(_source(value)) as image:
             yield image
     except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError) as error:
         raise UserError(f"{where} is not an image that can be read: {_named(value)}{error}") from error
+
+
+def _source(value: Media) -> Any:
+    """What can be opened as a file: a path, or the bytes of a row or of a place in an archive."""
+    content = value["bytes"] if value["bytes"] is not None else member_bytes(str(value["path"]))
+    return value["path"] if content is None else io.BytesIO(content)
 
 
 def in_colour(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -162,7 +170,7 @@ def in_colour(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def image_header(value: Media) -> tuple[tuple[int, int], str, bool]:
     """Width and height, Pillow's mode, and whether it may be transparent, of an image that can be read."""
-    with PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
+    with PIL.Image.open(_source(value)) as image:
         return image.size, image.mode, image.has_transparency_data
 
 
@@ -188,7 +196,7 @@ def audio_seconds(value: Media, where: str) -> float:
 
 def _read_audio(value: Media, where: str, read: Callable[[Any], Found]) -> Found:
     try:
-        return read(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
+        return read(_source(value))
     except (OSError, RuntimeError, TypeError) as error:
         raise UserError(f"{where} is not a recording that can be read: {_named(value)}{error}") from error
 

@@ -4,13 +4,14 @@ B rows, L context length. Documents are laid end to end and cut every L tokens; 
 target of its last position. No token is dropped and none is padded but at the very end.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from bmtk.errors import UserError
 
 from .rows import Indices
-from .token_store import TokenStore
 
 IGNORE_INDEX = -100  # label of a position without a loss; the default of torch.nn.functional.cross_entropy
 
@@ -27,7 +28,8 @@ class PackedRows:
     Raises: UserError if context_length < 1.
     """
 
-    def __init__(self, store: TokenStore, context_length: int):
+    def __init__(self, store: Any, context_length: int):
+        """`store` is a TokenStore; that of several corpora knows no tokens, only what they hold together."""
         if context_length < 1:
             raise UserError(f"context_length={context_length} must be at least 1 token per row")
         self.store = store
@@ -52,7 +54,7 @@ class PackedRows:
 
         Of such rows, `position_ids` are 0 only where a document begins.
         """
-        tokens, is_start = self._read(indices)
+        tokens, is_start = self._joined(indices)
         targets = np.where(is_start[:, 1:], IGNORE_INDEX, tokens[:, 1:])  # (B, L)
         targets[targets < 0] = IGNORE_INDEX  # padding
         input_ids = np.where(tokens < 0, self.store.pad_token_id, tokens)[:, :-1]
@@ -65,19 +67,27 @@ class PackedRows:
             batch["position_ids"] = torch.from_numpy(_count_from_starts(begins, goes_on))
         return batch
 
-    def _read(self, indices: Indices) -> tuple[np.ndarray, np.ndarray]:
+    def _joined(self, indices: Indices) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (B, L + 1), -1 where there is none, and whether a document (or the padding) starts there."""
-        length, store = self.context_length, self.store
-        tokens = np.full((len(indices), length + 1), -1, np.int64)  # int64: ids of the store may be unsigned
+        tokens = np.full((len(indices), self.context_length + 1), -1, np.int64)  # ids of the store may be unsigned
         is_start = np.zeros(tokens.shape, bool)
         for i, row in enumerate(indices):
             if not 0 <= row < len(self):
                 raise IndexError(f"row {row} is not one of the {len(self)} rows")
-            start = int(row) * length
-            piece = store.tokens[start : start + length + 1]
+            piece, starts = self.piece(int(row))
             tokens[i, : len(piece)] = piece
-            is_start[i, store.starts(start, start + length + 1)] = True  # the end of the store starts the padding
+            is_start[i, starts] = True
         return tokens, is_start
+
+    def piece(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a row and, if there is one, the token after it; and where documents (or padding) start."""
+        first, last = row * self.context_length, (row + 1) * self.context_length + 1
+        return self.store.tokens[first:last], self.store.starts(first, last)  # its end starts the padding
+
+    def inputs(self, row: int) -> np.ndarray:
+        """The tokens of a row, without padding."""
+        first = row * self.context_length
+        return np.asarray(self.store.tokens[first : first + self.context_length], np.int64)
 
 
 def _count_from_starts(is_start: np.ndarray, goes_on: np.ndarray | None) -> np.ndarray:

@@ -56,8 +56,7 @@ class CorruptedSpans(EpochDataset):
     def batch(self, indices: Indices, epochs: Indices) -> dict[str, torch.Tensor]:
         sources, targets = [], []
         for row, epoch in zip(indices, epochs, strict=True):
-            start = int(row) * self.rows.context_length
-            tokens = np.asarray(self.store.tokens[start : start + self.rows.context_length], np.int64)
+            tokens = self.rows.inputs(int(row))
             draw = np.random.default_rng((self.seed, int(epoch), int(row)))
             is_noise = noise_mask(len(tokens), self.noise_density, self.mean_span_length, draw)
             sources.append(torch.from_numpy(with_sentinels(tokens, is_noise, self.sentinels)))

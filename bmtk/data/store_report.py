@@ -7,7 +7,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bmtk.errors import UserError
+from bmtk.files import read_json
 
+from .best_fit import BestFitRows
+from .mixture import MIXTURE, Mixture
 from .token_store import TOKENIZER, TokenStore
 
 SAMPLE_TOKENS = 60
@@ -32,6 +35,23 @@ def report(directory: Path, *, context_length: int, num_samples: int, seed: int 
     if num_samples:
         parts.append(_samples(store, decoder, context_length, np.random.default_rng(seed), num_samples))
     return "\n\n".join("\n".join(lines) for lines in map(list, parts) if lines) + "\n"
+
+
+def mixture_report(folder: Path, *, context_length: int) -> str:
+    """The corpora that are mixed in training, in an epoch of as many rows as they have; "" if there is one."""
+    facts = read_json(folder / MIXTURE)
+    if not isinstance(facts, list) or not all((folder / one["store"] / "manifest.json").is_file() for one in facts):
+        return ""
+    names = [one["store"] for one in facts]
+    sizes = [rows_of(TokenStore(folder / name), context_length) for name in names]
+    mixture = Mixture(names, [one["weight"] for one in facts], sizes, [one["repeat"] for one in facts])
+    num_rows = min(mixture.num_rows, mixture.limit or mixture.num_rows)
+    head = f"mixture, in the first {num_rows:,} rows of {context_length} tokens:"
+    return "\n  ".join([head, *mixture.described(num_rows)]) + "\n"
+
+
+def rows_of(store: TokenStore, context_length: int) -> int:
+    return -(-(store.num_tokens - 1) // context_length)
 
 
 def _counts(store: TokenStore) -> Iterator[str]:
@@ -64,13 +84,14 @@ def _sources(store: TokenStore) -> Iterator[str]:
 
 
 def _packing(store: TokenStore, length: int) -> Iterator[str]:
-    rows = -(-(store.num_tokens - 1) // length)
+    rows = rows_of(store, length)
     pads = rows * length - (store.num_tokens - 1)
     places = np.asarray(store.offsets[:], np.int64)
     divided = int(((places[:-1] // length) != ((places[1:] - 1) // length)).sum())
     yield f"in rows of {length} tokens: {rows:,} rows"
     yield f"  {'padding':12}{pads:,} tokens ({pads / max(1, rows * length):.3%}), at the end of the last row"
     yield f"  {'divided':12}{divided:,} of {store.num_documents:,} documents lie in more than one row"
+    yield f"  {'best_fit':12}{BestFitRows(store, length, is_kept=False).described}"
 
 
 def _longest(store: TokenStore, decoder: Tokenizer | None, count: int = 5) -> Iterator[str]:
@@ -84,7 +105,7 @@ def _longest(store: TokenStore, decoder: Tokenizer | None, count: int = 5) -> It
 def _samples(
     store: TokenStore, decoder: Tokenizer | None, length: int, draw: np.random.Generator, count: int
 ) -> Iterator[str]:
-    rows = -(-(store.num_tokens - 1) // length)
+    rows = rows_of(store, length)
     yield "sample rows:"
     for row in sorted(draw.choice(rows, min(count, rows), replace=False).tolist()):
         yield f"  row {row:,}: {_text(store.tokens[row * length : (row + 1) * length][:SAMPLE_TOKENS], decoder)}"

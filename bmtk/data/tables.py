@@ -15,18 +15,19 @@ import pyarrow.parquet
 
 from bmtk.errors import UserError
 
+from . import archives
 from .delimited import SUFFIXES as DELIMITED
 from .delimited import delimited_rows, found_dialect
 from .folders import Listing, list_folder
 from .json_rows import SUFFIXES as JSON
 from .json_rows import json_rows
-from .media import majority_kind, media_kind, media_rows, metadata_files, undecoded
+from .media import KIND_OF_SUFFIX, majority_kind, media_kind, media_rows, metadata_files, undecoded
 from .printed import looks_printed, printed_values
 from .sources import SPLIT_NAMES
 from .text_files import TableFormat, Unreadable, is_compressed, suffix_of
 
 SPLITS = tuple(SPLIT_NAMES)
-SUFFIXES = (*DELIMITED, *JSON, ".parquet")
+SUFFIXES = (*DELIMITED, *JSON, ".parquet", archives.SUFFIX)
 AS_FOUND = TableFormat()
 SHOWN = 60  # characters of a cell in notes
 
@@ -113,6 +114,8 @@ def read_table(
     if any(path.stat().st_size == 0 for path in paths):
         raise UserError(f"{names}: an empty file has no rows")
     notes = [] if notes is None else notes
+    if suffixes[0] == archives.SUFFIX:
+        return _read_archives(paths, notes)
     if suffixes[0] in DELIMITED:
         return datasets.concatenate_datasets([_read_delimited(path, layout, notes) for path in paths])
     return _read_json(paths, layout, notes) if suffixes[0] in JSON else _read_parquet(paths, notes)
@@ -216,6 +219,16 @@ def _read_parquet(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
             raise UserError(f"{path} has a column twice: {', '.join(twice)}; rename or remove one of them")
     rows = undecoded(_load("parquet", where=names, data_files=[str(path) for path in paths])["train"])
     return _with_texts_of_bytes(rows, names, notes)
+
+
+def _read_archives(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
+    names = ", ".join(map(str, paths))
+    if packed := [path for path in paths if is_compressed(path)]:
+        raise UserError(f"{packed[0]} is compressed as a whole, so that no row of it can be found; unpack it to .tar")
+    columns = archives.archive_rows(paths, KIND_OF_SUFFIX)
+    if not columns:
+        raise UserError(f"{names} has no rows: no image, recording, .cls, .txt or .json, named as WebDataset does")
+    return _dataset(columns, paths[0], notes)
 
 
 def _with_texts_of_bytes(rows: datasets.Dataset, where: str, notes: list[str]) -> datasets.Dataset:
@@ -373,6 +386,8 @@ def _folder_kind(listing: Listing) -> str:
 def _num_rows_reach(tables: Sequence[Path], count: int) -> bool:
     """Whether tables have `count` rows together; of texts their lines are counted, and no more than needed."""
     for table in tables:
+        if suffix_of(table) == archives.SUFFIX:  # made to hold many
+            return True
         if suffix_of(table) == ".parquet":
             count -= pyarrow.parquet.read_metadata(table).num_rows
             continue

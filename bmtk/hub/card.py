@@ -8,8 +8,9 @@ in paths, control characters) and escaped when written.
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
@@ -124,6 +125,7 @@ def run_status(run: RunRecord, last_step: float | None) -> str:
 def data_rows(run: RunRecord) -> list[tuple[str, str]]:
     """Return (split, sizes) for each split that the run describes."""
     splits = ((name, run.data.get(name)) for name in ("train", "validation", "test"))
+    corpora = run.data.get("corpora")
     sized = ((name, split) for name, split in splits if isinstance(split, dict))
     return [
         (
@@ -133,7 +135,14 @@ def data_rows(run: RunRecord) -> list[tuple[str, str]]:
             ),
         )
         for name, split in sized
-    ]
+    ] + [corpus_row(one) for one in (corpora if isinstance(corpora, list) else ()) if isinstance(one, dict)]
+
+
+def corpus_row(corpus: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (name, weight, share of the rows that were read, epochs) of a corpus that was mixed with others."""
+    numbers = {key: corpus[key] if is_number(corpus.get(key)) else 0.0 for key in ("weight", "share", "epochs")}
+    shown = f"weight {numbers['weight']:g}, {numbers['share']:.2%} of the rows read, {numbers['epochs']:.3g} epochs"
+    return f"corpus {corpus.get('name')}", shown
 
 
 def procedure_rows(run: RunRecord) -> list[tuple[str, str]]:

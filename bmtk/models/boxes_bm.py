@@ -5,6 +5,9 @@ four sides.  Sources: FCOS, Tian et al. 2019, arXiv:1904.01355; GIoU, Rezatofigh
 sampling, Tian et al. 2020, arXiv:2006.09214.
 """
 
+from functools import reduce
+
+import numpy as np
 import torch
 
 
@@ -37,12 +40,12 @@ def assign_boxes(
     """
     if len(boxes) == 0:
         return torch.full((len(points),), -1, device=points.device)
-    distances = side_distances(points, boxes)  # (Q, N, 4)
-    taken = distances.amin(-1) > 0
+    sides = side_distances(points, boxes).unbind(-1)  # (Q, N) each; amin over a last dimension of four is slow
+    taken = reduce(torch.minimum, sides) > 0
     if radius > 0:
-        from_centre = (points[:, None] - (boxes[:, :2] + boxes[:, 2:]) / 2).abs().amax(-1)  # (Q, N)
-        taken &= from_centre < radius * strides[:, None]
-    farthest = distances.amax(-1)
+        from_centre = (points.T[:, :, None] - ((boxes[:, :2] + boxes[:, 2:]) / 2).T[:, None]).abs()  # (2, Q, N)
+        taken &= torch.maximum(*from_centre) < radius * strides[:, None]
+    farthest = reduce(torch.maximum, sides)
     taken &= (farthest >= ranges[:, :1]) & (farthest <= ranges[:, 1:])
     areas = ((boxes[:, 2:] - boxes[:, :2]).prod(-1)).expand(len(points), -1).masked_fill(~taken, torch.inf)
     least, index = areas.min(-1)
@@ -83,9 +86,12 @@ def centres(boxes: torch.Tensor) -> torch.Tensor:
 
 def pairwise_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Intersection over union (N, M) of boxes (N, 4) and (M, 4); 0 where both are empty."""
-    low = torch.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = torch.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
+    one, other = boxes.T.contiguous()[:, :, None], others.T.contiguous()[:, None]  # a side of all boxes is one row
+    across, along = (
+        (torch.minimum(one[side + 2], other[side + 2]) - torch.maximum(one[side], other[side])).clamp(min=0)
+        for side in (0, 1)
+    )
+    shared = across * along
     areas, other_areas = ((b[:, 2:] - b[:, :2]).clamp(min=0).prod(-1) for b in (boxes, others))
     return shared / (areas[:, None] + other_areas[None] - shared).clamp(min=torch.finfo(boxes.dtype).eps)
 
@@ -98,11 +104,11 @@ def non_maximum_suppression(
     boxes, labels = boxes[order], labels[order]
     rivals = (pairwise_iou(boxes, boxes) > iou_threshold) & (labels[:, None] == labels[None])
     rivals = rivals.triu(1).cpu()  # (better, worse)
-    stays = torch.ones(len(boxes), dtype=torch.bool)
+    rows, stays = rivals.numpy(), np.ones(len(boxes), dtype=bool)
     for index in range(len(boxes)):
         if stays[index]:
-            stays &= ~rivals[index]
-    return order[stays.to(order.device)]
+            stays &= ~rows[index]
+    return order[torch.from_numpy(stays).to(order.device)]
 
 
 __all__ = [

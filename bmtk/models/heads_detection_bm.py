@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .boxes_bm import assign_boxes, centerness, centres, corners, grid_locations, overlap_of_distances, side_distances
+from .boxes_bm import assign_boxes, centerness, centres, corners, grid_locations, overlap_of_distances
 from .heads_bm import check_input
 
 NUM_TRUNK_LEVELS = 3  # the paper's C3, C4 and C5
@@ -32,7 +32,8 @@ LARGEST_EXPONENT = math.log(1000.0)  # keeps exp() finite
 @dataclass
 class DetectionOutput(ModelOutput):
     """`logits` (B, Q, K), `pred_boxes` (B, Q, 4) as (centre x, centre y, width, height) as fractions of the image
-    size, `pred_centerness` (B, Q) before the sigmoid, and the three terms of the loss."""
+    size, `pred_centerness` (B, Q) before the sigmoid, the three terms of the loss, and
+    `row_losses` (B,), if they are asked for."""
 
     loss: torch.Tensor | None = None
     loss_dict: dict | None = None
@@ -42,6 +43,7 @@ class DetectionOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple | None = None
     attentions: tuple | None = None
+    row_losses: torch.Tensor | None = None
 
 
 class FeaturePyramid(nn.Module):
@@ -139,24 +141,30 @@ class ObjectDetectionHead:
         pixel_values: torch.Tensor | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        output_row_losses: bool = False,
         **kwargs,
     ) -> DetectionOutput:
+        """`output_row_losses`: also the sum of the losses of each image, not divided by anything."""
         outputs = self.model(pixel_values=pixel_values, **kwargs)
         levels = self.pyramid([outputs.feature_maps[i] for i in self.used_maps])
         logits, distances, centre_logits = self.towers(levels)
         points, strides, ranges = self.locations([x.shape[-2:] for x in levels], logits.device)
         distances = distances.float() * strides[:, None]  # (B, Q, 4), pixels
         size = image_size(pixel_values)
-        loss = terms = None
+        loss = terms = row_losses = None
         if labels is not None:
             targets = [self.targets(points, strides, ranges, label, size) for label in labels]
             classes, target_distances = (torch.stack(x) for x in zip(*targets, strict=True))
             terms = self.loss_terms(logits, distances, centre_logits, classes, target_distances, num_items_in_batch)
             loss = sum(terms.values())
+            if output_row_losses:
+                inputs = (x.split(1) for x in (logits, distances, centre_logits, classes, target_distances))
+                row_losses = torch.stack([sum(self.loss_terms(*row, 1).values()) for row in zip(*inputs, strict=True)])
         boxes = torch.cat((points - distances[..., :2], points + distances[..., 2:]), dim=-1)
         return DetectionOutput(
             loss=loss,
             loss_dict=terms,
+            row_losses=row_losses,
             logits=logits,
             pred_boxes=centres(boxes) / size.repeat(2),
             pred_centerness=centre_logits,
@@ -185,8 +193,10 @@ class ObjectDetectionHead:
         background = torch.full_like(index, self.config.num_labels)
         if len(boxes) == 0:
             return background, points.new_zeros(len(points), 4)
-        distances = side_distances(points, boxes)[torch.arange(len(points), device=points.device), index.clamp(min=0)]
-        return torch.where(index < 0, background, classes[index.clamp(min=0)]), distances
+        index, is_background = index.clamp(min=0), index < 0
+        nearest = boxes[index]  # (Q, 4)
+        distances = torch.cat((points - nearest[:, :2], nearest[:, 2:] - points), dim=-1)
+        return torch.where(is_background, background, classes[index]), distances
 
     def loss_terms(self, logits, distances, centre_logits, classes, target_distances, num_items) -> dict:
         """Focal loss of all locations, GIoU (or IoU) and centre-ness losses of the positive ones, over `num_items`."""

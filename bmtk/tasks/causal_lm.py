@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 
 from bmtk.data.batches import GlobalBatches
-from bmtk.data.packing import IGNORE_INDEX, PackedRows
+from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.tbptt import TBPTTBatches
-from bmtk.data.token_store import TokenStore
 from bmtk.errors import UserError
 from bmtk.metrics.texts import bits_per_byte, perplexity
 from bmtk.settings import fact, setting
@@ -46,6 +45,10 @@ class CausalLMArguments(CorpusArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.carry_state and self.packing == "best_fit":
+            raise UserError("carry_state reads the text in its order; leave it out, or set packing to cut")
+        if self.carry_state and self.is_mixture:
+            raise UserError("carry_state reads one text in its order; leave it out, or train on one corpus")
         if self.eval_context_length is not None and self.eval_context_length < 1:
             raise UserError(f"eval_context_length={self.eval_context_length} must be at least 1 token")
 
@@ -73,11 +76,11 @@ class CausalLMObjective(CorpusObjective):
 
     def __init__(self, data: CorpusData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
         super().__init__(data, config, labels=labels)
-        self.keeps_order = self.args.carry_state
+        self.keeps_order = self.keeps_order or self.args.carry_state
 
-    def packed(self, store: TokenStore, split: str) -> PackedRows:
+    def row_length(self, split: str) -> int:
         is_measured = split != "train" and self.args.eval_context_length
-        return PackedRows(store, self.args.eval_context_length if is_measured else self.args.context_length)
+        return int(self.args.eval_context_length if is_measured else self.args.context_length)
 
     def train_batches(self, **sizes: Any) -> GlobalBatches:
         return TBPTTBatches(self.rows["train"], **sizes) if self.args.carry_state else super().train_batches(**sizes)

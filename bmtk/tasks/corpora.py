@@ -10,12 +10,16 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from bmtk.data.batches import Rows
+from bmtk.data.batches import GlobalBatches, Rows
+from bmtk.data.best_fit import BestFitRows, index_of
 from bmtk.data.decontamination import TOLERATED_SHARE, SharedLines
 from bmtk.data.downloads import is_url
 from bmtk.data.fingerprints import FileDigests, Marks
-from bmtk.data.held_out_texts import hold_out
+from bmtk.data.held_out_texts import HeldOut, hold_out
 from bmtk.data.masking import BLANKS
+from bmtk.data.mixed_rows import MixedBatches, MixedRows
+from bmtk.data.mixed_texts import MixedTexts, hold_out_of_each, mixed
+from bmtk.data.mixture import MIXTURE, Corpus, Mixture, Reading, read_corpora, share_names, to_text
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.sources import ON_CORRUPT, Texts, has_split, read_texts, text_fingerprint
 from bmtk.data.tables import text_cells
@@ -32,6 +36,7 @@ from .task import Task
 from .task_data import LEAKAGE, SourceArguments, TaskData
 from .texts import pad_texts
 
+PACKINGS = ("cut", "best_fit")
 HELD_OUT = 0.1  # of a corpus without a validation text
 SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus is not tokenised yet
 
@@ -45,6 +50,12 @@ class CorpusArguments(SourceArguments):
         None,
         "training text: .txt, .jsonl, .csv, .tsv, .parquet or .arrow files (each also .gz, .bz2, .xz, .zst), folders, "
         "patterns such as 'texts/*.txt', or URLs",
+    )
+    corpora: list[str] | None = setting(
+        None,
+        "corpora mixed by weights, instead of dataset or train_file: of each its path (as train_file), its weight "
+        "and, if need be, text_column and repeat (the most times it is read); in YAML a list of mappings, here JSON: "
+        '\'{"path": "a.txt", "weight": 2}\' \'{"path": "b.txt", "weight": 1, "repeat": 4}\'',
     )
     validation_file: list[str] | None = setting(None, "validation text, likewise")
     test_file: list[str] | None = setting(None, "text of the final test, likewise; default: that of dataset, if any")
@@ -77,6 +88,12 @@ class CorpusArguments(SourceArguments):
     )
     vocab_size: int = setting(4096, "tokens of a tokenizer to be trained, at most")
     context_length: int = setting(256, "tokens per row")
+    # None stands for cut, as above.
+    packing: str | None = setting(
+        None,
+        "how documents become training rows: cut (the default: laid end to end, without padding) or best_fit (whole "
+        "where they fit into a row, with some padding)",
+    )
     corpus_dir: str | None = setting(None, "folder for the tokenised text; default: <output_dir>/corpus")
 
     free_keys: ClassVar[frozenset[str]] = SourceArguments.free_keys | {"corpus_dir", "prepare_workers"}
@@ -91,8 +108,33 @@ class CorpusArguments(SourceArguments):
             raise UserError(f"prepare_workers={self.prepare_workers} must be 0 (no other process) or more")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction} is not a share; choose between 0 and 1")
+        if self.packing not in (None, *PACKINGS):
+            raise UserError(f"packing={self.packing!r} is unknown; choose one of {', '.join(PACKINGS)}")
         if self.context_length < 1:
             raise UserError(f"context_length={self.context_length} must be at least 1 token")
+        if self.corpora is not None:
+            self._check_corpora()
+
+    def _check_corpora(self) -> None:
+        self.corpora = [to_text(corpus) for corpus in read_corpora(self.corpora or [])]
+        for name in ("dataset", "train_file"):
+            if (value := getattr(self, name)) is not None:
+                raise UserError(
+                    f"corpora and {name}={value} both name the training text; leave one of them out "
+                    f'({name} may be an item of corpora: {{"path": ...}})'
+                )
+
+    @property
+    def named_corpora(self) -> dict[str, Corpus]:
+        """The items of `corpora`, each with a short name."""
+        items = read_corpora(self.corpora) if self.corpora else []
+        return dict(zip(share_names([item.path for item in items]), items, strict=True))
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether rows come in an order that weights or repeats decide."""
+        items = list(self.named_corpora.values())
+        return len(items) > 1 or any(item.repeat is not None for item in items)
 
     def settings_that_change(self, metric: str) -> dict[str, str]:
         return {
@@ -174,7 +216,8 @@ class CorpusData(TaskData):
 
     def source_record(self) -> dict[str, object]:
         args = self.args
-        source = ", ".join(args.train_file or []) or args.dataset or ", ".join(args.test_file or [])
+        mixture = [corpus.path for corpus in args.named_corpora.values()]
+        source = ", ".join(args.train_file or mixture) or args.dataset or ", ".join(args.test_file or [])
         return {
             "name": args.data_name or Path(source).name,
             "source": source,
@@ -185,14 +228,23 @@ class CorpusData(TaskData):
     def prepare(self, log: Callable[[str], None]) -> None:
         """Tokenise every split into the corpus folder, with lines of progress; a plan keeps nothing there."""
         for split, texts in self.rows.items() if not self.is_plan else ():
-            self.store_of(split, texts, self.corpus, log=log)
+            stores = self.stores_of(split, texts, self.corpus, log=log)
+            for store in stores if split == "train" and self.args.packing == "best_fit" else ():
+                index_of(store, self.args.context_length)
+        if self.args.is_mixture and "train" in self.rows and not self.is_plan:
+            items = zip(stores_of_split("train", self.rows["train"]), self.args.named_corpora.values(), strict=True)
+            facts = [{"store": name, "weight": item.weight, "repeat": item.repeat} for name, item in items]
+            write_json(self.corpus / MIXTURE, facts)
 
     def prepared(self) -> list[str]:
-        stores = {split: TokenStore(self.corpus / split) for split in self.rows}
-        lines = [
-            f"{split:12}{s.num_documents:>12,} documents{s.num_tokens:>16,} tokens" for split, s in stores.items()
-        ]
+        names = [name for split, texts in self.rows.items() for name in stores_of_split(split, texts)]
+        stores = {name: TokenStore(self.corpus / name) for name in names}
+        lines = [f"{name:12}{s.num_documents:>12,} documents{s.num_tokens:>16,} tokens" for name, s in stores.items()]
         return [*lines, f"next: bmtk data show {self.corpus}, or bmtk pretrain with the same settings"]
+
+    def stores_of(self, split: str, texts: Texts | Sequence[str], folder: Path, **options: Any) -> list[TokenStore]:
+        """The stores of a split: one for each corpus of a mixture."""
+        return [self.store_of(name, part, folder, **options) for name, part in stores_of_split(split, texts).items()]
 
     def store_of(self, split: str, texts: Texts | Sequence[str], folder: Path, **options: Any) -> TokenStore:
         """The tokens of a split, written if they are not there; what had to be left out is noted."""
@@ -211,36 +263,64 @@ class CorpusData(TaskData):
         texts = {split: self._texts(split) for split in splits if self._has(split)}
         self.holds_out = "train" in texts and "validation" in splits and "validation" not in texts
         if self.holds_out:
-            found = hold_out(texts["train"], self.args.validation_fraction or HELD_OUT, self.seed)
-            self.notes.append(found.note)
+            found = self._held_out_texts(texts["train"])
+            self.notes += [found.note] if found.note else []
             others = {split: part for split, part in texts.items() if split != "train"}
             texts = {"train": found.train, "validation": found.validation, **others}
         return {split: self._sample(part, split) for split, part in texts.items()} if self.is_plan else texts
 
+    def _held_out_texts(self, texts: Texts) -> HeldOut:
+        """What is held out of each corpus that has no validation text of its own."""
+        fraction = self.args.validation_fraction or HELD_OUT
+        own = {
+            name: self._texts_of(corpus.path, "validation", corpus.text_column)
+            for name, corpus in self.args.named_corpora.items()
+            if has_split(corpus.path, "validation")
+        }
+        if isinstance(texts, MixedTexts):
+            return hold_out_of_each(texts, own, fraction, self.seed)
+        return HeldOut(texts, next(iter(own.values())), "") if own else hold_out(texts, fraction, self.seed)
+
     def _check_sources(self) -> None:
-        if not self.args.dataset and not self.args.train_file:
-            raise UserError("no training text: set dataset (a folder, a file or a Hub id), or train_file")
+        if not self.args.dataset and not self.args.train_file and not self.args.corpora:
+            raise UserError("no training text: set dataset (a folder, a file or a Hub id), train_file, or corpora")
 
     def _has(self, split: str) -> bool:
         """Whether there is a text of a split; a file, and a folder that names no splits, hold training text only."""
         dataset = self.args.dataset
+        if split == "train" and self.args.corpora:
+            return True
         if self.args.files[split] or dataset is None:
             return bool(self.args.files[split])
         is_local = Path(dataset).expanduser().exists() or is_url(dataset)
         return split == "train" or has_split(dataset, split) or (split == "validation" and not is_local)
 
     def _texts(self, split: str) -> Texts:
-        source = self.args.files[split] or self.args.dataset
+        if split != "train" or not self.args.corpora:
+            return self._texts_of(self.args.files[split] or self.args.dataset, split)
+        found = {
+            name: self._texts_of(corpus.path, split, corpus.text_column)
+            for name, corpus in self.args.named_corpora.items()
+        }
+        return mixed(found) if len(found) > 1 else next(iter(found.values()))
+
+    def _texts_of(self, source: Any, split: str, text_column: str | None = None) -> Texts:
         args = self.args
-        how = {"text_column": args.text_column, "sample_by": args.sample_by, "layout": args.layout}
+        how = {"text_column": text_column or args.text_column, "sample_by": args.sample_by, "layout": args.layout}
         return read_texts(source, split=split, digests=self.digests, on_corrupt=args.on_corrupt or "stop", **how)
 
     def _sample(self, texts: Texts, split: str) -> Texts | list[str]:
         """For a plan: all of a corpus that is small or tokenised already, else its beginning."""
         if (texts.num_bytes or SAMPLE_CHARACTERS + 1) <= SAMPLE_CHARACTERS or self.is_tokenised(texts, split):
             return texts
-        sample = texts.head(SAMPLE_CHARACTERS)
-        if sum(map(len, sample)) < SAMPLE_CHARACTERS:  # a file holds more than its texts: nothing is left unread
+        sample: Texts | list[str]
+        if split == "train" and isinstance(texts, MixedTexts):
+            sample = texts.sample(SAMPLE_CHARACTERS)
+            is_whole = sample is texts
+        else:
+            sample = texts.head(SAMPLE_CHARACTERS)
+            is_whole = sum(map(len, sample)) < SAMPLE_CHARACTERS  # a file holds more than its texts
+        if is_whole:
             return texts
         num_bytes = sum(len(text.encode()) for text in sample)
         if split == "train" and texts.num_bytes:
@@ -257,8 +337,15 @@ class CorpusData(TaskData):
         return sample
 
     def is_tokenised(self, texts: Texts, split: str) -> bool:
-        manifest = read_json(self.corpus / split / "manifest.json")
-        return isinstance(manifest, dict) and manifest.get("source_fingerprint") == texts.fingerprint
+        """Whether all stores of a split are there."""
+        manifests = {
+            part.fingerprint: read_json(self.corpus / name / "manifest.json")
+            for name, part in stores_of_split(split, texts).items()
+        }
+        return all(
+            isinstance(manifest, dict) and manifest.get("source_fingerprint") == fingerprint
+            for fingerprint, manifest in manifests.items()
+        )
 
     def _keep_apart(self) -> None:
         """See to it that no text is trained on that is measured on; the answer for the same files is remembered."""
@@ -268,7 +355,8 @@ class CorpusData(TaskData):
         shared = SharedLines(self.rows["train"], measured)
         shares = {split: share for split, share in shared.shares.items() if share > TOLERATED_SHARE}
         if not shares:
-            self._remember_apart()
+            if not self.is_plan:
+                write_json(self.corpus / "apart.json", self._split_marks())
             return
         parts = " and ".join(f"{share:.0%} of the {split} text" for split, share in shares.items())
         found = (
@@ -276,7 +364,7 @@ class CorpusData(TaskData):
             f"(for example {shared.example[:80]!r})"
         )
         if self.args.leakage != "drop":
-            options = ("dataset", "train_file", "validation_file", "test_file")
+            options = ("dataset", "corpora", "train_file", "validation_file", "test_file")
             given = {name: value for name in options if (value := getattr(self.args, name))}
             sources = ", ".join(
                 f"{name}={value if isinstance(value, str) else ' '.join(value)}" for name, value in given.items()
@@ -297,11 +385,6 @@ class CorpusData(TaskData):
 
     def _is_known_to_be_apart(self) -> bool:
         return read_json(self.corpus / "apart.json") == self._split_marks()
-
-    def _remember_apart(self) -> None:
-        if self.is_plan:
-            return
-        write_json(self.corpus / "apart.json", self._split_marks())
 
     # ------------------------------------------------------------------------------------------------ tokenizer
 
@@ -344,6 +427,13 @@ class CorpusData(TaskData):
         return tokenizer
 
 
+def stores_of_split(split: str, texts: Any) -> dict[str, Any]:
+    """The names of the stores of a split, each with its texts: corpora that are mixed in training are kept apart."""
+    if split == "train" and isinstance(texts, MixedTexts):
+        return {f"{split}.{name}": part for name, part in texts.members}
+    return {split: texts}
+
+
 class CorpusObjective(Objective):
     """Rows are cut from tokenised text.  Tokenises into the corpus folder what is not there yet."""
 
@@ -365,6 +455,7 @@ class CorpusObjective(Objective):
                 "use the model's own tokenizer (tokenizer: <the model's folder>)"
             )
         # A plan keeps its tokens outside of the run's folder, unless it only opens what is there.
+        self.keeps_order = self.args.is_mixture
         self.scratch = tempfile.TemporaryDirectory() if data.is_plan else None
 
     @property
@@ -377,11 +468,40 @@ class CorpusObjective(Objective):
                 isinstance(texts, Texts) and self.data.is_tokenised(texts, split)
             )
             folder = Path(self.scratch.name) if self.scratch is not None and is_sample else self.data.corpus
-            self.rows[split] = self.packed(self.data.store_of(split, texts, folder), split)
+            members = [self.packed_rows(store, split) for store in self.data.stores_of(split, texts, folder)]
+            if split == "train" and self.args.is_mixture:
+                self.reading = self._reading([len(rows) for rows in members])
+            self.rows[split] = self.of_packed(MixedRows(members) if len(members) > 1 else members[0], split)
 
-    def packed(self, store: TokenStore, split: str) -> Any:
-        """The rows of a split."""
-        return PackedRows(store, self.args.context_length)
+    def packed_rows(self, store: TokenStore, split: str) -> PackedRows:
+        """The rows of a store: what is measured is always cut, so that it does not depend on how training rows are."""
+        length = self.row_length(split)
+        if split != "train" or self.args.packing != "best_fit":
+            return PackedRows(store, length)
+        rows = BestFitRows(store, length, is_kept=not self.data.is_plan)
+        self.notes.append(f"packing=best_fit, {store.directory.name}: {rows.described}")
+        return rows
+
+    def row_length(self, split: str) -> int:
+        """Tokens of a row."""
+        return int(self.args.context_length)
+
+    def of_packed(self, rows: PackedRows, split: str) -> Any:
+        """The rows of a split, made of packed ones."""
+        return rows
+
+    def _reading(self, sizes: Sequence[int]) -> Reading:
+        corpora = self.args.named_corpora
+        weights, repeats = zip(*((corpus.weight, corpus.repeat) for corpus in corpora.values()), strict=True)
+        sampled = getattr(self.data.rows["train"], "sampled", ()) or [self.sampled_share] * len(sizes)
+        whole = [round(size / share) for size, share in zip(sizes, sampled, strict=True)]
+        return Reading(*(Mixture(list(corpora), weights, numbers, repeats) for numbers in (sizes, whole)))
+
+    def train_batches(self, **sizes: Any) -> GlobalBatches:
+        mixture = self.reading.mixture
+        if mixture is None:
+            return super().train_batches(**sizes)
+        return MixedBatches(self.batch_rows(self.training_rows(), is_training=True), mixture=mixture, **sizes)
 
     def batch_rows(self, rows: Any, *, is_training: bool = False) -> Rows:
         return super().batch_rows(rows) if isinstance(rows, Dataset) else rows
@@ -413,6 +533,9 @@ class CorpusObjective(Objective):
             split: {"documents": store.num_documents, "tokens": store.num_tokens, "bytes": store.num_bytes}
             for split, store in stores.items()
         }
+
+    def data_record(self) -> dict[str, object]:
+        return {**super().data_record(), **self.reading.record()}
 
 
 class CorpusScorer(Scorer):

@@ -17,7 +17,6 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedMode
 
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.span_corruption import CorruptedSpans, check_noise, noise_mask, num_spans, with_sentinels
-from bmtk.data.token_store import TokenStore
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity
 from bmtk.settings import fact, setting
@@ -96,9 +95,9 @@ class DenoisingObjective(CorpusObjective):
         ids: Any = self.tokenizer.convert_tokens_to_ids(self.args.sentinels)
         self.sentinels: list[int] = ids
 
-    def packed(self, store: TokenStore, split: str) -> CorruptedSpans:
+    def of_packed(self, rows: PackedRows, split: str) -> CorruptedSpans:
         return CorruptedSpans(
-            PackedRows(store, self.args.context_length),
+            rows,
             sentinels=self.sentinels,
             end_token_id=self.tokenizer.eos_token_id,
             noise_density=self.args.noise_density,

@@ -279,10 +279,17 @@ def flatness(rows: "ImageRows") -> list[str]:
 
 
 class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows whose image is decoded when it is asked for, in 8 bits; errors name the row."""
+    """Rows whose image is decoded when it is asked for, in 8 bits; errors name the row.
 
-    def __init__(self, rows: Dataset, where: str, image_range: Sequence[float] | None = None):
+    Decoded images are kept until they take `limit` bytes.
+    """
+
+    def __init__(self, rows: Dataset, where: str, image_range: Sequence[float] | None = None, *, limit: int = 0):
         self.rows, self.where, self.image_range = rows, where, image_range
+        self.undecoded = rows.select_columns("image")
+        self.others = {name: rows[name][:] for name in rows.column_names if name != "image"}
+        self.kept: dict[int, PIL.Image.Image] = {}
+        self.bytes_left = limit
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -294,16 +301,26 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
         return self.images(indices)
 
     def images(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows as they are, whatever a subclass makes of them in training."""
-        columns = self.rows[list(indices)]
-        columns["image"] = [
-            self._decoded(value, f"the image of {self.where} row {index + 1}")
-            for index, value in zip(indices, columns["image"], strict=True)
+        """Rows as they are, whatever a subclass makes of them in training; their images are not to be changed."""
+        missing = [index for index in dict.fromkeys(indices) if index not in self.kept]
+        values = self.undecoded[missing]["image"] if missing else []
+        decoded = {index: self._decoded(value, index) for index, value in zip(missing, values, strict=True)}
+        return [
+            {"image": self.kept[index] if index in self.kept else decoded[index], **self.others_of(index)}
+            for index in indices
         ]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def _decoded(self, value: dict[str, Any], where: str) -> Any:
-        return eight_bits(decode_image(value, where), self.image_range, where)
+    def others_of(self, index: int) -> dict[str, Any]:
+        """The columns of a row but for its image."""
+        return {name: values[index] for name, values in self.others.items()}
+
+    def _decoded(self, value: dict[str, Any], index: int) -> PIL.Image.Image:
+        where = f"the image of {self.where} row {index + 1}"
+        image = eight_bits(decode_image(value, where), self.image_range, where)
+        num_bytes = image.width * image.height * len(image.getbands())
+        if num_bytes <= self.bytes_left:
+            self.kept[index], self.bytes_left = image, self.bytes_left - num_bytes
+        return image
 
 
 class PixelRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
@@ -328,7 +345,6 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
         """`resized` makes pixels (B, C, H, W), uint8, of decoded images."""
         self.rows, self.resized = rows, resized
         self.augmentation, self.seed = augmentation, seed
-        self.columns = {name: rows.rows[name][:] for name in rows.rows.column_names if name != "image"}
         first = self._decoded([0])
         self.shape, self.num_bytes = first.shape[1:], first.nbytes * len(self)
         self.kept = self._all() if self.num_bytes <= limit else None
@@ -359,7 +375,7 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
         return [self._augmented(index, self.augmentation) for index in indices]
 
     def _row(self, index: int, pixels: np.ndarray) -> dict[str, Any]:
-        return {"pixels": pixels, **{name: values[index] for name, values in self.columns.items()}}
+        return {"pixels": pixels, **self.rows.others_of(index)}
 
     def _augmented(self, index: int, augmentation: Augmentation) -> dict[str, Any]:
         pixels, draw = self._changed(index, augmentation)

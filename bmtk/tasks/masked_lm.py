@@ -15,7 +15,6 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
 from bmtk.data.masking import MaskedTokens
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
-from bmtk.data.token_store import TokenStore
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity
 from bmtk.settings import fact, setting
@@ -72,9 +71,9 @@ class MaskedLMObjective(CorpusObjective):
                 f"documents that share a row see each other: a {config.model_type} cannot keep them apart"
             )
 
-    def packed(self, store: TokenStore, split: str) -> MaskedTokens:
+    def of_packed(self, rows: PackedRows, split: str) -> MaskedTokens:
         return MaskedTokens(
-            PackedRows(store, self.args.context_length),
+            rows,
             self.tokenizer,
             probability=self.args.mlm_probability,
             whole_words=self.args.whole_word_masking,

@@ -93,8 +93,9 @@ class DetectionRows(EpochDataset, ImageRows):
         image_range: Sequence[float] | None,
         augmentation: BoxAugmentation,
         seed: int,
+        limit: int = 0,
     ):
-        super().__init__(rows, where, image_range)
+        super().__init__(rows, where, image_range, limit=limit)
         self.augmentation, self.seed = augmentation, seed
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -166,9 +167,10 @@ class ObjectDetectionObjective(ImageObjective):
             rows = rows.remove_columns("names").add_column("labels", labels)
         args = self.args
         augmentation = BoxAugmentation(args.flip, args.scale_jitter, args.colour_jitter)
-        found = DetectionRows(
-            rows, where, image_range=self.image_range, augmentation=augmentation, seed=self.data.seed
-        )
+        options: Any = {"augmentation": augmentation, "seed": self.data.seed, "image_range": self.image_range}
+        # Rows to be predicted are read once.
+        limit = 0 if where == "input" else args.cache_megabytes * 10**6
+        found = DetectionRows(rows, where, limit=limit, **options)
         if where == "train":
             self.notes += flatness(found)
         return found
@@ -235,22 +237,33 @@ class ObjectDetectionScorer(Scorer):
         return ("loss", "map", "map_50", "map_75", *(f"ap_{self.labels[label]}" for label in sorted(present)))
 
     def predict(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> list[Prediction]:
-        """Row by row: the loss of each is wanted, and a detector returns one for all."""
-        counts = hasattr(model, "count_items")
+        """The loss of each row is wanted: all at once of a model that gives them, of other detectors row by row."""
+        if hasattr(model, "count_items") and "labels" in batch:
+            outputs = model(**batch, num_items_in_batch=1, output_row_losses=True)
+            return self._predictions(outputs, batch, outputs.row_losses.tolist())
         predictions = []
         for row in range(len(batch["pixel_values"])):
-            inputs = {name: value[row : row + 1] for name, value in batch.items() if name != "sizes"}
-            outputs = model(**inputs, **({"num_items_in_batch": 1} if counts else {}))
-            size = inputs["labels"][0]["orig_size"] if "labels" in inputs else batch["sizes"][row]
-            (found,) = self.objective.processor.post_process_object_detection(
-                outputs, threshold=LEAST_SCORE, target_sizes=[size.tolist()]
-            )
-            boxes = found["boxes"].float().cpu()
+            of_row = {name: value[row : row + 1] for name, value in batch.items()}
+            outputs = model(**{name: value for name, value in of_row.items() if name != "sizes"})
+            predictions += self._predictions(outputs, of_row, [float(outputs.loss)] if "labels" in batch else [])
+        return predictions
+
+    def _predictions(self, outputs: Any, batch: Mapping[str, Any], losses: Sequence[float]) -> list[Prediction]:
+        """Boxes of the images of a batch in pixels of the originals, and the `losses` of those that have labels."""
+        labels: list[Any] = batch.get("labels", [])
+        sizes = [label["orig_size"] for label in labels] or list(batch["sizes"])
+        found = self.objective.processor.post_process_object_detection(
+            outputs, threshold=LEAST_SCORE, target_sizes=[size.tolist() for size in sizes]
+        )
+        predictions: list[Prediction] = []
+        for of_image in found:
+            boxes = of_image["boxes"].float().cpu()
             boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1)
-            prediction = {"boxes": boxes.tolist()} | {name: found[name].tolist() for name in ("labels", "scores")}
-            if "labels" in inputs:
-                prediction |= {"loss": float(outputs.loss), "items": int(self.objective.num_items(inputs))}
-            predictions.append(prediction)
+            names = ("labels", "scores")
+            predictions.append({"boxes": boxes.tolist()} | {name: of_image[name].tolist() for name in names})
+        for row, (prediction, loss) in enumerate(zip(predictions, losses, strict=bool(losses))):
+            of_row = {name: value[row : row + 1] for name, value in batch.items()}
+            prediction |= {"loss": loss, "items": int(self.objective.num_items(of_row))}
         return predictions
 
     def score(self, predictions: Sequence[Prediction], rows: DetectionRows) -> dict[str, float]:

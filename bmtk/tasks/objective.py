@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bmtk.data.batches import CollatedRows, GlobalBatches, Rows, sequential_batches
+from bmtk.data.mixture import Reading
 from bmtk.errors import UserError
 
 from .scorer import Scorer
@@ -43,6 +44,7 @@ class Objective:
         # Whether `train_batches` go in an order that means something, so that no other sampler may shuffle them.
         self.keeps_order = False
         self.rows: dict[str, Any] = {}  # split -> encoded rows
+        self.reading = Reading()  # what training reads of each corpus
 
     @cached_property
     def scorer(self) -> Scorer:

@@ -158,15 +158,37 @@ class TextObjective(Objective):
 
 
 def pad_texts(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    padding_side: str | None = None,
+    return_attention_mask: bool | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Rows of "input_ids" and the like, padded to the longest of them; one position at least, which models need."""
+    """Rows of "input_ids" and the like, padded to the longest of them; one position at least, which models need.
+
+    As `tokenizer.pad` gives them, which takes several times as long and is called for tokenizers that have their own.
+    """
     longest = max(1, *(len(row["input_ids"]) for row in rows))
-    pad: Any = tokenizer.pad  # whose annotation knows only some of what it takes
-    return dict(pad(rows, padding="max_length", max_length=longest, return_tensors="pt", **options))
+    if type(tokenizer)._pad is not PreTrainedTokenizerBase._pad:
+        pad: Any = tokenizer.pad  # whose annotation knows only some of what it takes
+        options = {"padding_side": padding_side, "return_attention_mask": return_attention_mask}
+        return dict(pad(rows, padding="max_length", max_length=longest, return_tensors="pt", **options))
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    marks = "attention_mask" in tokenizer.model_input_names if return_attention_mask is None else return_attention_mask
+    if marks and "attention_mask" not in columns:
+        columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
+    fills = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    fills |= {"special_tokens_mask": 1, "attention_mask": 0}
+    on_left = (padding_side or tokenizer.padding_side) == "left"
+    return {
+        name: padded(values, fills[name], width=longest, on_left=on_left) if name in fills else torch.tensor(values)
+        for name, values in columns.items()
+    }
 
 
-def padded(rows: Sequence[Sequence[int]], value: int, *, width: int = 0) -> torch.Tensor:
+def padded(rows: Sequence[Sequence[int]], value: int, *, width: int = 0, on_left: bool = False) -> torch.Tensor:
     """Rows of whole numbers as one tensor, filled up with `value`."""
     width = max(width, *map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+    fills = [[value] * (width - len(row)) for row in rows]
+    pairs = zip(fills, rows, strict=True) if on_left else zip(rows, fills, strict=True)
+    return torch.tensor([[*first, *last] for first, last in pairs])

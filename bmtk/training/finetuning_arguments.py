@@ -242,7 +242,7 @@ def resolve_defaults(args: FineTuningArguments, objective: TrainingObjective) ->
     _note_few_steps(args, objective)
     objective.check_micro_batches(args.gradient_accumulation_steps * args.world_size)
     if objective.keeps_order:
-        raise UserError("Trainer shuffles the rows; carry_state=True is for recipes/pretrain.py")
+        raise UserError("Trainer shuffles the rows; carry_state=True is for recipes/pretrain.py, and so are corpora")
 
 
 def _note_few_steps(args: FineTuningArguments, objective: TrainingObjective) -> None:

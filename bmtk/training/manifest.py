@@ -6,7 +6,7 @@ the disk has damaged later.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +19,15 @@ MANIFEST = "manifest.json"
 TORCH_CANNOT_WRITE = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
 
 
-def damages(folder: Path) -> list[str]:
-    """Say what is wrong with a folder, file by file; an empty list means that it is whole."""
+def damages(folder: Path, *, rank: int = 0, world_size: int = 1) -> list[str]:
+    """Say what is wrong with a folder, file by file; an empty list means that it is whole.
+
+    Of several processes, each looks at its part of the files.
+    """
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return [problem for name, facts in listed.items() for problem in _damage(folder / name, name, facts)]
+        share = list(listed.items())[rank::world_size]
+        return [problem for name, facts in share for problem in _damage(folder / name, name, facts)]
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -39,23 +43,28 @@ def _damage(path: Path, name: str, facts: dict[str, object]) -> Iterator[str]:
         yield f"{name} has another sha256 than when it was written"
 
 
+def facts_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, object]]:
+    """What a manifest says of files: name -> size and sha256."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+
+
 @contextmanager
-def written_whole(final: Path, *, num_bytes: int) -> Iterator[Path]:
+def written_whole(
+    final: Path, *, num_bytes: int, listed: dict[str, dict[str, object]] | None = None
+) -> Iterator[Path]:
     """Give the body a folder beside `final` to fill; afterwards list, flush and rename it.
 
     num_bytes: about how much will be written, for an error when it does not fit.  A folder that is already at `final`
-    is replaced.  Only one process may write there.
+    is replaced.  Only one process may call this; what others have written meanwhile, and listed, is in `listed`.
 
     Raises: OSError if something cannot be written; whatever the error, no trace of the folder is left then.
     """
     try:
         with replacing_folder(final) as beside:
             yield beside
-            listed = {
-                name: {"bytes": (beside / name).stat().st_size, "sha256": sha256(beside / name)}
-                for name in files(beside)
-            }
-            dump_json(beside / MANIFEST, {"files": listed})
+            listed = dict(listed or {})
+            listed |= facts_of(beside, (name for name in files(beside) if name not in listed))
+            dump_json(beside / MANIFEST, {"files": dict(sorted(listed.items()))})
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_CANNOT_WRITE):
             raise

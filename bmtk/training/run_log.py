@@ -19,6 +19,7 @@ from .guards import SpikeWatch
 from .history import History
 from .progress import Bar, evaluation_line
 from .rng_state import preserved_rng_state, seed_process, set_rng_state
+from .sharding import ProcessLayout
 from .throughput import Meter
 from .updates import Update
 
@@ -35,6 +36,7 @@ class Hooks:
     main_metric: str = "validation/loss"  # the one of them used for early stopping
     save: Callable[[TrainState], object] | None = None  # writes a checkpoint; called on every process
     load_best: Callable[[TrainState], object] | None = None  # puts what was saved after state.best_step into the model
+    account: Callable[[TrainState], dict[str, float]] | None = None  # what else a line of history.jsonl has
     log: Callable[[dict[str, float]], None] | None = None  # gets each line of history.jsonl; on the main process
 
 
@@ -52,7 +54,7 @@ class RunLog:
         hooks: Hooks = Hooks(),
     ):
         self.accelerator, self.args, self.state, self.total, self.meter = accelerator, args, state, total, meter
-        self.hooks = hooks
+        self.hooks, self.layout = hooks, ProcessLayout.of(args, accelerator.num_processes)
         self.history = History(args.output_dir)
         self.unread: list[Update] = []
         self.window_tokens = 0  # since the meter's last lap
@@ -64,7 +66,8 @@ class RunLog:
         if self.accelerator.is_main_process:
             self.history.cut(after=self.state.step)
         if self.state.rng_state is None:
-            seed_process(self.args.seed, self.accelerator.process_index, self.state.step)
+            rank = self.layout.share(self.accelerator.process_index)["rank"]  # same rows, same dropout
+            seed_process(self.args.seed, rank, self.state.step)
         else:
             set_rng_state(self.state.rng_state)
             self.state.rng_state = None
@@ -100,7 +103,7 @@ class RunLog:
         if not self.unread:
             return
         shares = torch.stack([update.loss for update in self.unread]).double()
-        losses = (self.accelerator.reduce(shares) if self.accelerator.num_processes > 1 else shares).tolist()
+        losses = self.layout.sum_over_shares(self.accelerator, shares).tolist()
         counts = torch.stack([update.num_items for update in self.unread]).tolist()
         units = torch.stack([update.num_units for update in self.unread]).tolist()
         norms = torch.stack([update.grad_norm for update in self.unread]).tolist()
@@ -228,6 +231,7 @@ class RunLog:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
+            record |= self.hooks.account(self.state) if self.hooks.account else {}
             self.history.append(record)
             if self.hooks.log is not None:
                 self.hooks.log(record)

@@ -78,6 +78,7 @@ class TaskTrainer(PatchedTrainer):
             data_collator=objective.collator(),
             callbacks=list(callbacks),
         )
+        self.counts: list[int] = []  # items of the micro-batches of a step that are still to come
         self.losses: list[torch.Tensor] = []  # of the micro-batches of a step, times the processes
         self.num_overflows, self.was_skipped = 0, False  # steps that fp16's scaler has skipped; whether the last was
         self.add_callback(StopOnNonFinite(self))
@@ -95,8 +96,8 @@ class TaskTrainer(PatchedTrainer):
         self.loss = LossSum(model, cast(PreTrainedModel, model), args.device, losses)
 
     def count_items_and_units(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        items = sum(int(self.objective.num_items(batch)) for batch in batches)
-        return items, sum(int(self.objective.num_units(batch)) for batch in batches)
+        self.counts = [int(self.objective.num_items(batch)) for batch in batches]
+        return sum(self.counts), sum(int(self.objective.num_units(batch)) for batch in batches)
 
     def compute_loss(
         self,
@@ -109,7 +110,7 @@ class TaskTrainer(PatchedTrainer):
         assert not return_outputs
         assert isinstance(num_items_in_batch, torch.Tensor)
         self.loss.model = model  # wrapped for several devices
-        items = int(self.objective.num_items(inputs))
+        items = self.counts.pop(0) if self.counts else int(self.objective.num_items(inputs))
         return self.loss(inputs, items, num_items_in_batch) * self.args.world_size
 
     def training_step(

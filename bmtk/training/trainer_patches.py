@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import DistributedType
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import (
@@ -32,6 +33,7 @@ from .averaging import WeightAverage
 from .batch_sampler import EpochSampler, EvenBatchSampler
 from .callbacks import refuse_broken_weights
 from .early_stopping import is_better, is_exhausted
+from .gradients import gradient_norm
 from .manifest import damages, dump_json, written_whole
 from .protocols import Batch
 from .resume import BATCH, PREFIX, batch_facts, check_best, delete_older
@@ -48,6 +50,7 @@ class PatchedTrainer(Trainer):
 
     average: WeightAverage | None = None
     grad_norm: float | torch.Tensor | None = None  # of the last step, before clipping
+    size: int = 0  # of the model, embeddings left out, once it was counted
     train_sampler: Any = None  # the order of the rows: a function of seed and epoch
 
     def count_items_and_units(self, batches: Sequence[Batch]) -> tuple[int, int]:
@@ -133,6 +136,29 @@ class PatchedTrainer(Trainer):
         if is_due:
             self._save_checkpoint(self.model_wrapped, None)
         return folder
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """Fault (torch 2.13): multiplies every gradient by 1 where their norm is below the limit.
+
+        On a GPU the host would have to wait for the norm in order to see that.
+        """
+        is_plain = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+        if not is_plain or self.args.device.type != "cpu" or self.accelerator.scaler is not None:
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        norm = gradient_norm(parameter.grad for parameter in parameters)
+        if not norm <= self.args.max_grad_norm:  # also where it is not a number
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        return norm
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Fault (transformers 5.23): counts the parameters of the model anew in every step."""
+        model: Any = self.model
+        name = getattr(model, "main_input_name", "input_ids")
+        if name not in inputs or not hasattr(model, "num_parameters"):
+            return 0
+        self.size = self.size or int(model.num_parameters(exclude_embeddings=True))
+        return 6 * inputs[name].numel() * self.size
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Fault (transformers 5.23): keeps the norm before clipping from callbacks, which see the clipped gradient.

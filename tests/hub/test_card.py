@@ -262,6 +262,16 @@ def test_sizes_are_counted_in_words(tmp_path):
     assert "| train | 1 document, 301,966 tokens |\n| validation | 872 rows |" in text
 
 
+def test_corpora_that_were_mixed_have_a_row_each(tmp_path):
+    corpora = [{"name": "wiki", "weight": 0.7, "rows": 7, "share": 0.7, "epochs": 1.25}, "no corpus", {"name": "|"}]
+    rows = card.data_rows(RunRecord.from_json({**RUN, "data": {"corpora": corpora}}))
+    assert rows == [
+        ("corpus wiki", "weight 0.7, 70.00% of the rows read, 1.25 epochs"),
+        ("corpus |", "weight 0, 0.00% of the rows read, 0 epochs"),
+    ]
+    assert "corpus wiki" in card_of(tmp_path, {**RUN, "data": {"name": "mixed", "corpora": corpora}})
+
+
 def test_facts_of_the_wrong_kind_are_passed_over(tmp_path):
     run = {"task": [], "model": None, "metrics": 3, "samples": [None, {"prompt": 1}], "figures": {}, "config": []}
     assert "No evaluation was recorded." in card_of(tmp_path, run)

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bmtk  # noqa: F401  registers the model families
+from bmtk.data.store_report import mixture_report
 from bmtk.errors import UserError
 from bmtk.tasks import corpora
 from bmtk.tasks.causal_lm import TASK, CausalLMArguments
@@ -246,3 +248,123 @@ def test_a_plan_of_fine_tuning_refuses_what_the_run_would(tmp_path, setting, mes
     sizes = ["--vocab_size", "300", "--context_length", "8", "--model_type", "bm_rnn", "--hidden_size", "8"]
     with pytest.raises(ValueError, match=message):
         finetune.main([*files, *sizes, "--output_dir", str(tmp_path / "run"), "--dry_run", *setting])
+
+
+def mixture(folder, **settings):
+    """Two corpora of one-line documents: 30 lines under "body", and a folder with a validation part of its own."""
+    rows = [{"body": f"page {i} of a book that nobody has read to its end"} for i in range(30)]
+    (folder / "books.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "web").mkdir(exist_ok=True)
+    (folder / "web" / "train.txt").write_text("\n".join(LONG), encoding="utf-8")
+    (folder / "web" / "validation.txt").write_text("something else altogether", encoding="utf-8")
+    books = {"path": str(folder / "books.jsonl"), "text_column": "body", "weight": 3}
+    corpora = [json.dumps(one) for one in (books, {"path": str(folder / "web"), **settings.pop("web", {})})]
+    sizes = {"vocab_size": 300, "context_length": 16, "sample_by": "line", **settings}
+    return TASK.read(CausalLMArguments(corpora=corpora, **sizes), folder=folder / "run", seed=1)
+
+
+def test_corpora_are_mixed_by_weights(tmp_path):
+    data = mixture(tmp_path)
+    assert len(list(data.rows["train"])) == 27 + 40
+    held_out = list(data.rows["validation"])
+    assert held_out[-1] == "something else altogether"  # a folder's own validation text
+    assert len(held_out) == 3 + 1
+    assert data.notes == [
+        "books: there is no validation text: 3 of 30 documents are held out (validation_fraction=0.1, seed 1)"
+    ]
+    lines = []
+    data.prepare(lines.append)
+    objective = data.bind(data.new_config("bm_rnn", SMALL))
+    books, web = objective.rows["train"].members
+    assert [store.store.directory.name for store in (books, web)] == ["train.books", "train.web"]
+    text = objective.tokenizer.decode(books.store.document(0))
+    assert text.startswith("<|endoftext|>page ")
+    batches = objective.train_batches(batch_size=4, seed=1)
+    for step in range(30):
+        places, _ = batches.places(step)
+        assert (places < len(books)).sum() == 3
+    assert batches.steps_per_epoch == (len(books) + len(web)) / 4
+    assert "corpora" not in objective.data_record()
+    assert objective.reading.shares(8)[0].startswith("books: weight 3, 75.00% of the rows, ")
+    assert objective.reading.account(8) == {"epochs/books": 6 / len(books), "epochs/web": 2 / len(web)}
+    assert [corpus["rows"] for corpus in objective.data_record()["corpora"]] == [6, 2]
+    assert objective.data_record()["train"]["documents"] == 67
+    shown = mixture_report(tmp_path / "run" / "corpus", context_length=16).splitlines()
+    assert shown[0].startswith(f"mixture, in the first {len(books) + len(web)} rows of 16 tokens:")
+    assert shown[1].startswith("  train.books: weight 3, 75.")
+    assert mixture_report(tmp_path, context_length=16) == ""
+
+
+def test_one_corpus_is_read_as_a_training_file_is(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(LONG), encoding="utf-8")
+
+    def read(**source):
+        data = TASK.read(
+            CausalLMArguments(vocab_size=300, context_length=16, **source), folder=tmp_path / next(iter(source))
+        )
+        objective = data.bind(data.new_config("bm_rnn", SMALL))
+        found = objective.train_batches(batch_size=3, seed=2)
+        return type(found), data.notes, [found[step][0]["input_ids"].tolist() for step in range(9)]
+
+    assert read(corpora=[json.dumps({"path": str(tmp_path / "a.txt"), "weight": 7})]) == read(
+        train_file=[str(tmp_path / "a.txt")]
+    )
+
+
+def test_a_run_that_is_longer_than_its_corpora_is_refused(tmp_path):
+    data = mixture(tmp_path, web={"repeat": 2})
+    objective = data.bind(data.new_config("bm_rnn", SMALL))
+    assert objective.reading.shares(10**6)[1].endswith(
+        f", 2 epochs of at most 2 of {len(objective.rows['train'].members[1])} rows"
+    )
+    one = json.dumps({"path": str(tmp_path / "web"), "repeat": 1})
+    data = TASK.read(CausalLMArguments(corpora=[one], vocab_size=300, context_length=16), folder=tmp_path / "one")
+    objective = data.bind(data.new_config("bm_rnn", SMALL))
+    num_rows = len(objective.rows["train"])
+    assert objective.reading.shares(num_rows)[0].startswith(
+        "web: weight 1, 100.00% of the rows, 1 epochs of at most 1 of"
+    )
+    with pytest.raises(UserError, match=f"all are used up after {num_rows} rows"):
+        objective.reading.shares(num_rows + 1)
+
+
+def test_a_plan_reads_the_beginning_of_each_large_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "SAMPLE_CHARACTERS", 600)
+    data = mixture(tmp_path, tokenizer="char")
+    whole = data.bind(data.new_config("bm_rnn", SMALL))
+    planned = TASK.read(data.args, folder=tmp_path / "plan", seed=1, is_plan=True)
+    objective = planned.bind(planned.new_config("bm_rnn", SMALL))
+    assert sum(map(len, planned.rows["train"])) == 600
+    shown = [line.rpartition("epochs of ")[2] for line in objective.reading.shares(8)]
+    for line, rows in zip(shown, whole.rows["train"].members, strict=True):
+        assert int(line.split(" ")[0]) == pytest.approx(len(rows), rel=0.3)
+    assert not (tmp_path / "plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"train_file": ["a.txt"]},
+            r"corpora and train_file=\['a.txt'\] both name the training text; leave one of them",
+        ),
+        ({"dataset": "a"}, "corpora and dataset=a both name the training text"),
+        ({"carry_state": True}, "carry_state reads one text in its order; leave it out, or train on one corpus"),
+    ],
+)
+def test_settings_that_contradict_corpora_are_refused(settings, message):
+    items = ['{"path": "b.txt"}', '{"path": "c.txt"}']
+    with pytest.raises(UserError, match=message):
+        CausalLMArguments(corpora=items, **settings)
+
+
+def test_a_corpus_that_is_not_there_is_named(tmp_path):
+    items = [json.dumps({"path": str(tmp_path / name)}) for name in ("a.txt", "b.txt")]
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"b\.txt' does not exist"):
+        TASK.read(CausalLMArguments(corpora=items), folder=tmp_path / "run")
+
+
+def test_fine_tuning_does_not_take_corpora(tmp_path):
+    data = mixture(tmp_path)
+    assert data.bind(data.new_config("bm_rnn", SMALL)).keeps_order

@@ -13,14 +13,16 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import ClassLabel, Dataset, Features, List, Value
+from PIL.ImageEnhance import Brightness, Color, Contrast
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, DetrConfig, pipeline
 
 from bmtk.data.box_transforms import BoxAugmentation, clip_boxes, likely_format
+from bmtk.data.media import decode_image
 from bmtk.metrics.boxes import average_precisions
 from bmtk.models.boxes_bm import pairwise_iou
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
-from bmtk.tasks import causal_lm
+from bmtk.tasks import causal_lm, images
 from bmtk.tasks.box_figures import COLOURS, image_with_boxes
 from bmtk.tasks.inference import PictureFolder
 from bmtk.tasks.object_detection import TASK, ObjectDetectionArguments
@@ -331,6 +333,15 @@ def run_trainer(tmp_path, objective, *, epochs=1, batch_size=4, accumulation=1, 
     return trainer
 
 
+def test_the_items_of_a_micro_batch_are_counted_once(tmp_path, monkeypatch):
+    objective, counted = bound(read_data(tmp_path, train=(OBJECTS, NOTHING, OBJECTS))), []
+    count = objective.num_items
+    monkeypatch.setattr(objective, "num_items", lambda batch: counted.append(1) or count(batch))
+    monkeypatch.setattr(objective, "num_units", lambda batch: 1)
+    run_trainer(tmp_path, objective, batch_size=1, accumulation=2, epochs=2)
+    assert len(counted) == 6
+
+
 def test_accumulation_changes_neither_loss_nor_gradient(tmp_path):
     one = {"bbox": [[5, 5, 12, 12]], "category": ["dog"]}
     crowd = {"bbox": [[x, y, 9, 9] for x in (0, 12, 24) for y in (0, 10, 20)], "category": ["cat"] * 9}
@@ -384,6 +395,73 @@ def test_the_loss_that_is_reported_is_that_of_all_rows_at_once(tmp_path):
         predictions = objective.scorer.predict(model, batch)
         assert objective.scorer.score(predictions, rows)["loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
     assert [prediction["items"] > 0 for prediction in predictions] == [True, False, True]
+
+
+def test_the_predictions_of_a_batch_are_those_of_its_rows_one_by_one(tmp_path):
+    train = (OBJECTS, NOTHING, {"bbox": [[5, 5, 12, 12]], "category": ["dog"]})
+    objective = bound(read_data(tmp_path, train=train))
+    model = AutoModelForObjectDetection.from_config(objective.config).eval()
+    rows, collate = objective.rows["train"], objective.collator()
+    with torch.no_grad():
+        together = objective.scorer.predict(model, collate([rows[row] for row in range(3)]))
+        for row, prediction in enumerate(together):
+            batch = collate([rows[row]])
+            outputs = model(**batch, num_items_in_batch=1)
+            assert prediction["loss"] == pytest.approx(outputs.loss.item(), rel=1e-5)
+            assert prediction["items"] == int(model.count_items(**batch))
+            (alone,) = objective.scorer.predict(model, batch)
+            assert prediction["labels"] == alone["labels"]
+            assert np.allclose(prediction["scores"], alone["scores"], atol=1e-5)
+            assert np.allclose(prediction["boxes"], alone["boxes"], atol=1e-3)
+    assert len({prediction["loss"] for prediction in together}) == 3
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_colours_change_as_pillow_changes_them(mode):
+    pixels = np.random.default_rng(0).integers(256, size=(12, 9, 3), dtype=np.uint8)
+    image, augment = PIL.Image.fromarray(pixels).convert(mode), BoxAugmentation("none", 0, 0.9)
+    for seed in range(20):
+        expected = image
+        factors = np.random.default_rng(seed).uniform(0.1, 1.9, size=3)
+        for kind, factor in zip((Brightness, Contrast, Color), factors, strict=True):
+            expected = kind(expected).enhance(factor)
+        found, _, _ = augment(image, np.zeros((0, 4)), np.random.default_rng(seed))
+        assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("scale", [0.25, 3.0])
+def test_a_view_is_the_image_on_a_ground_of_its_mean_colour(scale):
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(256, size=(30, 40, 3), dtype=np.uint8))
+    within = 0
+    for seed in range(20):
+        view, _, _ = BoxAugmentation("none", scale, 0)(image, np.zeros((0, 4)), np.random.default_rng(seed))
+        draw, limit = np.random.default_rng(seed), np.log1p(scale)
+        width, height = (
+            max(1, round(side / np.exp(size))) for size in [draw.uniform(-limit, limit)] for side in (40, 30)
+        )
+        low, high = np.minimum([40 - width, 30 - height], 0), np.maximum([40 - width, 30 - height], 0)
+        left, top = np.round(draw.uniform(low, high)).astype(int)
+        ground = np.tile(np.asarray(image.resize((1, 1), PIL.Image.Resampling.BOX)), (500, 500, 1))
+        ground[200:230, 200:240] = np.asarray(image)
+        expected = ground[200 + top : 200 + top + height, 200 + left : 200 + left + width]
+        assert np.array_equal(np.asarray(view), expected)
+        within += width <= 40
+    assert 3 < within < 17
+
+
+@pytest.mark.parametrize("megabytes", [0, 1])
+def test_images_are_decoded_once_where_memory_allows_it(tmp_path, monkeypatch, megabytes):
+    objective = bound(read_data(tmp_path, cache_megabytes=megabytes, flip="both", colour_jitter=0.5))
+    rows, decoded = objective.rows["train"], []
+    monkeypatch.setattr(images, "decode_image", lambda *what: decoded.append(what[1]) or decode_image(*what))
+    fresh = bound(read_data(tmp_path, cache_megabytes=0, flip="both", colour_jitter=0.5)).rows["train"]
+    decoded.clear()
+    for epoch in (0, 1):
+        rows.set_epoch(epoch)
+        seen = [np.asarray(rows[row]["image"]) for row in (0, 1, 0)]
+    assert len(decoded) == (0 if megabytes else 6)  # both were looked at when the rows were encoded
+    fresh.set_epoch(1)
+    assert all(np.array_equal(one, np.asarray(fresh[row]["image"])) for one, row in zip(seen, (0, 1, 0), strict=True))
 
 
 def test_a_classifier_becomes_a_detector_and_a_note_names_the_new_head(tmp_path):

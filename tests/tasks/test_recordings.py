@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+import torch
 from datasets import Dataset
+from transformers import Wav2Vec2FeatureExtractor
 
 import bmtk  # noqa: F401  (registers the families)
 from bmtk.data.audio_transforms import (
@@ -20,7 +22,7 @@ from bmtk.data.media import audio_seconds, decode_audio
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.feature_extraction_bm import BmFeatureExtractor
 from bmtk.tasks.audio_classification import TASK, AudioClassificationArguments, AudioClassificationObjective
-from bmtk.tasks.recordings import RecordingRows
+from bmtk.tasks.recordings import RecordingRows, pad_features
 from bmtk.training.trainer_patches import SetEpoch
 
 RATE = 8000
@@ -128,6 +130,24 @@ def rows_of(tmp_path, **changes) -> RecordingRows:
 
 def differ(some: list[np.ndarray], others: list[np.ndarray]) -> bool:
     return not all(np.array_equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["frames", "samples", "without a mask", "on the left"])
+def test_padded_features_are_the_very_ones_of_the_extractor(kind):
+    draw = np.random.default_rng(0)
+    extractor = BmFeatureExtractor(feature_size=12, sampling_rate=RATE, frame_length=200, hop_length=80)
+    rows = [draw.normal(size=(length, 12)).astype(np.float32) for length in (5, 9, 1)]
+    if kind == "samples":
+        extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True, padding_value=-3.0)
+        rows = [draw.normal(size=length) for length in (5, 9, 1)]
+    extractor.return_attention_mask = kind != "without a mask"
+    extractor.padding_side = "left" if kind == "on the left" else "right"
+    theirs = extractor.pad({extractor.model_input_names[0]: list(rows)}, padding=True, return_tensors="pt")
+    ours = pad_features(extractor, rows)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype
+        assert torch.equal(ours[name], value)
 
 
 CHANGES = [

@@ -23,6 +23,7 @@ from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.tasks.label_types import class_weights
 from bmtk.tasks.sequence_classification import TASK, SequenceClassificationArguments
+from bmtk.tasks.texts import pad_texts
 
 TRAIN = [("good soup", "good"), ("bad soup", "bad"), ("good day", "good"), ("bad day", "bad")]
 OTHERS = [("fine soup", "good"), ("poor soup", "bad")]
@@ -247,6 +248,26 @@ def test_an_empty_text_gets_the_prediction_that_it_gets_beside_others(tmp_path):
     assert [p["score"] for p in alone] == pytest.approx([p["score"] for p in together], abs=1e-6)
     batch = objective.collator()([rows[0], rows[1]])
     assert batch["attention_mask"].sum(1).tolist() == [len(rows[0]["input_ids"]), 0]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("names", [["input_ids"], ["input_ids", "attention_mask"], ["input_ids", "token_type_ids"]])
+def test_padded_texts_are_the_very_ones_of_the_tokenizer(names, side):
+    tokenizer = train_tokenizer([text for text, _ in TRAIN], kind="byte_bpe", vocab_size=300)
+    tokenizer.padding_side, tokenizer.model_input_names = side, list(dict.fromkeys([*names, "attention_mask"]))
+    rows = [{**{name: list(range(length)) for name in names}, "labels": length} for length in (3, 7, 0)]
+    theirs = tokenizer.pad(rows, padding="max_length", max_length=7, return_tensors="pt")
+    ours = pad_texts(tokenizer, rows)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype
+        assert torch.equal(ours[name], value)
+    other = "left" if side == "right" else "right"
+    options = {"padding_side": other, "return_attention_mask": "attention_mask" in names}
+    theirs = tokenizer.pad(rows, padding="max_length", max_length=7, return_tensors="pt", **options)
+    ours = pad_texts(tokenizer, rows, **options)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_a_tokenizer_without_padding_gets_a_stand_in(tmp_path):

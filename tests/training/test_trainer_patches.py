@@ -148,6 +148,41 @@ def test_a_clipped_gradient_without_a_norm_looks_finite(tmp_path):
     assert norm.isinf()
 
 
+@pytest.mark.parametrize("kind", [Trainer, Counting])
+def test_torch_multiplies_gradients_by_one(kind, tmp_path):
+    trainer = plain(tmp_path, kind, max_grad_norm=2.0)
+    gradients = [torch.full_like(parameter, 0.5) for parameter in trainer.model.parameters()]
+    for size in (1e-3, 10.0):
+        for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient * size
+        before = [parameter.grad._version for parameter in trainer.model.parameters()]
+        norm = trainer._clip_grad_norm(trainer.model)
+        whole = math.sqrt(sum((gradient.double() * size).square().sum() for gradient in gradients))
+        assert norm.item() == pytest.approx(whole, rel=1e-5)
+        for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):
+            assert torch.allclose(parameter.grad, gradient * size * min(1.0, 2.0 / whole), rtol=1e-5)
+        after = [parameter.grad._version for parameter in trainer.model.parameters()]
+        if size == 1e-3:
+            assert (after == before) == (kind is Counting), no_longer_needed("torch", "PatchedTrainer._clip_grad_norm")
+    parameter.grad.fill_(math.nan)
+    assert math.isnan(trainer._clip_grad_norm(trainer.model))
+
+
+def test_trainer_counts_the_parameters_in_every_step(tmp_path, monkeypatch):
+    found = {}
+    for kind in (Trainer, Counting):
+        trainer, calls = plain(tmp_path, kind), []
+        count = trainer.model.num_parameters
+        monkeypatch.setattr(
+            trainer.model, "num_parameters", lambda count=count, calls=calls, **how: calls.append(1) or count(**how)
+        )
+        numbers = [trainer.floating_point_ops(rows(numbers)) for numbers in ([1], [1, 2], [3])]
+        found[kind] = numbers, len(calls)
+    assert found[Trainer][0] == found[Counting][0]
+    assert found[Counting][1] == 1
+    assert found[Trainer][1] > 1, no_longer_needed("transformers", "PatchedTrainer.floating_point_ops")
+
+
 def test_accelerate_does_not_see_that_fused_adamw_has_skipped():
     weight = torch.nn.Parameter(torch.ones(1))
     accelerator = Accelerator(cpu=True)

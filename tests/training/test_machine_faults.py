@@ -1,0 +1,61 @@
+"""A process dies in the middle of a run, or two machines (launchers on loopback) share no folder."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import arguments, read_history, run
+
+import bmtk
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).with_name("machine_faults.py")
+ENVIRONMENT = os.environ | {
+    "ACCELERATE_USE_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(bmtk.__file__).parents[1]),
+}
+
+
+def launchers(*words_of_each: list[str], processes: int) -> list[tuple[int, str]]:
+    """Exit status and standard error of a launcher for each list of words, which starts as many processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    count = str(len(words_of_each))
+    # Over gloo only this rendezvous starts processes anew; now and then one finds an address of the time before.
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", count, "--nproc_per_node", str(processes)]
+    command += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    started = [
+        subprocess.Popen([*command, str(SCRIPT), *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        for words in words_of_each
+    ]
+    try:
+        errors = [launcher.communicate(timeout=120)[1] for launcher in started]
+    finally:
+        for launcher in started:
+            launcher.terminate()
+    return [(launcher.returncode, error) for launcher, error in zip(started, errors, strict=True)]
+
+
+def test_a_run_whose_process_dies_is_started_anew_and_ends_as_if_it_had_not(tmp_path):
+    run(arguments(tmp_path / "one", adam_epsilon=1e-4), dropout=0.0)
+    ((status, error),) = launchers([str(tmp_path / "two"), "kill"], processes=2)
+    assert status == 0, error
+    assert "exitcode: -9" in error
+    for one, other in zip(read_history(tmp_path / "one"), read_history(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
+    weights = load_file(tmp_path / "one" / "model.safetensors")
+    torch.testing.assert_close(load_file(tmp_path / "two" / "model.safetensors"), weights, rtol=1e-5, atol=3e-6)
+
+
+def test_machines_that_share_no_folder_stop_with_one_error_and_leave_no_checkpoint(tmp_path):
+    done = launchers([str(tmp_path / "here")], [str(tmp_path / "there")], processes=1)
+    assert all(status for status, _ in done)
+    assert any("is another folder for process 1 on" in error for _, error in done)
+    assert not list(tmp_path.rglob("step-*"))
