@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from math import prod
@@ -23,6 +24,10 @@ example:
   bmtk clean --config my.yaml                            filter raw text, with a report of what was removed
   bmtk prepare --config my.yaml                          tokenise the corpus of a pretraining run beforehand
   bmtk data show outputs/pretrain                        what a tokenised corpus holds, with samples
+  bmtk data list                                         the data sets of the README, and which of them are here
+  bmtk data get sst2                                     download one into data/sst2, as the configs name it
+  bmtk tokenizer train --train_file my.txt --output_dir tokenizers/mine
+  bmtk tokenizer show gpt2 --text_file my.txt            tokens a word, bytes a token, what it does not know
   bmtk finetune --preset smoke                           a classifier of texts, in seconds
   bmtk finetune --dataset rows.csv --output_dir mine     one of your own
   bmtk evaluate --model mine --test_file other.csv       its metrics on other rows
@@ -69,6 +74,54 @@ DATA_SHOW = """\
 Show what a tokenised corpus holds: documents, tokens, sources, packing, longest documents, sample rows.
 
 DIR is a token store, a corpus folder, or the output_dir of a pretraining run.
+"""
+DATA_LIST = """\
+List the data sets behind the results of the README: task, size, licence, and whether they are here.
+
+  bmtk data list          all of them
+  bmtk data list sst2     one: its files with their SHA-256, and where they come from
+"""
+DATA_GET = """\
+Fetch a data set of the README into the folder that the configs name (data/NAME), so that a result can be repeated:
+
+  bmtk data get sst2
+  bmtk finetune --config recipes/configs/sequence_classification/sst2.yaml
+
+Published files are downloaded to ~/.cache/bmtk (or $BMTK_CACHE), resumed where they break off, compared with the size
+and SHA-256 that are known of them, and converted. The result takes its place when its rows are those that were
+measured on. Read the licence in `bmtk data list` first: some of the data may be used for research only.
+"""
+TOKENIZER_TRAIN = """\
+Train a tokenizer, save it for AutoTokenizer (bmtk is not needed to load it), and measure it.
+
+`bmtk pretrain` trains one itself on its training text. Train it beforehand to compare kinds and sizes, to use one for
+several models, or to add special tokens such as those of a chat:
+
+  bmtk data list                                         the data sets of the README, and which of them are here
+  bmtk data get sst2                                     download one into data/sst2, as the configs name it
+  bmtk tokenizer train --train_file 'texts/*.jsonl.zst' --vocab_size 32768 --output_dir tokenizers/mine
+  bmtk data list                                         the data sets of the README, and which of them are here
+  bmtk data get sst2                                     download one into data/sst2, as the configs name it
+  bmtk tokenizer train --train_file my.txt --kind unigram --special_tokens '<|user|>' '<|assistant|>' --output_dir t
+  bmtk pretrain --train_file 'texts/*.jsonl.zst' --tokenizer tokenizers/mine
+
+kinds:
+  byte_bpe      byte-level byte-pair encoding, as of GPT-2 and Llama 3: any text, exactly. The usual choice
+  unigram       pieces of bytes with probabilities; any text, exactly. Finer parts of words, where data are few
+  wordpiece     as of BERT: words and "##" parts; blanks and ends of lines are lost. For encoders
+  bytes         256 tokens: any language, with the longest rows
+  char          a token for each character; for small alphabets, or Chinese
+  word          what stands between blanks; for text that is tokenised already (Penn Treebank)
+  uncased_word  lower-cased words, marks and Han characters; for classifiers of few rows
+
+It is trained on a sample of at most --sample_mb MB, drawn from everywhere in the corpus, the same each time. What is
+held out for validation (as `bmtk pretrain` does it, with the same --seed) is not trained on but measured on.
+"""
+TOKENIZER_SHOW = """\
+Measure a tokenizer, a folder or a name on the Hub, on your text and on a page each of English and Chinese.
+
+  bmtk tokenizer show tokenizers/mine --text_file held_out.txt
+  bmtk tokenizer show gpt2 --text_file held_out.txt
 """
 PUSH = """\
 Publish the folder that a recipe or save_pretrained wrote.
@@ -131,6 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("prepare", help="read, check and tokenise the corpus of a pretraining run")
     commands.add_parser("clean", help="filter, repair and deduplicate raw text by the rules of a config file")
     add_data_commands(commands)
+    add_tokenizer_commands(commands)
 
     publishes = "publish a folder on the Hub and check that it loads"
     push = commands.add_parser("push", help=publishes, description=PUSH, formatter_class=plain)
@@ -177,7 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_data_commands(commands: Any) -> None:
     plain = argparse.RawDescriptionHelpFormatter
-    data = commands.add_parser("data", help="look at tokenised corpora", formatter_class=plain)
+    data = commands.add_parser("data", help="get the data sets of the README, look at corpora", formatter_class=plain)
     kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     show = kinds.add_parser("show", help="show what one holds", description=DATA_SHOW, formatter_class=plain)
     show.add_argument("directory", metavar="DIR", help="token store, corpus folder or output_dir of a run")
@@ -185,6 +239,70 @@ def add_data_commands(commands: Any) -> None:
     show.add_argument("--samples", type=int, default=3, help="rows that are shown as text (default: %(default)s)")
     show.add_argument("--seed", type=int, default=0, help="which rows these are (default: %(default)s)")
     show.set_defaults(run=run_data_show)
+
+    listed = kinds.add_parser(
+        "list", help="list the data sets of the README", description=DATA_LIST, formatter_class=plain
+    )
+    listed.add_argument("name", metavar="NAME", nargs="?", help="one of them, for its sources and files")
+    get = kinds.add_parser("get", help="fetch one of them", description=DATA_GET, formatter_class=plain)
+    get.add_argument("name", metavar="NAME", help="as `bmtk data list` shows it")
+    get.add_argument("--from", dest="given", metavar="DIR", help="folder with the published files, put there by hand")
+    get.add_argument("--mirror", default="", metavar="URL", help="in place of https://raw.githubusercontent.com")
+    for parser, run in ((listed, run_data_list), (get, run_data_get)):
+        parser.add_argument("--folder", default="data", metavar="DIR", help="of all data sets (default: data)")
+        parser.set_defaults(run=run)
+
+
+def add_tokenizer_commands(commands: Any) -> None:
+    plain = argparse.RawDescriptionHelpFormatter
+    tokenizer = commands.add_parser("tokenizer", help="train or measure a tokenizer", formatter_class=plain)
+    kinds = tokenizer.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    train = kinds.add_parser("train", help="train one on a corpus", description=TOKENIZER_TRAIN, formatter_class=plain)
+    train.add_argument("--output_dir", metavar="DIR", required=True, help="new folder for the tokenizer")
+    train.add_argument("--kind", metavar="KIND", default="byte_bpe", help="see above (default: %(default)s)")
+    train.add_argument("--vocab_size", type=int, default=4096, metavar="N", help="tokens, at most (default: 4096)")
+    train.add_argument("--special_tokens", nargs="+", default=[], metavar="TEXT", help="more beside <|endoftext|>")
+    train.add_argument("--lower_case", action="store_true", help="read every text in lower case")
+    train.add_argument("--with_mask", action="store_true", help="add <mask>, for masked language models")
+    train.add_argument(
+        "--sample_mb",
+        type=int,
+        default=100,
+        metavar="N",
+        help="10^6 bytes of text to train on, at most (default: 100)",
+    )
+    train.add_argument("--dataset", metavar="NAME", help="folder with splits, file, or name of a data set on the Hub")
+    train.add_argument("--train_file", nargs="+", metavar="FILE", help="files, folders, patterns or URLs to train on")
+    train.add_argument("--validation_file", nargs="+", metavar="FILE", help="text that is measured on")
+    train.add_argument(
+        "--validation_fraction",
+        type=float,
+        default=0.1,
+        metavar="NUMBER",
+        help="share of the text held out if there is no validation text; 0: none (default: 0.1)",
+    )
+    train.add_argument("--seed", type=int, default=42, help="which part is held out (default: %(default)s)")
+    add_reading_options(train)
+    train.set_defaults(run=run_tokenizer_train)
+
+    show = kinds.add_parser("show", help="measure one", description=TOKENIZER_SHOW, formatter_class=plain)
+    show.add_argument("tokenizer", metavar="NAME", help="folder or name on the Hub")
+    show.add_argument("--text_file", nargs="+", metavar="FILE", help="files, folders, patterns or URLs to measure on")
+    add_reading_options(show)
+    show.set_defaults(run=run_tokenizer_show)
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """How texts are read: as the recipe for pretraining names it."""
+    parser.add_argument("--text_column", default="text", help="column that holds the text (default: %(default)s)")
+    parser.add_argument(
+        "--sample_by", default="document", help="document or line: what is one text of .txt (default: %(default)s)"
+    )
+    parser.add_argument("--delimiter", metavar="TEXT", help="of .csv and .tsv; default: found in the file")
+    parser.add_argument("--encoding", metavar="NAME", help="of text files; default: utf-8, or by a byte-order mark")
+    parser.add_argument(
+        "--on_corrupt", default="stop", help="stop or skip: what to do about rows that cannot be read (default: stop)"
+    )
 
 
 def installed_version() -> str:
@@ -252,6 +370,71 @@ def run_data_show(arguments: argparse.Namespace) -> int:
                 seed=arguments.seed,
             )
         )
+    return 0
+
+
+def run_tokenizer_train(arguments: argparse.Namespace) -> int:
+    if not arguments.dataset and not arguments.train_file:
+        print("bmtk tokenizer train: no text: set --train_file or --dataset", file=sys.stderr)
+        return 2
+    print("loading tokenizers and transformers ...", file=sys.stderr, flush=True)
+    from bmtk.data.tokenizer_training import TokenizerPlan, train_folder
+
+    names = ("kind", "vocab_size", "lower_case", "with_mask", "sample_mb", "seed")
+    train_folder(
+        text_source(arguments, arguments.train_file or [arguments.dataset], arguments.validation_file or []),
+        TokenizerPlan(
+            special_tokens=tuple(arguments.special_tokens),
+            held_out=arguments.validation_fraction,
+            **{name: getattr(arguments, name) for name in names},
+        ),
+        Path(arguments.output_dir),
+        recipes_folder() / "data" / "languages",
+        log=lambda line: print(line, flush=True),
+    )
+    return 0
+
+
+def run_tokenizer_show(arguments: argparse.Namespace) -> int:
+    print("loading tokenizers and transformers ...", file=sys.stderr, flush=True)
+    from bmtk.data.tokenizer_training import show_tokenizer
+
+    texts = text_source(arguments, arguments.text_file, []).read("train") if arguments.text_file else None
+    samples = recipes_folder() / "data" / "languages"
+    show_tokenizer(arguments.tokenizer, texts, samples, log=lambda line: print(line, flush=True))
+    return 0
+
+
+def text_source(arguments: argparse.Namespace, train: Sequence[str], validation: Sequence[str]) -> Any:
+    from bmtk.data.text_files import TableFormat
+    from bmtk.data.tokenizer_training import TextSource
+
+    layout = TableFormat(arguments.delimiter, arguments.encoding)
+    names = ("text_column", "sample_by", "on_corrupt")
+    options = {name: getattr(arguments, name) for name in names}
+    option = "dataset" if getattr(arguments, "dataset", None) and not arguments.train_file else "train_file"
+    return TextSource(tuple(train), option, tuple(validation), layout=layout, **options)
+
+
+def run_data_list(arguments: argparse.Namespace) -> int:
+    from bmtk.data.named_downloads import details, listing, named
+
+    folder = Path(arguments.folder)
+    print("\n".join(details(named(arguments.name), folder) if arguments.name else listing(folder)))
+    return 0
+
+
+def run_data_get(arguments: argparse.Namespace) -> int:
+    from bmtk.data.named_downloads import get, named
+
+    get(
+        named(arguments.name),
+        Path(arguments.folder),
+        places=recipes_folder() / "data" / "splits",
+        given=Path(arguments.given) if arguments.given else None,
+        mirror=arguments.mirror,
+        log=lambda line: print(line, flush=True),
+    )
     return 0
 
 

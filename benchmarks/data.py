@@ -2,7 +2,7 @@
 
     python benchmarks/run.py tokenising first_batch
     python -m benchmarks.data --megabytes 50 1000      # also 1 GB, by ours only
-    python -m benchmarks.data --line 300               # also one line of 300 MB
+    python -m benchmarks.data --line 300               # also one line of 300 MB, of text and of JSON
 
 The text is the source code of the installed Python packages, a document a file, so that any machine has it; the
 tokenizer is a byte-level BPE of 16,384 tokens, trained on 4 MB of it.  Each measurement has a process of its own; peak
@@ -82,14 +82,19 @@ def source_texts() -> Iterator[str]:
 
 
 def write_corpus(path: Path, megabytes: int, *, as_line: bool) -> None:
-    """JSON lines of about that much text, or a text file of one line."""
-    left = megabytes * 1_000_000
+    """JSON lines of about that much text, or one line of text or JSON."""
+    left, is_json = megabytes * 1_000_000, path.suffix == ".jsonl"
     with path.open("w", encoding="utf-8") as file:
+        file.write('{"text": "' if as_line and is_json else "")
         for text in source_texts():
-            file.write(text.replace("\n", " ") if as_line else json.dumps({"text": text}) + "\n")
+            if as_line:
+                file.write(json.dumps(text)[1:-1] if is_json else text.replace("\n", " "))
+            else:
+                file.write(json.dumps({"text": text}) + "\n")
             left -= len(text)
             if left <= 0:
-                return
+                break
+        file.write('"}\n' if as_line and is_json else "")
 
 
 def train(folder: Path) -> None:
@@ -203,7 +208,7 @@ def measured(name: str, corpus: Path, folder: Path) -> dict[str, float]:
 
 
 def show(corpus: str, name: str, facts: dict[str, float]) -> None:
-    print(f"{corpus:16}{name:20}{', '.join(f'{key}: {value:,.2f}' for key, value in facts.items())}", flush=True)
+    print(f"{corpus:22}{name:20}{', '.join(f'{key}: {value:,.2f}' for key, value in facts.items())}", flush=True)
 
 
 def main() -> None:
@@ -224,10 +229,10 @@ def main() -> None:
             for measure in MEASURES:
                 if size <= LONGEST_FOR_MAP or measure in ("ours", "batches"):
                     show(f"{size:,} MB", measure, measured(measure, corpus, folder))
-        if options.line:
-            corpus = folder / "line.txt"
+        for suffix in (".txt", ".jsonl") if options.line else ():
+            corpus = folder / f"line{suffix}"
             write_corpus(corpus, options.line, as_line=True)
-            show(f"line of {options.line} MB", "ours", measured("ours", corpus, folder))
+            show(f"{options.line} MB, a {suffix} line", "ours", measured("ours", corpus, folder))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ may be empty.  Files are .txt, .jsonl, .csv, .tsv, .parquet and .arrow (of `data
 compressed (.gz, .bz2, .xz, .zst).
 """
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from bmtk.errors import UserError
 
 from .delimited import delimited_rows
 from .json_rows import json_lines
+from .long_lines import LONG_LINE, LongString
 from .text_files import (
     BadRow,
     Span,
@@ -176,11 +178,12 @@ def _read_jsonl(path: Path, file: CorpusFile, report: OnBad | None) -> Iterator[
     def skip(error: BadRow) -> None:
         report and report(_sentence(file, path, error))
 
-    for place, row in json_lines(path, file.layout, span=file.span, on_bad=skip if report else None):
+    bad = skip if report else None
+    for place, row in json_lines(path, file.layout, span=file.span, on_bad=bad, long_line=LONG_LINE):
         try:
             if file.text_column not in row:
                 raise _NoColumn(file.text_column, list(row))
-            yield _checked_text(row[file.text_column], file.text_column), True
+            yield from _cell(row[file.text_column], file.text_column)
         except (_NoColumn, _NoText) as error:
             number = int(place.rpartition(" ")[2]) + (_lines_before(path, file.span[0]) if file.span else 0)
             _refuse(error.sentence(f"{path}, line {number}"), report)
@@ -246,11 +249,40 @@ def _arrow_batches(content: BinaryIO) -> Iterator[tuple[list[str], Iterator[Any]
 def _cells(column: Any, first: int, file: CorpusFile, report: OnBad | None) -> Iterator[Piece]:
     """Texts of a column whose first value is in row `first`, from 0."""
     for start in range(0, len(column), ROWS_PER_READ):
-        for number, value in enumerate(column.slice(start, ROWS_PER_READ).to_pylist(), first + start + 1):
+        values = column.slice(start, ROWS_PER_READ)
+        is_small = values.nbytes < LONG_LINE
+        for number, value in enumerate(values.to_pylist() if is_small else map(_value, values), first + start + 1):
             try:
-                yield _checked_text(value, file.text_column), True
+                yield from _cell(value, file.text_column)
             except _NoText as error:
                 _refuse(error.sentence(f"{file.path}, row {number:,}"), report)
+
+
+def _cell(value: object, text_column: str) -> Iterator[Piece]:
+    """A document.  Raises: _NoText, before anything is yielded."""
+    if not isinstance(value, LongString):
+        yield _checked_text(value, text_column), True
+        return
+    if value.fault:
+        raise _NoText(f"the text is not Unicode ({value.fault}); repair or remove it")
+    yield from ((text, False) for text in value.pieces())
+    yield "", True
+
+
+def _value(scalar: Any) -> object:
+    """A value of an Arrow column; a long text stays where it is."""
+    buffer = scalar.as_buffer() if scalar.is_valid and hasattr(scalar, "as_buffer") else None
+    if buffer is None or buffer.size < LONG_LINE:
+        return scalar.as_py()
+    import pyarrow
+
+    text = LongString(pyarrow.BufferReader(buffer), 0, buffer.size)
+    try:
+        for _ in text.pieces():
+            pass
+    except UnicodeDecodeError as error:
+        return dataclasses.replace(text, fault=str(error))
+    return text
 
 
 def _of_columns(error: Exception, row: int) -> Unreadable:

@@ -1,10 +1,14 @@
 """Rows of JSON files as they are written: a string stays a string, a whole number keeps all of its digits."""
 
 import json
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
+from .long_lines import PART, LineReader
 from .text_files import BadRow, Span, TableFormat, is_damaged, opened_text, suffix_of
 
 SUFFIXES = (".jsonl", ".json")
@@ -20,31 +24,84 @@ def json_rows(path: Path, layout: TableFormat) -> Iterator[JsonRow]:
 
 
 def json_lines(
-    path: Path, layout: TableFormat, *, span: Span | None = None, on_bad: Callable[[BadRow], None] | None = None
+    path: Path,
+    layout: TableFormat,
+    *,
+    span: Span | None = None,
+    on_bad: Callable[[BadRow], None] | None = None,
+    long_line: int = -1,
 ) -> Iterator[JsonRow]:
-    """As `json_rows`, of those bytes of the file that `span` has; a bad line is left to `on_bad`, if that is given."""
+    """As `json_rows`, of those bytes of the file that `span` has; a bad line is left to `on_bad`, if that is given.
+
+    Of lines with `long_line` characters or more (-1: of none), long values become `LongString`, which can be read
+    until the next row is asked for; long strings within a list or an object are not kept.
+    """
     # Lines end in "\n" alone: JSON strings may hold other ends of lines, such as U+2028
     with opened_text(path, layout.encoding, newline="\n", span=span, marks_faults=on_bad is not None) as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                try:
-                    row = _line(line, number)
-                except BadRow as error:
-                    if on_bad is None:
-                        raise
-                    on_bad(error)
-                else:
+        number = 0
+        while line := file.readline(long_line):
+            number += 1
+            if len(line) == long_line and line[-1] != "\n":
+                rest = _rest_of_line(file)
+                with tempfile.TemporaryFile() as spool:
+                    row = _unless_bad(partial(_long_line, chain([line], rest), number, spool), on_bad)
+                    if row is not None:
+                        yield f"line {number}", row
+                for _ in rest:  # of a bad line
+                    pass
+            elif not line.isspace():
+                row = _unless_bad(partial(_line, line, number), on_bad)
+                if row is not None:
                     yield f"line {number}", row
 
 
+def _unless_bad(
+    read: Callable[[], dict[str, Any] | None], on_bad: Callable[[BadRow], None] | None
+) -> dict[str, Any] | None:
+    try:
+        return read()
+    except BadRow as error:
+        if on_bad is None:
+            raise
+        on_bad(error)
+        return None
+
+
+def _rest_of_line(file: TextIO) -> Iterator[str]:
+    while part := file.readline(PART):
+        yield part
+        if part[-1] == "\n":
+            return
+
+
 def _line(line: str, number: int) -> dict[str, Any]:
-    if is_damaged(line):
-        raise BadRow("it holds bytes that are not UTF-8", number)
+    _refuse_damage(line, number)
     try:
         value = _read(line)
     except json.JSONDecodeError as error:
         raise BadRow(f"not a line of JSON ({error})", number) from error
     return _checked_row(value, number)
+
+
+def _long_line(parts: Iterable[str], number: int, spool: BinaryIO) -> dict[str, Any] | None:
+    """The same of a line in parts, whose long strings go to `spool`; None if it is blank."""
+    reader = LineReader(spool)
+    try:
+        for part in parts:
+            _refuse_damage(part, number)
+            reader.read(part)
+        if reader.rest.isspace():
+            return None
+        value = _read(reader.rest)
+    except json.JSONDecodeError as error:
+        raise BadRow(f"not a line of JSON ({error.msg})", number) from error
+    row = _checked_row(value, number)
+    return {name: reader.strings.get(cell, cell) if isinstance(cell, str) else cell for name, cell in row.items()}
+
+
+def _refuse_damage(text: str, number: int) -> None:
+    if is_damaged(text):
+        raise BadRow("it holds bytes that are not UTF-8", number)
 
 
 def _whole(path: Path, layout: TableFormat) -> Iterator[JsonRow]:

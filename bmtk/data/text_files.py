@@ -4,12 +4,14 @@ import bz2
 import codecs
 import gzip
 import io
+import logging
 import lzma
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -36,7 +38,9 @@ HEAD_BYTES = 4096
 AROUND = 12  # characters that are shown on either side of a byte
 UTF8 = ("utf-8", "utf8", "utf-8-sig")
 DAMAGED = re.compile("[\udc80-\udcff]")  # how "surrogateescape" writes bytes that are not UTF-8
+logger = logging.getLogger(__name__)
 Span = tuple[int, int]  # bytes of a file that is not compressed: the first, and the one after the last
+SURE = 3  # characters beyond ASCII
 PIECE = 1 << 16  # bytes of a line, which may be the whole file, by which encodings are tried
 
 
@@ -157,9 +161,11 @@ def opened_text(
     Raises: Unreadable, also while it is read, that names the line and the byte.
     """
     with opened_bytes(path) as content:
-        head = content.read(HEAD_BYTES)
+        head = content.read(HEAD_BYTES if encoding is None else PIECE)
     known = found_encoding(head, encoding)
-    refuse_other_kinds(head, known)
+    refuse_other_kinds(head[:HEAD_BYTES], known)
+    if known == encoding and _is_surely_utf8(head) and not codecs.lookup(known).name.startswith("utf-8"):
+        _warn_of_utf8(path, encoding)
     if span is not None and span[0]:
         known = known.replace("-sig", "")
     try:
@@ -168,6 +174,27 @@ def opened_text(
             yield text
     except UnicodeDecodeError as error:
         raise _place_of_fault(path, known, error, span) from error
+
+
+def _is_surely_utf8(head: bytes) -> bool:
+    """Whether the beginning of a file is UTF-8 with several characters beyond ASCII: by chance no other text is."""
+    if head.isascii():
+        return False
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return sum(character > "\x7f" for character in text) >= SURE
+
+
+@cache
+def _warn_of_utf8(path: Path, encoding: str) -> None:
+    """Once a process: a file is opened several times."""
+    logger.warning(
+        "%s reads as UTF-8 without a fault, but encoding=%s is set: if letters look wrong, leave encoding out",
+        path,
+        encoding,
+    )
 
 
 def is_damaged(text: str) -> bool:

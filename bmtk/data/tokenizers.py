@@ -4,6 +4,11 @@
 Source: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, GPT-2 (on bytes); the split into
 words follows GPT-4's (numbers in groups of three, a newline ends a word), with combining marks counted as letters, and
 no word longer than about 64 characters.
+`unigram`: pieces of bytes with probabilities, of which the likeliest split is taken; lossless on any text, with the
+words of `byte_bpe`.  Source: Kudo 2018, arXiv:1804.10959.
+`wordpiece`: words and marks as BERT divides them, long words in parts ("##ing"); blanks and ends of lines are lost.
+Source: Devlin et al. 2019, arXiv:1810.04805.
+`bytes`: one token per byte of UTF-8, lossless on any text.
 `char`: one token per Unicode character, lossless on the characters it was trained on.
 `word`: what stands between blanks is a token, and so is the end of a line; for text that is already tokenised.
 `uncased_word`: lower-cased words, punctuation marks and Han characters, a token each; for classifiers of small data.
@@ -12,8 +17,10 @@ no word longer than about 64 characters.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -30,6 +37,9 @@ END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
 MASK = "<mask>"
 NUM_BYTES = 256
+WITHIN_WORD = "##"  # how WordPiece marks a part of a word that is not its first
+BYTE_KINDS = ("byte_bpe", "unigram", "bytes")  # they know every text: no token stands for what is unknown
+CUT_KINDS = (*BYTE_KINDS, "char")  # whose texts may be cut at the places of `text_cuts`
 WORDS = "|".join(  # repeats are bounded: the time to train is quadratic in the length of one word
     [
         r"'(?i:[sdmt]|ll|ve|re)",  # English contractions
@@ -43,6 +53,7 @@ WORDS = "|".join(  # repeats are bounded: the time to train is quadratic in the 
 )
 LINES_OF_WORDS = r"\n|\S+"
 UNCASED_WORDS = r"\p{Han}|[^\s\p{P}\p{S}\p{Han}]+|[\p{P}\p{S}]"
+SCORE_DIGITS = 6  # after the point, of the logarithms of Unigram's probabilities
 PIECE_CHARACTERS = text_cuts.PIECE_CHARACTERS
 
 
@@ -54,23 +65,29 @@ def train_tokenizer(
     lower_case: bool = False,
     adds_end: bool = False,
     with_mask: bool = False,
+    special_tokens: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """Train a tokenizer whose one special token `<|endoftext|>` (id 0) is bos, eos and pad.
+    """Train a tokenizer whose special token `<|endoftext|>` (id 0) is bos, eos and pad.
 
-    `kind` is "byte_bpe" (at most `vocab_size` tokens; fewer if the text has no more pairs to merge), "char" (a token
-    per character), "word" or "uncased_word" (the most frequent ones); all but the first have `<unk>` for what is not
-    in their vocabulary. With `lower_case` every text is read in lower case, with `adds_end` every text ends with
-    `<|endoftext|>`; `with_mask` adds `<mask>`, as `mask_token` makes it. The result depends on the texts only, not on
-    the number of threads.
-    Raises: UserError for an unknown kind, no text at all, or a `vocab_size` below what the kind needs.
+    `kind` is "byte_bpe" or "unigram" (at most `vocab_size` tokens; fewer if the text has no more pairs or pieces),
+    "bytes" (256, in the order of their values), "char" (a token per character), "wordpiece", "word" or "uncased_word"
+    (the most frequent ones); those that do not read bytes have `<unk>` for what is not in their vocabulary. With
+    `lower_case` every text is read in lower case, with `adds_end` every text ends with `<|endoftext|>`; `with_mask`
+    adds `<mask>`, as `mask_token` makes it, and `special_tokens` are more that no text is split into. The result
+    depends on the texts only, not on the number of threads.
+    Raises: UserError for an unknown kind, no text at all, a special token that is blank or there twice, or a
+    `vocab_size` below what the kind needs.
     """
     if kind not in KINDS:
         raise UserError(f"kind={kind!r} is unknown; choose one of {sorted(KINDS)}")
-    mask = [mask_token(words_hold_blanks=kind == "byte_bpe")] if with_mask else []
-    special = [_special(END_OF_TEXT), *mask]
+    _check_special(special_tokens)
+    mask = [mask_token(words_hold_blanks=kind in ("byte_bpe", "unigram"))] if with_mask else []
+    special = [_special(END_OF_TEXT), *mask, *map(_special, special_tokens)]
     tokenizer = KINDS[kind](map(str.lower, texts) if lower_case else texts, vocab_size, special)
     if lower_case:
-        tokenizer.normalizer = normalizers.Lowercase()
+        before = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
+        lower = normalizers.Lowercase()
+        tokenizer.normalizer = normalizers.Sequence([*before, lower]) if before else lower
     if adds_end:
         end = (END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
         tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END_OF_TEXT}", special_tokens=[end])
@@ -79,8 +96,9 @@ def train_tokenizer(
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        unk_token=None if kind == "byte_bpe" else UNKNOWN,
+        unk_token=None if kind in BYTE_KINDS else UNKNOWN,
         mask_token=mask[0] if mask else None,
+        extra_special_tokens=list(special_tokens),
         model_input_names=["input_ids", "attention_mask"],  # generate() refuses the default token_type_ids
     )
 
@@ -116,7 +134,7 @@ def has_newline_cuts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return text_cuts.is_certain(json.loads(tokenizer.backend_tokenizer.to_str()), (WORDS,))
 
 
-def _byte_bpe(model: models.BPE) -> Tokenizer:
+def _of_bytes(model: Any) -> Tokenizer:
     tokenizer = Tokenizer(model)
     words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -126,12 +144,8 @@ def _byte_bpe(model: models.BPE) -> Tokenizer:
 
 
 def _train_byte_bpe(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
-    if vocab_size < NUM_BYTES + len(special):
-        raise UserError(
-            f"vocab_size={vocab_size} is too small for kind='byte_bpe'; it needs at least {NUM_BYTES + len(special)} "
-            f"({NUM_BYTES} bytes and {', '.join(map(str, special))})"
-        )
-    tokenizer = _byte_bpe(models.BPE())
+    _check_room_for_bytes("byte_bpe", vocab_size, special)
+    tokenizer = _of_bytes(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
@@ -140,6 +154,108 @@ def _train_byte_bpe(texts: Iterable[str], vocab_size: int, special: list[AddedTo
     )
     tokenizer.train_from_iterator((piece for text in _at_least_one(texts) for piece in pieces(text)), trainer)
     return tokenizer
+
+
+def _train_unigram(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
+    _check_room_for_bytes("unigram", vocab_size, special)
+    tokenizer = _of_bytes(models.Unigram())
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in _at_least_one(texts) for piece in pieces(text)), trainer)
+    vocabulary = json.loads(tokenizer.to_str())["model"]["vocab"][len(special) :]
+    tokenizer.model = models.Unigram([*((str(token), 0.0) for token in special), *_settled(vocabulary)])
+    return tokenizer
+
+
+def _settled(vocabulary: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Tokens and their scores without what the trainer leaves to chance, the likeliest first.
+
+    It adds up counts in another order each time, so the last digits differ; bytes that it has not kept get the lowest
+    score and steps of 0.0001 above it, in any order.
+    """
+    lowest = min(score for _, score in vocabulary)
+    beyond = lowest + 1e-4 * NUM_BYTES
+    found = ((token, lowest if len(token) == 1 and score <= beyond else score) for token, score in vocabulary)
+    rounded = ((token, round(score, SCORE_DIGITS)) for token, score in found)
+    return sorted(rounded, key=lambda pair: (-pair[1], pair[0]))
+
+
+def _train_bytes(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
+    _check_room_for_bytes("bytes", vocab_size, special)
+    for _ in _at_least_one(texts):  # what they are makes no difference
+        pass
+    vocabulary = {str(token): i for i, token in enumerate(special)}
+    vocabulary |= {token: len(special) + byte for byte, token in enumerate(_byte_tokens())}
+    tokenizer = _of_bytes(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _byte_tokens() -> list[str]:
+    """How byte-level tokenizers write each byte: as the character of that number in Latin-1, or one from 256 on."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    stand_ins = iter(range(NUM_BYTES, 2 * NUM_BYTES))
+    return [chr(byte) if byte in shown else chr(next(stand_ins)) for byte in range(NUM_BYTES)]
+
+
+def _check_room_for_bytes(kind: str, vocab_size: int, special: list[AddedToken]) -> None:
+    needed = NUM_BYTES + len(special)
+    if vocab_size < needed:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small for kind={kind!r}; it needs at least {needed} "
+            f"({NUM_BYTES} bytes and {', '.join(map(str, special))})"
+        )
+
+
+def _train_wordpiece(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
+    special = _with_unknown(special)
+    _check_room_for_words(vocab_size, special, needed=2)
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix=WITHIN_WORD, cleanup=False)
+    kept = list(_at_least_one(texts))
+    # Each character may be needed twice, as the first of a word and within one.  The trainer's own limit of the
+    # alphabet leaves out another one of equally frequent characters each time.
+    rare = _rare_characters(map(tokenizer.normalizer.normalize_str, kept), (vocab_size - len(special)) // 2)
+    kept = [text.translate(rare) for text in kept]
+    # It numbers the characters within words in any order, which decides between pairs that are equally frequent: the
+    # first training merges nothing and finds them, the second gets them in order, in front.
+    within = sorted(token for token in _wordpieces(tokenizer, kept, 0, special) if token.startswith(WITHIN_WORD))
+    found = _wordpieces(tokenizer, kept, vocab_size, [*special, *within])
+    tokenizer.model = models.WordPiece(found, unk_token=UNKNOWN, continuing_subword_prefix=WITHIN_WORD)
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _wordpieces(
+    tokenizer: Tokenizer, texts: Sequence[str], vocab_size: int, first: Sequence[AddedToken | str]
+) -> dict[str, int]:
+    """The vocabulary that training gives, `first` in front."""
+    trained = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    trained.normalizer, trained.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(map(str, first)),
+        continuing_subword_prefix=WITHIN_WORD,
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    vocabulary: dict[str, int] = trained.get_vocab()
+    return vocabulary
+
+
+def _rare_characters(texts: Iterable[str], num_kept: int) -> dict[int, str]:
+    """All visible characters but the most frequent ones, each to be read as a blank."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    visible = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    return dict.fromkeys(map(ord, visible[num_kept:]), " ")
 
 
 def _train_char(texts: Iterable[str], vocab_size: int, special: list[AddedToken]) -> Tokenizer:
@@ -177,11 +293,7 @@ def _train_uncased_word(texts: Iterable[str], vocab_size: int, special: list[Add
 def _with_most_frequent_words(
     tokenizer: Tokenizer, texts: Iterable[str], vocab_size: int, special: list[AddedToken]
 ) -> Tokenizer:
-    if vocab_size <= len(special):
-        raise UserError(
-            f"vocab_size={vocab_size} is too small for a kind of words; it needs at least {len(special) + 1} "
-            f"({', '.join(map(str, special))} and a word)"
-        )
+    _check_room_for_words(vocab_size, special)
     trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(_at_least_one(texts), trainer)
     # The trainer counts a special token that the text spells as a word once more, and leaves a hole in the ids.
@@ -190,6 +302,24 @@ def _with_most_frequent_words(
     words = sorted(ids.keys() - set(names), key=ids.__getitem__)
     tokenizer.model = models.WordLevel({token: i for i, token in enumerate(names + words)}, unk_token=UNKNOWN)
     return tokenizer
+
+
+def _check_room_for_words(vocab_size: int, special: list[AddedToken], *, needed: int = 1) -> None:
+    if vocab_size < len(special) + needed:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small for a kind of words; it needs at least {len(special) + needed} "
+            f"({', '.join(map(str, special))} and a word)"
+        )
+
+
+def _check_special(tokens: Sequence[str]) -> None:
+    own = (END_OF_TEXT, UNKNOWN, MASK)
+    for place, token in enumerate(tokens):
+        if not token.strip() or token != token.strip():
+            raise UserError(f"special_tokens: {token!r} is blank, or begins or ends with a blank; choose another")
+        if token in own or token in tokens[:place]:
+            why = "is made by bmtk itself" if token in own else "is there twice"
+            raise UserError(f"special_tokens: {token!r} {why}; leave it out")
 
 
 def _special(token: str) -> AddedToken:
@@ -209,7 +339,25 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
         raise UserError("cannot train a tokenizer on an empty corpus; give at least one document with text")
 
 
-KINDS = {"byte_bpe": _train_byte_bpe, "char": _train_char, "word": _train_word, "uncased_word": _train_uncased_word}
+KINDS = {
+    "byte_bpe": _train_byte_bpe,
+    "unigram": _train_unigram,
+    "wordpiece": _train_wordpiece,
+    "bytes": _train_bytes,
+    "char": _train_char,
+    "word": _train_word,
+    "uncased_word": _train_uncased_word,
+}
+
+
+def load_tokenizer(source: str, **loading: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id.  Raises: UserError if there is none that can be loaded."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **loading)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"no tokenizer can be loaded from {source!r}: {reason}; name one with tokenizer") from error
+    return tokenizer
 
 
 def kept_tokenizer(folder: Path, identity: Mapping[str, object]) -> PreTrainedTokenizerBase | None:
@@ -228,7 +376,15 @@ def kept_tokenizer(folder: Path, identity: Mapping[str, object]) -> PreTrainedTo
     return None
 
 
-def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, identity: Mapping[str, object]) -> None:
+def keep_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    identity: Mapping[str, object],
+    *,
+    check: Callable[[Path], None] = lambda saved: None,
+) -> None:
+    """Save it with how it was made, unless `check` raises about the folder that it was saved to at first."""
     with replacing_folder(folder) as beside:
         tokenizer.save_pretrained(beside)
+        check(beside)
         write_json(beside / TRAINED_ON, {**identity, "fingerprint": tokenizer_fingerprint(tokenizer)})

@@ -1,7 +1,7 @@
 """What the language-modelling tasks share: a corpus, a tokenizer, and token stores cut into rows."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,15 +23,9 @@ from bmtk.data.mixture import MIXTURE, Corpus, Mixture, Reading, read_corpora, s
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.sources import ON_CORRUPT, Texts, has_split, read_texts, text_fingerprint
 from bmtk.data.tables import text_cells
-from bmtk.data.text_cuts import PIECE_CHARACTERS, cut_pieces
 from bmtk.data.token_store import TokenStore, build_token_store
-from bmtk.data.tokenizers import (
-    KINDS,
-    keep_tokenizer,
-    kept_tokenizer,
-    mask_token,
-    train_tokenizer,
-)
+from bmtk.data.tokenizer_training import train_on_sample
+from bmtk.data.tokenizers import KINDS, keep_tokenizer, kept_tokenizer, load_tokenizer, mask_token
 from bmtk.errors import UserError
 from bmtk.files import read_json, write_json
 from bmtk.settings import fact, setting
@@ -40,10 +34,9 @@ from .objective import Objective
 from .scorer import Scorer
 from .task import Task
 from .task_data import LEAKAGE, SourceArguments, TaskData
-from .texts import load_tokenizer, pad_texts
+from .texts import pad_texts
 
 PACKINGS = ("cut", "best_fit")
-CUT_KINDS = ("byte_bpe", "char")
 HELD_OUT = 0.1  # of a corpus without a validation text
 SAMPLE_CHARACTERS = 4 << 20  # of each split that a plan reads, where the corpus is not tokenised yet
 
@@ -89,7 +82,9 @@ class CorpusArguments(SourceArguments):
     text_column: str = fact("text", "column that holds the text (.jsonl, .csv, .tsv, .parquet, .arrow, Hub)")
     sample_by: str = fact("document", "make one document of each .txt file ('document') or of each 'line'")
     tokenizer: str = setting(
-        "byte_bpe", "byte_bpe, char, word or uncased_word: train one; or folder or Hub id of a finished one"
+        "byte_bpe",
+        "byte_bpe, unigram, wordpiece, bytes, char, word or uncased_word: train one on the training text (of a large "
+        "one on 100 MB from all of it); or folder or Hub id of a finished one",
     )
     vocab_size: int = setting(4096, "tokens of a tokenizer to be trained, at most")
     context_length: int = setting(256, "tokens per row")
@@ -407,7 +402,9 @@ class CorpusData(TaskData):
         identity = {**kind, "texts": texts.fingerprint if isinstance(texts, Texts) else None}
         if kept := kept_tokenizer(self.corpus / "tokenizer", identity):
             return kept
-        tokenizer = train_tokenizer(pieces_for(self.args.tokenizer, texts), **kind)
+        tokenizer, sample = train_on_sample(texts, **kind)
+        if sample.num_bytes < sample.corpus_bytes:
+            self.notes.append(f"the tokenizer is trained on {sample}")
         tokenizer.model_max_length = self.args.longest_row
         if not self.is_plan:
             keep_tokenizer(tokenizer, self.corpus / "tokenizer", identity)
@@ -428,13 +425,6 @@ class CorpusData(TaskData):
             f"the tokenizer has no mask token: {tokenizer.mask_token} (id {tokenizer.mask_token_id}) is new"
         )
         return tokenizer
-
-
-def pieces_for(kind: str, texts: Texts | Sequence[str]) -> Iterable[str]:
-    """The texts, long ones cut where no token of the kind is."""
-    if isinstance(texts, Texts) and kind in CUT_KINDS:
-        return (text for text, _ in cut_pieces(texts.pieces(), PIECE_CHARACTERS))
-    return texts
 
 
 def stores_of_split(split: str, texts: Any) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from bmtk.data.token_dropout import TokenDropout
-from bmtk.data.tokenizers import KINDS, train_tokenizer
+from bmtk.data.tokenizers import KINDS, load_tokenizer, train_tokenizer
 from bmtk.errors import UserError
 from bmtk.settings import setting
 
@@ -27,7 +27,8 @@ class TextArguments:
 
     tokenizer: str | None = setting(
         None,
-        "folder or Hub id; byte_bpe, char, word or uncased_word: one trained on these texts; default: the model's",
+        "folder or Hub id; byte_bpe, unigram, wordpiece, bytes, char, word or uncased_word: one trained on these "
+        "texts; default: the model's",
     )
     vocab_size: int = setting(4096, "tokens of a tokenizer to be trained, at most")
     max_length: int | None = setting(None, "tokens read per text, longer ones are cut; default: the model's limit")
@@ -45,7 +46,7 @@ class TextArguments:
 class TextData(TaskData):
     """Rows of texts, and a tokenizer.  A subclass says in `training_texts` what a tokenizer is trained on."""
 
-    tokenizer_options: ClassVar[dict[str, bool]] = {}  # of `train_tokenizer`, if one is trained
+    tokenizer_options: ClassVar[dict[str, Any]] = {}  # of `train_tokenizer`, if one is trained
 
     def __init__(self, task: Task, args: Any, **reading: Any):
         super().__init__(task, args, **reading)
@@ -83,16 +84,6 @@ class TextData(TaskData):
             tokenizer.pad_token = stand_in
             self.notes.append(f"the tokenizer has no padding token: {stand_in!r} stands in for it")
         return tokenizer
-
-
-def load_tokenizer(source: str, **loading: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id.  Raises: UserError if there is none that can be loaded."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **loading)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"no tokenizer can be loaded from {source!r}: {reason}; name one with tokenizer") from error
-    return tokenizer
 
 
 class TextObjective(Objective):

@@ -1,3 +1,4 @@
+import json
 import random
 
 import pytest
@@ -6,6 +7,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from bmtk.data import tokenizers
 from bmtk.data.tokenizers import has_newline_cuts, pieces, tokenizer_fingerprint, train_tokenizer
+from bmtk.errors import UserError
 
 ENGLISH = ["We know what we are, but know not what we may be.\n", "To be, or not to be: that is the question.\n\n"] * 9
 STRANGE = [*"aB \n\r\t\x85\u2028\x1c1'.!é\u0301中\u3000😀\u200d", "'s", "123", "<|endoftext|>", "<unk>", "e\u0301"]
@@ -25,7 +27,7 @@ def gpt2_like(**settings):
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
-@pytest.mark.parametrize("kind", ["byte_bpe", "char", "word", "uncased_word"])
+@pytest.mark.parametrize("kind", list(tokenizers.KINDS))
 def test_the_one_special_token_is_bos_eos_and_pad_and_is_never_added(kind):
     tokenizer = train_tokenizer(ENGLISH, kind=kind, vocab_size=300)
     assert tokenizer.bos_token == tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
@@ -40,10 +42,88 @@ def test_byte_bpe_has_the_size_asked_for_and_stops_when_nothing_is_left_to_merge
     assert len(train_tokenizer(ENGLISH, kind="byte_bpe", vocab_size=257)) == 257  # plain bytes
 
 
-def test_byte_bpe_gives_back_any_text():
-    tokenizer = train_tokenizer(ENGLISH, kind="byte_bpe", vocab_size=300)
+@pytest.mark.parametrize("kind", ["byte_bpe", "unigram", "bytes"])
+def test_kinds_of_bytes_give_back_any_text(kind):
+    tokenizer = train_tokenizer(ENGLISH, kind=kind, vocab_size=300)
+    assert tokenizer.unk_token is None
     for text in strange_texts(2, 300, 50):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_bytes_has_the_bytes_in_their_order_after_the_special_tokens():
+    tokenizer = train_tokenizer(["any"], kind="bytes", vocab_size=1000, special_tokens=["<|user|>"])
+    text = "a\x00 \n~é中😀"
+    assert tokenizer(text)["input_ids"] == [2 + byte for byte in text.encode()]
+    assert len(tokenizer) == 258
+    every_byte = [bytes([byte]).decode("latin-1") for byte in range(256)]
+    ids = {number for character in every_byte for number in tokenizer(character)["input_ids"]}
+    assert ids <= set(range(2, 258))
+
+
+def test_unigram_takes_the_likeliest_split():
+    """By hand: every split of a word into pieces of the vocabulary, and the sum of their logarithms."""
+    tokenizer = train_tokenizer(ENGLISH, kind="unigram", vocab_size=300)
+    scores = dict(json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"])
+
+    def splits(word):
+        yield from (
+            [word[:cut], *rest] for cut in range(1, len(word)) if word[:cut] in scores for rest in splits(word[cut:])
+        )
+        if word in scores:
+            yield [word]
+
+    for word in ("know", "question", "that", "zeal"):
+        best = max(splits(word), key=lambda parts: sum(scores[part] for part in parts))
+        assert tokenizer.tokenize(word) == best
+    assert len(tokenizer) <= 300
+    found = list(scores.values())[1:]
+    assert found == sorted(found, reverse=True)
+
+
+def test_unigram_is_the_same_however_its_counts_are_added_up():
+    texts = strange_texts(4, 300, 60)
+    first, second = (train_tokenizer(texts, kind="unigram", vocab_size=400) for _ in range(2))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+
+
+def test_wordpiece_parts_words_and_marks_as_bert_does():
+    tokenizer = train_tokenizer(["hug hugs hug, bun!"] * 3, kind="wordpiece", vocab_size=40)
+    assert tokenizer.tokenize("Hugs  bun,\nhug") == ["<unk>", "bun", ",", "hug"]  # no capital was seen
+    assert tokenizer.tokenize("bug") == ["bu", "##g"] or tokenizer.tokenize("bug") == ["b", "##ug"]
+    assert tokenizer.decode(tokenizer("hugs, bun!")["input_ids"]) == "hugs , bun !"
+    assert tokenizer.convert_ids_to_tokens([0, 1]) == ["<|endoftext|>", "<unk>"]
+
+
+def test_wordpiece_leaves_rare_characters_out_and_keeps_its_size():
+    han = "".join(chr(0x4E00 + number) for number in range(300))
+    texts = [han[: 3 * place] for place in range(1, 101)]  # the first characters are the most frequent ones
+    for size in (52, 101):
+        found = [train_tokenizer(texts, kind="wordpiece", vocab_size=size) for _ in range(2)]
+        assert found[0].get_vocab() == found[1].get_vocab()
+        assert len(found[0]) <= size
+        kept = (size - 2) // 2
+        ids = found[0](han)["input_ids"]
+        assert [number == 1 for number in ids] == [place >= kept for place in range(300)]
+
+
+@pytest.mark.parametrize("kind", list(tokenizers.KINDS))
+def test_more_special_tokens_are_single_tokens_that_no_text_is_split_into(kind, tmp_path):
+    chat = ["<|user|>", "<|assistant|>"]
+    train_tokenizer(ENGLISH, kind=kind, vocab_size=300, special_tokens=chat).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in chat]
+    assert tokenizer("<|user|><|assistant|>")["input_ids"] == ids
+    assert set(chat) <= set(tokenizer.all_special_tokens)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == ""
+    assert len(tokenizer) <= 300
+
+
+@pytest.mark.parametrize(("token", "why"), [(" a", "begins or ends"), ("", "is blank"), ("<unk>", "by bmtk itself")])
+def test_a_special_token_that_cannot_be_is_refused(token, why):
+    with pytest.raises(UserError, match=why):
+        train_tokenizer(ENGLISH, kind="bytes", vocab_size=300, special_tokens=[token])
+    with pytest.raises(UserError, match="'<a>' is there twice"):
+        train_tokenizer(ENGLISH, kind="bytes", vocab_size=300, special_tokens=["<a>", "<a>"])
 
 
 def test_char_has_one_token_per_character_and_unk_for_strangers():
@@ -140,7 +220,7 @@ def test_pieces_are_cut_after_lone_newlines_only(monkeypatch):
     assert list(pieces("")) == [""]
 
 
-@pytest.mark.parametrize("name", ["byte_bpe", "char", "gpt2"])
+@pytest.mark.parametrize("name", ["byte_bpe", "unigram", "bytes", "char", "gpt2"])
 def test_encoding_pieces_gives_the_ids_of_the_whole(monkeypatch, name):
     monkeypatch.setattr(tokenizers, "PIECE_CHARACTERS", 3)
     trained_on = strange_texts(5, 300, 40)
@@ -170,7 +250,12 @@ def test_tokenizers_that_may_reach_across_a_newline_are_not_cut():
         (["abc"], "char", 4, r"vocab_size=4 is too small .* 3 different characters; set vocab_size to at least 5"),
         ([], "byte_bpe", 300, "cannot train a tokenizer on an empty corpus"),
         ([""], "char", 300, "cannot train a tokenizer on an empty corpus"),
-        (ENGLISH, "words", 300, r"kind='words' is unknown; choose one of .* 'char', 'uncased_word', 'word'\]"),
+        (
+            ENGLISH,
+            "words",
+            300,
+            r"kind='words' is unknown; choose one of .* 'char', 'uncased_word', 'unigram', 'word', 'wordpiece'\]",
+        ),
         (ENGLISH, "word", 2, r"vocab_size=2 is too small for a kind of words; it needs at least 3 \(<\|endoftext\|>,"),
     ],
 )
