@@ -41,6 +41,10 @@ ARROWS = {
     "hub": GROUND_FLOOR,
     "models": set(),
     "search": {"arguments", "training", "hub", *GROUND_FLOOR},
+    "tools": {
+        *("bmtk", "arguments", "catalogue", "data", "metrics", "search", "tasks", "training", "hub", "models"),
+        *GROUND_FLOOR,
+    },  # they read everything, and nothing but the command reads them
     "recipes": {"bmtk", "start", "arguments", "search", "tasks", "training", "hub", *GROUND_FLOOR},
     "bmtk_cli": {
         "bmtk",
@@ -54,6 +58,7 @@ ARROWS = {
         "training",
         "hub",
         "models",
+        "tools",
     },
 }
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "misc"}
