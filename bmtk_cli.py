@@ -107,15 +107,16 @@ step, file, tensor and size; the folders are kept then. If two runs that were le
 VERIFY_PARALLEL = """\
 Run your own recipe on one process, on two, and (where it has fsdp_size) sharded over two, and compare them.
 
-All have the same rows per optimizer step, precision fp32, and no dropout, whose random numbers depend on the number of
-processes. Without two GPUs all run on the CPU. Compared are loss and gradient norm of each step, and the final weights.
+All have the same rows per optimizer step, precision fp32, and no dropout, whose random numbers depend on the number
+of processes. Without two GPUs all run on the CPU. Compared are loss and gradient norm of each step, and the final
+weights.
 
 Exit code 0: they are the same within the bounds that are printed. Exit code 1: the first difference beyond them.
 """
 RUNS = """\
-List the training runs below a folder: recipe, task, model, steps, whether finished, last losses, best value of the main
-metric on validation rows, checkpoints with their size, and health: damaged checkpoints (sizes against the manifest;
-`bmtk checkpoint verify` reads them), steps that were not finite, what a kill has left unfinished.
+List the training runs below a folder: recipe, task, model, steps, whether finished, last losses, best value of the
+main metric on validation rows, checkpoints with their size, and health: damaged checkpoints (sizes against the
+manifest; `bmtk checkpoint verify` reads them), steps that were not finite, what a kill has left unfinished.
 """
 CHECKPOINT_VERIFY = """\
 Check a checkpoint of either recipe, or all of a run: manifest, sizes and hashes, that the weights load by

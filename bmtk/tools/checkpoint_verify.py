@@ -17,7 +17,7 @@ from bmtk.errors import UserError
 from bmtk.training.adapters import ADAPTER_CONFIG
 from bmtk.training.checkpoint import RUN_STATE
 from bmtk.training.guards import broken_weights
-from bmtk.training.manifest import damages
+from bmtk.training.manifest import MANIFEST, damages
 from bmtk.training.resume import NEEDED, step_of
 from bmtk.training.run_folder import CHECKPOINTS
 
@@ -34,9 +34,8 @@ def checkpoints_in(directory: str | Path) -> list[Path]:
     found = sorted((folder / CHECKPOINTS).glob("*-*[0-9]"), key=step_of)
     if found:
         return found
-    if not any(
-        (folder / name).is_file() for name in ("manifest.json", "trainer_state.json", f"{RUN_STATE}/state.json")
-    ):
+    marks = MANIFEST, "trainer_state.json", f"{RUN_STATE}/state.json"
+    if not any((folder / name).is_file() for name in marks):
         raise UserError(
             f"{str(directory)!r} is neither a checkpoint nor the folder of a run with checkpoints; give one such as "
             f"outputs/pretrain/{CHECKPOINTS}/step-00000100"
@@ -78,6 +77,7 @@ def load(folder: Path) -> tuple[PreTrainedModel, list[str]]:
     config = AutoConfig.from_pretrained(folder)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its table of weights becomes our lines
+    transformers.logging.disable_progress_bar()
     try:
         loading: Any = {"config": config, "dtype": "auto", "output_loading_info": True}
         model, facts = _class_of(config).from_pretrained(folder, **loading)

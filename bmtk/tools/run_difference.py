@@ -1,5 +1,6 @@
 """In what two runs differ that are to be the same: history, checkpoints, weights; to the bit, or within bounds."""
 
+import filecmp
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -45,10 +46,11 @@ def first_difference(one: Path, other: Path) -> Difference | None:
 
 def history_lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of history.jsonl without what differs from one run to the next in any case."""
-    lines = History(folder).read()
-    return [
-        {k: v for k, v in line.items() if k not in NOT_COMPARED and not k.endswith("_per_second")} for line in lines
-    ]
+
+    def is_compared(key: str) -> bool:
+        return key not in NOT_COMPARED and not key.endswith("_per_second")
+
+    return [{key: line[key] for key in line if is_compared(key)} for line in History(folder).read()]
 
 
 def _history_differences(one: Path, other: Path) -> Iterator[Difference]:
@@ -91,7 +93,7 @@ def tensor_differences(one: Path, other: Path, files: Iterable[Path], others: It
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
             yield f"{name}: only the {'first' if name in ours else 'second'} run has this file"
-        elif ours[name].read_bytes() != theirs[name].read_bytes():
+        elif not filecmp.cmp(ours[name], theirs[name], shallow=False):
             wrong = next(different_tensors(Tensors([ours[name]]), Tensors([theirs[name]])), None)
             yield f"{name}: {wrong or 'the same tensors, in files of different bytes'}"
 
@@ -108,10 +110,8 @@ def _optimizer_difference(one: Path, other: Path) -> str | None:
 
 def flat(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """(path, tensor) for each tensor in nested dictionaries and lists; numbers are tensors, too."""
-    items = (
-        state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, list | tuple) else ()
-    )
-    for key, value in items:
+    nested = dict(enumerate(state)) if isinstance(state, list | tuple) else state if isinstance(state, Mapping) else {}
+    for key, value in nested.items():
         yield from flat(value, f"{name}/{key}" if name else str(key))
     if isinstance(state, torch.Tensor):
         yield name, state
@@ -189,8 +189,9 @@ class Comparison:
 def compare(one: Path, other: Path, bounds: Bounds) -> Comparison:
     """Compare losses and gradient norms step by step, then the final weights, of two run folders."""
     found = Comparison()
-    lines = ({line["step"]: line for line in history_lines(folder) if "loss" in line} for folder in (one, other))
-    first, second = lines
+    first, second = (
+        {line["step"]: line for line in history_lines(folder) if "loss" in line} for folder in (one, other)
+    )
     for step in sorted(first.keys() | second.keys()):
         if step not in first or step not in second:
             found.first = found.first or Difference(step, "only one of the runs has logged this step")

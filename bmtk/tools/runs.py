@@ -57,7 +57,7 @@ class Run:
 
 
 def runs_below(folder: str | Path) -> list[Run]:
-    """The runs in `folder` and below it, in the order of their paths.  Raises: UserError if there is no such folder."""
+    """The runs in `folder` and below it, sorted by path.  Raises: UserError if there is no such folder."""
     if not Path(folder).is_dir():
         raise UserError(f"{str(folder)!r} is not a folder; give one that holds output folders of runs")
     return [read_run(path) for path in _run_folders(Path(folder))]
@@ -193,7 +193,7 @@ def as_table(runs: list[Run], *, below: str | Path) -> str:
     lines = [aligned(HEADER, [_row(run, Path(below)) for run in runs])]
     if any("is damaged" in problem for run in runs for problem in run.health):
         lines.append(
-            "\nnext: `bmtk checkpoint verify RUN` names every damage; the same command resumes from a whole one"
+            "\nnext: `bmtk checkpoint verify RUN` names every damage; a run resumes from its newest whole one"
         )
     elif interrupted := [run for run in runs if run.state == "interrupted"]:
         lines.append(f"\nnext: the command that started {interrupted[0].folder} goes on with it")

@@ -10,8 +10,8 @@ from .recipe_runs import Log, Recipe, Scratch, Watch, last_lines, log_of, run_ch
 from .run_difference import Bounds, Comparison, compare
 from .table import aligned
 
-# Sums of another order: 1e-7 to 1e-5 in a loss (Muon's products in bfloat16 have the most); AdamW divides by gradients,
-# so weights whose gradient is nearly 0 go apart by about the learning rate.
+# Sums of another order: 1e-7 to 1e-5 in a loss (Muon's products in bfloat16 have the most).  AdamW divides by
+# gradients, so weights whose gradient is nearly 0 go apart by about the learning rate.
 BOUNDS = Bounds(loss=1e-4, grad_norm=1e-3, weights=1e-3)
 ROW = ("processes", "seconds", "loss", "gradient norm", "weights", "verdict")
 DRAWS = ("dropout", "drop_path", "weight_drop", "drop_rate")  # in the names of settings that draw random numbers

@@ -134,7 +134,7 @@ def verdict(trial: Trial, kills: int, difference: Difference | None, causes: lis
     if difference:
         lines = [f"DIFFERENT: the first difference is at {difference}", *causes]
         lines.append(
-            "next: `--kills 1 --seed N` for a shorter case; report it with both folders if it is the resuming"
+            "next: `--kills 1 --seed N` for a shorter case; if it is the resuming, report it with both folders"
         )
     elif trial.num_struck == 0:
         lines = ["NO VERDICT: the run ended before a kill came; give more --steps"]
