@@ -37,6 +37,7 @@ from bmtk.tasks.objective import Objective
 from bmtk.tasks.task_data import SourceArguments
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState, save_model
+from bmtk.training.disk_space import check_room, saves_to_come
 from bmtk.training.evaluation import Evaluator, Results
 from bmtk.training.first_process import main_process_first
 from bmtk.training.loop import train
@@ -161,7 +162,11 @@ def fit(
         save=checkpoints.save,
         load_best=checkpoints.load_best,
     )
-    schedule = build_schedule(args, args.total_steps(batches.steps_per_epoch))
+    total = args.total_steps(batches.steps_per_epoch)
+    if accelerator.is_main_process:
+        saves = saves_to_come(args.save_steps, step=state.step, total=total)
+        check_room(args, prepared.unwrapped, prepared.optimizer.state, saves=saves)
+    schedule = build_schedule(args, total)
     train(prepared, batches, Losses.of(objective), schedule, args=args, state=state, hooks=hooks, meter=meter)
     return state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)
 

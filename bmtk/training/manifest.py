@@ -4,7 +4,9 @@ A kill at any moment leaves either the whole folder or none with its final name;
 the disk has damaged later.
 """
 
+import errno
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +14,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from bmtk.errors import ROOM, is_disk_full
 from bmtk.files import replacing_folder, sha256
 
 MANIFEST = "manifest.json"
-# What torch.save says on a full disk, in a RuntimeError.
-TORCH_CANNOT_WRITE = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
 
 
 def damages(folder: Path, *, contents: bool = True) -> list[str]:
@@ -46,12 +47,14 @@ def _damage(path: Path, name: str, facts: dict[str, object], contents: bool) -> 
 def written_whole(final: Path, *, num_bytes: int) -> Iterator[Path]:
     """Give the body a folder beside `final` to fill; afterwards list, flush and rename it.
 
-    num_bytes: about how much will be written, for an error when it does not fit.  A folder that is already at `final`
-    is replaced.  Only one process may write there.
+    num_bytes: about how much will be written; where less is free, nothing is begun.  A folder that is already at
+    `final` is replaced.  Only one process may write there.
 
     Raises: OSError if something cannot be written; whatever the error, no trace of the folder is left then.
     """
     try:
+        if num_bytes > free_bytes(final):
+            raise OSError(errno.ENOSPC, "not begun, as it would not fit")
         with replacing_folder(final) as beside:
             yield beside
             listed = {
@@ -59,12 +62,12 @@ def written_whole(final: Path, *, num_bytes: int) -> Iterator[Path]:
                 for name in files(beside)
             }
             dump_json(beside / MANIFEST, {"files": listed})
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_CANNOT_WRITE):
+    except Exception as error:  # Rust's libraries have classes of their own for what the system reports
+        if not (isinstance(error, OSError | SafetensorError) or is_disk_full(error)):
             raise
         raise OSError(
             f"{final} could not be written: {error}. It needs about {num_bytes / 1e6:.1f} MB, and "
-            f"{_free_bytes(final) / 1e6:.1f} MB are free. Older checkpoints are whole: make room, then run the same "
+            f"{free_bytes(final) / 1e6:.1f} MB are free. Older checkpoints are whole: {ROOM}, then run the same "
             "command again to resume from the newest one"
         ) from error
 
@@ -79,7 +82,9 @@ def dump_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> float:
+    """What may still be written where `path` is, or will be; infinite where the file system does not say it."""
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    usage = shutil.disk_usage(path)
+    return usage.free if usage.total else math.inf

@@ -31,6 +31,7 @@ from bmtk.files import PARTIAL
 from .averaging import WeightAverage
 from .batch_sampler import EpochSampler, EvenBatchSampler
 from .callbacks import refuse_broken_weights
+from .disk_space import SavingArguments, checkpoint_bytes
 from .early_stopping import is_better, is_exhausted
 from .manifest import damages, dump_json, written_whole
 from .protocols import Batch
@@ -113,7 +114,7 @@ class PatchedTrainer(Trainer):
         if best := self.state.best_global_step:
             self.state.best_model_checkpoint = str(final.with_name(f"{PREFIX}{best}"))
         is_writer = self.args.should_save
-        with written_whole(final, num_bytes=self._num_bytes()) if is_writer else nullcontext():
+        with written_whole(final, num_bytes=self.checkpoint_bytes()) if is_writer else nullcontext():
             self.accelerator.wait_for_everyone()  # the folder is there
             self._write_checkpoint(beside)
             self.accelerator.wait_for_everyone()  # the generators of all processes are
@@ -133,6 +134,11 @@ class PatchedTrainer(Trainer):
         if is_due:
             self._save_checkpoint(self.model_wrapped, None)
         return folder
+
+    def checkpoint_bytes(self) -> int:
+        """About how much a checkpoint takes, also before there is an optimizer."""
+        state = self.optimizer.state if self.optimizer is not None else None
+        return checkpoint_bytes(cast(torch.nn.Module, self.model), cast(SavingArguments, self.args), state)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Fault (transformers 5.23): keeps the norm before clipping from callbacks, which see the clipped gradient.
@@ -162,13 +168,6 @@ class PatchedTrainer(Trainer):
     @property
     def _rows_per_step(self) -> int:
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-
-    def _num_bytes(self) -> int:
-        """About how much a checkpoint of Adam takes."""
-        model: Any = self.model
-        trained = [parameter.requires_grad for parameter in model.parameters()]
-        sizes = [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
-        return sum(size * (3 if is_trained else 1) for size, is_trained in zip(sizes, trained, strict=True))
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Fault (transformers 5.23): goes on with another batch size, or without the best model, and says nothing.
@@ -231,6 +230,17 @@ class PatchedTrainer(Trainer):
         """Fault (transformers 5.23): loads the best weights without a look at whether they are as they were saved."""
         check_best(Path(str(self.state.best_model_checkpoint)))
         super()._load_best_model()
+
+    def _finalize_training(self, *args: Any) -> Any:
+        """Fault (transformers 5.23): where one checkpoint is kept, deletes the newest one when it has loaded the best.
+
+        A kill before the final model is saved would then cost all steps since the best one.
+        """
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args)  # type: ignore[no-untyped-call]
+        finally:
+            self.args.save_total_limit = keep
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Fault (accelerate 1.15): fills the last batches of an epoch up with rows that were trained on before.
