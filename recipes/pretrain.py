@@ -165,7 +165,7 @@ def fit(
     total = args.total_steps(batches.steps_per_epoch)
     if accelerator.is_main_process:
         saves = saves_to_come(args.save_steps, step=state.step, total=total)
-        check_room(args, prepared.unwrapped, prepared.optimizer.state, saves=saves)
+        check_room(args, prepared.unwrapped, saves=saves)
     schedule = build_schedule(args, total)
     train(prepared, batches, Losses.of(objective), schedule, args=args, state=state, hooks=hooks, meter=meter)
     return state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)

@@ -18,7 +18,7 @@ from bmtk.training.adapters import ADAPTER_CONFIG
 from bmtk.training.checkpoint import RUN_STATE
 from bmtk.training.guards import broken_weights
 from bmtk.training.manifest import MANIFEST, damages
-from bmtk.training.resume import NEEDED, step_of
+from bmtk.training.resume import NEEDED, checkpoints_of, step_of
 from bmtk.training.run_folder import CHECKPOINTS
 
 from .run_difference import flat
@@ -31,8 +31,7 @@ LOADING = ("missing_keys", "unexpected_keys", "mismatched_keys")
 def checkpoints_in(directory: str | Path) -> list[Path]:
     """The checkpoint `directory`, or all of the run that it holds.  Raises: UserError if it is neither."""
     folder = Path(directory)
-    found = sorted((folder / CHECKPOINTS).glob("*-*[0-9]"), key=step_of)
-    if found:
+    if found := checkpoints_of(folder):
         return found
     marks = MANIFEST, "trainer_state.json", f"{RUN_STATE}/state.json"
     if not any((folder / name).is_file() for name in marks):

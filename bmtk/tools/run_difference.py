@@ -12,8 +12,7 @@ import torch
 from safetensors import safe_open
 
 from bmtk.training.history import History
-from bmtk.training.resume import step_of
-from bmtk.training.run_folder import CHECKPOINTS
+from bmtk.training.resume import checkpoints_of, step_of
 
 # What a clock measures, and how often fp16 has skipped a step since a process was started.
 NOT_COMPARED = ("seconds", "mfu", "num_overflows")
@@ -75,10 +74,9 @@ def _apart(one: Any, other: Any) -> str:
 
 
 def _checkpoint_differences(one: Path, other: Path) -> Iterator[Difference]:
-    theirs = {path.name for path in (other / CHECKPOINTS).glob("*-*[0-9]")}
-    ours = [path for path in (one / CHECKPOINTS).glob("*-*[0-9]") if path.name in theirs]
-    for folder in sorted(ours, key=step_of):
-        second = other / CHECKPOINTS / folder.name
+    theirs = {path.name: path for path in checkpoints_of(other)}
+    for folder in (path for path in checkpoints_of(one) if path.name in theirs):
+        second = theirs[folder.name]
         files = (each.rglob("*.safetensors") for each in (folder, second))
         what = next(tensor_differences(folder, second, *files), None) or _optimizer_difference(folder, second)
         if what:

@@ -18,7 +18,7 @@ from bmtk.hub.formatting import LOWER_IS_BETTER, is_number
 from bmtk.training.early_stopping import is_better
 from bmtk.training.history import History
 from bmtk.training.manifest import damages
-from bmtk.training.resume import step_of
+from bmtk.training.resume import checkpoints_of, step_of
 from bmtk.training.run_folder import CHECKPOINTS, LOCK, RUN_CONFIG
 
 from .table import aligned, shown_bytes
@@ -77,7 +77,7 @@ def read_run(folder: Path) -> Run:
     """The run in a folder with a run_config.json."""
     config, record = (_object(folder / name) for name in (RUN_CONFIG, "run.json"))
     history = [line for line in History(folder).read() if isinstance(line, dict)]
-    checkpoints = [_checkpoint(path) for path in _checkpoint_folders(folder)]
+    checkpoints = [_checkpoint(path) for path in checkpoints_of(folder)]
     step = max([0, *(int(line.get("step", 0)) for line in history), *(one.step for one in checkpoints)])
     state = _state(folder, record)
     metric = str(record.get("about", {}).get("main_metric") or "loss")
@@ -105,10 +105,6 @@ def _object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _checkpoint_folders(folder: Path) -> list[Path]:
-    return sorted((folder / CHECKPOINTS).glob("*-*[0-9]"), key=step_of)
-
-
 def _checkpoint(folder: Path) -> Checkpoint:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Checkpoint(step_of(folder), size, damages(folder, contents=False))
@@ -117,7 +113,7 @@ def _checkpoint(folder: Path) -> Checkpoint:
 def _num_steps(folder: Path, config: dict[str, Any]) -> int | None:
     """The steps that the run is to have; None where they follow from rows, and no checkpoint of Trainer has them."""
     given = next((config[key] for key in ("num_train_steps", "max_steps") if (config.get(key) or -1) > 0), None)
-    states = (_object(path / "trainer_state.json").get("max_steps") for path in _checkpoint_folders(folder))
+    states = (_object(path / "trainer_state.json").get("max_steps") for path in checkpoints_of(folder))
     return given or next((steps for steps in states if steps), None)
 
 
@@ -169,7 +165,7 @@ def _damaged(checkpoints: list[Checkpoint]) -> Iterator[str]:
 
 def _broken_steps(folder: Path, history: list[dict[str, Any]]) -> Iterator[str]:
     """Steps that were not applied, and losses that were not finite."""
-    newest = next(reversed(_checkpoint_folders(folder)), None)
+    newest = next(reversed(checkpoints_of(folder)), None)
     progress = _object(newest / "training_state" / "state.json").get("progress", {}) if newest else {}
     if skipped := progress.get("skipped"):
         yield f"{len(skipped)} steps skipped, as they were not finite (the last is {skipped[-1]})"

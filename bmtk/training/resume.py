@@ -31,6 +31,11 @@ def numbered(directory: Path, prefix: str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)), reverse=True)
 
 
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints in the folder of a run of either recipe, the oldest first; without unfinished ones."""
+    return sorted((run / CHECKPOINTS).glob("[!.]*-*[0-9]"), key=step_of)
+
+
 def newest_whole(directory: Path, prefix: str, damages: Callable[[Path], list[str]]) -> Path | None:
     """The newest folder without damages of those that `numbered` finds, or None if there are no such folders at all.
 

@@ -31,7 +31,7 @@ from bmtk.files import PARTIAL
 from .averaging import WeightAverage
 from .batch_sampler import EpochSampler, EvenBatchSampler
 from .callbacks import refuse_broken_weights
-from .disk_space import SavingArguments, checkpoint_bytes
+from .disk_space import checkpoint_bytes
 from .early_stopping import is_better, is_exhausted
 from .manifest import damages, dump_json, written_whole
 from .protocols import Batch
@@ -113,8 +113,9 @@ class PatchedTrainer(Trainer):
         self.store_flos()
         if best := self.state.best_global_step:
             self.state.best_model_checkpoint = str(final.with_name(f"{PREFIX}{best}"))
-        is_writer = self.args.should_save
-        with written_whole(final, num_bytes=self.checkpoint_bytes()) if is_writer else nullcontext():
+        is_writer, optimizer = self.args.should_save, cast(Any, self.optimizer)
+        num_bytes = checkpoint_bytes(cast(Any, self.model), optimizer.state, has_average=bool(self.average))
+        with written_whole(final, num_bytes=num_bytes) if is_writer else nullcontext():
             self.accelerator.wait_for_everyone()  # the folder is there
             self._write_checkpoint(beside)
             self.accelerator.wait_for_everyone()  # the generators of all processes are
@@ -134,11 +135,6 @@ class PatchedTrainer(Trainer):
         if is_due:
             self._save_checkpoint(self.model_wrapped, None)
         return folder
-
-    def checkpoint_bytes(self) -> int:
-        """About how much a checkpoint takes, also before there is an optimizer."""
-        state = self.optimizer.state if self.optimizer is not None else None
-        return checkpoint_bytes(cast(torch.nn.Module, self.model), cast(SavingArguments, self.args), state)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Fault (transformers 5.23): keeps the norm before clipping from callbacks, which see the clipped gradient.
