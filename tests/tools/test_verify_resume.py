@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,13 +152,37 @@ def test_a_kill_comes_in_its_phase_and_not_because_of_what_an_earlier_process_ha
         assert reached == 39
 
 
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open(sys.argv[1], "w").write(str(child.pid))
+time.sleep(60)
+"""
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_a_child_is_killed_with_what_it_has_started_when_the_command_is_interrupted(tmp_path, monkeypatch):
+    noted = tmp_path / "pid"
+
     def interrupted(*args):
+        while not (noted.exists() and noted.read_text()):
+            time.sleep(0.01)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bmtk.tools.recipe_runs._follow", interrupted)
+    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_child([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "run", steps=1, log=print)
+        run_child([sys.executable, "-c", PARENT, str(noted)], tmp_path / "run", steps=1, log=print)
+    assert time.monotonic() - started < 30
+    time.sleep(0.2)
+    assert not is_alive(int(noted.read_text()))
 
 
 def test_the_last_whole_line_is_the_step(tmp_path):
