@@ -64,7 +64,12 @@ def runs_below(folder: str | Path) -> list[Run]:
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    for directory, below, names in os.walk(folder):
+    seen: set[str] = set()  # links are followed, and may lead in a circle
+    for directory, below, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(directory)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
         is_run = RUN_CONFIG in names
         below[:] = sorted(
             name for name in below if not name.startswith(".") and not (is_run and name in MADE_BY_A_RUN)

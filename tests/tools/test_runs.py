@@ -120,6 +120,7 @@ def test_runs_are_found_at_any_depth_and_none_inside_of_another_ones_checkpoints
     for name in ("b/c", "a", "search/trials/0"):
         write_run(tmp_path / name)
     write_run(tmp_path / "a" / "checkpoints" / "step-9")
+    (tmp_path / "b" / "circle").symlink_to(tmp_path)
     assert [Path(run.folder).relative_to(tmp_path).as_posix() for run in runs_below(tmp_path)] == [
         *("a", "b/c", "search/trials/0"),
     ]
@@ -145,6 +146,7 @@ def test_an_empty_folder_and_one_that_is_not_there(tmp_path):
         runs_below(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_the_list_needs_no_library_that_takes_seconds(tmp_path):
     write_run(tmp_path / "a")
     code = "import sys, bmtk_cli; bmtk_cli.main(sys.argv[1:]); print({'torch', 'transformers'} & set(sys.modules))"

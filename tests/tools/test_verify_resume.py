@@ -32,6 +32,7 @@ def verify(recipe, *, kills=4, steps=8, seed=0, work_dir=None):
     return code, "\n".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_that_resumes_exactly_is_equal_after_all_kinds_of_kills(recipe, seed, tmp_path):
     code, said = verify(recipe(), seed=seed)
@@ -42,6 +43,7 @@ def test_a_run_that_resumes_exactly_is_equal_after_all_kinds_of_kills(recipe, se
     assert list((tmp_path / "outputs").iterdir()) == [], "what is equal is not kept"
 
 
+@pytest.mark.slow
 def test_a_resumption_that_forgets_is_found_with_its_first_step(recipe, tmp_path):
     code, said = verify(recipe("forgets"), kills=1)
     assert code == 1
@@ -53,12 +55,14 @@ def test_a_resumption_that_forgets_is_found_with_its_first_step(recipe, tmp_path
     assert {"whole", "killed", "whole-again", "whole.log", "killed.log"} <= {path.name for path in kept.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_machine_that_gives_other_numbers_each_time_is_not_blamed_on_the_resuming(recipe):
     code, said = verify(recipe("noise"), kills=1)
     assert code == 1
     assert "two runs that were left alone differ as well (step 1: history.jsonl: loss is " in said
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fails_is_shown_with_its_own_words(recipe):
     code, said = verify(recipe("fails"))
     assert code == 1
@@ -66,6 +70,7 @@ def test_a_recipe_that_fails_is_shown_with_its_own_words(recipe):
     assert "FAILED: see " in said
 
 
+@pytest.mark.slow
 def test_kills_that_come_too_late_give_no_verdict(recipe, monkeypatch):
     monkeypatch.setattr("bmtk.tools.verify_resume.planned_kills", lambda *args: [Kill("training", 999)])
     code, said = verify(recipe(), kills=1)
@@ -73,6 +78,7 @@ def test_kills_that_come_too_late_give_no_verdict(recipe, monkeypatch):
     assert "NO VERDICT: the run ended before a kill came; give more --steps" in said
 
 
+@pytest.mark.slow
 def test_a_work_folder_stays_and_has_to_be_empty(recipe, tmp_path):
     code, _ = verify(recipe(), kills=1, work_dir=str(tmp_path / "work"))
     assert code == 0
@@ -134,6 +140,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["training", "saving", "ending"])
 def test_a_kill_comes_in_its_phase_and_not_because_of_what_an_earlier_process_has_left(phase, tmp_path):
     folder = tmp_path / "run"
@@ -167,6 +174,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_a_child_is_killed_with_what_it_has_started_when_the_command_is_interrupted(tmp_path, monkeypatch):
     noted = tmp_path / "pid"

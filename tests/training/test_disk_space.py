@@ -184,7 +184,7 @@ def check_what_is_left(folder: Path, step: int) -> None:
 
 
 def test_a_disk_that_is_full_at_any_write_costs_no_checkpoint(small_disk, tmp_path, monkeypatch):
-    """Pages of a tmpfs have 4 kB, so the room is given in steps of one and a half."""
+    """Pages of a tmpfs have 4 kB, and the files of this checkpoint 0.3 to 50."""
     folder, leave = small_disk
     settings = {"save_steps": 1, "eval_steps": 0, "logging_steps": 1, "save_total_limit": 1, "schedule": "constant"}
     straight = run(arguments(tmp_path / "straight", num_train_steps=2, **settings))["digest"]
@@ -193,7 +193,7 @@ def test_a_disk_that_is_full_at_any_write_costs_no_checkpoint(small_disk, tmp_pa
     (folder / "run" / "model.safetensors").unlink()
     shutil.copytree(folder / "run", tmp_path / "after-one-step")
     refused = 0
-    for free in range(0, 200_000, 6_000):
+    for free in range(0, 200_000, 12_000):
         shutil.rmtree(folder / "run")
         shutil.copytree(tmp_path / "after-one-step", folder / "run")
         leave(free)
@@ -204,7 +204,7 @@ def test_a_disk_that_is_full_at_any_write_costs_no_checkpoint(small_disk, tmp_pa
         leave(None)
         assert run(arguments(folder / "run", num_train_steps=2, **settings))["digest"] == straight
         assert digest(AutoModelForCausalLM.from_pretrained(folder / "run")) == straight
-    assert refused > 10
+    assert refused > 5
 
 
 def error_of(body) -> Exception | None:
@@ -301,7 +301,7 @@ def damage(folder: Path, draw: random.Random) -> None:
 def test_rotation_never_deletes_the_best_or_the_last_good_checkpoint(prefix, tmp_path, monkeypatch):
     """Random sequences of saves, damages and resumptions, whatever is damaged: of any age, and several at a time."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    for seed in range(40):
+    for seed in range(20):
         draw, folder = random.Random(seed), tmp_path / str(seed)
         keep, step, best = draw.randint(1, 3), 0, None
         for _ in range(25):
