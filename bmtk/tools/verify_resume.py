@@ -61,7 +61,7 @@ class Trial:
         return (
             f"recipes/{self.recipe.name}.py with your settings, but {self.steps} steps, a checkpoint each "
             f"{self.save_every}, each step in the history, no test rows and nothing published:\n"
-            f"once left alone, and once killed {kills} times and resumed by the same command (in {self.whole.parent})"
+            f"once left alone, and once with {shown_kills(kills)}, each resumed by the same command (in {self.whole.parent})"
         )
 
     def run(self, folder: Path, words: str, kill: Kill | None = None) -> Watch:
@@ -119,7 +119,7 @@ def planned_kills(count: int, seed: int, timing: Watch) -> list[Kill]:
         "starting": start,
         "training": (done - start) / max(1, timing.steps - 1),
         "saving": sum(timing.saves) / len(timing.saves) if timing.saves else 0.0,
-        "ending": timing.seconds - done,
+        "ending": (timing.seconds - done) / 2,  # a resumed run may be faster there
     }
     phases = [PHASES[number % len(PHASES)] for number in range(count)]
     if count > len(PHASES):
@@ -127,6 +127,10 @@ def planned_kills(count: int, seed: int, timing: Watch) -> list[Kill]:
     return [
         Kill(phase, step, delay=draw.uniform(0, 0.9) * spans[phase]) for phase, step in zip(phases, steps, strict=True)
     ]
+
+
+def shown_kills(count: int) -> str:
+    return f"{count} kill{'' if count == 1 else 's'}"
 
 
 def verdict(trial: Trial, kills: int, difference: Difference | None, causes: list[str]) -> str:
@@ -140,10 +144,12 @@ def verdict(trial: Trial, kills: int, difference: Difference | None, causes: lis
         lines = ["NO VERDICT: the run ended before a kill came; give more --steps"]
     else:
         lines = [
-            f"EQUAL: killed {trial.num_struck} times, and its {trial.steps} steps, checkpoints and final weights are "
-            "those of the run that was left alone, to the bit"
+            f"EQUAL after {shown_kills(trial.num_struck)}: its {trial.steps} steps, checkpoints and final weights "
+            "are those of the run that was left alone, to the bit"
         ]
         if trial.num_struck < kills:
-            lines.append(f"{kills - trial.num_struck} kills came too late; more --steps leave room for them")
+            lines.append(
+                f"{shown_kills(kills - trial.num_struck)} came too late, after the end; more --steps leave room"
+            )
         lines.append("next: another --seed kills at other moments; `bmtk verify parallel` compares 1 and 2 processes")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ SHORTER = {"resume": ["--kills", "1", "--steps", "4"], "parallel": ["--steps", "
 SAYS = {
     "runs": "finished",
     "checkpoint": "whole; weights load and are finite",
-    "resume": "EQUAL: killed 1 times, and its 4 steps, checkpoints and final weights are those of",
+    "resume": "EQUAL after 1 kill: its 4 steps, checkpoints and final weights are those of",
     "parallel": "THE SAME on any of these numbers of processes",
 }
 
