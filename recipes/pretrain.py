@@ -35,6 +35,7 @@ from bmtk.settings import about_data
 from bmtk.tasks import task_named
 from bmtk.tasks.objective import Objective
 from bmtk.tasks.task_data import SourceArguments
+from bmtk.training.agreement import check_agreement, check_shared, checksum, digest, together
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState, save_model
 from bmtk.training.disk_space import check_room, saves_to_come
@@ -42,7 +43,7 @@ from bmtk.training.evaluation import Evaluator, Results
 from bmtk.training.first_process import main_process_first
 from bmtk.training.loop import train
 from bmtk.training.lr_range_test import suggest_rate
-from bmtk.training.prepared import build_accelerator, prepare
+from bmtk.training.prepared import Prepared, build_accelerator, prepare
 from bmtk.training.profiling import seconds_per_step
 from bmtk.training.run_folder import check_data, check_tokenizer, held
 from bmtk.training.run_log import Hooks
@@ -90,20 +91,21 @@ def main(argv: list[str]) -> None:
         check_publishing(run, log=print)
     with held(folder, settings, is_main=accelerator.is_main_process, **check):
         started_at = run_record.now()
+        check_shared(accelerator, folder)
         objective, model = start(run, data_args, chosen, accelerator, seed=args.seed, folder=folder)
         accelerator.print(notes_of(objective), end="", flush=True)
         if is_finished(folder, {**settings, **objective.decided_settings}):
             return accelerator.on_main_process(show_finished)(folder, run=run, objective=objective, log=print)
-        state, results, speeds = fit(model, objective, args, settings, accelerator)
+        prepared, state, results, speeds = fit(model, objective, args, settings, accelerator)
+        save_model(folder, prepared, objective.processor)
         if accelerator.is_main_process:
-            save_model(folder, model, objective.processor)
             finished = FinishedRun(
                 recipe="pretrain",
                 config=settings,
                 environment=run_record.environment_record(accelerator),
                 started_at=started_at,
                 train_seconds=state.seconds,
-                model=run_record.model_record(model, base_model=run.model),
+                model=run_record.model_record(prepared.unwrapped, base_model=run.model),
                 throughput=speeds,
                 results=results,
             )
@@ -143,19 +145,20 @@ def fit(
     args: LoopArguments,
     settings: dict[str, object],
     accelerator: Accelerator,
-) -> tuple[TrainState, Results, dict[str, float | None]]:
-    """Train to the end, from the newest checkpoint if there is one; return the last state, results and speeds."""
-    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    batches = objective.train_batches(**args.batching, **ranks)
+) -> tuple[Prepared, TrainState, Results, dict[str, float | None]]:
+    """Train to the end, from the newest checkpoint if there is one; return model, last state, results, speeds."""
     one_row = next(objective.batches_in_order(objective.rows["train"], batch_size=1))
+    facts = {"the settings": digest(settings), "the rows": digest(one_row), "the weights": checksum(model)}
+    check_agreement(accelerator, facts)
     meter = build_meter(model, objective.unit, one_row, accelerator)
     prepared = prepare(model, args, accelerator)
+    batches = objective.train_batches(**args.batching, **prepared.share)
     checkpoints = Checkpoints(args.output_dir, prepared, objective.processor, settings, args.save_total_limit)
     newest = checkpoints.newest()
     state = checkpoints.load(newest) if newest else TrainState()
     if newest:
         accelerator.print(f"going on after step {state.step:,} ({newest})")
-    evaluator = Evaluator(objective, prepared.model, accelerator, batch_size=batches.micro_batch_size)
+    evaluator = Evaluator(objective, prepared, batch_size=batches.micro_batch_size)
     hooks = Hooks(
         evaluate=evaluator.validate,
         main_metric=f"validation/{objective.scorer.main_metric}",
@@ -163,12 +166,11 @@ def fit(
         load_best=checkpoints.load_best,
     )
     total = args.total_steps(batches.steps_per_epoch)
-    if accelerator.is_main_process:
-        saves = saves_to_come(args.save_steps, step=state.step, total=total)
-        check_room(args, prepared.unwrapped, saves=saves)
+    saves = saves_to_come(args.save_steps, step=state.step, total=total) if accelerator.is_main_process else 0
+    together(accelerator, partial(check_room, args, prepared.unwrapped, saves=saves))
     schedule = build_schedule(args, total)
     train(prepared, batches, Losses.of(objective), schedule, args=args, state=state, hooks=hooks, meter=meter)
-    return state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)
+    return prepared, state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)
 
 
 def plan(

@@ -292,8 +292,23 @@ def test_the_plan_of_tensor_parallelism_names_every_matrix_of_the_layers_and_not
         matrices = {re.sub(r"\d+", "*", name) for name, module in model.named_modules()
                     if isinstance(module, nn.Linear) and "layers." in name}  # fmt: skip
         heads = {"lm_head"} if case.head_name in ("CausalLM", "Seq2SeqLM") else set()
-        assert set(model.tp_plan) == matrices | heads
-        assert set(model.config.base_model_tp_plan) == {re.sub("^model[.]", "", name) for name in matrices}
+        tables = {name for name, module in model.named_modules()
+                  if isinstance(module, nn.Embedding) and name.endswith("stem.embed_tokens")}  # fmt: skip
+        norms = {re.sub(r"\d+", "*", name) for name, module in model.named_modules()
+                 if name.endswith(("q_norm", "k_norm")) and list(module.parameters())}  # fmt: skip
+        assert set(model.tp_plan) == matrices | heads | tables | norms
+        trunk = matrices | tables | norms
+        assert set(model.config.base_model_tp_plan) == {re.sub("^model[.]", "", name) for name in trunk}
+
+
+@over(CASES)
+def test_the_plan_of_sharding_names_modules_that_the_model_has(case):
+    model = case.model()
+    names = {re.sub(r"\d+", "*", name) for name, _ in model.named_modules()}
+    assert model.fsdp_plan
+    assert set(model.fsdp_plan) <= names
+    assert model._no_split_modules
+    assert model._no_split_modules <= {type(module).__name__ for module in model.modules()}
 
 
 @over(CASES)

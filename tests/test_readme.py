@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 import bmtk_cli
 
@@ -54,12 +55,20 @@ def check_pip(words):
     assert (ROOT / "constraints.txt").is_file()
 
 
+def check_torchrun(words):
+    launched = get_args_parser().parse_args(words)
+    importlib.import_module(f"recipes.{Path(launched.training_script).stem}").read_arguments(
+        launched.training_script_args
+    )
+
+
 CHECKS = {
     "accelerate": lambda words: check_accelerate(words[1:]),
     "bmtk": check_bmtk,
     "make": check_make,
     "pip": check_pip,
     "python": check_python,
+    "torchrun": check_torchrun,
 }
 
 

@@ -288,6 +288,11 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
         """Cache type of each layer, for `DynamicCache(config=...)`; a property, so that it is not saved."""
         return ["bm_convolution"] * self.num_hidden_layers
 
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        """What is gathered together when weights are spread over processes: a stage (images) or a layer."""
+        return {"stages.*" if self.input_type == "pixels" else "layers.*": "free_full_weight"}
+
     def validate_layer_type(self):
         """Override the check of the base class, which allows only transformers' own layer types."""
 

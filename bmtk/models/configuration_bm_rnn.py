@@ -164,6 +164,12 @@ class BmRnnConfig(AudioTimes, PresetMixin, PreTrainedConfig):
         """Cache type of each layer, for `DynamicCache(config=...)`; a property, so that it is not saved."""
         return ["bm_recurrent"] * self.num_hidden_layers
 
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        """What is gathered together when weights are spread over processes: a layer; all else with the whole model."""
+        sides = ("encoder.", "decoder.") if self.is_encoder_decoder else ("",)
+        return {f"{side}layers.*": "free_full_weight" for side in sides}
+
     def validate_layer_type(self):
         """Override the check of the base class, which allows only transformers' own layer types."""
 

@@ -211,15 +211,27 @@ class BmTransformerConfig(AudioTimes, PresetMixin, PreTrainedConfig):
         if self.hidden_act == "swiglu":
             mlp["gate_proj"] = "colwise"
         attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+        if self.qk_norm:  # each process scales its own heads, and sees their part of the gradient
+            attention |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
         sides: dict[str, tuple[str, ...]] = {"": ("self_attn",)}
         if self.is_encoder_decoder:
             sides = {"encoder.": ("self_attn",), "decoder.": ("self_attn", "cross_attn")}
-        return {
+        layers = {
             f"{side}layers.*.{block}.{name}": style
             for side, blocks in sides.items()
             for block, plan in (*((block, attention) for block in blocks), ("mlp", mlp))
             for name, style in plan.items()
         }
+        if self.input_type != "tokens":
+            return layers
+        # An output layer that is tied to the table is cut in the same way: by tokens.
+        return layers | {f"{side}stem.embed_tokens": "embedding_rowwise" for side in sides}
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        """What is gathered together when weights are spread over processes: a layer; all else with the whole model."""
+        sides = ("encoder.", "decoder.") if self.is_encoder_decoder else ("",)
+        return {f"{side}layers.*": "free_full_weight" for side in sides}
 
     def validate_heads(self):
         if self.num_attention_heads % self.num_key_value_heads:

@@ -6,7 +6,6 @@ et al. 2017, arXiv:1706.03762).
 """
 
 import copy
-import re
 from dataclasses import dataclass
 
 import torch
@@ -82,14 +81,7 @@ class BmTransformerPreTrainedModel(EmbeddingInStem, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _tp_plan: dict[str, str]
     _can_record_outputs = {"hidden_states": BmTransformerLayer, "attentions": BmTransformerAttention}
-
-    def init_parallel_plans(self) -> None:
-        """The plans of the configuration, for the modules that this model has: an encoder has no cross-attention."""
-        super().init_parallel_plans()
-        names = {re.sub(r"\d+", "*", name) for name, _ in self.named_modules()}
-        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -7,6 +7,7 @@ Source: sinusoidal positions, Vaswani et al. 2017, arXiv:1706.03762, sec. 3.5; l
 """
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -84,6 +85,21 @@ class EmbeddingInStem:
 
     Precedes PreTrainedModel in the bases of a family's root.  A stem names its layer in `input_layer`.
     """
+
+    _no_split_modules: set[str]
+
+    def init_parallel_plans(self) -> None:
+        """The plans of the configuration, for the modules that this model has: an encoder has no cross-attention."""
+        super().init_parallel_plans()
+        names = {re.sub(r"\d+", "*", name) for name, _ in self.named_modules()}
+        for plan in ("_tp_plan", "_fsdp_plan"):
+            setattr(self, plan, {name: style for name, style in getattr(self, plan).items() if name in names})
+
+    def post_init(self) -> None:
+        super().post_init()
+        # accelerate's FSDP refuses a name that this model has no module of.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = self._no_split_modules & present
 
     def get_input_embeddings(self) -> nn.Module:
         stem = self.base_model.stem

@@ -61,7 +61,8 @@ class Trial:
         return (
             f"recipes/{self.recipe.name}.py with your settings, but {self.steps} steps, a checkpoint each "
             f"{self.save_every}, each step in the history, no test rows and nothing published:\n"
-            f"once left alone, and once with {shown_kills(kills)}, each resumed by the same command (in {self.whole.parent})"
+            f"once left alone, and once with {shown_kills(kills)}, each resumed by the same command (in "
+            f"{self.whole.parent})"
         )
 
     def run(self, folder: Path, words: str, kill: Kill | None = None) -> Watch:

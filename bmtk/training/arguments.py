@@ -20,7 +20,8 @@ NONFINITE = ("stop", "skip")
 # memory, not what is learned.
 FREE_KEYS = frozenset(
     "output_dir overwrite_output_dir logging_steps eval_steps save_steps save_total_limit "
-    "micro_batch_size gradient_checkpointing torch_compile nonfinite max_minutes".split()
+    "micro_batch_size gradient_checkpointing torch_compile nonfinite max_minutes "
+    "fsdp_size dp_replicate_size tp_size".split()
 )
 
 
@@ -171,6 +172,16 @@ class LoopArguments(SharedArguments):
     precision: str = _shared("precision", "auto")
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass: less memory, slower")
     torch_compile: bool = _setting(False, "compile the model with torch.compile before the first step")
+    fsdp_size: int = _setting(
+        1, "processes over which weights, gradients and optimizer state are spread (FSDP2); 1: each holds all of them"
+    )
+    dp_replicate_size: int = _setting(
+        0, "copies of the model that are sharded so, best one on each machine (HSDP); 0: as many as the processes make"
+    )
+    tp_size: int = _setting(
+        1,
+        "processes over which each matrix is cut (tensor parallelism), where one device cannot hold a layer",
+    )
     nonfinite: str = _setting(
         "stop", "a step that is not finite is never applied: stop, with the weights before it saved, or skip it"
     )
@@ -187,6 +198,7 @@ class LoopArguments(SharedArguments):
     def _wrong_numbers(self) -> Iterator[str]:
         at_least = {"logging_steps": 1, "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0}
         at_least |= {"adam_epsilon": 0, "max_grad_norm": 0, "warmup_steps": 0, "min_lr_ratio": 0, "seed": 0}
+        at_least |= {"fsdp_size": 1, "dp_replicate_size": 0, "tp_size": 1}
         yield from too_low(self, at_least)
         yield from not_below_one(self, ("adam_beta1", "adam_beta2"))
         if self.min_lr_ratio > 1:

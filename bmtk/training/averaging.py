@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from bmtk.errors import UserError
 
-AVERAGES = "averages.safetensors"  # the state's file in a checkpoint
+from .tensor_files import opened
+
+AVERAGES = "averages"  # stem of the state's files in a checkpoint
 NUM_UPDATES = "num_updates"  # beside the averages in a state
 
 
@@ -73,11 +75,13 @@ class WeightAverage:
 
     def save(self, folder: Path) -> None:
         """Write the state into the folder of a checkpoint."""
-        save_file(self.state_dict(), folder / AVERAGES)
+        save_file(self.state_dict(), folder / f"{AVERAGES}.safetensors")
 
     def load(self, folder: Path) -> None:
         """Take over the state in the folder of a checkpoint."""
-        self.load_state_dict(load_file(folder / AVERAGES))
+        like = {self.names[parameter]: average for parameter, average in self.averages.items()}
+        with opened(folder, AVERAGES) as files:
+            self.load_state_dict({name: files.read(name, like=like.get(name)) for name in files})
 
 
 @torch.no_grad()

@@ -1,15 +1,18 @@
 """Predictions over whole splits: every row once, in order, on any number of processes."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from .prepared import Prepared
 from .progress import Bar
 from .protocols import Batch, Figure, Prediction, Sample, TrainingObjective
+from .sharding import evaluating, is_fsdp
 from .updates import on_device
 
 ERRORS = frozenset("loss mse mae mase wer cer perplexity rank byte".split())  # last words of metrics that should fall
@@ -41,10 +44,12 @@ def predict_all(
     description: str = "evaluating",
     num_batches: int = 0,
     show_progress: bool = True,
+    is_copy: bool = False,
 ) -> list[Prediction]:
     """What `predict(model, batch)` returns for the `batches` of all processes, in the order of their ranks.
 
-    `batches` are this process's share, and may be more or fewer than another's.  The model is evaluated under the
+    `batches` are this process's share, and may be more or fewer than another's; with `is_copy`, another process
+    predicts the very same ones.  The model is evaluated under the
     accelerator's precision, and is left training if it was.
     """
     model = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -52,30 +57,52 @@ def predict_all(
     predictions: list[Prediction] = []
     model.eval()
     hidden = not (show_progress and accelerator.is_main_process and num_batches >= SHORT)
-    with Bar(total=num_batches, desc=description, leave=False, disable=hidden) as bar:
-        for batch in batches:
+    in_step: Iterator[tuple[Batch, bool]] = in_lockstep(batches) if is_fsdp(model) else ((b, True) for b in batches)
+    with evaluating(model), Bar(total=num_batches, desc=description, leave=False, disable=hidden) as bar:
+        for batch, is_own in in_step:
             with accelerator.autocast():
-                predictions += predict(model, on_device(batch, accelerator.device))
+                found = predict(model, on_device(batch, accelerator.device))
+            predictions += found if is_own else []
             bar.update()
     model.train(was_training)
-    return gather_object(predictions) if accelerator.num_processes > 1 else predictions
+    if accelerator.num_processes == 1:
+        return predictions
+    return gather_object([] if is_copy else predictions)
+
+
+def in_lockstep(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """The batches, and whether each is this process's own; other processes' until all have come to their end.
+
+    Each forward pass of a sharded model needs all processes, also those that have no rows left.
+    """
+    rank, own = torch.distributed.get_rank(), iter(batches)
+    while True:
+        batch = next(own, None)
+        has_one: list[bool] = [False] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(has_one, batch is not None)
+        if not any(has_one):
+            return
+        if not all(has_one):
+            stand_in = [batch]
+            torch.distributed.broadcast_object_list(stand_in, src=has_one.index(True))
+            yield cast(Batch, batch if has_one[rank] else stand_in[0]), has_one[rank]
+        else:
+            yield cast(Batch, batch), True
 
 
 class Evaluator:
     """Evaluates an objective's splits by a model while it trains, each row on one of the processes."""
 
-    def __init__(
-        self, objective: TrainingObjective, model: torch.nn.Module, accelerator: Accelerator, *, batch_size: int
-    ):
-        self.objective, self.model, self.accelerator, self.batch_size = objective, model, accelerator, batch_size
+    def __init__(self, objective: TrainingObjective, prepared: Prepared, *, batch_size: int):
+        self.objective, self.prepared, self.batch_size = objective, prepared, batch_size
+        self.model, self.accelerator = prepared.model, prepared.accelerator
         self.kept: dict[str, list[Prediction]] = {}  # of the last evaluation, which is that of the finished model
 
     def predict(self, split: str) -> list[Prediction]:
         """A prediction for each row of a split, from all processes."""
-        ranks = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        rows = self.objective.rows[split]
-        batches = self.objective.batches_in_order(rows, batch_size=self.batch_size, **ranks)
-        return predict_all(self.model, batches, self.accelerator, self.objective.scorer.predict)
+        rows, is_copy = self.objective.rows[split], self.prepared.is_copy
+        batches = self.objective.batches_in_order(rows, batch_size=self.batch_size, **self.prepared.share)
+        return predict_all(self.model, batches, self.accelerator, self.objective.scorer.predict, is_copy=is_copy)
 
     def validate(self) -> dict[str, float]:
         """Metrics of the validation rows, if there are any."""
@@ -101,7 +128,8 @@ def measure(
     """Metrics, samples and figures of the splits but the training rows; `predict_split` gives their predictions."""
     model.eval()
     scorer, results = objective.scorer, Results()
-    results.samples += scorer.generated_samples(model, seed=seed)
+    with evaluating(model):
+        results.samples += scorer.generated_samples(model, seed=seed)
     samples: list[Sample] = []
     for split in (split for split in objective.rows if split != "train"):
         started = time.perf_counter()

@@ -15,9 +15,8 @@ def main_process_first(accelerator: Accelerator, folder: Path | None) -> Iterato
     """Run the body in the main process, then in one of the others after another.
 
     They wait for a lock in `folder`: a barrier would end the run when the main process takes longer than the process
-    group's time-out (NCCL: ten minutes).  The system takes a lock from a process that dies.  Processes that do not
-    share the folder (of other machines) do the work once for each folder.  Without a folder, for work that is short,
-    it is a barrier.
+    group's time-out.  The system takes a lock from a process that dies.  Without a folder, for work that is short, it
+    is a barrier.
     """
     if accelerator.num_processes == 1:
         yield

@@ -13,6 +13,7 @@ from bmtk.errors import UserError
 from .arguments import SharedArguments
 from .layers import depths
 from .optimizers import decayed_matrices
+from .sharding import by_mesh, whole
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ def gradient_rules(
 
 def gradient_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
     """L2 norm of all gradients together; not finite if one of their numbers is not."""
-    return torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    groups = by_mesh([gradient for gradient in gradients if gradient is not None])
+    norms = [whole(torch.nn.utils.get_total_norm(group)) for group in groups]
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
 class Unfreezing:

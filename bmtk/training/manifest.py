@@ -8,7 +8,7 @@ import errno
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,14 +20,16 @@ from bmtk.files import replacing_folder, sha256
 MANIFEST = "manifest.json"
 
 
-def damages(folder: Path, *, contents: bool = True) -> list[str]:
+def damages(folder: Path, *, contents: bool = True, rank: int = 0, world_size: int = 1) -> list[str]:
     """Say what is wrong with a folder, file by file; an empty list means that it is whole.
 
     contents: read every file; else only its size is looked at, which is quick for files of any size.
+    Of several processes, each looks at its part of the files.
     """
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return [problem for name, facts in listed.items() for problem in _damage(folder / name, name, facts, contents)]
+        share = list(listed.items())[rank::world_size]
+        return [problem for name, facts in share for problem in _damage(folder / name, name, facts, contents)]
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -43,12 +45,20 @@ def _damage(path: Path, name: str, facts: dict[str, object], contents: bool) -> 
         yield f"{name} has another sha256 than when it was written"
 
 
+def facts_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, object]]:
+    """What a manifest says of files: name -> size and sha256."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+
+
 @contextmanager
-def written_whole(final: Path, *, num_bytes: int) -> Iterator[Path]:
+def written_whole(
+    final: Path, *, num_bytes: int, listed: dict[str, dict[str, object]] | None = None
+) -> Iterator[Path]:
     """Give the body a folder beside `final` to fill; afterwards list, flush and rename it.
 
     num_bytes: about how much will be written; where less is free, nothing is begun.  A folder that is already at
-    `final` is replaced.  Only one process may write there.
+    `final` is replaced.  Only one process may call this; what others have written meanwhile, and listed, is in
+    `listed`.
 
     Raises: OSError if something cannot be written; whatever the error, no trace of the folder is left then.
     """
@@ -57,11 +67,9 @@ def written_whole(final: Path, *, num_bytes: int) -> Iterator[Path]:
             raise OSError(errno.ENOSPC, "not begun, as it would not fit")
         with replacing_folder(final) as beside:
             yield beside
-            listed = {
-                name: {"bytes": (beside / name).stat().st_size, "sha256": sha256(beside / name)}
-                for name in files(beside)
-            }
-            dump_json(beside / MANIFEST, {"files": listed})
+            listed = dict(listed or {})
+            listed |= facts_of(beside, (name for name in files(beside) if name not in listed))
+            dump_json(beside / MANIFEST, {"files": dict(sorted(listed.items()))})
     except Exception as error:  # Rust's libraries have classes of their own for what the system reports
         if not (isinstance(error, OSError | SafetensorError) or is_disk_full(error)):
             raise

@@ -6,6 +6,7 @@ one, so making their update orthogonal means nothing (Jordan et al. 2024, https:
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,6 +19,7 @@ from bmtk.errors import UserError
 
 from .averaging import WeightAverage
 from .layers import decay_rates_by_depth
+from .sharding import by_mesh, on_whole_matrices
 
 
 class OptimizerSettings(Protocol):
@@ -129,14 +131,16 @@ class Muon(torch.optim.Muon):
         """Update every matrix that has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[Any, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
+                    alike = parameter.shape, getattr(parameter, "placements", None)  # the second of sharded ones
+                    by_shape.setdefault(alike, []).append(parameter)
+            for (shape, _), parameters in by_shape.items():
                 updates = torch.stack([self._momentum(parameter, group) for parameter in parameters])
                 rate = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                for parameter, direction in zip(parameters, orthogonal(updates, group), strict=True):
+                directions = on_whole_matrices(partial(orthogonal, group=group), updates)
+                for parameter, direction in zip(parameters, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-rate)
 
     def _momentum(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor:
@@ -216,7 +220,8 @@ def _decay_groups(
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    # A fused step computes with all tensors of a group at once.
+    return [{**group, "params": alike} for group in groups for alike in by_mesh(group["params"])]
 
 
 def _adamw(groups: list[dict[str, Any]], args: OptimizerSettings) -> torch.optim.AdamW:

@@ -1,10 +1,17 @@
 """A model and its optimizer, made ready for the devices that a launcher gave."""
 
+import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, extract_model_from_parallel
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    extract_model_from_parallel,
+    str_to_bool,
+)
 from transformers import PreTrainedModel
 
 from bmtk.errors import UserError
@@ -12,7 +19,10 @@ from bmtk.errors import UserError
 from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .optimizers import NamedOptimizer, build_optimizer, multiplies_bfloat16_fast
+from .sharding import ProcessLayout, shard
 
+# How long a process waits for another.  NCCL's ten minutes would end a run whose main process draws many samples.
+TIMEOUT = timedelta(minutes=30)
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -23,6 +33,17 @@ class Prepared:
     model: torch.nn.Module  # wrapped for several devices, and compiled if the settings ask for it
     optimizer: NamedOptimizer
     accelerator: Accelerator
+    layout: ProcessLayout = ProcessLayout()
+
+    @property
+    def share(self) -> dict[str, int]:
+        """The part of each step's rows that this process reads: `rank` and `world_size`."""
+        return self.layout.share(self.accelerator.process_index)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether another process of a lower number reads the very same rows."""
+        return self.layout.is_copy(self.accelerator.process_index)
 
     @property
     def unwrapped(self) -> PreTrainedModel:
@@ -36,11 +57,20 @@ def build_accelerator(args: LoopArguments) -> Accelerator:
 
     Raises: UserError for a way of distribution that the loop cannot save and resume yet.
     """
+    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # on CPUs accelerate drops the first without a word
+    if any(str_to_bool(os.environ.get(name, "false")) for name in engines):
+        raise UserError(
+            "this recipe shards models itself, without accelerate's FSDP and DeepSpeed: leave --use_fsdp and "
+            "--use_deepspeed out of accelerate launch (accelerate_configs/multi_gpu.yaml), and set fsdp_size"
+        )
     precision = natural_precision() if args.precision == "auto" else args.precision
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         dynamo_backend="inductor" if args.torch_compile else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
     )
     if accelerator.distributed_type not in SUPPORTED:
         raise UserError(
@@ -56,11 +86,15 @@ def natural_precision() -> str:
 
 
 def prepare(model: PreTrainedModel, args: LoopArguments, accelerator: Accelerator) -> Prepared:
-    """Make the optimizer of `model`, and wrap the model for the devices (and compile it, if `args` ask for it)."""
+    """Shard the model or wrap it for the devices (and compile it), as `args` ask, and make its optimizer."""
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    layout = ProcessLayout.of(args, accelerator.num_processes)
+    if layout.is_sharded:
+        model = shard(model, layout, accelerator.device)
     optimizer = build_optimizer(model, args)
-    wrapped = accelerator.prepare(model)
+    # A sharded model is not wrapped for several devices, and accelerate's optimizers are not ours.
+    wrapped = accelerator.prepare_model(model, evaluation_mode=layout.is_sharded)
     if args.ema_decay:
         optimizer.average = WeightAverage(optimizer.names, args.ema_decay)
-    return Prepared(wrapped, optimizer, accelerator)
+    return Prepared(wrapped, optimizer, accelerator, layout)

@@ -19,6 +19,7 @@ from .guards import SpikeWatch
 from .history import History
 from .progress import Bar, evaluation_line
 from .rng_state import preserved_rng_state, seed_process, set_rng_state
+from .sharding import ProcessLayout
 from .throughput import Meter
 from .updates import Update
 
@@ -52,7 +53,7 @@ class RunLog:
         hooks: Hooks = Hooks(),
     ):
         self.accelerator, self.args, self.state, self.total, self.meter = accelerator, args, state, total, meter
-        self.hooks = hooks
+        self.hooks, self.layout = hooks, ProcessLayout.of(args, accelerator.num_processes)
         self.history = History(args.output_dir)
         self.unread: list[Update] = []
         self.window_tokens = 0  # since the meter's last lap
@@ -64,7 +65,8 @@ class RunLog:
         if self.accelerator.is_main_process:
             self.history.cut(after=self.state.step)
         if self.state.rng_state is None:
-            seed_process(self.args.seed, self.accelerator.process_index, self.state.step)
+            rank = self.layout.share(self.accelerator.process_index)["rank"]  # same rows, same dropout
+            seed_process(self.args.seed, rank, self.state.step)
         else:
             set_rng_state(self.state.rng_state)
             self.state.rng_state = None
@@ -100,7 +102,7 @@ class RunLog:
         if not self.unread:
             return
         shares = torch.stack([update.loss for update in self.unread]).double()
-        losses = (self.accelerator.reduce(shares) if self.accelerator.num_processes > 1 else shares).tolist()
+        losses = self.layout.sum_over_shares(self.accelerator, shares).tolist()
         counts = torch.stack([update.num_items for update in self.unread]).tolist()
         units = torch.stack([update.num_units for update in self.unread]).tolist()
         norms = torch.stack([update.grad_norm for update in self.unread]).tolist()

@@ -23,6 +23,7 @@ from .guards import SavedBuffers, sound_or_nan
 from .prepared import Prepared
 from .protocols import Batch, TrainingObjective
 from .rng_state import rng_state
+from .sharding import by_mesh
 from .tbptt import TBPTTState, check_carries
 
 Criterion = Callable[..., torch.Tensor]  # (outputs, batch) -> the sum of the batch's losses
@@ -206,7 +207,7 @@ class Updater:
         not finite, so none of the steps after it is applied either, which a GPU makes before the host knows.
         """
         self.model, self.optimizer, self.accelerator = prepared.model, prepared.optimizer, prepared.accelerator
-        self.unwrapped, self.stops = prepared.unwrapped, stops
+        self.unwrapped, self.stops, self.layout = prepared.unwrapped, stops, prepared.layout
         self.has_stopped: torch.Tensor | None = None
         self.losses, self.max_grad_norm = losses, max_grad_norm
         self.gradient_rules, self.recurrent = gradient_rules, recurrent
@@ -252,7 +253,7 @@ class Updater:
     def _over_processes(self, numbers: list[int]) -> torch.Tensor:
         """Sum whole numbers over all processes, without making the host wait for a GPU."""
         totals = on_device({"totals": torch.tensor(numbers)}, self.accelerator.device)["totals"]
-        return self.accelerator.reduce(totals) if self.accelerator.num_processes > 1 else totals
+        return self.layout.sum_over_shares(self.accelerator, totals)
 
     def _backward(self, micro_batches: Sequence[Batch], counts: list[int], total: torch.Tensor) -> list[torch.Tensor]:
         losses = []
@@ -262,7 +263,7 @@ class Updater:
                 loss = self.loss(batch, own_items, total)
                 # Gradients are averaged over processes, so the sum needs the factor.  A loss that is not sound makes
                 # it nan, and with it every gradient on every process: all come to the same decision.
-                factor = self.accelerator.num_processes + sound_or_nan(loss)
+                factor = self.layout.num_shares + sound_or_nan(loss)
                 self.accelerator.backward(loss, gradient=factor)
             losses.append(loss.detach())
         return losses
@@ -272,7 +273,8 @@ class Updater:
         norm = gradient_norm(parameter.grad for parameter in parameters)
         # On a GPU the host would have to wait for the norm in order to see whether there is anything to clip.
         if self.max_grad_norm and not (norm.device.type == "cpu" and norm <= self.max_grad_norm):
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+            for group in by_mesh(parameters):
+                torch.nn.utils.clip_grads_with_norm_(group, self.max_grad_norm, norm)
         return norm
 
     def _apply(self, bad: torch.Tensor, losses: Sequence[torch.Tensor]) -> torch.Tensor | bool:

@@ -285,7 +285,7 @@ def test_weights_that_are_not_all_there_are_refused_instead_of_drawn_anew(run_fo
 def test_the_final_model_is_saved_with_its_processor_and_nothing_else(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
     for _ in range(2):  # also over an older one
-        save_model(tmp_path, tiny_model(), tokenizer)
+        save_model(tmp_path, prepare(tiny_model(), LoopArguments(), Accelerator(cpu=True)), tokenizer)
     assert digest(AutoModelForCausalLM.from_pretrained(tmp_path)) == digest(tiny_model())
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == {"a": 0, "b": 1}
     assert not list(tmp_path.glob(".partial*"))

@@ -25,6 +25,7 @@ from bmtk.training.prepared import build_accelerator, prepare
 from bmtk.training.run_folder import locked
 from bmtk.training.run_log import Hooks
 from bmtk.training.schedules import build_schedule
+from bmtk.training.sharding import whole
 from bmtk.training.updates import Losses
 
 VOCABULARY, LENGTH = 23, 8
@@ -142,28 +143,27 @@ def run(args: LoopArguments, **changes) -> dict:
 
 def run_on(accelerator, args, *, dropout: float = 0.2, model=None, batches=None, seconds: float = 0.0) -> dict:
     """The run itself; batches may be a function of rank and world_size."""
-    rank, share = accelerator.process_index, dict(rank=accelerator.process_index, world_size=accelerator.num_processes)
     prepared = prepare(model or tiny_model(dropout=dropout), args, accelerator)
+    share = prepared.share
     checkpoints = Checkpoints(args.output_dir, prepared, keep=args.save_total_limit)
     batches = batches or TinyBatches(args.micro_batch_size, **share, seconds=seconds)
     batches = batches(**share) if callable(batches) else batches
     newest = checkpoints.newest()
     state = checkpoints.load(newest) if newest else TrainState()
     validation = [rows(range(500, 503)), rows(range(503, 506)), rows(range(506, 508))]
-    if accelerator.num_processes == 2:  # processes may have different numbers of batches
-        validation = validation[:2] if rank == 0 else validation[2:]
+    if share["world_size"] > 1:  # processes may have different numbers of batches, and none
+        validation = validation[2 * share["rank"] :][:2]
 
     def evaluate() -> dict[str, float]:
         torch.rand(3)  # an evaluation that samples text draws random numbers, and must not disturb training
-        predictions = predict_all(prepared.model, validation, accelerator, predict)
+        predictions = predict_all(prepared.model, validation, accelerator, predict, is_copy=prepared.is_copy)
         loss_sum, count = (sum(prediction[key] for prediction in predictions) for key in ("loss", "items"))
         return {"validation/loss": loss_sum / count, "validation/items": count}
 
     schedule = build_schedule(args, args.total_steps(TinyBatches.steps_per_epoch))
     hooks = Hooks(evaluate=evaluate, save=checkpoints.save, load_best=checkpoints.load_best)
     state = train(prepared, batches, Losses(num_items), schedule, args=args, state=state, hooks=hooks)
-    if accelerator.is_main_process:
-        save_model(args.output_dir, prepared.unwrapped)
+    save_model(args.output_dir, prepared)
     return {"digest": digest(prepared.unwrapped), "step": state.step, "metrics": state.metrics}
 
 
@@ -171,7 +171,7 @@ def digest(model: torch.nn.Module) -> str:
     """sha256 of all weights, byte by byte."""
     total = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        total.update(name.encode() + value.contiguous().numpy().tobytes())
+        total.update(name.encode() + whole(value.detach()).contiguous().numpy().tobytes())
     return total.hexdigest()
 
 
