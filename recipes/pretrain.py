@@ -35,10 +35,9 @@ from bmtk.settings import about_data
 from bmtk.tasks import task_named
 from bmtk.tasks.objective import Objective
 from bmtk.tasks.task_data import SourceArguments
-from bmtk.training.agreement import check_agreement, check_shared, checksum, digest, together
+from bmtk.training.agreement import check_agreement, check_shared, checksum, digest
 from bmtk.training.arguments import FREE_KEYS, LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState, save_model
-from bmtk.training.disk_space import check_room, saves_to_come
 from bmtk.training.evaluation import Evaluator, Results
 from bmtk.training.first_process import main_process_first
 from bmtk.training.loop import train
@@ -165,10 +164,7 @@ def fit(
         save=checkpoints.save,
         load_best=checkpoints.load_best,
     )
-    total = args.total_steps(batches.steps_per_epoch)
-    saves = saves_to_come(args.save_steps, step=state.step, total=total) if accelerator.is_main_process else 0
-    together(accelerator, partial(check_room, args, prepared.unwrapped, saves=saves))
-    schedule = build_schedule(args, total)
+    schedule = build_schedule(args, args.total_steps(batches.steps_per_epoch))
     train(prepared, batches, Losses.of(objective), schedule, args=args, state=state, hooks=hooks, meter=meter)
     return prepared, state, evaluator.results(seed=args.seed), meter.of_run(state.tokens, state.seconds)
 

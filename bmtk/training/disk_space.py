@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,10 @@ from torch import nn
 
 from bmtk.errors import UserError
 
+from .agreement import together
+from .arguments import LoopArguments
 from .manifest import free_bytes
+from .prepared import Prepared
 from .resume import checkpoints_of
 
 logger = logging.getLogger(__name__)
@@ -97,6 +101,13 @@ def check_room(args: SavingArguments, model: nn.Module, *, saves: int, folder: P
             keep,
             _shown(free),
         )
+
+
+def check_room_together(prepared: Prepared, args: LoopArguments, *, step: int, total: int) -> None:
+    """`check_room` for the steps that are left of the project's own loop; all processes call it, and stop together."""
+    is_main = prepared.accelerator.is_main_process
+    saves = saves_to_come(args.save_steps, step=step, total=total) if is_main else 0
+    together(prepared.accelerator, partial(check_room, args, prepared.unwrapped, saves=saves))
 
 
 def saves_to_come(every: float, *, step: int, total: int) -> int:

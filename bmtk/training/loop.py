@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from .allocation import keep_freed_memory
 from .arguments import LoopArguments
 from .checkpoint import TrainState
+from .disk_space import check_room_together
 from .gradients import gradient_rules
 from .prepared import Prepared
 from .progress import Bar
@@ -52,6 +53,8 @@ def train(
     state.recurrent = tbptt_state(batches, state.recurrent)
     updater = _updater(prepared, batches, losses, args, total=total, recurrent=state.recurrent)
     run = RunLog(accelerator, args, state, total=total, meter=meter or Meter(), hooks=_averaged(hooks, prepared))
+    if hooks.save:
+        check_room_together(prepared, args, step=state.step, total=total)
     run.begin()
     prepared.model.train()
     stopping = {"second_stops_at_once": accelerator.num_processes == 1, "max_minutes": args.max_minutes}
