@@ -35,6 +35,10 @@ example:
   bmtk models                                            families, heads, presets and parameter counts
   bmtk convert microsoft/resnet-18 outputs/resnet-18     convert a model of transformers to bmtk
   bmtk info outputs/pretrain                             class, size and results of a model folder
+  bmtk runs                                              the runs in outputs: how far, how well
+  bmtk checkpoint verify outputs/pretrain                whether its checkpoints are whole
+  bmtk verify resume --config my.yaml                    kill and resume that run, and compare
+  bmtk verify parallel --config my.yaml                  the same run on 1 and 2 processes
   bmtk push outputs/pretrain user/my-model --dry-run     check it and list the files; nothing is sent
   hf auth login                                          once; or set HF_TOKEN
   bmtk push outputs/pretrain user/my-model --private     push it, load it back, compare outputs
@@ -145,6 +149,34 @@ List the model families, the Auto classes that each supports, and the presets wi
 
 Parameters are counted on the meta device, which allocates no memory, with the head of the published count.
 """
+VERIFY_RESUME = """\
+Kill your own run at random moments, resume it by the same command, and compare it with one that was left alone.
+
+Both are the recipe itself, in processes of their own and in a new folder beside output_dir, with all settings of the
+config but these: --steps optimizer steps, a checkpoint each quarter of them, every step in the history, no test rows,
+nothing published. The kills (SIGKILL) come while it starts, trains, saves and ends; --seed draws the moments.
+
+Exit code 0: histories, checkpoints and final weights are the same to the bit. Exit code 1: the first difference, with
+step, file, tensor and size; the folders are kept then. If two runs that were left alone differ too, it is the machine.
+"""
+VERIFY_PARALLEL = """\
+Run your own recipe on one process, on two, and (where it has fsdp_size) sharded over two, and compare them.
+
+All have the same rows per optimizer step, precision fp32, and no dropout, whose random numbers depend on the number
+of processes. Without two GPUs all run on the CPU. Compared are loss and gradient norm of each step, and the final
+weights.
+
+Exit code 0: they are the same within the bounds that are printed. Exit code 1: the first difference beyond them.
+"""
+RUNS = """\
+List the training runs below a folder: recipe, task, model, steps, whether finished, last losses, best value of the
+main metric on validation rows, checkpoints with their size, and health: damaged checkpoints (sizes against the
+manifest; `bmtk checkpoint verify` reads them), steps that were not finite, what a kill has left unfinished.
+"""
+CHECKPOINT_VERIFY = """\
+Check a checkpoint of either recipe, or all of a run: manifest, sizes and hashes, that the weights load by
+from_pretrained and are finite, that the state of the optimizer fits them. Exit code 1: each damage is named.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,6 +217,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("clean", help="filter, repair and deduplicate raw text by the rules of a config file")
     add_data_commands(commands)
     add_tokenizer_commands(commands)
+    add_run_commands(commands)
+    add_verify_commands(commands)
 
     publishes = "publish a folder on the Hub and check that it loads"
     push = commands.add_parser("push", help=publishes, description=PUSH, formatter_class=plain)
@@ -303,6 +337,48 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on_corrupt", default="stop", help="stop or skip: what to do about rows that cannot be read (default: stop)"
     )
+
+
+def add_run_commands(commands: Any) -> None:
+    plain = argparse.RawDescriptionHelpFormatter
+    runs = commands.add_parser("runs", help="list runs and their health", description=RUNS, formatter_class=plain)
+    runs.add_argument("folder", metavar="FOLDER", nargs="?", default="outputs", help="default: %(default)s")
+    runs.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    runs.set_defaults(run=run_runs)
+
+    checkpoint = commands.add_parser("checkpoint", help="look at checkpoints", formatter_class=plain)
+    kinds = checkpoint.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    says = "check that one is whole and loads"
+    verify = kinds.add_parser("verify", help=says, description=CHECKPOINT_VERIFY, formatter_class=plain)
+    verify.add_argument("directory", metavar="DIR", help="checkpoint, or folder of a run: all of its checkpoints")
+    verify.set_defaults(run=run_checkpoint_verify)
+
+
+def add_verify_commands(commands: Any) -> None:
+    plain = argparse.RawDescriptionHelpFormatter
+    verify = commands.add_parser("verify", help="prove that a run resumes, or runs in parallel", formatter_class=plain)
+    kinds = verify.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    says = "kill and resume your own run, and compare it with one left alone"
+    resume = kinds.add_parser("resume", help=says, description=VERIFY_RESUME, formatter_class=plain)
+    add_recipe_options(resume, steps=12)
+    resume.add_argument("--kills", type=int, default=4, metavar="N", help="how often (default: %(default)s)")
+    resume.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    resume.set_defaults(run=run_verify_resume)
+    says = "compare your own run on 1 and 2 processes"
+    parallel = kinds.add_parser("parallel", help=says, description=VERIFY_PARALLEL, formatter_class=plain)
+    add_recipe_options(parallel, steps=8)
+    parallel.set_defaults(run=run_verify_parallel)
+
+
+def add_recipe_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
+    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of the run")
+    recipe = "the recipe that it is for (default: the one that its first lines name, or that has left it)"
+    parser.add_argument("--recipe", choices=("pretrain", "finetune"), help=recipe)
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of each run (default: %(default)s)")
+    work = "new or empty folder for the runs, which stays (default: one beside output_dir, deleted if all is well)"
+    parser.add_argument("--work_dir", metavar="DIR", help=work)
+    further = "after --, further options of the recipe: -- --learning_rate 1e-3"
+    parser.add_argument("options", metavar="OPTION", nargs="*", help=further)
 
 
 def installed_version() -> str:
@@ -436,6 +512,63 @@ def run_data_get(arguments: argparse.Namespace) -> int:
         log=lambda line: print(line, flush=True),
     )
     return 0
+
+
+def run_verify_resume(arguments: argparse.Namespace) -> int:
+    at_least_one(arguments, "steps", "kills")
+    from bmtk.tools.verify_resume import verify_resume
+
+    shared, recipe = {"steps": arguments.steps, "work_dir": arguments.work_dir, "log": say}, read_recipe(arguments)
+    return verify_resume(recipe, kills=arguments.kills, seed=arguments.seed, **shared)
+
+
+def run_verify_parallel(arguments: argparse.Namespace) -> int:
+    at_least_one(arguments, "steps")
+    from bmtk.tools.verify_parallel import verify_parallel
+
+    return verify_parallel(read_recipe(arguments), steps=arguments.steps, work_dir=arguments.work_dir, log=say)
+
+
+def read_recipe(arguments: argparse.Namespace) -> Any:
+    print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)
+    from bmtk.tools.recipe_runs import Recipe
+
+    further = {"recipes": recipes_folder(), "options": arguments.options}
+    return Recipe.read(arguments.config, arguments.recipe, **further)
+
+
+def at_least_one(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises: UserError for a number of steps or kills below 1."""
+    from bmtk.errors import UserError
+
+    for name in names:
+        if (value := getattr(arguments, name)) < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+
+
+def run_runs(arguments: argparse.Namespace) -> int:
+    from bmtk.tools.runs import as_json, as_table, runs_below
+
+    found = runs_below(arguments.folder)
+    print(as_json(found) if arguments.json else as_table(found, below=arguments.folder))
+    return 0
+
+
+def run_checkpoint_verify(arguments: argparse.Namespace) -> int:
+    from bmtk.tools.checkpoint_verify import checkpoints_in, report
+
+    is_whole = True
+    for folder in checkpoints_in(arguments.directory):
+        lines, this_one = report(folder)
+        say(lines)
+        is_whole &= this_one
+    if not is_whole:
+        say("\nnext: resuming passes over damaged checkpoints; restore their files from a copy, or delete them")
+    return 0 if is_whole else 1
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 def recipes_folder() -> Path:

@@ -1,5 +1,6 @@
 """Errors that a user can mend, separated from faults of bmtk."""
 
+import errno
 import platform
 import re
 import traceback
@@ -32,6 +33,13 @@ RAISE_FOR_USERS = (
 NAME_PACKAGES = ("transformers.", "accelerate.", "peft.", "datasets.")
 # Of torch on a CPU, which has no class for it, and of CUDA where torch asks for memory in another library's name.
 NO_MEMORY = "DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+# What is said where a disk is full, or a quota used up: by the system (through Rust in an Exception or a
+# SafetensorError), by torch.save (in a RuntimeError) and by numpy.
+NO_SPACE = re.compile(
+    r"No space left on device|Disk quota exceeded|PytorchStreamWriter|inline_container\.cc:\d+\] \. unexpected pos"
+    r"|iostream error|\d+ requested and \d+ written"
+)
+ROOM = "make room"  # the remedy
 LOST_PROCESS = "onnection closed by peer", "onnection reset by peer"  # of gloo and of NCCL's store
 
 
@@ -57,14 +65,15 @@ def exit_code_of(error: BaseException) -> int:
 def user_message(error: BaseException) -> str | None:
     """The message of an error that the user can mend; None for a fault of bmtk.
 
-    Mendable: UserError, files (OSError, text that is not UTF-8, an exception of datasets), a configuration that its
-    own checks refuse, a loss that is not finite, too little memory, a package that an option of a library needs, and
-    ValueErrors of `RAISE_FOR_USERS`.  A process that lost another one only points to the message of that one.
+    Mendable: UserError, files (OSError, text that is not UTF-8, an exception of datasets), a full disk, a
+    configuration that its own checks refuse, a loss that is not finite, too little memory, a package that an option of
+    a library needs, and ValueErrors of `RAISE_FOR_USERS`.  A process that lost another one only points to the message
+    of that one.
     """
     if isinstance(error, StrictDataclassError):  # the cause is what a validate_... method of the configuration raised
         return str(error.__cause__ or error)
-    if isinstance(error, UserError | OSError | UnicodeDecodeError | FloatingPointError):
-        return str(error)
+    if isinstance(error, UserError | OSError | UnicodeDecodeError | FloatingPointError) or is_disk_full(error):
+        return str(error) + remedy_for_disk(error)
     if is_out_of_memory(error):
         return f"out of memory: {error}\nlower micro_batch_size or batch_size, or set gradient_checkpointing"
     if type(error).__module__ == "datasets.exceptions":  # not all of them are OSErrors
@@ -83,6 +92,20 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and raising_module(error).startswith(RAISE_FOR_USERS):
         return str(error)
     return None
+
+
+def remedy_for_disk(error: BaseException) -> str:
+    """A line on what to do where the disk is full; "" where it is not, or the message says it already."""
+    if not is_disk_full(error) or ROOM in str(error):
+        return ""
+    return f"\nthe disk is full: {ROOM}, then run the same command again; what was saved before is whole"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether something could not be written because no room was left, or allowed, for it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return isinstance(error, Exception) and bool(NO_SPACE.search(str(error)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -119,7 +119,7 @@ def test_the_best_and_the_newest_checkpoints_are_kept_and_a_damaged_best_one_is_
     best = ["--max_steps", "5", "--eval_steps", "1", "--save_total_limit", "1", "--metric_for_best_model", "loss"]
     best += ["--load_best_model_at_end", "true", "--learning_rate", "0"]  # the first of equal evaluations is the best
     folder = run(tmp_path / "run", *best)
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-1"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-1", "checkpoint-5"]
     ours, theirs = (load_file(each / "model.safetensors") for each in (folder, checkpoint(folder, 1)))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

@@ -42,6 +42,10 @@ ARROWS = {
     "models": set(),
     "search": {"arguments", "training", "hub", *GROUND_FLOOR},
     "cleaning": {"arguments", "option_help", "data", "hub", *GROUND_FLOOR},
+    "tools": {
+        *("bmtk", "arguments", "catalogue", "data", "metrics", "search", "tasks", "training", "hub", "models"),
+        *GROUND_FLOOR,
+    },  # they read everything, and nothing but the command reads them
     "recipes": {"bmtk", "start", "arguments", "search", "tasks", "training", "hub", *GROUND_FLOOR},
     "bmtk_cli": {
         "bmtk",
@@ -56,6 +60,7 @@ ARROWS = {
         "training",
         "hub",
         "models",
+        "tools",
     },
 }
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "misc"}

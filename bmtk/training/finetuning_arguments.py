@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from bmtk.errors import UserError
 
 from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check, not_below_one, too_low
+from .disk_space import saves_to_come
 from .evaluation import lower_is_better
 from .prepared import natural_precision
 from .progress import few_steps_note
@@ -183,6 +184,17 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
         if self.max_steps > 0:
             return self.max_steps
         return math.ceil(self.num_train_epochs * self.steps_per_epoch(num_rows))
+
+    def saves_to_come(self, step: int, total: int) -> int:
+        """About how many checkpoints are written after `step`; where the best ones are saved, one at least."""
+        given = self.save_steps or 0
+        by_strategy = {
+            "steps": given if given >= 1 else given * total,
+            "epoch": total / max(1.0, self.num_train_epochs),
+            "no": 0,
+        }
+        every = by_strategy.get(getattr(self.save_strategy, "value", self.save_strategy), total)
+        return saves_to_come(every, step=step, total=total) if every else 0
 
     def _wrong_choices(self) -> Iterator[str]:
         if self.optimizer not in (None, *OPTIMIZERS):

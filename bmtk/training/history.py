@@ -1,5 +1,6 @@
 """history.jsonl: what a run has measured, one JSON object a line, in the order of the steps."""
 
+import errno
 import json
 import logging
 import math
@@ -22,8 +23,16 @@ class History:
         """Add one line; a number that JSON does not know (nan, inf) becomes null."""
         known = {key: None if _is_unknown(value) else value for key, value in record.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(known, allow_nan=False) + "\n")
+        line = json.dumps(known, allow_nan=False) + "\n"
+        with self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                written = file.write(line.encode("utf-8"))
+                if written < len(line):  # a disk that has just become full takes a part, and refuses the rest
+                    raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+            except OSError:
+                file.truncate(before)
+                raise
 
     def read(self) -> list[dict[str, Any]]:
         """Return all whole lines; a line that a kill has cut short is left out with a warning."""

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from .allocation import keep_freed_memory
 from .arguments import AUTO, LoopArguments
 from .checkpoint import TrainState
+from .disk_space import check_room_together
 from .gradients import gradient_rules
 from .micro_batches import MicroBatches, rehearse, step_within_memory
 from .prepared import Prepared
@@ -58,6 +59,8 @@ def train(
     hooks = _averaged(hooks, prepared)
     run = RunLog(accelerator, args, state, total=total, meter=meter or Meter(), hooks=hooks, detector=updater.spikes)
     run.bad_steps.batches = batches
+    if hooks.save:
+        check_room_together(prepared, args, step=state.step, total=total)
     run.begin()
     sizes = _sizes(prepared, batches, args, hooks)
     if state.step < total:

@@ -31,6 +31,11 @@ def numbered(directory: Path, prefix: str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)), reverse=True)
 
 
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints in the folder of a run of either recipe, the oldest first; without unfinished ones."""
+    return sorted((run / CHECKPOINTS).glob("[!.]*-*[0-9]"), key=step_of)
+
+
 def newest_whole(directory: Path, prefix: str, damages: Callable[[Path], list[str]]) -> Path | None:
     """The newest folder without damages of those that `numbered` finds, or None if there are no such folders at all.
 
@@ -53,14 +58,20 @@ def newest_whole(directory: Path, prefix: str, damages: Callable[[Path], list[st
 
 
 def delete_older(directory: Path, prefix: str, *, step: int, keep: int, best: int | None) -> None:
-    """Keep the checkpoint of the step `best`, and the `keep` newest up to `step`; keep=0: all of them.
+    """Delete each checkpoint that `keep` newer whole ones make superfluous, but that of the step `best`; keep=0: none.
 
-    Later ones than `step` are left alone: they are damaged, or they would have been resumed.
+    So one that has lost a file, or a part of one, does not count.  Later ones than `step` are left alone: they are
+    damaged, or they would have been resumed.
     """
-    up_to_now = [folder for folder in reversed(numbered(directory, prefix)) if step_of(folder) <= step]
-    for folder in (old for old in up_to_now[:-keep] if step_of(old) != best) if keep else []:
-        # A kill while deleting must not leave half a checkpoint with its final name.
-        os.replace(folder, folder.with_name(f"{PARTIAL}{folder.name}"))
+    num_newer = 0
+    for folder in numbered(directory, prefix) if keep else []:
+        if step_of(folder) > step:
+            continue
+        is_whole = not damages(folder, contents=False)
+        if num_newer >= keep and step_of(folder) != best:
+            # A kill while deleting must not leave half a checkpoint with its final name.
+            os.replace(folder, folder.with_name(f"{PARTIAL}{folder.name}"))
+        num_newer += is_whole
     delete_partial(directory)
 
 

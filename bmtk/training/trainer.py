@@ -28,6 +28,7 @@ from .callbacks import (
     StopOnRequest,
     refuse_broken_weights,
 )
+from .disk_space import check_room
 from .evaluation import Results, measure, predict_all
 from .finetuning_arguments import FineTuningArguments
 from .gradients import gradient_rules
@@ -44,7 +45,7 @@ from .micro_batches import (
 )
 from .optimizers import OptimizerSettings, build_optimizer, trained_parameters
 from .protocols import Batch, Prediction, TrainingObjective
-from .resume import checkpoint_to_resume
+from .resume import checkpoint_to_resume, step_of
 from .rng_state import rng_state, set_rng_state
 from .run_folder import CHECKPOINTS
 from .signals import deferred_signals
@@ -383,6 +384,9 @@ def train(
         checkpoint = checkpoint_to_resume(folder, args.resume_from_checkpoint)
         if checkpoint:
             trainer.accelerator.print(f"going on from {checkpoint}")
+        if trainer.args.should_save:
+            step, total = step_of(Path(checkpoint)) if checkpoint else 0, args.total_steps(len(trainer.train_dataset))
+            check_room(args, trainer.model, saves=args.saves_to_come(step, total), folder=folder)
         trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 

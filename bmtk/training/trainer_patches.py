@@ -32,6 +32,7 @@ from bmtk.files import PARTIAL
 from .averaging import WeightAverage
 from .batch_sampler import EpochSampler, EvenBatchSampler
 from .callbacks import refuse_broken_weights
+from .disk_space import checkpoint_bytes
 from .early_stopping import is_better, is_exhausted
 from .gradients import gradient_norm
 from .manifest import damages, dump_json, written_whole
@@ -115,8 +116,9 @@ class PatchedTrainer(Trainer):
         self.store_flos()
         if best := self.state.best_global_step:
             self.state.best_model_checkpoint = str(final.with_name(f"{PREFIX}{best}"))
-        is_writer = self.args.should_save
-        with written_whole(final, num_bytes=self._num_bytes()) if is_writer else nullcontext():
+        is_writer, optimizer = self.args.should_save, cast(Any, self.optimizer)
+        num_bytes = checkpoint_bytes(cast(Any, self.model), optimizer.state, has_average=bool(self.average))
+        with written_whole(final, num_bytes=num_bytes) if is_writer else nullcontext():
             self.accelerator.wait_for_everyone()  # the folder is there
             self._write_checkpoint(beside)
             self.accelerator.wait_for_everyone()  # the generators of all processes are
@@ -189,13 +191,6 @@ class PatchedTrainer(Trainer):
     def _rows_per_step(self) -> int:
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
-    def _num_bytes(self) -> int:
-        """About how much a checkpoint of Adam takes."""
-        model: Any = self.model
-        trained = [parameter.requires_grad for parameter in model.parameters()]
-        sizes = [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
-        return sum(size * (3 if is_trained else 1) for size, is_trained in zip(sizes, trained, strict=True))
-
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Fault (transformers 5.23): goes on with another batch size, or without the best model, and says nothing.
 
@@ -257,6 +252,17 @@ class PatchedTrainer(Trainer):
         """Fault (transformers 5.23): loads the best weights without a look at whether they are as they were saved."""
         check_best(Path(str(self.state.best_model_checkpoint)))
         super()._load_best_model()
+
+    def _finalize_training(self, *args: Any) -> Any:
+        """Fault (transformers 5.23): where one checkpoint is kept, deletes the newest one when it has loaded the best.
+
+        A kill before the final model is saved would then cost all steps since the best one.
+        """
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args)  # type: ignore[no-untyped-call]
+        finally:
+            self.args.save_total_limit = keep
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Fault (accelerate 1.15): fills the last batches of an epoch up with rows that were trained on before.

@@ -275,6 +275,16 @@ def test_early_stopping_counts_from_zero_in_a_resumed_run(kind, tmp_path):
         assert resumed.state.global_step > ended, no_longer_needed("transformers", "StopEarly")
 
 
+def test_trainer_deletes_the_newest_checkpoint_when_it_has_loaded_the_best(tmp_path):
+    """Where one is kept: a run that is killed before its final model is saved would go back to the best one."""
+    settings = PATIENT | {"learning_rate": 0.0, "max_steps": 2, "save_total_limit": 1}  # the first of equals is best
+    for kind, steps in {Trainer: {1}, Counting: {1, 2}}.items():
+        folder = tmp_path / kind.__name__
+        plain(folder, kind, **settings).train()
+        left = {int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")}
+        assert left == steps, no_longer_needed("transformers", "PatchedTrainer._finalize_training")
+
+
 def test_no_older_library_is_allowed_than_the_one_whose_faults_are_known():
     """`make test` installs what constraints.txt pins, and the patches are tested with nothing older."""
     root = Path(__file__).parents[2]
