@@ -174,9 +174,7 @@ def fit(
     batches = objective.train_batches(**args.batching, **prepared.share)
     choose_micro_batches(args, batches, objective, model, accelerator)
     checkpoints = Checkpoints(args.output_dir, prepared, objective.processor, settings, args.save_total_limit)
-    state = checkpoints.load(newest) if (newest := checkpoints.newest()) else TrainState()
-    if newest:
-        accelerator.print(f"going on after step {state.step:,} ({newest})")
+    state = checkpoints.resume(log=accelerator.print)
     evaluator = Evaluator(objective, prepared, batch_size=batches.micro_batch_size)
     hooks = Hooks(
         evaluate=evaluator.validate,

@@ -97,6 +97,14 @@ class Checkpoints:
         """See `newest_checkpoint`."""
         return newest_checkpoint(self.directory, self.prepared.accelerator)
 
+    def resume(self, *, log: Callable[[str], object]) -> TrainState:
+        """The state after the newest whole checkpoint, whose weights are then the model's; a new one without any."""
+        newest = self.newest()
+        state = self.load(newest) if newest else TrainState()
+        if newest:
+            log(f"going on after step {state.step:,} ({newest})")
+        return state
+
     def load(self, folder: Path) -> TrainState:
         """See `load_checkpoint`."""
         return load_checkpoint(folder, self.prepared)

@@ -1,6 +1,6 @@
 """A run on two "machines", of which one dies: torchrun ... machine_faults.py FOLDER [kill].
 
-Each launcher stands for a machine.  With `kill`, the second process ends itself by SIGKILL before step 4, once.
+Each launcher stands for a machine.  With `kill`, the second process ends itself by SIGKILL before step 4.
 """
 
 import os
@@ -15,10 +15,10 @@ from bmtk.errors import UserError
 
 
 class Dying(TinyBatches):
-    """Batches whose second process dies before step 4 is trained, if no launcher has started it anew yet."""
+    """Batches whose second process dies before step 4 is trained."""
 
     def __getitem__(self, step: int):
-        if step == 3 and self.share.start and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if step == 3 and self.share.start:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(step)
 

@@ -125,7 +125,7 @@ def test_better_is_lower_for_losses_and_higher_for_others_and_never_unknown(metr
 
 
 class _Main:
-    is_main_process = True
+    is_main_process, num_processes, process_index = True, 1, 0
 
 
 def test_what_early_stopping_needs_is_told(tmp_path):
