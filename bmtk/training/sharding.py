@@ -150,10 +150,12 @@ def on_whole_matrices(function: Callable[[torch.Tensor], torch.Tensor], matrices
     """Apply `function` to matrices (N, A, B); each process gets some of those that are spread, whole."""
     if not is_dtensor(matrices):
         return function(matrices)
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     spread: Any = matrices
-    divided = [Shard(0) if place.is_shard() else place for place in spread.placements]
+    is_cut = [place.is_shard() for place in spread.placements]
+    # Of matrices that are cut twice, torch (2.13) moves some parts to the wrong place.
+    divided = [Shard(0) if cut and sum(is_cut) == 1 else Replicate() for cut in is_cut]
     given = spread.redistribute(placements=divided)
     sizes = {"shape": spread.shape, "stride": spread.stride()}
     results: Any = DTensor.from_local(function(given.to_local()), given.device_mesh, divided, **sizes)
