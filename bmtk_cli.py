@@ -101,11 +101,7 @@ Train a tokenizer, save it for AutoTokenizer (bmtk is not needed to load it), an
 `bmtk pretrain` trains one itself on its training text. Train it beforehand to compare kinds and sizes, to use one for
 several models, or to add special tokens such as those of a chat:
 
-  bmtk data list                                         the data sets of the README, and which of them are here
-  bmtk data get sst2                                     download one into data/sst2, as the configs name it
   bmtk tokenizer train --train_file 'texts/*.jsonl.zst' --vocab_size 32768 --output_dir tokenizers/mine
-  bmtk data list                                         the data sets of the README, and which of them are here
-  bmtk data get sst2                                     download one into data/sst2, as the configs name it
   bmtk tokenizer train --train_file my.txt --kind unigram --special_tokens '<|user|>' '<|assistant|>' --output_dir t
   bmtk pretrain --train_file 'texts/*.jsonl.zst' --tokenizer tokenizers/mine
 
