@@ -18,11 +18,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from bmtk.errors import UserError, is_out_of_memory
 from bmtk.files import read_json, write_json
 
+from .agreement import of_main
 from .arguments import AUTO, LoopArguments
 from .finetuning_arguments import FineTuningArguments
 from .guards import SavedBuffers
@@ -50,10 +50,8 @@ class MicroBatches:
     ):
         """`rows` are asked for (0: the share of the process); `check(n)` refuses n micro-batches per step."""
         self.path, self.accelerator, self.check, self.rows = Path(directory) / FILE, accelerator, check, rows
-        stored: list[Any] = [read_json(self.path)]
-        if accelerator.num_processes > 1:
-            broadcast_object_list(stored)
-        self.limits: list[list[int]] = stored[0]["limits"] if stored[0] else []
+        stored: Any = of_main(accelerator, read_json(self.path))
+        self.limits: list[list[int]] = stored["limits"] if stored else []
 
     def at(self, step: int) -> int:
         """The rows of a forward pass in optimizer step `step`; 0: the share of the process."""

@@ -8,10 +8,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
-
 from bmtk.files import PARTIAL, delete_partial
 
+from .agreement import of_main
 from .checkpoint import PREFIX, Checkpoints, TrainState
 from .manifest import damages
 from .resume import numbered, step_of
@@ -35,17 +34,14 @@ def roll_back(checkpoints: Checkpoints, at_most: int, above: int) -> TrainState 
     None if there is no such checkpoint; nothing is changed then.  Called by all processes; the main one chooses.
     """
     accelerator, directory = checkpoints.prepared.accelerator, Path(checkpoints.directory) / CHECKPOINTS
-    found: list[str | None] = [None]
-    if accelerator.is_main_process:
-        fitting = [folder for folder in numbered(directory, PREFIX) if above < step_of(folder) <= at_most]
-        found = [next((str(folder) for folder in fitting if not damages(folder)), None)]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    if found[0] is None:
+    fitting = [folder for folder in numbered(directory, PREFIX) if above < step_of(folder) <= at_most]
+    is_main = accelerator.is_main_process
+    found = of_main(accelerator, next((path for path in fitting if not damages(path)), None) if is_main else None)
+    if found is None:
         return None
-    state = checkpoints.load(Path(found[0]))
-    if accelerator.is_main_process:
-        _delete_later(directory, step_of(Path(found[0])))
+    state = checkpoints.load(found)
+    if is_main:
+        _delete_later(directory, step_of(found))
     accelerator.wait_for_everyone()
     return state
 
