@@ -17,7 +17,8 @@ from bmtk.errors import UserError
 from bmtk.metrics.texts import bits_per_byte, perplexity
 from bmtk.settings import fact, setting
 
-from .corpora import CorpusArguments, CorpusData, CorpusObjective, CorpusScorer
+from .corpora import CorpusData, CorpusObjective, CorpusScorer
+from .corpus_arguments import CorpusArguments
 from .objective import python_command
 from .scorer import mean_loss
 from .task import Prediction, Task

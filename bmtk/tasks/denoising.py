@@ -21,7 +21,8 @@ from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity
 from bmtk.settings import fact, setting
 
-from .corpora import CorpusArguments, CorpusData, CorpusObjective, CorpusScorer
+from .corpora import CorpusData, CorpusObjective, CorpusScorer
+from .corpus_arguments import CorpusArguments
 from .scorer import mean_loss
 from .task import Prediction, Task
 
