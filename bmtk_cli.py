@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -412,7 +411,7 @@ def run_prepare(argv: list[str]) -> int:
         data = task_named(run.task).read(data_args, seed=args.seed, folder=folder, **run.reading)
         choose_vocabulary(dial, data)
         check_data(folder, data, is_main=True)
-        data.prepare(log=lambda line: print(line, flush=True))
+        data.prepare(log=say)
         print("\n".join([*(f"note: {line}" for line in data.notes), *data.prepared()]))
     return 0
 
@@ -424,7 +423,7 @@ def run_clean(argv: list[str]) -> int:
     from bmtk.process import clean_errors
 
     with clean_errors():
-        clean(read_settings(argv, recipes_folder()), log=lambda line: print(line, flush=True))
+        clean(read_settings(argv, recipes_folder()), log=say)
     return 0
 
 
@@ -462,7 +461,7 @@ def run_tokenizer_train(arguments: argparse.Namespace) -> int:
         ),
         Path(arguments.output_dir),
         recipes_folder() / "data" / "languages",
-        log=lambda line: print(line, flush=True),
+        log=say,
     )
     return 0
 
@@ -473,7 +472,7 @@ def run_tokenizer_show(arguments: argparse.Namespace) -> int:
 
     texts = text_source(arguments, arguments.text_file, []).read("train") if arguments.text_file else None
     samples = recipes_folder() / "data" / "languages"
-    show_tokenizer(arguments.tokenizer, texts, samples, log=lambda line: print(line, flush=True))
+    show_tokenizer(arguments.tokenizer, texts, samples, log=say)
     return 0
 
 
@@ -505,7 +504,7 @@ def run_data_get(arguments: argparse.Namespace) -> int:
         places=recipes_folder() / "data" / "splits",
         given=Path(arguments.given) if arguments.given else None,
         mirror=arguments.mirror,
-        log=lambda line: print(line, flush=True),
+        log=say,
     )
     return 0
 
@@ -591,7 +590,7 @@ def run_push(arguments: argparse.Namespace) -> int:
             commit_message=arguments.message,
             dry_run=arguments.dry_run,
             trust_remote_code=arguments.trust_remote_code,
-            log=lambda line: print(line, flush=True),
+            log=say,
         )
     except PublishError as error:
         print(f"bmtk push: {error}", file=sys.stderr)
@@ -632,56 +631,10 @@ def run_models(arguments: argparse.Namespace) -> int:
 
 
 def run_info(arguments: argparse.Namespace) -> int:
-    """Read JSON and the headers of the weights only, which is quick for a model of any size."""
-    directory = Path(arguments.directory)
-    holders = [directory / name for name in ("config.json", "adapter_config.json") if (directory / name).is_file()]
-    if not holders:
-        print(f"bmtk info: {directory} holds neither config.json nor adapter_config.json", file=sys.stderr)
-        return 1
-    config = read_json(holders[0])
-    tensors = [tensor for path in directory.glob("*.safetensors") for tensor in read_header(path)]
-    rows = {
-        "model": ", ".join(config.get("architectures") or [config.get("peft_type", "unknown")]),
-        "model type": config.get("model_type"),
-        "base model": config.get("base_model_name_or_path"),
-        "parameters": f"{sum(prod(tensor['shape']) for tensor in tensors):,}",
-        "stored as": ", ".join(sorted({tensor["dtype"] for tensor in tensors})) or "no safetensors file here",
-        "own code": code_files(directory),
-    }
-    run = directory / "run.json"
-    if run.is_file():
-        rows |= read_json(run).get("metrics", {})
-    shown = {name: value for name, value in rows.items() if value not in (None, "")}
-    for name, value in shown.items():
-        value = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        print(f"{name:<{max(map(len, shown))}}  {value}")
+    from bmtk.tools.info import describe
+
+    say(describe(arguments.directory))
     return 0
-
-
-def code_files(directory: Path) -> str:
-    """The modules of a folder in a line: those of its model first."""
-    names = sorted(
-        (path.name for path in directory.glob("*.py")), key=lambda name: (not name.startswith("modeling_"), name)
-    )
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises: UserError for a file that is not JSON."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        from bmtk.errors import UserError
-
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    return content
-
-
-def read_header(path: Path) -> list[dict[str, Any]]:
-    """The tensors in the header of a safetensors file: dtype, shape, offsets."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return [tensor for name, tensor in header.items() if name != "__metadata__"]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 
 import bmtk_cli
 from bmtk.errors import UserError
+from bmtk.tools import info
 
 
 def test_a_users_error_is_one_line_of_the_command(capsys):
@@ -25,7 +26,7 @@ def test_a_fault_of_ours_keeps_its_traceback(error, tmp_path, capsys, monkeypatc
         raise error
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    monkeypatch.setattr(bmtk_cli, "read_header", fails)
+    monkeypatch.setattr(info, "read_header", fails)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert bmtk_cli.main(["info", str(tmp_path)]) == 1
     written = capsys.readouterr().err
