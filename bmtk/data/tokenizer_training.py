@@ -23,7 +23,7 @@ from .sources import Texts, has_split, read_texts
 from .text_files import TableFormat
 from .tokenizer_report import MEASURED_CHARACTERS, Measures, measure, table
 from .tokenizer_samples import SAMPLE_MB, Sample, counted, draw_sample, units_of
-from .tokenizers import TRAINED_ON, keep_tokenizer, kept_tokenizer, load_tokenizer, train_tokenizer
+from .tokenizers import TRAINED_ON, check_kind, keep_tokenizer, kept_tokenizer, load_tokenizer, train_tokenizer
 
 REPORT = "tokenizer_report.json"
 SHIPPED = {"English": "english.txt", "Chinese": "chinese.txt"}  # names in the report -> files of the samples
@@ -74,6 +74,7 @@ class TokenizerPlan:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        check_kind(self.kind)
         if not 0 <= self.held_out < 1:
             raise UserError(f"validation_fraction={self.held_out} is not a share; choose 0 (none) or more, below 1")
         if self.sample_mb < 1:

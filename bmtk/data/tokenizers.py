@@ -78,8 +78,7 @@ def train_tokenizer(
     Raises: UserError for an unknown kind, no text at all, a special token that is blank or there twice, or a
     `vocab_size` below what the kind needs.
     """
-    if kind not in KINDS:
-        raise UserError(f"kind={kind!r} is unknown; choose one of {sorted(KINDS)}")
+    check_kind(kind)
     _check_special(special_tokens)
     mask = [mask_token(words_hold_blanks=kind in ("byte_bpe", "unigram"))] if with_mask else []
     special = [_special(END_OF_TEXT), *mask, *map(_special, special_tokens)]
@@ -337,6 +336,12 @@ def _at_least_one(texts: Iterable[str]) -> Iterator[str]:
         yield text
     if is_empty:
         raise UserError("cannot train a tokenizer on an empty corpus; give at least one document with text")
+
+
+def check_kind(kind: str) -> None:
+    """Raises: UserError for a kind of tokenizer that there is not."""
+    if kind not in KINDS:
+        raise UserError(f"kind={kind!r} is unknown; choose one of {', '.join(sorted(KINDS))}")
 
 
 KINDS = {

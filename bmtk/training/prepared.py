@@ -72,6 +72,7 @@ def build_accelerator(args: LoopArguments) -> Accelerator:
             InitProcessGroupKwargs(timeout=TIMEOUT),
         ],
     )
+    ProcessLayout.of(args, accelerator.num_processes)  # refuses sizes before any folder is made
     if accelerator.distributed_type not in SUPPORTED:
         raise UserError(
             f"distributed_type={accelerator.distributed_type.value} is not supported by this loop; "

@@ -254,7 +254,7 @@ def test_tokenizers_that_may_reach_across_a_newline_are_not_cut():
             ENGLISH,
             "words",
             300,
-            r"kind='words' is unknown; choose one of .* 'char', 'uncased_word', 'unigram', 'word', 'wordpiece'\]",
+            r"kind='words' is unknown; choose one of byte_bpe, bytes, char, uncased_word, unigram, word, wordpiece$",
         ),
         (ENGLISH, "word", 2, r"vocab_size=2 is too small for a kind of words; it needs at least 3 \(<\|endoftext\|>,"),
     ],

@@ -22,6 +22,7 @@ import bmtk
 from bmtk.errors import UserError
 from bmtk.training import agreement, optimizers
 from bmtk.training.manifest import damages
+from bmtk.training.prepared import build_accelerator
 from bmtk.training.sharding import ProcessLayout, shard
 from bmtk.training.tensor_files import file_name, opened, owners_of, write_index
 
@@ -156,6 +157,18 @@ def test_all_processes_are_used_and_those_of_one_matrix_read_the_same_rows(sizes
 def test_processes_that_do_not_divide_are_refused(sizes, count, message):
     with pytest.raises(UserError, match=re.escape(message)):
         ProcessLayout.of(arguments("none", **sizes), count)
+
+
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(UserError, match="fsdp_size=2 x tp_size=1 needs 2 processes"):
+        build_accelerator(arguments(tmp_path, fsdp_size=2))
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_the_engines_of_accelerate_are_refused_with_the_remedy(monkeypatch, tmp_path, name):
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(UserError, match=r"leave --use_fsdp and --use_deepspeed out of .* set fsdp_size$"):
+        build_accelerator(arguments(tmp_path))
 
 
 def recurrent():
