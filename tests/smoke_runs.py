@@ -1,7 +1,12 @@
-"""Runs that several tests look at; each is made once a session."""
+"""Runs that several tests look at, each made once a session; the configs of the recipes."""
+
+from pathlib import Path
 
 import pytest
 
+# Those in cleaning/ are of `bmtk clean`, which is no recipe: tests/cleaning runs them.
+CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
+RECIPE_CONFIGS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "cleaning")
 TINY = ["--num_train_steps", "12", "--save_steps", "4", "--eval_steps", "0", "--logging_steps", "4"]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from smoke_runs import RECIPE_CONFIGS
 from test_finetune_guards import Changed
 
 from bmtk.errors import UserError
@@ -24,7 +25,6 @@ from bmtk.training.manifest import damages
 from recipes import finetune
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "recipes" / "configs"
 STEPS = 8  # three an epoch, so a run ends within its third
 # Kinds that no config has today are tried all the same.
 ADAPTER, WORKERS = ("random", True, False, "lora", False), ("group_by_length", True, True, None, True)
@@ -43,7 +43,7 @@ def kind_of(config: Path) -> tuple:
 def kinds() -> list[tuple]:
     """The distinct kinds of all shipped configs."""
     with contextlib.chdir(ROOT):
-        return sorted({*map(kind_of, CONFIGS.rglob("*.yaml")), *MORE}, key=str)
+        return sorted({*map(kind_of, RECIPE_CONFIGS), *MORE}, key=str)
 
 
 def name_of(kind: tuple) -> str:
@@ -122,7 +122,7 @@ def assert_same_end(resumed: Path, whole: Path) -> None:
 
 def test_all_configs_are_looked_at():
     assert {"random", "group_by_length"} <= {kind[0] for kind in kinds()}
-    assert len(list(CONFIGS.rglob("*.yaml"))) >= 59
+    assert len(RECIPE_CONFIGS) >= 59
 
 
 @pytest.mark.parametrize("kind", kinds(), ids=name_of)

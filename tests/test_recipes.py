@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from smoke_runs import TINY
+from smoke_runs import RECIPE_CONFIGS, TINY
 from transformers import AutoModel, AutoTokenizer, pipeline
 
 from bmtk.arguments import changed_settings, chosen_fields, read_yaml, resolved_config
@@ -25,9 +25,7 @@ from bmtk.training.evaluation import predict_all
 from bmtk.training.starting_weights import starting_config, starting_weights
 
 ROOT = Path(__file__).parent.parent
-# Those in cleaning/ are of `bmtk clean`, which is no recipe: tests/cleaning runs them.
-CONFIGS = sorted(path for path in (ROOT / "recipes" / "configs").rglob("*.yaml") if path.parent.name != "cleaning")
-SMOKE = [path for path in CONFIGS if path.stem == "smoke"]
+SMOKE = [path for path in RECIPE_CONFIGS if path.stem == "smoke"]
 RECIPE = re.compile(r"recipes/(pretrain|finetune)\.py")
 
 
@@ -54,11 +52,11 @@ def sha256(path: Path) -> str:
 
 
 def test_there_are_configs_and_a_smoke_preset_for_every_task_that_has_configs():
-    assert len(CONFIGS) >= 4
-    assert {path.parent for path in SMOKE} == {path.parent for path in CONFIGS}
+    assert len(RECIPE_CONFIGS) >= 4
+    assert {path.parent for path in SMOKE} == {path.parent for path in RECIPE_CONFIGS}
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("config", RECIPE_CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_config_binds_and_the_command_in_its_header_runs_it(config, monkeypatch):
     monkeypatch.chdir(ROOT)
     command, *facts = config.read_text(encoding="utf-8").splitlines()[0].split("  |  ")
@@ -71,7 +69,7 @@ def test_every_config_binds_and_the_command_in_its_header_runs_it(config, monkey
     assert len(facts) >= 1, "the header says the hardware and the minutes"
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("config", RECIPE_CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_changed_settings_are_a_config_that_says_the_same(config, tmp_path):
     recipe = recipe_of(config)
     parts = recipe.read_arguments(["--config", str(config)])
