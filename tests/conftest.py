@@ -21,6 +21,7 @@ os.environ |= {
     "MPLBACKEND": "agg",
     # One thread sums in one order, so what is compared to the last digits is equal; sweep_training.py asks for more.
     "OMP_NUM_THREADS": os.environ.get("BMTK_TEST_THREADS", "1"),
+    "MKL_NUM_THREADS": os.environ.get("BMTK_TEST_THREADS", "1"),  # which counts for products, where it is set
 }
 
 pytest_plugins = ["stand_in_hub", "smoke_runs"]

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk.errors import UserError
+from bmtk.training import dial
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.dial import TrainingDerivation, num_trunk_parameters, shape_of
-from bmtk.training.profiling import kept_for_backward, rehearse
+from bmtk.training.profiling import Rehearsal, kept_for_backward, rehearse
 from bmtk.training.rng_state import rng_state
 from bmtk.training.sizes import (
     SizeArguments,
@@ -137,14 +138,14 @@ def test_twenty_tokens_a_parameter_unless_that_is_more_than_four_times_the_data(
 
 def derived(size=None, *, budget=None, rows=400_000, given=(), **settings):
     """The training settings of a model of width 32 for rows of 8 tokens."""
-    dial, args = SizeArguments(size=size, budget=budget), LoopArguments(**settings)
-    dial.given = dict.fromkeys(given)
+    sized, args = SizeArguments(size=size, budget=budget), LoopArguments(**settings)
+    sized.given = dict.fromkeys(given)
     objective = SimpleNamespace(units_per_row=lambda split: 8.0, sampled_share=1.0, rows={"train": range(rows)})
     objective.train_batches = lambda **sizes: TinyBatches(0)
     objective.num_items, objective.num_units, objective.criterion = num_items, None, None
     objective.inputs_of = None
     accelerator = Accelerator(cpu=True)
-    return TrainingDerivation(dial, args, objective, tiny_model(), accelerator).derive()
+    return TrainingDerivation(sized, args, objective, tiny_model(), accelerator).derive()
 
 
 def test_training_follows_from_the_tokens():
@@ -190,20 +191,24 @@ def test_a_large_batch_is_cut_into_forward_passes():
     assert settings["micro_batch_size"] == 16384 // 8
 
 
-def test_a_budget_caps_the_steps_by_what_a_step_takes():
-    """The mean of the steps is in the note: the very number that the count of steps is made of."""
+def test_a_budget_caps_the_steps_by_what_a_step_takes(monkeypatch):
+    settings, notes = derived(budget="2h", num_train_steps=-1, num_train_epochs=1000)
+    seconds = float(notes[0].split(": ")[1].split(" ms")[0]) / 1000  # as measured here
+    assert settings["num_train_steps"] <= 1.01 * 7200 / seconds
+    monkeypatch.setattr(dial, "rehearse", lambda *_: Rehearsal(seconds=0.007, num_steps=3, num_bytes=0))
     settings, notes = derived(budget="2s", num_train_steps=-1, num_train_epochs=1000)
-    milliseconds = float(notes[0].split(": ")[1].split(" ms")[0])
-    assert settings == {"num_train_steps": pytest.approx(2000 / milliseconds, rel=0.02)}
+    assert notes[0].startswith("budget 2s: 7 ms a step, the mean of 3 measured now: 285 of ")
+    assert settings == {"num_train_steps": 285}
     assert derived(budget="2h", rows=64)[0] == {"num_train_steps": 2}  # an epoch of 64 rows by 32 fits
     with pytest.raises(UserError, match=r"budget=0.000001s has no room for a step, which takes "):
         derived(budget="0.000001s")
 
 
-def test_a_budget_makes_a_size_train_on_fewer_tokens_with_a_batch_for_these():
+def test_a_budget_makes_a_size_train_on_fewer_tokens_with_a_batch_for_these(monkeypatch):
+    monkeypatch.setattr(dial, "rehearse", lambda *_: Rehearsal(seconds=0.001, num_steps=3, num_bytes=0))
     free, _ = derived("1M")
     settings, _ = derived("1M", budget="0.05s")
-    assert settings["num_train_steps"] < free["num_train_steps"]
+    assert settings["num_train_steps"] == 50 < free["num_train_steps"]
     assert settings["batch_size"] < free["batch_size"]
     assert settings["eval_steps"] == math.ceil(settings["num_train_steps"] / 10)
 
