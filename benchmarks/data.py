@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.rows import ROOT, Line, Settings, at_most, row, take_turns
+from benchmarks.rows import ROOT, Line, Settings, at_most, peak_memory, row, take_turns
 
 VOCABULARY, TRAINED_ON = 16_384, 4 << 20
 CONTEXT, ROWS = 1024, 32  # of a batch
@@ -33,11 +33,13 @@ PLACES = (0, 10**9)  # rows of the order at which a run begins or resumes
 def tokenising(settings: Settings) -> list[Line]:
     """Raw text to token ids: tokens a CPU second and peak memory, beside `datasets.map`."""
     folder = prepared_folder(settings.folder / "tokenising")
-    corpus = folder / "text.jsonl"
-    write_corpus(corpus, 1 if settings.quick else LONGEST_FOR_MAP // 2, as_line=False)
     facts: dict[str, list[dict[str, float]]] = {"ours": [], "datasets.map": []}
 
     def rate(name: str) -> float:
+        # A text of another name each turn, because both engines keep what they have made of a file.
+        corpus = folder / f"text-{len(facts[name])}.jsonl"
+        if not corpus.exists():
+            write_corpus(corpus, 1 if settings.quick else LONGEST_FOR_MAP // 2, as_line=False)
         facts[name].append(measured(name, corpus, folder))
         return facts[name][-1]["tokens a CPU second, M"]
 
@@ -174,15 +176,11 @@ class Meter:
     """CPU time and memory from now on."""
 
     def __init__(self) -> None:
-        self.memory, self.seconds = self._memory(), self._seconds()
+        self.memory, self.seconds = peak_memory(), self._seconds()
 
     def facts(self, tokens: int) -> dict[str, float]:
         rate = tokens / (self._seconds() - self.seconds) / 1e6
-        return {"tokens, M": tokens / 1e6, "tokens a CPU second, M": rate, "peak MB": self._memory() - self.memory}
-
-    @staticmethod
-    def _memory() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+        return {"tokens, M": tokens / 1e6, "tokens a CPU second, M": rate, "peak MB": peak_memory() - self.memory}
 
     @staticmethod
     def _seconds() -> float:

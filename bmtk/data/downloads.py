@@ -157,8 +157,10 @@ class _Copy:
 
         system, path = fsspec.core.url_to_fs(self.url)
         info = system.info(path)
-        times = {key: str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info}
-        return {"mark": json.dumps(times, sort_keys=True), "size": info.get("size")}
+        # An ETag alone where there is one: times of a listing may be finer than those of a single file.
+        tags = {key: info[key] for key in ("ETag", "etag") if info.get(key)}
+        times = {key: str(info[key]) for key in ("mtime", "LastModified", "created") if key in info}
+        return {"mark": json.dumps(tags or times, sort_keys=True), "size": info.get("size")}
 
     def _start_over(self) -> None:
         self.partial.unlink(missing_ok=True)
