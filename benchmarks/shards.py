@@ -3,8 +3,8 @@
     python benchmarks/run.py shard_memory
 
 The images are noise, so that no format packs them.  Each measurement has a process of its own, which reads the rows,
-holds some of them out for validation and makes the batches of an epoch, without keeping decoded images; texts are read,
-and not tokenised.  Counted is the largest anonymous memory (RssAnon of Linux) beyond imports: pages of files that are
+holds some of them out for validation and makes the batches of an epoch, without keeping decoded images; texts are
+read, and not tokenised.  Counted is the largest anonymous memory (RssAnon of Linux) beyond imports: pages of files that are
 mapped, which the system takes back when it needs them, are not in it.
 """
 
@@ -109,7 +109,7 @@ def write_json_lines(folder: Path, megabytes: int) -> None:
 WRITERS = {"images in Parquet": write_parquet, "images in tar": write_tar, "texts in JSON lines": write_json_lines}
 
 
-# ------------------------------------------------------------------------------------------ measured in its own process
+# ---------------------------------------------------------------------------------------- measured in its own process
 
 
 def anonymous_memory() -> float:
