@@ -4,8 +4,8 @@
 
 The images are noise, so that no format packs them.  Each measurement has a process of its own, which reads the rows,
 holds some of them out for validation and makes the batches of an epoch, without keeping decoded images; texts are
-read, and not tokenised.  Counted is the largest anonymous memory (RssAnon of Linux) beyond imports: pages of files that are
-mapped, which the system takes back when it needs them, are not in it.
+read, and not tokenised.  Counted is the largest anonymous memory (RssAnon of Linux) beyond imports: pages of files
+that are mapped, which the system takes back when it needs them, are not in it.
 """
 
 import io

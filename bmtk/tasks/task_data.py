@@ -34,7 +34,7 @@ class SourceArguments:
 
     dataset: str | None = setting(
         None,
-        "folder with train, validation and test parts, a file, a pattern such as 'train-{000..017}.tar', or Hub id owner/name",
+        "folder with train, validation and test parts, a file, a pattern ('{train,val}-*.tar'), or Hub id owner/name",
     )
     train_file: list[str] | None = setting(
         None,
