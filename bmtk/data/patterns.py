@@ -40,6 +40,8 @@ def matching_files(name: str, suffixes: Sequence[str], *, option: str) -> list[P
 
     Names without a wildcard are not looked for.  Raises: UserError for wildcards that match nothing.
     """
+    if Path(name).expanduser().exists():
+        return [Path(name).expanduser()]
     return list(dict.fromkeys(chain.from_iterable(_matches(one, suffixes, option) for one in without_braces(name))))
 
 

@@ -70,9 +70,11 @@ class SequenceClassificationObjective(TextObjective):
         self.labels = data.labels.bind_to(config, data, labels=labels)
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
+        tokenizer, longest = self.tokenizer, self.longest  # all that tokens kept in a file depend on
+
         def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-            whole = self.tokenizer(batch["text"], verbose=False, return_attention_mask=False)["input_ids"]
-            encoded = self.tokenizer(batch["text"], truncation=True, max_length=self.longest)
+            whole = tokenizer(batch["text"], verbose=False, return_attention_mask=False)["input_ids"]
+            encoded = tokenizer(batch["text"], truncation=True, max_length=longest)
             return {**encoded, "length": list(map(len, whole))}
 
         labels = self.labels.targets(rows["label"], where) if "label" in rows.column_names else None

@@ -31,9 +31,10 @@ def write(folder, names):
 
 def test_the_files_of_a_pattern_come_in_its_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, ["b1.csv", "a1.csv", "a0.csv", "a0.md", "[x].csv"])
+    write(tmp_path, ["b1.csv", "a1.csv", "a0.csv", "a0.md", "[x].csv", "{1,2}.csv"])
     assert list(map(str, matching_files("{b,a}*", [".csv"], option="it"))) == ["b1.csv", "a0.csv", "a1.csv"]
-    assert list(map(str, matching_files("[x].csv", [".csv"], option="it"))) == ["[x].csv"]
+    for name in ("[x].csv", "{1,2}.csv"):  # names of files that are there
+        assert list(map(str, matching_files(name, [".csv"], option="it"))) == [name]
     with pytest.raises(UserError, match=r"it='c\*' matches no file that ends in \.csv"):
         matching_files("c*", [".csv"], option="it")
 
