@@ -25,7 +25,6 @@ from .text_files import TableFormat, Unreadable, is_compressed, suffix_of
 
 SHOWN = 60  # characters of a cell in notes
 LAYOUT = 1  # of kept tables: another number makes all of them anew
-PLACE = 100  # characters of a row of an archive, about: it holds places
 LINE = -1  # the line that a row begins on, beside its cells
 
 
@@ -64,7 +63,7 @@ def read_archives(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
         raise UserError(f"{packed[0]} is compressed as a whole, so that no row of it can be found; unpack it to .tar")
 
     def read(found: list[str], kept_at: Callable[[], Path]) -> datasets.Dataset:
-        batches = Batches(lambda: batched((PLACE, row) for row in archive_rows(paths, KIND_OF_SUFFIX)))
+        batches = Batches(lambda: batched((len(repr(row)), row) for row in archive_rows(paths, KIND_OF_SUFFIX)))
         table = table_of(batches, where=str(paths[0]), notes=found, kept_at=kept_at)
         if table is None:
             names = ", ".join(map(str, paths))

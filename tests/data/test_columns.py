@@ -1,7 +1,7 @@
 """Columns that are added to tables, and gaps that are found in them, without reading the other columns."""
 
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmtk.data.columns import first_missing, with_columns
@@ -10,6 +10,7 @@ VALUES = st.lists(st.none() | st.text(max_size=2), min_size=1, max_size=9)
 
 
 @given(VALUES, st.data())
+@settings(max_examples=40, deadline=None)
 def test_columns_belong_to_the_rows_of_a_selection(values, data):
     table = Dataset.from_dict({"old": values})
     chosen = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=12))  # also one twice
@@ -30,6 +31,7 @@ def test_nothing_is_copied():
 
 
 @given(VALUES, st.data())
+@settings(max_examples=40, deadline=None)
 def test_the_first_gap_is_found(values, data):
     chosen = data.draw(st.permutations(range(len(values))))[: data.draw(st.integers(1, len(values)))]
     expected = next((place for place, row in enumerate(chosen) if values[row] is None), None)
