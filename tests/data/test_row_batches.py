@@ -104,4 +104,4 @@ def test_memory_does_not_grow_with_a_file(tmp_path, monkeypatch, suffix):
     assert len(table) == 4000
     assert table[3999]["text"] == f"3999 {text}"
     assert pyarrow.total_allocated_bytes() - before < 1e6
-    assert peak < 2e6  # what a small table may have, and a batch
+    assert peak < 3e6  # of 8: what a small table may have and a batch, or two blocks of 1 MiB that are hashed
