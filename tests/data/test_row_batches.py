@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bmtk.data import row_batches, text_tables
@@ -37,6 +37,7 @@ def at_once(rows):
 
 
 @given(rows=ROWS, at_a_time=st.integers(1, 4), in_file=st.booleans())
+@example(rows=[{"x": 0.5}, {"x": True}], at_a_time=1, in_file=True)  # a float array takes True for 1.0
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_batches_make_the_table_of_all_values(tmp_path, monkeypatch, rows, at_a_time, in_file):
     monkeypatch.setattr(row_batches, "ROWS_AT_ONCE", at_a_time)
