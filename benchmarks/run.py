@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project; a script has only its own folder
 
-from benchmarks import data, finetuning, gpu, recurrent, start, steps, time_to_loss  # noqa: F401 - enter their rows
+from benchmarks import data, finetuning, gpu, recurrent, shards, start, steps, time_to_loss  # noqa: F401 - enter their rows
 from benchmarks.plot import draw
 from benchmarks.rows import ROWS, Settings, hardware_line, measured, show, write_json
 

@@ -30,24 +30,24 @@ def member_bytes(path: str) -> bytes | None:
         return archive.read(int(found[3]))
 
 
-def archive_rows(paths: Sequence[Path], kinds: Mapping[str, str]) -> dict[str, list[Any]]:
-    """Columns of the rows of all archives, in their order; `kinds` says which suffixes are of an image or a recording.
+def archive_rows(paths: Sequence[Path], kinds: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """The rows of all archives, in their order; `kinds` says which suffixes are of an image or a recording.
 
     An image is {"bytes": None, "path": its place}; `.cls` is the column label, `.txt` text, and every key of `.json` a
     column.  What else a row has is left out.
-    Raises: UserError for a file that is no archive, and a row with two images.
+    Raises: UserError for a file that is no archive, or a damaged or cut one, and a row with two images.
     """
-    rows = [row for path in paths for row in _rows(path, kinds)]
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in columns}
+    for path in paths:
+        yield from _rows(path, kinds)
 
 
 def _rows(path: Path, kinds: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     row: dict[str, Any] = {}
-    former = None
+    former, name = None, ""
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all of them, a kilobyte each
                 name = member.name.removeprefix("./")
                 key, suffix = _key_and_suffix(name)
                 if not member.isfile() or not suffix or name.rpartition("/")[2].startswith("."):
@@ -60,12 +60,26 @@ def _rows(path: Path, kinds: Mapping[str, str]) -> Iterator[dict[str, Any]]:
                 if twice := found.keys() & row.keys():
                     raise UserError(f"{path}: row {key} has {', '.join(sorted(twice))} twice; leave one of them out")
                 row |= found
+            _check_end(path, archive.offset)
     except tarfile.TarError as error:
+        if name:
+            raise UserError(
+                f"{path} is damaged or cut off at or after {name} ({error}); copy or pack it again"
+            ) from error
         raise UserError(
             f"{path} is not a tar archive that can be read ({error}); unpack it if it is compressed"
         ) from error
     if row:
         yield row
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Raise TarError if an archive does not end where tarfile does: it takes a damaged header for the end."""
+    with open(path, "rb") as archive:
+        archive.seek(offset)
+        block = archive.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or any(block):
+        raise tarfile.ReadError("no file and no end of the archive follows")
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:

@@ -77,6 +77,6 @@ def _float_range(low: float, high: float) -> Range:
     return (0.0, 255.0) if low >= 0 and 127 < high <= 255 else (low, high if high > low else low + 1)
 
 
-def flat_share(images: Sequence[np.ndarray]) -> float:
+def flat_share(images: Iterable[np.ndarray]) -> float:
     """The part of images (H, W, C), 8 bits, that show nearly one colour."""
     return float(np.mean([np.asarray(image, dtype=np.float64).std((0, 1)).max() < FLAT for image in images]))

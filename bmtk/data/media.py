@@ -17,12 +17,14 @@ import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
+import pyarrow
 import soundfile
 import soxr
 
 from bmtk.errors import UserError
 
 from .archives import member_bytes
+from .columns import first_missing
 from .delimited import delimited_rows
 from .folders import visible_files
 from .json_rows import json_rows
@@ -124,10 +126,31 @@ def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
         elif isinstance(kind, datasets.Audio):
             plain = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
             # Audio(decode=False) would still need torchcodec; the stored values are these two fields
-            table = rows.data.table if rows._indices is None else rows.flatten_indices().data.table
-            features = datasets.Features({**rows.features, name: plain})
-            rows = datasets.Dataset(datasets.table.InMemoryTable(table.cast(features.arrow_schema)))
+            rows = with_features(rows, {name: plain})
     return rows
+
+
+def with_features(rows: datasets.Dataset, kinds: Mapping[str, Any]) -> datasets.Dataset:
+    """`rows` whose stored values in some columns are taken for other kinds; a file that is mapped stays mapped."""
+    features = datasets.Features({**rows.features, **kinds})
+    info = datasets.DatasetInfo(features=features)
+    return datasets.Dataset(rows.data.cast(features.arrow_schema), info=info, indices_table=rows._indices)
+
+
+def media_column(table: datasets.Dataset, column: str, kind: str, where: str) -> datasets.Dataset:
+    """The images (kind "image") or recordings ("audio") of a table, in a column of that name; nothing is copied.
+
+    Raises: UserError if a row holds something else.
+    """
+    rows = table.select_columns(column)
+    held = rows.data.schema.field(column).type
+    is_media = pyarrow.types.is_struct(held) and {"bytes", "path"} <= {field.name for field in held}
+    row = first_missing(rows, column) if is_media else 0
+    if row is not None:
+        noun = {"image": "image", "audio": "recording"}[kind]
+        found = type(rows[row][column]).__name__
+        raise UserError(f"{kind}_column={column!r} of {where} row {row + 1} holds a {found}, no {noun}")
+    return rows if column == kind else rows.rename_column(column, kind)
 
 
 def decode_image(value: Media, where: str) -> PIL.Image.Image:

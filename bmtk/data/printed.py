@@ -23,14 +23,20 @@ def looks_printed(cell: object) -> bool:
 
 def printed_values(cells: Sequence[str]) -> list[Any] | None:
     """The values of a column whose every cell is a printed one, or empty (then None); None for other columns."""
-    values: list[Any] = []
+    kinds = printed_kinds(cells)
+    return [printed_value(cell) for cell in cells] if kinds is not None and len(kinds) == 1 else None
+
+
+def printed_kinds(cells: Sequence[str]) -> set[str] | None:
+    """The names of the types of cells that are all printed values, or empty; None if another is among them."""
+    kinds = set()
     for cell in cells:
         value = printed_value(cell)
-        if value is None and cell.strip():
+        if value is not None:
+            kinds.add(_kind(value))
+        elif cell.strip():
             return None
-        values.append(value)
-    is_any = any(value is not None for value in values)
-    return values if is_any and len({_kind(value) for value in values if value is not None}) == 1 else None
+    return kinds
 
 
 def printed_value(cell: str) -> Any:

@@ -6,10 +6,8 @@ file that is one document, where it is read in pieces. The order of documents is
 folder or a pattern by name.
 """
 
-import glob
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,12 +20,12 @@ from .corpus_files import SUFFIXES, CorpusFile, Piece, check_column, checked_tex
 from .downloads import fetched, is_url, matching_urls
 from .fingerprints import FileDigests
 from .folders import visible_files
+from .patterns import is_pattern, matching_files
 from .text_files import COMPRESSED_SUFFIXES, TableFormat, suffix_of
 
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SAMPLE_BY = ("document", "line")
 ON_CORRUPT = ("stop", "skip")
-PATTERN = re.compile(r"[*?]|\[.+\]")  # what makes a name a pattern of names
 ROWS_PER_READ = 1024
 AS_FOUND = TableFormat()
 
@@ -129,7 +127,8 @@ def read_texts(
 ) -> Texts:
     """Find the documents of a file, a folder, a Hub data set (`owner/name` or `owner/name:config`), or a list of them.
 
-    Also of a pattern of names (`*`, `?`, `[...]`, `**` for any depth), and of a URL, which is copied to a cache.
+    Also of a pattern of names (`*`, `?`, `[...]`, `**` for any depth, `{000..017}`, `{a,b}`), and of a URL, which is
+    copied to a cache.
     `split` selects the files of a folder (`train.txt`, `train-00001.parquet`, `train/...`; all files of a folder
     without such names are "train") or the split of a Hub data set; a file named directly is always read whole.
     `text_column` is the key or column of .jsonl, .csv, .tsv, .parquet, .arrow and Hub rows. `sample_by` makes one
@@ -176,7 +175,7 @@ def text_fingerprint(texts: Texts | Sequence[str]) -> str:
 
 def _looks_like_a_path(item: str) -> bool:
     return (
-        bool(PATTERN.search(item))
+        is_pattern(item)
         or item.startswith(("/", ".", "~"))
         or item.count("/") > 1
         or "\\" in item
@@ -189,12 +188,9 @@ def _paths(item: str, split: str) -> list[Path]:
     if is_url(item):
         return [fetched(url) for url in matching_urls(item, SUFFIXES)]
     path = Path(item).expanduser()
-    if path.exists() or not PATTERN.search(item):
+    if path.exists() or not is_pattern(item):
         return _files(path, split)
-    names = sorted(name for name in glob.glob(str(path), recursive=True) if suffix_of(Path(name)) in SUFFIXES)
-    if not names:
-        raise UserError(f"source={item!r} matches no file that ends in {', '.join(SUFFIXES)} (looked in {Path.cwd()})")
-    return [Path(name) for name in names]
+    return [file for found in matching_files(item, SUFFIXES, option="source") for file in _files(found, split)]
 
 
 def _files(path: Path, split: str) -> list[Path]:

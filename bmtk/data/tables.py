@@ -4,8 +4,7 @@ For data sets of examples (a text and its label); corpora of documents are read 
 is read: in CSV every cell is a text, in JSON a string stays a string and whole numbers keep their digits.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,17 @@ import pyarrow.parquet
 from bmtk.errors import UserError
 
 from . import archives
+from .columns import first_missing
 from .delimited import SUFFIXES as DELIMITED
-from .delimited import delimited_rows, found_dialect
 from .folders import Listing, list_folder
 from .json_rows import SUFFIXES as JSON
-from .json_rows import json_rows
-from .media import KIND_OF_SUFFIX, majority_kind, media_kind, media_rows, metadata_files, undecoded
-from .printed import looks_printed, printed_values
+from .media import majority_kind, media_kind, media_rows, metadata_files, undecoded, with_features
+from .patterns import is_pattern, matching_files
+from .printed import looks_printed
+from .row_batches import ROWS_AT_ONCE
 from .sources import SPLIT_NAMES
-from .text_files import TableFormat, Unreadable, is_compressed, suffix_of
+from .text_files import TableFormat, is_compressed, suffix_of
+from .text_tables import read_archives, read_delimited, read_json
 
 SPLITS = tuple(SPLIT_NAMES)
 SUFFIXES = (*DELIMITED, *JSON, ".parquet", archives.SUFFIX)
@@ -52,7 +53,7 @@ def read_splits(
         found = _local_splits(dataset, splits, wanted, layout, notes) if _is_local(dataset) else _hub_splits(dataset)
     for split in splits:
         if names := files.get(split):
-            found[split] = read_table([Path(name).expanduser() for name in names], layout, notes)
+            found[split] = read_table(named_files(names, f"{split}_file"), layout, notes)
     if not any(split in found for split in splits):
         raise UserError(f"there are no {' or '.join(splits)} rows; name a file with {splits[0]}_file")
     return {split: found[split] for split in splits if split in found}
@@ -66,6 +67,8 @@ def read_all(
     Raises: FileNotFoundError if there is no such path (`option` named it), UserError if it cannot be read.
     """
     path = Path(source).expanduser()
+    if not path.exists() and is_pattern(source):
+        return read_table(matching_files(source, SUFFIXES, option=option), layout, notes)
     if not path.exists():
         raise FileNotFoundError(f"{option}={str(path)!r} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
     if path.is_file():
@@ -84,10 +87,15 @@ def files_read(source: str) -> list[Path]:
     """The files that `read_all` reads: tables, or images and recordings and the metadata beside them."""
     path = Path(source).expanduser()
     if not path.is_dir():
-        return [path]
+        return [path] if path.exists() or not is_pattern(source) else matching_files(source, SUFFIXES, option="input")
     listing = list_folder(path)
     kind = _folder_kind(listing)
     return [*_files_of_kind(listing, kind), *(metadata_files(path) if kind != "table" else ())]
+
+
+def named_files(names: Sequence[str], option: str) -> list[Path]:
+    """The files that names and patterns of names stand for, in the order given."""
+    return [path for name in names for path in matching_files(name, SUFFIXES, option=option)]
 
 
 def is_table(path: Path) -> bool:
@@ -115,94 +123,10 @@ def read_table(
         raise UserError(f"{names}: an empty file has no rows")
     notes = [] if notes is None else notes
     if suffixes[0] == archives.SUFFIX:
-        return _read_archives(paths, notes)
+        return read_archives(paths, notes)
     if suffixes[0] in DELIMITED:
-        return datasets.concatenate_datasets([_read_delimited(path, layout, notes) for path in paths])
-    return _read_json(paths, layout, notes) if suffixes[0] in JSON else _read_parquet(paths, notes)
-
-
-def _read_delimited(path: Path, layout: TableFormat, notes: list[str]) -> datasets.Dataset:
-    """All cells as text: pandas would make numbers and gaps of some, and shift columns where a line is too long."""
-    try:
-        (_, columns), *rows = delimited_rows(path, layout)
-        dialect = found_dialect(path, layout)
-    except Unreadable as error:
-        kind = f"a table in {layout.encoding or 'UTF-8'} with a header line"
-        raise UserError(error.sentence(path, kind)) from error
-    if not rows:
-        raise UserError(f"{path} has no rows, only the columns {', '.join(columns)}")
-    if suffix_of(path) == ".csv" and dialect.delimiter != "," and not layout.delimiter:
-        notes.append(f"{path}: cells are divided by {dialect.delimiter!r}")
-    if dialect.is_unquoted:
-        notes.append(f"{path}: quotes around cells are taken off, as every quote of the file is written as in CSV")
-    else:
-        _note_breaks_and_quotes(path, rows, notes)
-    cells = list(zip(*(row for _, row in rows), strict=True))
-    kept = [place for place, name in enumerate(columns) if name or any(map(str.strip, cells[place]))]
-    nameless = [place + 1 for place in kept if not columns[place]]
-    if len(nameless) > 1:
-        raise UserError(f"{path}: columns {', '.join(map(str, nameless))} have cells and no name; name them")
-    found = {columns[place]: list(cells[place]) for place in kept}
-    printed = {name: values for name, values in ((n, printed_values(c)) for n, c in found.items()) if values}
-    if printed:
-        names = ", ".join(map(repr, printed))
-        notes.append(f"{path}: {names} hold values that were printed as text, such as lists: they are read as values")
-    return _dataset({**found, **printed}, path, notes)
-
-
-def _note_breaks_and_quotes(path: Path, rows: Sequence[tuple[int, list[str]]], notes: list[str]) -> None:
-    """Note cells with a line break, which an open quote makes of several rows, and quotes that are kept."""
-    if suffix_of(path) == ".tsv":
-        found = [(line, cell) for line, row in rows for cell in row if len(cell) > 1 and cell[0] == cell[-1] == '"']
-        what = "begin and end with a double quote, which is kept (if it is not part of them, rename the file to .csv)"
-    else:
-        found = [(line, cell) for line, row in rows for cell in row if "\n" in cell or "\r" in cell]
-        what = "have a line break within quotes: see that no quote was left open"
-    if found:
-        line, cell = found[0]
-        notes.append(f"{path}: {len(found):,} cells {what}; the first in line {line}: {cell[:SHOWN]!r}")
-
-
-def _read_json(paths: Sequence[Path], layout: TableFormat, notes: list[str]) -> datasets.Dataset:
-    """Columns are those of all rows; a value that a row lacks is missing."""
-    rows: list[dict[str, Any]] = []
-    for path in paths:
-        try:
-            for where, row in json_rows(path, layout):
-                _check_unicode(row, path, where)
-                rows.append(row)
-        except Unreadable as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-    if not rows:
-        raise UserError(f"{', '.join(map(str, paths))} has no rows")
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return _dataset({name: [row.get(name) for row in rows] for name in columns}, paths[0], notes)
-
-
-def _check_unicode(row: Mapping[str, Any], path: Path, where: str) -> None:
-    """Raise UserError for halves of characters, which JSON can write and UTF-8 cannot."""
-    try:
-        for value in row.values():
-            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{path}, {where}: the text is not Unicode ({error}); repair or remove it") from error
-
-
-def _dataset(columns: Mapping[str, list[Any]], path: Path, notes: list[str]) -> datasets.Dataset:
-    """A table in memory; a column of unlike values (numbers and texts) becomes texts, with a note."""
-    arrays = {}
-    for name, values in columns.items():
-        try:
-            arrays[name] = pyarrow.array(values)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
-            kinds = sorted({type(value).__name__ for value in values if value is not None})
-            notes.append(f"column {name!r} of {path} holds unlike values ({', '.join(kinds)}): read as texts")
-            arrays[name] = pyarrow.array([_as_text(value) for value in values], type=pyarrow.string())
-    return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(arrays)))
-
-
-def _as_text(value: object) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return datasets.concatenate_datasets([read_delimited(path, layout, notes) for path in paths])
+    return read_json(paths, layout, notes) if suffixes[0] in JSON else _read_parquet(paths, notes)
 
 
 def _read_parquet(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
@@ -221,41 +145,34 @@ def _read_parquet(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
     return _with_texts_of_bytes(rows, names, notes)
 
 
-def _read_archives(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
-    names = ", ".join(map(str, paths))
-    if packed := [path for path in paths if is_compressed(path)]:
-        raise UserError(f"{packed[0]} is compressed as a whole, so that no row of it can be found; unpack it to .tar")
-    columns = archives.archive_rows(paths, KIND_OF_SUFFIX)
-    if not columns:
-        raise UserError(f"{names} has no rows: no image, recording, .cls, .txt or .json, named as WebDataset does")
-    return _dataset(columns, paths[0], notes)
-
-
 def _with_texts_of_bytes(rows: datasets.Dataset, where: str, notes: list[str]) -> datasets.Dataset:
     """Columns of bytes that are UTF-8 as texts; others stay bytes, which are refused where a text is needed."""
-    table, features = rows.data.table, dict(rows.features)
-    for place, field in enumerate(table.schema):
+    texts = {}
+    for field in rows.data.schema:
         if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
             try:
-                texts = table.column(place).cast(pyarrow.large_string())
+                rows.data.column(field.name).cast(pyarrow.large_string())
             except pyarrow.ArrowInvalid:
                 continue
             notes.append(f"column {field.name!r} of {where} holds bytes: read as text in UTF-8")
-            table, features[field.name] = table.set_column(place, field.name, texts), datasets.Value("large_string")
-    if table is rows.data.table:
-        return rows
-    schema = datasets.Features(features).arrow_schema  # which also says what other columns stand for
-    return datasets.Dataset(datasets.table.InMemoryTable(table.cast(schema)))
+            texts[field.name] = datasets.Value("large_string")
+    return with_features(rows, texts) if texts else rows
 
 
 def one_table(dataset: str | None) -> list[Path]:
-    """The table of a data set that is a single file, or a folder with one table named after no split; else nothing."""
+    """The table of a data set that is a single file, a pattern, or a folder with one table; else nothing.
+
+    Nor is there one where a file of the folder or the pattern is named after a split.
+    """
     path = Path(dataset or "").expanduser()
     if dataset and path.is_dir():
         listing = list_folder(path)
         files = _files_of_kind(listing, "table") if _folder_kind(listing) == "table" else []
         named = [file for file in files if any(_belongs(file.relative_to(path), split) for split in SPLITS)]
         return files if len(files) == 1 and not named else []
+    if dataset and not path.exists() and is_pattern(dataset):
+        files = matching_files(dataset, SUFFIXES, option="dataset")
+        return [] if any(_of_splits(files).values()) else files
     return [path] if dataset and path.is_file() and is_table(path) else []
 
 
@@ -276,6 +193,23 @@ def text_cells(rows: datasets.Dataset, column: str, *, option: str, where: str) 
     """
     check_column(rows, column, option=option, where=where)
     return [as_text(value, f"{option}={column!r} of {where} row {row}") for row, value in enumerate(rows[column], 1)]
+
+
+def text_rows(table: datasets.Dataset, column: str, *, option: str, where: str) -> datasets.Dataset:
+    """A column "text" with what `text_cells` reads; texts without gaps stay where they are, in memory or a file."""
+    check_column(table, column, option=option, where=where)
+    held = table.data.schema.field(column).type
+    is_text = pyarrow.types.is_string(held) or pyarrow.types.is_large_string(held)
+    if is_text and first_missing(table, column) is None:
+        rows = table.select_columns(column)
+        return rows if column == "text" else rows.rename_column(column, "text")
+    return datasets.Dataset.from_dict({"text": text_cells(table, column, option=option, where=where)})
+
+
+def cells(rows: datasets.Dataset, column: str) -> Iterator[Any]:
+    """The values of a column, read some rows at a time."""
+    for batch in rows.select_columns(column).iter(batch_size=ROWS_AT_ONCE):
+        yield from batch[column]
 
 
 def as_text(value: object, where: str) -> str:
@@ -301,7 +235,7 @@ def note_printed(texts: Iterable[str], notes: list[str], *, option: str, where: 
 
 def _is_local(dataset: str) -> bool:
     looks_like_a_path = dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1 or is_table(Path(dataset))
-    return looks_like_a_path or Path(dataset).exists()
+    return looks_like_a_path or is_pattern(dataset) or Path(dataset).exists()
 
 
 def _local_splits(
@@ -309,6 +243,8 @@ def _local_splits(
 ) -> dict[str, datasets.Dataset]:
     """The tables of the `wanted` ones of `splits`."""
     path = Path(dataset).expanduser()
+    if not path.exists() and is_pattern(dataset):
+        return _pattern_splits(dataset, splits, wanted, layout, notes)
     if not path.exists():
         raise FileNotFoundError(f"dataset={str(path)!r} does not exist (looked in {Path.cwd()}){_neighbours(path)}")
     if path.is_file():
@@ -332,6 +268,27 @@ def _local_splits(
             f"{path}: {len(unnamed):,} tables are named after no split, and not read: {', '.join(unnamed[:4])}"
         )
     return {split: read_table(names, layout, notes) for split, names in found.items() if names and split in wanted}
+
+
+def _pattern_splits(
+    pattern: str, splits: Sequence[str], wanted: Sequence[str], layout: TableFormat, notes: list[str]
+) -> dict[str, datasets.Dataset]:
+    """The tables of a pattern by the names of the files; if none is named after a split, all are of the first."""
+    files = matching_files(pattern, SUFFIXES, option="dataset")
+    found = _of_splits(files)
+    if not any(found.values()):
+        found = {splits[0]: files}
+    elif unnamed := [str(file) for file in files if not any(file in of_split for of_split in found.values())]:
+        raise UserError(
+            f"dataset={pattern!r} has files that are named after a split and others that are not, such as "
+            f"{unnamed[0]}; name them with train_file and validation_file"
+        )
+    return {split: read_table(names, layout, notes) for split, names in found.items() if names and split in wanted}
+
+
+def _of_splits(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each split, by their own names alone."""
+    return {split: [file for file in files if _belongs(Path(file.name), split)] for split in SPLITS}
 
 
 def _media_splits(

@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForAudioClassification, PreTrainedConfig
 
+from bmtk.data.columns import with_columns
+
 from .label_types import LabelType
 from .recordings import RecordingArguments, RecordingData, RecordingObjective, RecordingRows, worst_spectrograms
 from .row_classification import RowClassificationArguments, RowLabels, RowScorer
@@ -39,7 +41,7 @@ class AudioClassificationData(RecordingData):
         if labelled and labels is None:
             return None
         rows, kept = self.read_recordings(table, where, labelled=labelled)
-        return rows if labels is None else rows.add_column("label", [labels[row] for row in kept])
+        return rows if labels is None else with_columns(rows, {"label": [labels[row] for row in kept]})
 
     @property
     def label_type(self) -> LabelType:
@@ -58,7 +60,7 @@ class AudioClassificationObjective(RecordingObjective):
     def encode(self, rows: Dataset, where: str) -> RecordingRows:
         if "label" in rows.column_names:
             labels = self.labels.targets(rows["label"], where)
-            rows = rows.remove_columns("label").add_column("labels", labels)
+            rows = with_columns(rows.remove_columns("label"), {"labels": labels})
         return self.recording_rows(rows, where)
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

@@ -3,7 +3,7 @@
 A box is [left, top, width, height] in pixels of its image, as in COCO; other formats become that when they are read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def _names_of_type(kind: Any) -> list[str] | None:
     return kind.names if isinstance(kind, ClassLabel) else None
 
 
-def sizes_of(images: Sequence[dict[str, Any]], where: str) -> list[tuple[int, int]]:
+def sizes_of(images: Iterable[dict[str, Any]], where: str) -> list[tuple[int, int]]:
     """Width and height of each image."""
     return [image_size(image, f"the image of {where} row {row}") for row, image in enumerate(images, 1)]
 

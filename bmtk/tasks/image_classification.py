@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 
+from bmtk.data.columns import with_columns
 from bmtk.errors import UserError
 from bmtk.settings import setting
 
@@ -50,9 +51,9 @@ class ImageClassificationData(ImageData):
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         images = self.read_images(table, where)
         if not labelled:
-            return Dataset.from_dict({"image": images})
+            return images
         labels = self.labels.read(table, where, self.notes)
-        return None if labels is None else Dataset.from_dict({"image": images, "label": labels})
+        return None if labels is None else with_columns(images, {"label": labels})
 
     @property
     def label_type(self) -> LabelType:
@@ -80,7 +81,7 @@ class ImageClassificationObjective(ImageObjective):
     def encode(self, rows: Dataset, where: str) -> PixelRows:
         if "label" in rows.column_names:
             labels = self.labels.targets(rows["label"][:], where)
-            rows = rows.remove_columns("label").add_column("labels", labels)
+            rows = with_columns(rows.remove_columns("label"), {"labels": labels})
         return self.pixel_rows(rows, where)
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

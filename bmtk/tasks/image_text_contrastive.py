@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from bmtk.data.columns import with_columns
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.image_transforms import BatchTransform, apply_batch_transform, draw_batch_transform
 from bmtk.data.masking import draws
@@ -96,7 +97,7 @@ class ImageTextContrastiveData(TextData):
         ]
         captions = [[*(first or [""]), *itertools.chain(*others)] for first, *others in zip(*texts, strict=True)]
         images = undecoded_images(table, where, self.args.image_column)
-        rows = Dataset.from_dict({"image": images, "captions": captions})
+        rows = with_columns(images, {"captions": captions})
         return self.keep_rows_with_text(rows, [c[0] for c in captions], option="caption_column", where=where)
 
     def _captions(self, table: Dataset, column: str, option: str, where: str) -> list[list[str]]:

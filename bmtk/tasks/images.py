@@ -5,7 +5,7 @@ B images, C channels, H x W pixels.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.image_depth import eight_bits, flat_share, is_deep, range_of
 from bmtk.data.image_transforms import Augmentation
-from bmtk.data.media import ON_CORRUPT, decode_image, image_header, in_colour
+from bmtk.data.media import ON_CORRUPT, decode_image, image_header, in_colour, media_column
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.settings import fact, setting
@@ -29,7 +29,7 @@ from .objective import Objective
 from .task_data import SourceArguments, TaskData
 
 SURVEYED = 1000  # rows whose sizes and kinds are noted, and whose pixels are averaged where not all are in memory
-AT_ONCE = 256  # rows that are decoded together
+AT_ONCE = 32  # images that are decoded together: they may be of any size
 LOOKED_AT = 100  # training images, at most, that are looked at for whether they show anything
 KINDS = {
     **{"1": "black and white", "L": "greyscale", "P": "palette", "RGB": "colour", "RGBA": "colour"},  # PIL's modes
@@ -90,7 +90,7 @@ class ImageData(TaskData):
     def readable_rows(self, table: Dataset, where: str) -> Dataset:
         return rows_with_images(table, where, self.args, self.notes)
 
-    def read_images(self, table: Dataset, where: str) -> list[dict[str, Any]]:
+    def read_images(self, table: Dataset, where: str) -> Dataset:
         return undecoded_images(table, where, self.args.image_column)
 
     @property
@@ -175,7 +175,7 @@ def rows_with_images(table: Dataset, where: str, args: ImageArguments, notes: li
     if args.on_corrupt != "skip":
         return table
     bad = {}
-    for row, value in enumerate(undecoded_images(table, where, args.image_column)):
+    for row, value in enumerate(undecoded_images(table, where, args.image_column)["image"]):
         try:
             decode_image(value, f"{where} row {row + 1}")
         except ValueError as error:
@@ -189,14 +189,10 @@ def rows_with_images(table: Dataset, where: str, args: ImageArguments, notes: li
     return table.select([row for row in range(len(table)) if row not in bad])
 
 
-def undecoded_images(table: Dataset, where: str, column: str) -> list[dict[str, Any]]:
-    """The images of a table.  Raises: UserError if the column does not exist, or holds something else."""
+def undecoded_images(table: Dataset, where: str, column: str) -> Dataset:
+    """The column "image" of a table.  Raises: UserError if there is no such column, or it holds something else."""
     check_column(table, column, option="image_column", where=where)
-    values: list[dict[str, Any]] = table[column][:]
-    for row, value in enumerate(values, 1):
-        if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
-            raise UserError(f"image_column={column!r} of {where} row {row} holds a {type(value).__name__}, no image")
-    return values
+    return media_column(table, column, "image", where)
 
 
 def has_image_processor(model: str | None) -> bool:
@@ -238,7 +234,7 @@ def find_range(data: TaskData, processor: Any) -> list[float] | None:
     trained = getattr(processor, "image_range", None)
     found: list[float] | None = data.args.image_range or trained
     if found is None:
-        deep = [value for rows in data.rows.values() for value in _spread(rows) if _is_deep(value)]
+        deep = (value for rows in data.rows.values() for value in _spread(rows) if _is_deep(value))
         of_data = range_of(decode_image(value, "an image of more than 8 bits") for value in deep)
         if of_data is None:
             return None
@@ -260,16 +256,21 @@ def _is_deep(value: dict[str, Any]) -> bool:
         return False
 
 
-def _spread(rows: Dataset) -> list[dict[str, Any]]:
-    """The images of up to `SURVEYED` rows from all over."""
-    values: list[dict[str, Any]] = rows[np.linspace(0, len(rows) - 1, min(len(rows), SURVEYED)).astype(int)]["image"]
-    return values
+def _spread(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """The images of up to `SURVEYED` rows from all over, one after the other."""
+    images = rows.select_columns("image")
+    return (images[row]["image"] for row in spread_rows(len(rows), SURVEYED))
+
+
+def spread_rows(count: int, most: int) -> list[int]:
+    """Up to `most` of `count` rows, from all over."""
+    return [int(row) for row in np.linspace(0, count - 1, min(count, most))]
 
 
 def flatness(rows: "ImageRows") -> list[str]:
     """A warning if at least half of the images show next to nothing."""
-    chosen = np.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).astype(int).tolist()
-    share = flat_share([np.asarray(in_colour(row["image"])) for row in rows.images(chosen)])
+    chosen = spread_rows(len(rows), LOOKED_AT)
+    share = flat_share(np.asarray(in_colour(rows.images([row])[0]["image"])) for row in chosen)
     if share < 0.5:
         return []
     return [
@@ -392,11 +393,10 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, where 1 is white; of a part of the rows if not all are kept."""
-        pixels = self.kept
-        if pixels is None:
-            pixels = self.pixels(np.linspace(0, len(self) - 1, min(len(self), SURVEYED)).astype(int).tolist())
-        counts = np.zeros((pixels.shape[1], 256), dtype=int)
-        for part in np.array_split(pixels, -(-len(pixels) // AT_ONCE)):
+        chosen = spread_rows(len(self), SURVEYED if self.kept is None else len(self))
+        counts = np.zeros((self.shape[0], 256), dtype=int)
+        for start in range(0, len(chosen), AT_ONCE):
+            part = self.pixels(chosen[start : start + AT_ONCE])
             counts += np.stack([np.bincount(channel.ravel(), minlength=256) for channel in part.swapaxes(0, 1)])
         values, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
         mean = shares @ values
@@ -415,25 +415,22 @@ class PixelRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
 
 def survey(rows: Dataset, shape: Sequence[int]) -> str:
     """Sizes and kinds of up to `SURVEYED` images from all over, and what the model's size (C, H, W) does to them."""
-    chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), SURVEYED)).astype(int)]["image"]
-    sizes, modes, are_clear = zip(*map(image_header, chosen), strict=True)
+    sizes, modes, are_clear = zip(*map(image_header, _spread(rows)), strict=True)
     kinds = Counter(KINDS.get(mode, mode) for mode in modes).most_common()
-    parts = [", ".join(f"{count / len(chosen):.1%} {kind}" if len(kinds) > 1 else kind for kind, count in kinds)]
+    parts = [", ".join(f"{count / len(sizes):.1%} {kind}" if len(kinds) > 1 else kind for kind, count in kinds)]
     if any(are_clear):
-        parts.append(
-            f"{sum(are_clear) / len(chosen):.1%} partly transparent, put on white (which pipelines do not do)"
-        )
+        parts.append(f"{sum(are_clear) / len(sizes):.1%} partly transparent, put on white (which pipelines do not do)")
     (width, height), (_, model_height, model_width) = np.median(sizes, axis=0).astype(int), shape
     if len(set(sizes)) > 1:
         parts.append(f"{min(sizes)[0]} to {max(sizes)[0]} pixels wide, mostly about {width} x {height}")
     else:
         parts.append(f"{width} x {height} pixels")
-    larger = sum(w > model_width or h > model_height for w, h in sizes) / len(chosen)
-    smaller = sum(w < model_width and h < model_height for w, h in sizes) / len(chosen)
+    larger = sum(w > model_width or h > model_height for w, h in sizes) / len(sizes)
+    smaller = sum(w < model_width and h < model_height for w, h in sizes) / len(sizes)
     if larger or smaller:
         shares = f"{larger:.1%} are made smaller and {smaller:.1%} larger"
         parts.append(f"the model reads {model_width} x {model_height}: {shares}")
-    looked_at = "" if len(chosen) == len(rows) else f" ({len(chosen):,} of {len(rows):,} looked at)"
+    looked_at = "" if len(sizes) == len(rows) else f" ({len(sizes):,} of {len(rows):,} looked at)"
     return f"training images{looked_at}: {'; '.join(parts)}"
 
 

@@ -57,7 +57,7 @@ class MaskedImageModelingData(ImageData):
     """Column "image" (undecoded)."""
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
-        return Dataset.from_dict({"image": self.read_images(table, where)})
+        return self.read_images(table, where)
 
     @property
     def config_fields(self) -> dict[str, object]:

@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForObjectDetection, PreTrainedConfig
 
 from bmtk.data.box_transforms import FLIPS, FORMATS, BoxAugmentation
+from bmtk.data.columns import with_columns
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.labels import agreed_labels, in_order, some
 from bmtk.errors import UserError
@@ -129,15 +130,15 @@ class ObjectDetectionData(ImageData):
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
         images = self.read_images(table, where)
         if not labelled:
-            return Dataset.from_dict({"image": images})
+            return images
         objects = read_objects(table, self.args.objects_column, where, names=self.args.label_names)
-        sizes = sizes_of(images, where)
+        sizes = sizes_of(images["image"], where)
         objects = in_pixels(objects, sizes, self.args.box_format, where)
         objects = objects_within_images(sizes, objects, where, self.notes)
         if not any(names for _, names in objects):
             raise UserError(f"objects_column={self.args.objects_column!r} of the {where} data holds no box at all")
         boxes, names = [boxes.tolist() for boxes, _ in objects], [names for _, names in objects]
-        return Dataset.from_dict({"image": images, "boxes": boxes, "names": names})
+        return with_columns(images, {"boxes": boxes, "names": names})
 
     @property
     def config_fields(self) -> dict[str, object]:
@@ -164,7 +165,7 @@ class ObjectDetectionObjective(ImageObjective):
     def encode(self, rows: Dataset, where: str) -> DetectionRows:
         if "names" in rows.column_names:
             labels = [self._ids_of(names, f"{where} row {row}") for row, names in enumerate(rows["names"], 1)]
-            rows = rows.remove_columns("names").add_column("labels", labels)
+            rows = with_columns(rows.remove_columns("names"), {"labels": labels})
         args = self.args
         augmentation = BoxAugmentation(args.flip, args.scale_jitter, args.colour_jitter)
         options: Any = {"augmentation": augmentation, "seed": self.data.seed, "image_range": self.image_range}

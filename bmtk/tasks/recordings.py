@@ -14,8 +14,9 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
 from bmtk.data.audio_transforms import AudioAugmentationArguments, changed_samples, masked_frames
+from bmtk.data.columns import with_columns
 from bmtk.data.epoch_dataset import EpochDataset
-from bmtk.data.media import ON_CORRUPT, audio_seconds, decode_audio
+from bmtk.data.media import ON_CORRUPT, audio_seconds, decode_audio, media_column
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.settings import fact, setting
@@ -64,12 +65,9 @@ class RecordingData(TaskData):
         """
         name = self.args.audio_column
         check_column(table, name, option="audio_column", where=where)
-        values = list(table[name])
+        rows = media_column(table, name, "audio", where)
         kept, seconds, bad = [], [], []
-        for row, value in enumerate(values):
-            if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
-                held = type(value).__name__
-                raise UserError(f"audio_column={name!r} of {where} row {row + 1} holds a {held}, no recording")
+        for row, value in enumerate(rows["audio"]):
             try:
                 seconds.append(self._seconds(value, f"the recording of {where} row {row + 1}"))
                 kept.append(row)
@@ -79,10 +77,10 @@ class RecordingData(TaskData):
                     raise UserError(f"{error}{more}") from error
                 bad.append(str(error))
         if bad:
-            self.notes.append(f"{len(bad):,} of {len(values):,} {where} rows are left out: {'; '.join(bad[:3])}")
+            self.notes.append(f"{len(bad):,} of {len(rows):,} {where} rows are left out: {'; '.join(bad[:3])}")
         if not kept:
             raise UserError(f"audio_column={name!r} of the {where} data holds no recording that can be read")
-        return Dataset.from_dict({"audio": [values[row] for row in kept], "seconds": seconds}), kept
+        return with_columns(rows.select(kept), {"seconds": seconds}), kept
 
     def _seconds(self, value: dict[str, Any], where: str) -> float:
         seconds = audio_seconds(value, where)

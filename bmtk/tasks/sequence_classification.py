@@ -1,13 +1,14 @@
 """Sequence classification: one label for a whole text.  Accuracy and macro-F1 over all predictions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
-from bmtk.data.tables import note_printed, text_cells
+from bmtk.data.columns import with_columns
+from bmtk.data.tables import cells, note_printed, text_rows
 from bmtk.settings import fact
 
 from .label_types import LabelType
@@ -41,18 +42,18 @@ class SequenceClassificationData(TextData):
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         """Rows without text are left out, but not of those to be predicted."""
-        texts = text_cells(table, self.args.text_column, option="text_column", where=where)
-        note_printed(texts, self.notes, option="text_column", where=where)
+        rows = text_rows(table, self.args.text_column, option="text_column", where=where)
+        note_printed(cells(rows, "text"), self.notes, option="text_column", where=where)
         if not labelled:
-            return Dataset.from_dict({"text": texts})
+            return rows
         labels = self.labels.read(table, where, self.notes)
         if labels is None:
             return None
-        rows = Dataset.from_dict({"text": texts, "label": labels})
-        return self.keep_rows_with_text(rows, texts, option="text_column", where=where)
+        rows = with_columns(rows, {"label": labels})
+        return self.keep_rows_with_text(rows, cells(rows, "text"), option="text_column", where=where)
 
-    def training_texts(self) -> list[str]:
-        return list(self.rows["train"]["text"])
+    def training_texts(self) -> Iterator[str]:
+        return cells(self.rows["train"], "text")
 
     @property
     def label_type(self) -> LabelType:
@@ -69,9 +70,11 @@ class SequenceClassificationObjective(TextObjective):
         self.labels = data.labels.bind_to(config, data, labels=labels)
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
+        tokenizer, longest = self.tokenizer, self.longest  # all that tokens kept in a file depend on
+
         def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-            whole = self.tokenizer(batch["text"], verbose=False, return_attention_mask=False)["input_ids"]
-            encoded = self.tokenizer(batch["text"], truncation=True, max_length=self.longest)
+            whole = tokenizer(batch["text"], verbose=False, return_attention_mask=False)["input_ids"]
+            encoded = tokenizer(batch["text"], truncation=True, max_length=longest)
             return {**encoded, "length": list(map(len, whole))}
 
         labels = self.labels.targets(rows["label"], where) if "label" in rows.column_names else None

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from bmtk.data.series import Series, SeriesColumns, bounds, read_series, shared_steps
 from bmtk.data.series_rows import one_row_a_step
-from bmtk.data.tables import SPLITS, check_column, one_table, read_table
+from bmtk.data.tables import SPLITS, check_column, named_files, one_table, read_table
 from bmtk.data.time_formats import NAMED_FORMATS, ORDERS, UNITS, TimeFormat, check_time_format
 from bmtk.errors import UserError
 from bmtk.settings import fact, setting
@@ -142,7 +141,8 @@ class SeriesData(TaskData):
         files = one_table(args.dataset) if args.dataset else args.train_file
         if not splits or not files or args.validation_file or args.test_file:
             return super()._tables(splits)
-        table = read_table([Path(name).expanduser() for name in files], args.layout, self.notes)
+        files = named_files([str(file) for file in files], "train_file")
+        table = read_table(files, args.layout, self.notes)
         shares = args.split_rows or USUAL_SPLIT
         named = enumerate(SPLITS[: len(shares)])
         self.parts = TableParts(shares, {split: position for position, split in named if shares[position]})

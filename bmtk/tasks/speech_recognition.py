@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCTC, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Wav2Vec2Processor
 
+from bmtk.data.columns import with_columns
 from bmtk.data.labels import some
 from bmtk.data.media import ON_CORRUPT
 from bmtk.data.packing import IGNORE_INDEX
@@ -91,7 +92,7 @@ class SpeechRecognitionData(RecordingData):
         if not any(texts):
             raise UserError(f"transcription_column={column!r} of the {where} data holds no text at all")
         rows, kept = self.read_recordings(table, where, labelled=True)
-        rows = rows.add_column("text", [texts[row] for row in kept])
+        rows = with_columns(rows, {"text": [texts[row] for row in kept]})
         chosen = [index for index, row in enumerate(kept) if texts[row]]
         if len(chosen) < len(kept):
             count = len(kept) - len(chosen)
@@ -146,7 +147,7 @@ class SpeechRecognitionObjective(RecordingObjective):
         labels = [self.tokens.encode(text) for text in rows["text"]]
         self._note_unknown(rows["text"], labels, where)
         short = self._too_short(labels, rows["seconds"], where)
-        rows = rows.add_column("labels", labels)
+        rows = with_columns(rows, {"labels": labels})
         if short and where == "train":
             kept = np.setdiff1d(np.arange(len(rows)), short)
             if not len(kept):

@@ -32,9 +32,14 @@ LEAKAGE = ("stop", "drop", "allow")
 class SourceArguments:
     """Where the data are, and what they are called."""
 
-    dataset: str | None = setting(None, "folder with train, validation and test parts, a file, or Hub id owner/name")
+    dataset: str | None = setting(
+        None,
+        "folder with train, validation and test parts, a file, a pattern ('{train,val}-*.tar'), or Hub id owner/name",
+    )
     train_file: list[str] | None = setting(
-        None, "training rows: .csv, .tsv, .jsonl, .json (each also .gz, .bz2, .xz, .zst), .parquet; over dataset"
+        None,
+        "training rows: .csv, .tsv, .jsonl, .json (each also .gz, .bz2, .xz, .zst), .parquet, .tar, and patterns of "
+        "them; over dataset",
     )
     validation_file: list[str] | None = setting(None, "validation rows, likewise")
     test_file: list[str] | None = setting(None, "test rows, likewise")

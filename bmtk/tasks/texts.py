@@ -60,13 +60,14 @@ class TextData(TaskData):
         ends = {"bos_token_id": self.tokenizer.bos_token_id, "eos_token_id": self.tokenizer.eos_token_id}
         return {**super().config_fields, "vocab_size": len(self.tokenizer), **ends}
 
-    def keep_rows_with_text(self, rows: Dataset, texts: Sequence[str | None], *, option: str, where: str) -> Dataset:
+    def keep_rows_with_text(self, rows: Dataset, texts: Iterable[str | None], *, option: str, where: str) -> Dataset:
         """`rows` without those whose text is missing or blank; a note counts them.  Raises: UserError if all are."""
         kept = [row for row, text in enumerate(texts) if text and not text.isspace()]
         if not kept:
             raise UserError(f"{option}={getattr(self.args, option)!r} of the {where} data holds no text at all")
-        if len(kept) < len(texts):
-            self.notes.append(f"{len(texts) - len(kept):,} of {len(texts):,} {where} rows have no text: left out")
+        if len(kept) == len(rows):
+            return rows
+        self.notes.append(f"{len(rows) - len(kept):,} of {len(rows):,} {where} rows have no text: left out")
         return rows.select(kept)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import soundfile
 
+from bmtk.data import row_batches
 from bmtk.data.fingerprints import row_marks
 from bmtk.data.media import decode_audio, decode_image
 from bmtk.data.tables import read_splits, read_table
@@ -111,3 +112,38 @@ def test_an_image_that_is_broken_is_named_by_its_place(tmp_path):
     rows = read_table([write_tar(tmp_path / "a.tar", {"x.png": b"nothing"})])
     with pytest.raises(UserError, match=r"row 1 is not an image that can be read: .*a\.tar!512\+7!x\.png"):
         decode_image(rows["image"][0], "row 1")
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_an_archive_that_is_cut_off_names_the_last_file(tmp_path, row):
+    whole = shard(tmp_path / "train.tar", [1, 2, 3]).read_bytes()
+    with tarfile.open(tmp_path / "train.tar") as archive:
+        members = archive.getmembers()
+    inside = members[2 * row].offset_data + 20  # of an image
+    behind = members[2 * row + 1].offset_data + 512  # of the row: nothing is cut but other rows, or the end
+    for place, name in ((inside, f"{row + 1:03}.png"), (behind, f"{row + 1:03}.cls")):
+        (tmp_path / "cut.tar").write_bytes(whole[:place])
+        with pytest.raises(UserError, match=rf"cut\.tar is damaged or cut off at or after a/{name} .*copy or pack"):
+            read_table([tmp_path / "cut.tar"])
+
+
+def test_a_header_that_is_damaged_is_not_the_end(tmp_path):
+    path = shard(tmp_path / "train.tar", [1, 2, 3])
+    with tarfile.open(path) as archive:
+        place = archive.getmembers()[2].offset
+    content = bytearray(path.read_bytes())
+    content[place + 3] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train\.tar is damaged or cut off at or after a/001\.cls"):
+        read_table([path])
+
+
+def test_the_rows_of_many_files_are_kept_in_a_file_and_the_same(tmp_path, monkeypatch):
+    shards = [shard(tmp_path / f"{number}.tar", [number, number + 7]) for number in range(3)]
+    small = read_table(shards)
+    monkeypatch.setattr(row_batches, "SMALL", 0)
+    large = read_table(shards)
+    assert large.cache_files
+    assert large.to_list() == small.to_list() == read_table(shards).to_list()
+    shard(shards[1], [50, 60, 70])
+    assert len(read_table(shards)) == 7

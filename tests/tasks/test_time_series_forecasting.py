@@ -71,6 +71,19 @@ def predictions_of(objective, model, split="test", batch_size=64):
 # ---------------------------------------------------------------------------------------------------- rows
 
 
+def test_a_series_in_several_files_is_that_of_one(tmp_path):
+    values, times = numbers(), pd.date_range("2024-01-01", periods=60, freq="1h")
+    one = bind(read(write(tmp_path / "x.csv", values)))
+    for number, rows in enumerate(np.array_split(np.arange(60), 3)):
+        write(tmp_path / f"part-{number:02}.csv", values[rows], times=times[rows])
+    named = {"dataset": None, "train_file": [str(tmp_path / "part-0[01].csv"), str(tmp_path / "part-02.csv")]}
+    for given in ({"path": str(tmp_path / "part-{00..02}.csv")}, {"path": None, **named}):
+        several = bind(read(**given))
+        for split in ("train", "validation", "test"):
+            pairs = zip(several.rows[split], one.rows[split], strict=True)
+            assert all(np.array_equal(ours[name], theirs[name]) for ours, theirs in pairs for name in theirs)
+
+
 def test_windows_of_one_table_look_back_over_the_split_and_never_ahead(tmp_path):
     values = numbers()
     objective = bind(read(write(tmp_path / "x.csv", values)))
