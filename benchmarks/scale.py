@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py                                 # 1, 2, 4 and 8 processes, two minutes
     python benchmarks/scale.py --processes 1 2 --steps 10
+    python benchmarks/scale.py --saving 25                     # what a save costs training: 25 M parameters
 
 One tiny model and one global batch for all, so times show what processes cost each other, not what they gain: on a CPU
 with fewer cores than processes they also wait for a core.  The rows of 64 and 1,024 processes are computed: how many
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -25,6 +27,7 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 import bmtk  # noqa: F401  registers the model families
+from bmtk.training.allocation import keep_freed_memory
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState
 from bmtk.training.prepared import build_accelerator, prepare
@@ -54,24 +57,66 @@ def measure(folder: Path, steps: int, fsdp_size: int) -> None:
     updater = Updater(prepared, Losses(lambda batch: batch["labels"].numel()), max_grad_norm=1.0)
     batch = batch_of(**prepared.share)
 
-    def seconds(action) -> float:
+    def of_all(action) -> float:
         accelerator.wait_for_everyone()
-        started = time.perf_counter()
-        action()
-        accelerator.wait_for_everyone()
-        return time.perf_counter() - started
+        return seconds(lambda: (action(), accelerator.wait_for_everyone()))
 
-    times = [seconds(lambda: updater.step(batch)) for _ in range(steps)][2:]
+    times = [of_all(lambda: updater.step(batch)) for _ in range(steps)][2:]
     checkpoints = Checkpoints(folder, prepared)
-    save = seconds(lambda: checkpoints.save(TrainState(step=1)))
+    save = of_all(lambda: checkpoints.save(TrainState(step=1)))
     path = checkpoints.newest()
-    resume = seconds(lambda: checkpoints.load(checkpoints.newest()))
+    resume = of_all(lambda: checkpoints.load(checkpoints.newest()))
     if accelerator.is_main_process:
         files = [file.stat().st_size for file in path.rglob("*.safetensors")]
         facts = {"step": median(times), "save": save, "resume": resume, "largest file": max(files)}
         print(json.dumps(facts | {"manifest": (path / "manifest.json").stat().st_size}), flush=True)
     if accelerator.num_processes > 1:
         torch.distributed.destroy_process_group()
+
+
+def measure_saving(millions: float, folder: Path, saves: int = 4) -> None:
+    """Print how long training stands still for a save, beside how long the save takes, in both ways of saving."""
+    set_seed(0)
+    width, layers = 512, max(1, round(millions / 3.15))  # a layer of this width has 3.15 M
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 8, "vocab_size": VOCABULARY}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bm_transformer", **sizes))
+    args = LoopArguments(output_dir=str(folder), precision="fp32")
+    keep_freed_memory(torch.device("cpu"))  # as the loop does
+    prepared = prepare(model, args, build_accelerator(args))
+    updater = Updater(prepared, Losses(lambda batch: batch["labels"].numel()), max_grad_norm=1.0)
+    batch = [{name: rows[:8] for name, rows in batch_of(0, 1)[0].items()}]
+
+    print(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, times in ms, medians")
+    print("saving            save  stall  of a save   step alone  step beside a save")
+    for name, in_background in (("in foreground", False), ("in background", True)):
+        checkpoints = Checkpoints(folder / name, prepared, keep=1, in_background=in_background)
+        first, *found = [one_save(checkpoints, updater, batch, step) for step in range(1, 1 + saves)]
+        whole, stall, alone, beside = (1000 * median(values) for values in zip(*found, strict=True))
+        print(f"{name} {whole:9.0f} {stall:6.0f} {stall / whole:10.1%} {alone:12.0f} {beside:19.0f}")
+        print(f"  the first one {1000 * first[0]:6.0f} {1000 * first[1]:6.0f}", flush=True)
+
+
+def one_save(checkpoints: Checkpoints, updater: Updater, batch: list, step: int) -> tuple[float, float, float, float]:
+    """Seconds: the whole save, what training stood still for it, and a step before and beside it."""
+    saver, waits, ends = checkpoints.saver, [], []
+    updater.before_update = lambda: waits.append(seconds(saver.wait_for_copy))
+    alone = median(seconds(lambda: updater.step(batch)) for _ in range(6))
+    started = time.perf_counter()
+    stall, beside = seconds(lambda: checkpoints.save(TrainState(step=step))), []
+    watch = threading.Thread(target=lambda: (saver.thread and saver.thread.join(), ends.append(time.perf_counter())))
+    watch.start()
+    waits.clear()
+    while not ends:
+        beside.append(seconds(lambda: updater.step(batch)))
+    watch.join()
+    saver.finish()
+    return ends[0] - started, stall + sum(waits), alone, median(beside or [alone])
+
+
+def seconds(action) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
 
 
 def launch(count: int, steps: int, fsdp_size: int) -> dict[str, float]:
@@ -95,12 +140,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8], help="how many to start")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a run; the first two do not count")
+    parser.add_argument("--saving", type=float, metavar="M", help="measure the saves of M million parameters instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--fsdp_size", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         torch.set_num_threads(1)
         return measure(Path(args.worker), args.steps, args.fsdp_size)
+    if args.saving:
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            return measure_saving(args.saving, Path(folder))
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {ROWS} rows of {LENGTH} tokens a step")
     print("processes   layout   step ms   save ms  resume ms  largest file  manifest")
     for count in args.processes:
