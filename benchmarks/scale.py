@@ -62,13 +62,23 @@ def measure(folder: Path, steps: int, fsdp_size: int) -> None:
         return seconds(lambda: (action(), accelerator.wait_for_everyone()))
 
     times = [of_all(lambda: updater.step(batch)) for _ in range(steps)][2:]
-    checkpoints = Checkpoints(folder, prepared)
-    save = of_all(lambda: checkpoints.save(TrainState(step=1)))
+    checkpoints, waits = Checkpoints(folder, prepared, in_background=True), []
+
+    def save_whole(step: int) -> None:
+        checkpoints.save(TrainState(step=step))
+        checkpoints.saver.finish()
+
+    save_whole(1)  # connects the processes
+    save = of_all(lambda: save_whole(2))
+    updater.before_update = lambda: waits.append(seconds(checkpoints.saver.wait_for_copy))
+    stall = seconds(lambda: checkpoints.save(TrainState(step=3)))
+    updater.step(batch)
     path = checkpoints.newest()
     resume = of_all(lambda: checkpoints.load(checkpoints.newest()))
     if accelerator.is_main_process:
         files = [file.stat().st_size for file in path.rglob("*.safetensors")]
-        facts = {"step": median(times), "save": save, "resume": resume, "largest file": max(files)}
+        facts = {"step": median(times), "save": save, "stall": stall + sum(waits), "resume": resume}
+        facts["largest file"] = max(files)
         print(json.dumps(facts | {"manifest": (path / "manifest.json").stat().st_size}), flush=True)
     if accelerator.num_processes > 1:
         torch.distributed.destroy_process_group()
@@ -151,14 +161,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=".") as folder:
             return measure_saving(args.saving, Path(folder))
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {ROWS} rows of {LENGTH} tokens a step")
-    print("processes   layout   step ms   save ms  resume ms  largest file  manifest")
+    print("processes   layout   step ms   save ms  stall ms  resume ms  largest file  manifest")
     for count in args.processes:
         for fsdp_size in (1, count) if count > 1 else (1,):
             found = launch(count, args.steps, fsdp_size)
-            step, save, resume = (1000 * found[name] for name in ("step", "save", "resume"))
+            step, save, stall, resume = (1000 * found[name] for name in ("step", "save", "stall", "resume"))
             sizes = f"{found['largest file'] / 1e6:10.2f} MB {found['manifest'] / 1e3:6.1f} kB"
             layout = "FSDP2" if fsdp_size > 1 else "DDP" if count > 1 else "-"
-            print(f"{count:9} {layout:>8} {step:9.1f} {save:9.1f} {resume:10.1f} {sizes}", flush=True)
+            print(f"{count:9} {layout:>8} {step:9.1f} {save:9.1f} {stall:9.1f} {resume:10.1f} {sizes}", flush=True)
     with torch.device("meta"):
         weights = dict(tiny_model().named_parameters())
     for count in (64, 1024):

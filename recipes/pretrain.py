@@ -175,8 +175,14 @@ def fit(
     prepared = prepare(model, args, accelerator)
     batches = objective.train_batches(**args.batching, **prepared.share)
     choose_micro_batches(args, batches, objective, model, accelerator)
-    keeping = {"keep": args.save_total_limit, "in_background": args.save_in_background}
-    checkpoints = Checkpoints(args.output_dir, prepared, objective.processor, settings, **keeping)
+    checkpoints = Checkpoints(
+        args.output_dir,
+        prepared,
+        objective.processor,
+        settings,
+        keep=args.save_total_limit,
+        in_background=args.save_in_background,
+    )
     state = checkpoints.resume(log=accelerator.print)
     evaluator = Evaluator(objective, prepared, batch_size=batches.micro_batch_size)
     hooks = Hooks(
