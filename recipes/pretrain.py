@@ -100,8 +100,10 @@ def main(argv: list[str]) -> None:
     }
     if accelerator.is_main_process:
         check_publishing(run, log=print)
-    waits = named_waits(accelerator, "the start or the end of the run")
-    with held(folder, settings, is_main=accelerator.is_main_process, **check), waits:
+    with (
+        held(folder, settings, is_main=accelerator.is_main_process, **check),
+        named_waits(accelerator, "the start or the end of the run"),
+    ):
         started_at = run_record.now()
         check_shared(accelerator, folder)
         objective, model = start(accelerator, *groups)

@@ -102,7 +102,7 @@ def test_a_write_that_fails_ends_the_run_soon_and_leaves_the_older_checkpoint(tm
     class Slow(TinyBatches):
         def __getitem__(self, step: int):
             asked.append(step)
-            time.sleep(0.02)
+            time.sleep(0.01)
             return super().__getitem__(step)
 
     with pytest.raises(OSError, match="No space left on device"):
