@@ -5,8 +5,8 @@
     python benchmarks/scale.py --saving 25                     # what a save costs training: 25 M parameters
 
 One tiny model and one global batch for all, so times show what processes cost each other, not what they gain: on a CPU
-with fewer cores than processes they also wait for a core.  The rows of 64 and 1,024 processes are computed: how many
-bytes each process writes, and the size of the index that one process writes for all.
+with fewer cores than processes they also wait for a core.  The rows of 64 and 1,024 processes are those of a model of
+1.17 B parameters in torch's "fake" process group: what one of them holds, and how many bytes and names it writes.
 """
 
 import argparse
@@ -31,7 +31,9 @@ from bmtk.training.allocation import keep_freed_memory
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState
 from bmtk.training.prepared import build_accelerator, prepare
-from bmtk.training.tensor_files import owners_of
+from bmtk.training.sharding import ProcessLayout, shard
+from bmtk.training.snapshot import stored_weights
+from bmtk.training.tensor_files import file_name, owners_of, write_index
 from bmtk.training.updates import Losses, Updater
 
 ROWS, LENGTH, VOCABULARY = 64, 64, 2048
@@ -151,9 +153,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8], help="how many to start")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a run; the first two do not count")
     parser.add_argument("--saving", type=float, metavar="M", help="measure the saves of M million parameters instead")
+    parser.add_argument("--simulated", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--fsdp_size", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.simulated:
+        return simulate(args.simulated, args.fsdp_size)
     if args.worker:
         torch.set_num_threads(1)
         return measure(Path(args.worker), args.steps, args.fsdp_size)
@@ -169,15 +174,43 @@ def main() -> None:
             sizes = f"{found['largest file'] / 1e6:10.2f} MB {found['manifest'] / 1e3:6.1f} kB"
             layout = "FSDP2" if fsdp_size > 1 else "DDP" if count > 1 else "-"
             print(f"{count:9} {layout:>8} {step:9.1f} {save:9.1f} {stall:9.1f} {resume:10.1f} {sizes}", flush=True)
+    print("\n1.17 B parameters on processes that are simulated: what one holds and writes (AdamW, float32)")
+    print("processes   layout   holds GB  writers  writes GB  index kB  manifest kB  sharding s")
+    for count, fsdp_size in ((64, 8), (64, 64), (1024, 8), (1024, 1024)):
+        command = [sys.executable, __file__, "--simulated", str(count), "--fsdp_size", str(fsdp_size)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        print(done.stdout.splitlines()[-1] if done.returncode == 0 else done.stderr[-3000:], flush=True)
+
+
+def simulate(count: int, fsdp_size: int) -> None:
+    """Print what one of `count` processes holds and writes: memory and metadata, nothing is computed or sent."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    FSDPParamGroup._validate_no_meta_params = lambda self: None  # no memory for weights is needed here
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 16, "vocab_size": 32_000}
     with torch.device("meta"):
-        weights = dict(tiny_model().named_parameters())
-    for count in (64, 1024):
-        owners = list(owners_of(weights, count).values())
-        most = max(
-            sum(w.numel() * 4 for w, owner in zip(weights.values(), owners, strict=True) if owner == rank)
-            for rank in set(owners)
-        )
-        print(f"{count:10} computed: {len(set(owners))} processes write weights, at most {most / 1e6:.2f} MB each")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bm_transformer", **sizes))
+    layout = ProcessLayout(fsdp_size=fsdp_size, dp_replicate_size=count // fsdp_size)
+    spent = seconds(lambda: shard(model, layout, torch.device("meta")))
+    held = 16 * sum(parameter.to_local().numel() for parameter in model.parameters()) / 1e9
+    weights = stored_weights(model)
+    moments = {f"{key}/{name}": value for key in ("exp_avg", "exp_avg_sq") for name, value in weights.items()}
+    written, listed = [0] * count, {}
+    for stem, tensors in (("model", weights), ("training_state/optimizer", moments)):
+        for name, owner in owners_of(tensors, count).items():
+            written[owner] += 4 * tensors[name].numel()
+            listed[file_name(stem, owner, count)] = {"bytes": 10**9, "xxh3_128": 32 * "0"}
+    with tempfile.TemporaryDirectory() as folder:
+        write_index(Path(folder), "model", weights, count)
+        index = (Path(folder) / "model.safetensors.index.json").stat().st_size
+    writers, most = sum(map(bool, written)), max(written) / 1e9
+    kind = f"{count // fsdp_size} x {fsdp_size}"
+    manifest = len(json.dumps({"files": listed}, indent=1)) / 1e3
+    print(
+        f"{count:9} {kind:>8} {held:10.3f} {writers:8} {most:10.3f} {index / 1e3:9.1f} {manifest:12.1f} {spent:11.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from tiny_run import arguments, digest, tiny_model
 from transformers import AutoModelForCausalLM
 
+from bmtk.training import checkpoint
 from bmtk.training.manifest import damages
 
 pytestmark = pytest.mark.slow
@@ -81,7 +82,7 @@ def killed_at(event: str, number: int):
 
 
 def train(folder: Path, happens: Callable[[str], None] = lambda what: None) -> None:
-    """The run, which calls `happens` with "write", "forward" and "evaluation" before each of them."""
+    """The run, which calls `happens` with "write", "flush", "forward" and "evaluation" before each of them."""
 
     def watch(event: str, details: tuple) -> None:
         flags = details[2] if event == "open" else 0
@@ -93,7 +94,12 @@ def train(folder: Path, happens: Callable[[str], None] = lambda what: None) -> N
         happens("evaluation")
         return original(model, batch)
 
+    def flush(path):
+        happens("flush")
+        original_flush(path)
+
     original, tiny_run.predict = tiny_run.predict, predict
+    original_flush, checkpoint.flush = checkpoint.flush, flush
     sys.addaudithook(watch)
     model = tiny_model()
     model.register_forward_pre_hook(lambda module, inputs: happens("forward") if module.training else None)
@@ -108,7 +114,8 @@ def straight(tmp_path_factory) -> str:
     return digest(AutoModelForCausalLM.from_pretrained(folder))
 
 
-WRITES = [(0, "write", number) for number in range(3, 52, 6)] + [(1, "write", number) for number in range(1, 9, 3)]
+# The second process writes its tensors outside of Python, and flushes two files of each checkpoint.
+WRITES = [(0, "write", number) for number in range(3, 52, 6)] + [(1, "flush", number) for number in (1, 2, 3)]
 ELSEWHERE = [(0, "forward", 6), (1, "forward", 5), (1, "forward", 7), (0, "evaluation", 1), (1, "evaluation", 1)]
 
 
