@@ -57,6 +57,7 @@ from bmtk.training.sizes import SizeArguments, fill_by_size
 from bmtk.training.starting_weights import starting_config, starting_weights
 from bmtk.training.throughput import build_meter
 from bmtk.training.updates import Losses
+from bmtk.training.waits import named_waits
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -99,7 +100,10 @@ def main(argv: list[str]) -> None:
     }
     if accelerator.is_main_process:
         check_publishing(run, log=print)
-    with held(folder, settings, is_main=accelerator.is_main_process, **check):
+    with (
+        held(folder, settings, is_main=accelerator.is_main_process, **check),
+        named_waits(accelerator, "the start or the end of the run"),
+    ):
         started_at = run_record.now()
         check_shared(accelerator, folder)
         objective, model = start(accelerator, *groups)
@@ -173,13 +177,21 @@ def fit(
     prepared = prepare(model, args, accelerator)
     batches = objective.train_batches(**args.batching, **prepared.share)
     choose_micro_batches(args, batches, objective, model, accelerator)
-    checkpoints = Checkpoints(args.output_dir, prepared, objective.processor, settings, args.save_total_limit)
+    checkpoints = Checkpoints(
+        args.output_dir,
+        prepared,
+        objective.processor,
+        settings,
+        keep=args.save_total_limit,
+        in_background=args.save_in_background,
+    )
     state = checkpoints.resume(log=accelerator.print)
     evaluator = Evaluator(objective, prepared, batch_size=batches.micro_batch_size)
     hooks = Hooks(
         evaluate=evaluator.validate,
         main_metric=f"validation/{objective.scorer.main_metric}",
         save=checkpoints.save,
+        saver=checkpoints.saver,
         load_best=checkpoints.load_best,
         account=lambda state: objective.reading.account(state.step * batches.batch_size),
         check_micro_batches=objective.check_micro_batches,

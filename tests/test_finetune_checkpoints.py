@@ -51,7 +51,7 @@ def halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-DAMAGES = {"sha256": flip, "bytes instead of": halve, "is missing": Path.unlink}
+DAMAGES = {"xxh3_128": flip, "bytes instead of": halve, "is missing": Path.unlink}
 
 
 @pytest.mark.parametrize("told", DAMAGES)
@@ -78,7 +78,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_the_whole_one(finished, folder,
     capsys.readouterr()
     run(folder, *SETTINGS, "--ema_decay", "0.5")
     assert f"going on from {checkpoint(folder, 2)}" in capsys.readouterr().out
-    assert "checkpoint-3 is damaged: optimizer.pt has another sha256" in caplog.text
+    assert "checkpoint-3 is damaged: optimizer.pt has another xxh3_128" in caplog.text
     assert not [problem for step in (1, 2, 3, 4) for problem in damages(checkpoint(folder, step))]
     ours, theirs = (load_file(each / "model.safetensors") for each in (folder, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -111,7 +111,7 @@ def test_a_checkpoint_without_a_manifest_is_used_only_where_it_is_named(folder, 
 
 def test_a_checkpoint_that_is_named_has_to_be_whole(folder):
     flip(checkpoint(folder, 2) / "scheduler.pt")
-    with pytest.raises(UserError, match=r"scheduler\.pt has another sha256 than when it was written$"):
+    with pytest.raises(UserError, match=r"scheduler\.pt has another xxh3_128 than when it was written$"):
         checkpoint_to_resume(folder, str(checkpoint(folder, 2)))
 
 

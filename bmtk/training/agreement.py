@@ -18,23 +18,31 @@ from bmtk.errors import UserError, installed_version, versions
 Result = TypeVar("Result")
 
 
-def of_all(accelerator: Accelerator, value: Result) -> list[Result]:
-    """The values of all processes, in the order of their numbers."""
+def of_all(accelerator: Accelerator, value: Result, group: Any = None) -> list[Result]:
+    """The values of all processes, in the order of their numbers; over the connections of `group`, if it is given."""
     if accelerator.num_processes == 1:
         return [value]
-    values: list[Result] = gather_object([value])
+    values: list[Result] = [value] * accelerator.num_processes
+    if group is None:
+        values = gather_object([value])
+    else:
+        torch.distributed.all_gather_object(values, value, group=group)
     return values
 
 
-def of_main(accelerator: Accelerator, value: Result) -> Result:
-    """The value of the main process, on every one."""
+def of_main(accelerator: Accelerator, value: Result, group: Any = None) -> Result:
+    """The value of the main process, on every one; over the connections of `group`, if it is given."""
     if accelerator.num_processes == 1:
         return value
-    values: list[Result] = broadcast_object_list([value])
+    values: list[Result] = [value]
+    if group is None:
+        values = broadcast_object_list(values)
+    else:
+        torch.distributed.broadcast_object_list(values, src=0, group=group)
     return values[0]
 
 
-def together(accelerator: Accelerator, action: Callable[[], Result]) -> list[Result]:
+def together(accelerator: Accelerator, action: Callable[[], Result], group: Any = None) -> list[Result]:
     """The results of `action` on all processes; if it raises on one, it raises on all: none waits for that one.
 
     Raises: the process's own error, or OSError with that of another.
@@ -44,7 +52,7 @@ def together(accelerator: Accelerator, action: Callable[[], Result]) -> list[Res
         result = action()
     except Exception as problem:
         error = problem
-    outcomes = of_all(accelerator, (result, None if error is None else str(error)))
+    outcomes = of_all(accelerator, (result, None if error is None else str(error)), group)
     if error is not None:
         raise error
     problems = [f"process {number}: {problem}" for number, (_, problem) in enumerate(outcomes) if problem]

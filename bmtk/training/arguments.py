@@ -22,7 +22,7 @@ NONFINITE = ("stop", "skip")
 FREE_KEYS = frozenset(
     "output_dir overwrite_output_dir logging_steps eval_steps save_steps save_total_limit "
     "micro_batch_size gradient_checkpointing torch_compile nonfinite spike_sigma rollback_after max_minutes "
-    "fsdp_size dp_replicate_size tp_size".split()
+    "fsdp_size dp_replicate_size tp_size save_in_background timeout_minutes".split()
 )
 
 
@@ -172,6 +172,9 @@ class LoopArguments(SharedArguments):
     eval_steps: int = _shared("eval_steps", 0)
     save_steps: int = _shared("save_steps", 0)
     save_total_limit: int = _setting(2, "newest checkpoints to keep; 0: all")
+    save_in_background: bool = _setting(
+        True, "go on training while a checkpoint is written, from a copy of the state, if there is memory for it"
+    )
 
     precision: str = _shared("precision", "auto")
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass: less memory, slower")
@@ -186,6 +189,7 @@ class LoopArguments(SharedArguments):
         1,
         "processes over which each matrix is cut (tensor parallelism), where one device cannot hold a layer",
     )
+    timeout_minutes: float = _setting(30.0, "how long a process waits for another one before the run ends")
     nonfinite: str = _setting(
         "stop", "a step that is not finite is never applied: stop, with the weights before it saved, or skip it"
     )
@@ -215,6 +219,8 @@ class LoopArguments(SharedArguments):
         at_least |= {"fsdp_size": 1, "dp_replicate_size": 0, "tp_size": 1}
         yield from too_low(self, at_least)
         yield from not_below_one(self, ("adam_beta1", "adam_beta2"))
+        if not 0 < self.timeout_minutes < math.inf:
+            yield f"timeout_minutes={self.timeout_minutes} is out of range; give a number above 0"
         if self.min_lr_ratio > 1:
             yield f"min_lr_ratio={self.min_lr_ratio} is a fraction; give a number from 0 to 1"
         if self.early_stopping_patience and not self.eval_steps:

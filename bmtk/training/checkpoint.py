@@ -8,7 +8,7 @@
         training_state/randomness.safetensors                   generators, one row for each process
         training_state/carried.safetensors                      a recurrent state for each row of a step, if carried on
         training_state/state.json, config.json                  step, counters; resolved configuration of the run
-        manifest.json                                           size and sha256 of every file above
+        manifest.json                                           size and hash of every file above
 
 A checkpoint is written beside its final place, flushed to the disk, listed in the manifest and then renamed, so a
 folder with its final name is whole, unless the disk has damaged it later: its manifest shows that, and it is passed
@@ -18,47 +18,42 @@ over. Nothing is pickled.
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
-from transformers.utils import logging as transformers_logging
 
 from bmtk.errors import UserError
 from bmtk.files import adding_to_folder, flush
 
 from .agreement import of_all, of_main, together
-from .guards import broken_weights
+from .background import BackgroundSaver
+from .description import Description, Processor, no_bars, without_weights
 from .manifest import damages, dump_json, facts_of, written_whole
 from .optimizers import NamedOptimizer
 from .prepared import Prepared
-from .resume import check_best, delete_older, newest_whole
+from .resume import check_best, delete_older, newest_whole, step_of
 from .rng_state import rng_state
 from .run_folder import CHECKPOINTS
-from .sharding import plain_class, tied_weights, whole
+from .sharding import plain_class, whole
+from .snapshot import Connections, Snapshot, has_memory, stored_weights
 from .tbptt import TBPTTState
 from .tensor_files import opened, write_index, write_share
+from .waits import named_waits
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "step-"
 RUN_STATE = "training_state"
 CARRIED = "carried.safetensors"
-
-
-class Processor(Protocol):
-    """A tokenizer, image processor or feature extractor."""
-
-    def save_pretrained(self, save_directory: Any) -> Any:
-        """Write its files into a folder."""
 
 
 @dataclass
@@ -83,18 +78,22 @@ class TrainState:
     recurrent: TBPTTState | None = None  # recurrent state of this process's rows, where steps go on from it
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoints:
-    """The checkpoints of one run: the functions of this module, for its folder."""
+    """The checkpoints of one run."""
 
     directory: str | Path
     prepared: Prepared
     processor: Processor | None = None
     config: Mapping[str, object] | None = None  # resolved configuration of the run
     keep: int = 0  # newest checkpoints that are not deleted; 0: all
+    in_background: bool = False  # whether training goes on while a checkpoint is written, where memory allows it
+    saver: BackgroundSaver = field(default_factory=BackgroundSaver)
+    copies: bool | None = field(default=None, init=False)  # whether memory does; None: not known yet
 
     def newest(self) -> Path | None:
         """See `newest_checkpoint`."""
+        self.saver.finish()
         return newest_checkpoint(self.directory, self.prepared.accelerator)
 
     def resume(self, *, log: Callable[[str], object]) -> TrainState:
@@ -107,17 +106,64 @@ class Checkpoints:
 
     def load(self, folder: Path) -> TrainState:
         """See `load_checkpoint`."""
+        self.saver.finish()
         return load_checkpoint(folder, self.prepared)
-
-    def save(self, state: TrainState) -> Path:
-        """See `save_checkpoint`."""
-        return save_checkpoint(
-            self.directory, state, self.prepared, processor=self.processor, config=self.config, keep=self.keep
-        )
 
     def load_best(self, state: TrainState) -> None:
         """See `load_best`."""
+        self.saver.finish()
         load_best(self.directory, state, self.prepared)
+
+    def save(self, state: TrainState) -> Path:
+        """Write `<directory>/checkpoints/step-<step>`, then delete all but best and `keep` newest.
+
+        Called by every process: each writes some of the tensors, and the main one everything else.
+        A whole checkpoint of the same step is left as it is.  What is saved in the background is there when
+        `saver.finish` returns, which raises its errors; whoever changes the state calls `saver.wait_for_copy` before.
+
+        Raises: OSError if it cannot be written; older checkpoints are then untouched, and nothing of this one is left;
+        FloatingPointError if the weights are not finite; also of the save before, if that was in the background.
+        """
+        self.saver.finish()
+        connections, snapshot = self._connections, Snapshot.of(self.prepared)
+        connections.connect(snapshot.tensors)
+        copies = self._copies(snapshot)
+        final = Path(self.directory) / CHECKPOINTS / f"{PREFIX}{state.step:08d}"
+        writing = Writing(final, snapshot, self.prepared.accelerator, connections.group)
+        description, facts = self._description, Facts.of(state, self.prepared, self.config)
+
+        def describe(folder: Path) -> None:
+            description.write(folder, snapshot.weights if writing.is_alone else None)
+            facts.write(folder / RUN_STATE)
+
+        self.saver.start(
+            copy=partial(snapshot.move_to_host, connections, copies=copies),
+            write=partial(writing.write, describe, keep=self.keep, best=state.best_step),
+        )
+        if not copies:
+            self.saver.finish()
+        return final
+
+    @cached_property
+    def _connections(self) -> Connections:
+        return Connections(self.prepared)
+
+    @cached_property
+    def _description(self) -> Description:
+        return Description(self.prepared, self.processor)
+
+    def _copies(self, snapshot: Snapshot) -> bool:
+        """Whether a save copies the state; what memory allowed for the first one, it does for the later ones."""
+        if self.copies is None:
+            needed = snapshot.memory_for_copies()
+            self.copies = self.in_background and has_memory(needed)
+            if self.in_background and not self.copies:
+                logger.warning(
+                    "no memory for a copy of what process %d saves (%.1f GB): training waits for each save",
+                    self.prepared.accelerator.process_index,
+                    needed / 1e9,
+                )
+        return self.copies
 
 
 def save_checkpoint(
@@ -129,56 +175,112 @@ def save_checkpoint(
     config: Mapping[str, object] | None = None,
     keep: int = 0,
 ) -> Path:
-    """Write `<directory>/checkpoints/step-<step>`, then delete all but best and `keep` newest (0: none is deleted).
-
-    Called by every process: each writes some of the tensors, and the main one everything else.
-    A whole checkpoint of the same step is left as it is.
-
-    Raises: OSError if it cannot be written; older checkpoints are then untouched, and nothing of this one is left;
-    FloatingPointError if the weights are not finite.
-    """
-    if broken := broken_weights(prepared.unwrapped):
-        raise FloatingPointError(
-            f"after step {state.step} the weights are not finite ({', '.join(broken[:3])}), so they were not saved; "
-            "lower learning_rate, then run again (with overwrite_output_dir, if checkpoints are there)"
-        )
-    final, accelerator = Path(directory) / CHECKPOINTS / f"{PREFIX}{state.step:08d}", prepared.accelerator
-    randomness = _rng_states_of_all(accelerator)
-    carried = accelerator.gather(state.recurrent.rows).cpu() if state.recurrent else None
-    is_main = accelerator.is_main_process
-    if of_main(accelerator, bool(damages(final)) if is_main else True):
-
-        def describe(folder: Path) -> None:
-            _write_description(folder, prepared, processor)
-            _write_state(folder / RUN_STATE, state, prepared, randomness)
-            if carried is not None:
-                save_file({"rows": carried}, folder / RUN_STATE / CARRIED)
-            dump_json(folder / RUN_STATE / "config.json", dict(config or {}))
-
-        _write_together(final, prepared, describe)
-        if is_main:
-            delete_older(final.parent, PREFIX, step=state.step, keep=keep, best=state.best_step)
-    accelerator.wait_for_everyone()
-    return final
+    """Save one checkpoint as `Checkpoints.save` does, and wait for it."""
+    return Checkpoints(directory, prepared, processor, config, keep).save(state)
 
 
-def _write_together(final: Path, prepared: Prepared, describe: Callable[[Path], None]) -> None:
-    """Write the folder `final` whole: the main process what `describe` writes, and each process its tensors."""
-    accelerator, listed = prepared.accelerator, {}  # type: ignore[var-annotated]
-    with ExitStack() as stack:
+@dataclass(frozen=True)
+class Writing:
+    """How the processes of a run write one checkpoint, each in a thread, with connections of their own."""
 
-        def begin() -> Path | None:
-            if not accelerator.is_main_process:
-                return None
-            writing = written_whole(final, num_bytes=_num_bytes(prepared), listed=listed)
-            folder = stack.enter_context(writing)
-            describe(folder)
-            return folder
+    final: Path
+    snapshot: Snapshot
+    accelerator: Accelerator
+    group: Any  # their connections
 
-        folder = cast(Path, together(accelerator, begin)[0])
-        for facts in together(accelerator, lambda: _write_tensors(folder, prepared)):
-            listed |= facts
-        together(accelerator, stack.close)
+    @property
+    def is_alone(self) -> bool:
+        """Whether one process writes everything."""
+        return self.accelerator.num_processes == 1
+
+    def write(self, describe: Callable[[Path], None], *, keep: int, best: int) -> None:
+        """Write the folder, and delete older ones; the main process writes what `describe` does.
+
+        Raises: as `Checkpoints.save`, on all processes.
+        """
+        with named_waits(self.accelerator, f"writing {self.final}"):
+            self._write(describe, keep=keep, best=best)
+
+    def _write(self, describe: Callable[[Path], None], *, keep: int, best: int) -> None:
+        self._refuse_broken_weights()
+        is_main, final = self.accelerator.is_main_process, self.final
+        if not of_main(self.accelerator, bool(damages(final)) if is_main else True, self.group):
+            return
+        self._write_together(describe)
+
+        def delete() -> None:
+            if is_main:
+                delete_older(final.parent, PREFIX, step=step_of(final), keep=keep, best=best)
+
+        together(self.accelerator, delete, self.group)
+
+    def _refuse_broken_weights(self) -> None:
+        found = of_all(self.accelerator, self.snapshot.broken_weights(), self.group)
+        if broken := list(dict.fromkeys(chain(*found))):
+            raise FloatingPointError(
+                f"after step {step_of(self.final)} the weights are not finite ({', '.join(broken[:3])}), so they were "
+                "not saved; lower learning_rate, then run again (with overwrite_output_dir, if checkpoints are there)"
+            )
+
+    def _write_together(self, describe: Callable[[Path], None]) -> None:
+        listed: dict[str, dict[str, object]] = {}
+        with ExitStack() as stack:
+
+            def begin() -> Path | None:
+                if not self.accelerator.is_main_process:
+                    return None
+                writing = written_whole(self.final, num_bytes=self.snapshot.num_bytes, listed=listed)
+                folder = stack.enter_context(writing)
+                describe(folder)
+                return folder
+
+            folder = cast(Path, together(self.accelerator, begin, self.group)[0])
+            for facts in together(self.accelerator, lambda: self._write_tensors(folder), self.group):
+                listed |= facts
+            together(self.accelerator, stack.close, self.group)
+
+    def _write_tensors(self, folder: Path) -> dict[str, dict[str, object]]:
+        """Write this process's part of the tensors; return what the manifest says of it."""
+        accelerator, weights = self.accelerator, self.snapshot.weights
+        names: list[str] = []
+        if not self.is_alone:
+            names += write_share(folder, "model", weights, accelerator)
+            if accelerator.is_main_process:
+                write_index(folder, "model", weights, accelerator.num_processes)
+        for stem, tensors in self.snapshot.states.items():
+            names += [f"{RUN_STATE}/{name}" for name in write_share(folder / RUN_STATE, stem, tensors, accelerator)]
+        for name in names:
+            flush(folder / name)
+        return facts_of(folder, names)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint holds beside the tensors of model and optimizer, as it was when the save began."""
+
+    stored: dict[str, Any]
+    randomness: dict[str, torch.Tensor]  # generators of all processes
+    carried: torch.Tensor | None  # recurrent state of all rows of a step
+    config: dict[str, object]
+
+    @classmethod
+    def of(cls, state: TrainState, prepared: Prepared, config: Mapping[str, object] | None) -> "Facts":
+        """Called by every process."""
+        accelerator = prepared.accelerator
+        progress = {name: value for name, value in vars(state).items() if name not in ("rng_state", "recurrent")}
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+        stored = {"progress": progress, "num_processes": accelerator.num_processes, "scaler": scaler}
+        carried = accelerator.gather(state.recurrent.rows).cpu().clone() if state.recurrent else None
+        return cls(copy.deepcopy(stored), _rng_states_of_all(accelerator), carried, dict(config or {}))
+
+    def write(self, folder: Path) -> None:
+        """Make `folder`, and fill it."""
+        folder.mkdir()
+        dump_json(folder / "state.json", self.stored)
+        save_file(self.randomness, folder / "randomness.safetensors")
+        if self.carried is not None:
+            save_file({"rows": self.carried}, folder / CARRIED)
+        dump_json(folder / "config.json", self.config)
 
 
 def newest_checkpoint(directory: str | Path, accelerator: Accelerator | None = None) -> Path | None:
@@ -251,81 +353,17 @@ def save_model(directory: str | Path, prepared: Prepared, processor: Processor |
     renamed, config.json last: until the end there is no model to load, or the former one.
     """
     weights: dict[str, torch.Tensor] = {}
-    for name, tensor in _stored_weights(prepared.unwrapped).items() if prepared.layout.is_sharded else ():
+    for name, tensor in stored_weights(prepared.unwrapped).items() if prepared.layout.is_sharded else ():
         gathered = whole(tensor.detach())
         weights |= {name: gathered.cpu()} if prepared.accelerator.is_main_process else {}
     if not prepared.accelerator.is_main_process:
         return
     with adding_to_folder(directory, last="config.json") as beside:
-        with _no_bars():
-            _described(prepared).save_pretrained(beside, state_dict=weights or None)
+        model = without_weights(prepared) if prepared.layout.is_sharded else prepared.unwrapped
+        with no_bars():
+            model.save_pretrained(beside, state_dict=weights or None)
         if processor is not None:
             processor.save_pretrained(beside)
-
-
-def _write_description(folder: Path, prepared: Prepared, processor: Processor | None) -> None:
-    """What from_pretrained reads: configuration, code and processor, and of a single process the weights."""
-    is_whole = prepared.accelerator.num_processes == 1
-    with _no_bars():
-        _described(prepared).save_pretrained(folder, state_dict=None if is_whole else {})
-    if not is_whole:
-        (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # with no tensor in it
-    if processor is not None:
-        processor.save_pretrained(folder)
-
-
-def _described(prepared: Prepared) -> PreTrainedModel:
-    """The model, or one like it without weights where it is sharded: fully_shard has given it a class of its own."""
-    model = prepared.unwrapped
-    if not prepared.layout.is_sharded:
-        return model
-    config = copy.deepcopy(model.config)
-    del config.distributed_config
-    with torch.device("meta"):
-        twin: PreTrainedModel = plain_class(model)._from_config(config, dtype=model.dtype)
-    if model.can_generate():
-        twin.generation_config = model.generation_config
-    return twin
-
-
-def _write_tensors(folder: Path, prepared: Prepared) -> dict[str, dict[str, object]]:
-    """Write this process's part of weights, optimizer state and averages; return what the manifest says of it."""
-    accelerator, optimizer = prepared.accelerator, prepared.optimizer
-    weights, run_state = _stored_weights(prepared.unwrapped), folder / RUN_STATE
-    names: list[str] = []
-    if accelerator.num_processes > 1:
-        names += write_share(folder, "model", weights, accelerator)
-        if accelerator.is_main_process:
-            write_index(folder, "model", weights, accelerator.num_processes)
-    states = {"optimizer": _flat(optimizer.state_dict()["state"])}
-    if optimizer.average:
-        states["averages"] = optimizer.average.state_dict()
-    for stem, tensors in states.items():
-        names += [f"{RUN_STATE}/{name}" for name in write_share(run_state, stem, tensors, accelerator)]
-    for name in names:
-        flush(folder / name)
-    return facts_of(folder, names)
-
-
-def _stored_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state of a model without what is tied to another weight, which safetensors does not store twice."""
-    tied = tied_weights(model)
-    return {name: value for name, value in model.state_dict().items() if name not in tied}
-
-
-def _write_state(folder: Path, state: TrainState, prepared: Prepared, randomness: dict[str, torch.Tensor]) -> None:
-    accelerator = prepared.accelerator
-    folder.mkdir()
-    progress = {name: value for name, value in vars(state).items() if name not in ("rng_state", "recurrent")}
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-    stored = {"progress": progress, "num_processes": accelerator.num_processes, "scaler": scaler}
-    dump_json(folder / "state.json", stored)
-    save_file(randomness, folder / "randomness.safetensors")
-
-
-def _flat(by_parameter: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Turn {"weight": {"exp_avg": tensor}} into {"exp_avg/weight": tensor}."""
-    return {f"{key}/{name}": value for name, values in by_parameter.items() for key, value in values.items()}
 
 
 def _read_optimizer(folder: Path, optimizer: NamedOptimizer) -> dict[str, dict[str, torch.Tensor]]:
@@ -347,7 +385,7 @@ def _load_weights(folder: Path, prepared: Prepared) -> None:
     model = prepared.unwrapped
     if prepared.layout.is_sharded:
         return _load_parts(folder, model)
-    with _no_bars():
+    with no_bars():
         loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     stored, facts = loaded
     wrong = {kind: names for kind, names in facts.items() if names}
@@ -358,7 +396,7 @@ def _load_weights(folder: Path, prepared: Prepared) -> None:
 
 @torch.no_grad()
 def _load_parts(folder: Path, model: PreTrainedModel) -> None:
-    weights = _stored_weights(model)
+    weights = stored_weights(model)
     with opened(folder, "model") as files:
         if set(files) != set(weights):
             wrong = ", ".join(sorted(set(files) ^ set(weights))[:3])
@@ -367,29 +405,7 @@ def _load_parts(folder: Path, model: PreTrainedModel) -> None:
             value.copy_(files.read(name, like=value))
 
 
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep the bars of transformers from tearing the run's own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
 def _rng_states_of_all(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """Generators of all processes, stacked: (processes, ...)."""
     own = {name: value[None].to(accelerator.device) for name, value in rng_state().items()}
     return {name: accelerator.gather(value).cpu() for name, value in own.items()}
-
-
-def _num_bytes(prepared: Prepared) -> int:
-    optimizer = prepared.optimizer
-    tensors = [
-        *prepared.model.state_dict().values(),
-        *(t for state in optimizer.state.values() for t in state.values()),
-    ]
-    tensors += optimizer.average.state_dict().values() if optimizer.average else []
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -29,12 +29,16 @@ def sound_or_nan(loss: torch.Tensor) -> torch.Tensor:
 def broken_weights(model: nn.Module) -> list[str]:
     """The names of parameters and running statistics that hold a number which is not finite."""
     tensors: Iterator[tuple[str, torch.Tensor]] = iter(model.named_parameters())
-    found = [name for name, value in tensors if _is_broken(value)]
-    return found + [name for name, value in model.named_buffers() if name.endswith(STATISTICS) and _is_broken(value)]
+    found = [name for name, value in tensors if is_broken(value)]
+    return found + [name for name, value in model.named_buffers() if name.endswith(STATISTICS) and is_broken(value)]
 
 
-def _is_broken(value: torch.Tensor) -> bool:
-    return value.is_floating_point() and not bool(torch.isfinite(value).all())
+def is_broken(value: torch.Tensor) -> bool:
+    """Whether a tensor holds a number that is not finite."""
+    if not value.is_floating_point():
+        return False
+    # On a CPU the sum takes an eighth of the time that `isfinite` takes; it may overflow where no number is infinite.
+    return not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all())
 
 
 class SavedBuffers:

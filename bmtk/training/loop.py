@@ -6,6 +6,7 @@ optimizer, a schedule and an accelerator.
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -66,8 +67,8 @@ def train(
     if state.step < total:
         rehearse(updater, batches, sizes, data_step(state.step, state.left_out), state.step)
     prepared.model.train()
-    stopping = {"second_stops_at_once": accelerator.num_processes == 1, "max_minutes": args.max_minutes}
-    with deferred_signals(**stopping) as request, run.bar() as bar:
+    updater.before_update = hooks.saver.wait_for_copy
+    with _stopping(args, accelerator, hooks) as request, run.bar() as bar, run.all_saved(), run.named_steps():
         vote = StopVote(request, accelerator)
         if state.step:
             run.evaluate_if_due()  # the run may have been stopped before it came to this
@@ -85,6 +86,15 @@ def train(
         optimizer.average.apply()
     run.load_best()
     return state
+
+
+def _stopping(args: LoopArguments, accelerator: Accelerator, hooks: Hooks) -> AbstractContextManager[StopRequest]:
+    """What the run is asked to stop by; a second Ctrl-C stops one process at once."""
+    return deferred_signals(
+        second_stops_at_once=accelerator.num_processes == 1,
+        max_minutes=args.max_minutes,
+        save_failed=lambda: hooks.saver.has_failed,
+    )
 
 
 class StopVote:
@@ -110,6 +120,7 @@ def _after_step(run: RunLog, update: Update, vote: StopVote, bar: Bar, *, learni
         bar.set_postfix_str(run.log(learning_rate), refresh=False)
     if vote.says_stop(update):
         run.save()
+        run.hooks.saver.finish()
         raise _stopped(vote.request, run.state, run.total, saved=run.hooks.save is not None)
     run.evaluate_if_due()
     if run.must_save:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "micro_batches.json"
 USABLE = 0.9  # part of the memory that `auto` fills at most: rows differ, and memory is cut into pieces
+CONTROL_GROUPS = Path("/sys/fs/cgroup")  # of a container its own
 MANY = 10_000  # rows whose lengths are looked at
 REMEDIES = (
     "set gradient_checkpointing, shorten the rows (context_length, max_length, smaller images), choose a smaller "
@@ -296,13 +297,23 @@ class Margin:
 
 
 def available_memory() -> int:
-    """Bytes of memory that this machine could still give; all that it has, where it does not say."""
+    """Bytes of memory that this machine, or container, could still give; all that it has, where it does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             facts = dict(line.split(":") for line in file)
-        return int(facts["MemAvailable"].split()[0]) * 1024
+        return min(int(facts["MemAvailable"].split()[0]) * 1024, _left_to_group(CONTROL_GROUPS))
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_to_group(folder: Path) -> int:
+    """Bytes below the limit of a control group (cgroup v2), as a container has; a large number where there is none."""
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))  # or "max"
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit - used + int(facts["inactive_file"])  # which the system takes back when it needs to
+    except (OSError, KeyError, ValueError):
+        return sys.maxsize
 
 
 def powers_of_two(share: int) -> Iterator[int]:

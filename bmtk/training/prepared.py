@@ -20,9 +20,8 @@ from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .optimizers import NamedOptimizer, build_optimizer, multiplies_bfloat16_fast
 from .sharding import ProcessLayout, shard
+from .waits import set_timeouts
 
-# How long a process waits for another.  NCCL's ten minutes would end a run whose main process draws many samples.
-TIMEOUT = timedelta(minutes=30)
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -69,7 +68,7 @@ def build_accelerator(args: LoopArguments) -> Accelerator:
         dynamo_backend="inductor" if args.torch_compile else "no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=TIMEOUT),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=args.timeout_minutes)),
         ],
     )
     ProcessLayout.of(args, accelerator.num_processes)  # refuses sizes before any folder is made
@@ -93,6 +92,7 @@ def prepare(model: PreTrainedModel, args: LoopArguments, accelerator: Accelerato
     layout = ProcessLayout.of(args, accelerator.num_processes)
     if layout.is_sharded:
         model = shard(model, layout, accelerator.device)
+        set_timeouts(accelerator)
     optimizer = build_optimizer(model, args)
     # A sharded model is not wrapped for several devices, and accelerate's optimizers are not ours.
     wrapped = accelerator.prepare_model(model, evaluation_mode=layout.is_sharded)

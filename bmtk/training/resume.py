@@ -83,7 +83,7 @@ def step_of(folder: Path) -> int:
 def checkpoint_to_resume(directory: str | Path, wanted: str | None) -> str | None:
     """The checkpoint folder `wanted`, or the newest whole one of the run (None or "true"); None to start anew.
 
-    Every file of it has the sha256 of its manifest, so nothing else is ever loaded.  Checkpoints of former versions
+    Every file of it has the hash of its manifest, so nothing else is ever loaded.  Checkpoints of former versions
     have no manifest: one that `wanted` names is accepted with a warning, if no file is missing.
 
     Raises: UserError if `wanted` is not a whole checkpoint, or if there are checkpoints and none is whole.

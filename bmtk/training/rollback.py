@@ -33,6 +33,7 @@ def roll_back(checkpoints: Checkpoints, at_most: int, above: int) -> TrainState 
 
     None if there is no such checkpoint; nothing is changed then.  Called by all processes; the main one chooses.
     """
+    checkpoints.saver.finish()
     accelerator, directory = checkpoints.prepared.accelerator, Path(checkpoints.directory) / CHECKPOINTS
     fitting = [folder for folder in numbered(directory, PREFIX) if above < step_of(folder) <= at_most]
     is_main = accelerator.is_main_process

@@ -3,7 +3,8 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from bmtk.errors import Diverged, UserError
 
 from .arguments import LoopArguments
+from .background import BackgroundSaver
 from .bad_steps import BadSteps
 from .checkpoint import TrainState
 from .early_stopping import is_better, is_exhausted
@@ -24,6 +26,7 @@ from .sharding import ProcessLayout
 from .spikes import SpikeDetector
 from .throughput import Meter
 from .updates import Update
+from .waits import named_waits
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class Hooks:
     evaluate: Callable[[], dict[str, float]] | None = None  # metrics; called on every process
     main_metric: str = "validation/loss"  # the one of them used for early stopping
     save: Callable[[TrainState], object] | None = None  # writes a checkpoint; called on every process
+    saver: BackgroundSaver = field(default_factory=BackgroundSaver)  # of what `save` writes while the run goes on
     load_best: Callable[[TrainState], object] | None = None  # puts what was saved after state.best_step into the model
     account: Callable[[TrainState], dict[str, float]] | None = None  # what else a line of history.jsonl has
     check_micro_batches: Callable[[int], None] | None = None  # refuses a step of so many micro-batches
@@ -196,7 +200,9 @@ class RunLog:
         self.state.seconds = self.meter.seconds
         try:
             self._note_recent()
-            return f"the weights before it are saved whole: {self.hooks.save(self.state)}"
+            folder = self.hooks.save(self.state)
+            self.hooks.saver.finish()
+            return f"the weights before it are saved whole: {folder}"
         except FloatingPointError as error:
             return str(error)
 
@@ -220,7 +226,8 @@ class RunLog:
         evaluate, state = self.hooks.evaluate, self.state
         if evaluate is None or not self.is_due(self.args.eval_steps) or state.evaluated_step == state.step:
             return
-        with self.meter.paused(), preserved_rng_state():
+        waits = named_waits(self.accelerator, f"the evaluation after step {state.step}")
+        with self.meter.paused(), preserved_rng_state(), waits:
             state.metrics = dict(evaluate())
         state.evaluated_step = state.step
         self._write({"step": state.step, **state.metrics})
@@ -253,14 +260,34 @@ class RunLog:
         return self.is_due(self.args.save_steps) or self.state.best_step == self.state.step or self.is_over
 
     def save(self) -> None:
-        """Save the run as it is now."""
+        """Save the run as it is now; `all_saved` waits for what is written meanwhile."""
         if self.hooks.save is None:
             return
         self.read()
         self._note_recent()
         self.state.seconds = self.meter.seconds
-        with self.meter.paused():
+        with self.meter.paused(), named_waits(self.accelerator, f"the save after step {self.state.step}"):
             self.hooks.save(self.state)
+
+    def named_steps(self) -> AbstractContextManager[None]:
+        """Name the step, where a process waits for another too long."""
+        return named_waits(self.accelerator, lambda: f"step {self.state.step + 1}")
+
+    @contextmanager
+    def all_saved(self) -> Iterator[None]:
+        """After the body, or the error that ends it, wait for the checkpoint that is being written.
+
+        Raises: the error of that, if the body has none.
+        """
+        try:
+            yield
+        except BaseException:
+            try:
+                self.hooks.saver.finish()
+            except Exception as error:
+                logger.warning("process %d: %s", self.accelerator.process_index, error)
+            raise
+        self.hooks.saver.finish()
 
     def _note_recent(self) -> None:
         if self.detector:

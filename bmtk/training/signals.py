@@ -30,17 +30,17 @@ class Stopped(SystemExit):
 
 
 class StopRequest:
-    """The first signal that came, or the end of the time that a run may take."""
+    """The first signal that came, the end of the time that a run may take, or a save that has failed."""
 
-    def __init__(self, max_minutes: float | None = None):
+    def __init__(self, max_minutes: float | None = None, save_failed: Callable[[], bool] = lambda: False):
         self.signal_number = 0  # 0 as long as none came
-        self.max_minutes = max_minutes
+        self.max_minutes, self.save_failed = max_minutes, save_failed
         self.is_noted = False
 
     def __bool__(self) -> bool:
         """Whether the run is to stop."""
         if self.signal_number or not self.time_is_over:
-            return self.signal_number != 0
+            return self.signal_number != 0 or self.save_failed()
         if not self.is_noted:
             logger.warning("max_minutes=%g are over: finishing this step, then saving", self.max_minutes)
         self.is_noted = True
@@ -60,14 +60,19 @@ class StopRequest:
 
 
 @contextmanager
-def deferred_signals(*, second_stops_at_once: bool, max_minutes: float | None = None) -> Iterator[StopRequest]:
+def deferred_signals(
+    *,
+    second_stops_at_once: bool,
+    max_minutes: float | None = None,
+    save_failed: Callable[[], bool] = lambda: False,
+) -> Iterator[StopRequest]:
     """Note a signal instead of ending the process, as long as the body runs.
 
     second_stops_at_once: Ctrl-C once more stops without saving.  Not for several processes: their launcher passes a
     signal on that the terminal has sent to every process already.  (Another SIGTERM has no effect: the system sends
     one for each thread of a launcher that ends.)  Outside the main thread no signal can be noted.
     """
-    request = StopRequest(max_minutes)
+    request = StopRequest(max_minutes, save_failed)
 
     def note(number: int, former: Any) -> None:
         if not request.signal_number:

@@ -29,12 +29,13 @@ def file_name(stem: str, number: int, count: int) -> str:
 def write_share(folder: Path, stem: str, tensors: Mapping[str, torch.Tensor], accelerator: Accelerator) -> list[str]:
     """Write this process's file of `tensors`, and return its name; all processes must call this.
 
-    The tensors are gathered one after another, and each process keeps those that it writes.
+    Those that are spread over processes are gathered one after another, and each process keeps what it writes.  They
+    have no gradient; any operation on them could come from torch's cache with another mesh that looks the same.
     """
     rank, owners = accelerator.process_index, owners_of(tensors, accelerator.num_processes)
     own: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        gathered = whole(tensor.detach())
+        gathered = whole(tensor)
         if owners[name] == rank:
             own[name] = gathered.cpu().contiguous()
     if not own and rank:

@@ -221,6 +221,7 @@ class Updater:
         self.loss = LossSum(self.model, prepared.unwrapped, self.accelerator.device, losses, recurrent=recurrent)
         self.skips_on_device = self.accelerator.device.type == "cuda" and self.optimizer.can_skip_on_device
         self.spikes: SpikeDetector | None = None  # finds further steps that are not applied
+        self.before_update: Callable[[], object] = lambda: None  # called before weights and optimizer state change
 
     def step(self, micro_batches: Sequence[Batch], number: int = 0, *, stop_requested: bool = False) -> Update:
         """Train on this process's micro-batches of optimizer step `number`, and drop the gradients afterwards."""
@@ -242,6 +243,7 @@ class Updater:
         bad = self._is_bad(grad_norm)
         spiked = self._is_spike(loss, grad_norm, bad)
         bad = bad | spiked
+        self.before_update()
         rejected = self._apply(bad, losses, spiked=spiked)
         if self.skips_on_device:
             buffers.restore(bad)

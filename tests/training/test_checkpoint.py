@@ -1,6 +1,7 @@
 """Checkpoints survive kills, bad disks and full disks, and are Hugging Face repositories at every moment."""
 
 import functools
+import hashlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -110,7 +112,12 @@ def test_a_kill_at_any_write_costs_at_most_the_steps_since_the_last_checkpoint(t
 
 @pytest.mark.parametrize(
     ("damage", "told"),
-    [("flip", "sha256"), ("cut", "bytes instead of"), ("empty", "has 0 bytes"), ("delete", "is missing")],
+    [
+        ("flip", "another xxh3_128 than"),
+        ("cut", "bytes instead of"),
+        ("empty", "has 0 bytes"),
+        ("delete", "is missing"),
+    ],
 )
 def test_damage_to_any_file_is_named_and_the_checkpoint_passed_over(run_folder, damage, told, caplog):
     newest = run_folder / "checkpoints" / "step-00000006"
@@ -305,3 +312,25 @@ def test_generators_of_python_numpy_and_torch_go_on_where_they_were():
     with preserved_rng_state():
         draw()
     assert draw() == expected
+
+
+def test_checkpoints_of_former_versions_are_verified_by_the_sha256_of_their_manifest(run_folder):
+    newest = run_folder / "checkpoints" / "step-00000006"
+    manifest = newest / "manifest.json"
+    files = json.loads(manifest.read_text())["files"]
+    assert all(
+        facts["xxh3_128"] == xxhash.xxh3_128_hexdigest((newest / name).read_bytes()) for name, facts in files.items()
+    )
+    old = {
+        name: {"bytes": facts["bytes"], "sha256": hashlib.sha256((newest / name).read_bytes()).hexdigest()}
+        for name, facts in files.items()
+    }
+    manifest.write_text(json.dumps({"files": old}))
+    assert damages(newest) == []
+    weights = newest / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert damages(newest) == ["model.safetensors has another sha256 than when it was written"]
+    weights.write_bytes(content)
+    manifest.write_text(json.dumps({"files": {"config.json": {"bytes": old["config.json"]["bytes"]}}}))
+    assert damages(newest)[0].startswith("manifest.json cannot be read")  # a file without any hash proves nothing

@@ -55,6 +55,16 @@ def test_a_process_that_dies_ends_the_others_and_the_same_command_goes_on(tmp_pa
     torch.testing.assert_close(load_file(tmp_path / "two" / "model.safetensors"), weights, rtol=1e-5, atol=3e-6)
 
 
+def test_a_process_that_waits_too_long_says_for_what_and_for_whom(tmp_path):
+    ((status, error),) = launchers([str(tmp_path), "sleep"], processes=2)
+    assert status == 1
+    (line,) = [line for line in error.splitlines() if line.startswith("error: waited")]
+    assert "waited 3 seconds (timeout_minutes=0.05) for other processes, in step 4 (" in line
+    assert "process 1 of 2 has not come; look at what they print" in line
+    assert line.endswith("raise timeout_minutes")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 def test_machines_that_share_no_folder_stop_with_one_error_and_leave_no_checkpoint(tmp_path):
     done = launchers([str(tmp_path / "here")], [str(tmp_path / "there")], processes=1)
     assert all(status for status, _ in done)

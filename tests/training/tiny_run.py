@@ -150,7 +150,8 @@ def run_on(accelerator, args, *, dropout: float = 0.2, model=None, batches=None,
     """The run itself; batches may be a function of rank and world_size."""
     prepared = prepare(model or tiny_model(dropout=dropout), args, accelerator)
     share = prepared.share
-    checkpoints = Checkpoints(args.output_dir, prepared, keep=args.save_total_limit)
+    keeping = {"keep": args.save_total_limit, "in_background": args.save_in_background}
+    checkpoints = Checkpoints(args.output_dir, prepared, **keeping)
     batches = batches or TinyBatches(args.micro_batch_size, **share, seconds=seconds)
     batches = batches(**share) if callable(batches) else batches
     newest = checkpoints.newest()
@@ -167,7 +168,8 @@ def run_on(accelerator, args, *, dropout: float = 0.2, model=None, batches=None,
 
     schedule = build_schedule(args, args.total_steps(TinyBatches.steps_per_epoch))
     back = partial(roll_back, checkpoints)
-    hooks = Hooks(evaluate=evaluate, save=checkpoints.save, load_best=checkpoints.load_best, roll_back=back)
+    saving = {"save": checkpoints.save, "saver": checkpoints.saver, "load_best": checkpoints.load_best}
+    hooks = Hooks(evaluate=evaluate, roll_back=back, **saving)
     state = train(prepared, batches, Losses(num_items), schedule, args=args, state=state, hooks=hooks)
     save_model(args.output_dir, prepared)
     return {"digest": digest(prepared.unwrapped), "step": state.step, "metrics": state.metrics}
