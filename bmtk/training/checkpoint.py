@@ -36,7 +36,7 @@ from bmtk.errors import UserError
 from bmtk.files import adding_to_folder, flush
 
 from .agreement import of_all, of_main, together
-from .guards import broken_weights
+from .guards import GuardState, broken_weights
 from .manifest import damages, dump_json, facts_of, written_whole
 from .optimizers import NamedOptimizer
 from .prepared import Prepared
@@ -62,7 +62,7 @@ class Processor(Protocol):
 
 
 @dataclass
-class TrainState:
+class TrainState(GuardState):
     """How far a run is.  Steps are counted from 1: `step` of them are done."""
 
     step: int = 0
@@ -73,10 +73,6 @@ class TrainState:
     best: float | None = None  # value of the main metric, where a run may end early
     best_step: int = 0  # when that was
     worse: int = 0  # evaluations since then
-    skipped: list[int] = field(default_factory=list)  # steps whose update was not finite, or spiked, and not applied
-    left_out: list[int] = field(default_factory=list)  # steps in the order of the data that no step takes rows from
-    failed_at: int = -1  # steps done before the last row of bad ones that the run went back for; -1: there was none
-    recent: list[list[float]] = field(default_factory=list)  # what the next steps are compared with: SpikeDetector
     window_loss: float = 0.0  # summed loss since the last line of history.jsonl
     window_items: int = 0  # predicted items since then
     rng_state: dict[str, torch.Tensor] | None = None  # generators of this process, until the loop takes them over
@@ -208,7 +204,7 @@ def load_checkpoint(folder: str | Path, prepared: Prepared) -> TrainState:
     run_state, optimizer, accelerator = Path(folder) / RUN_STATE, prepared.optimizer, prepared.accelerator
     stored = json.loads((run_state / "state.json").read_text(encoding="utf-8"))
     _load_weights(Path(folder), prepared)
-    optimizer.load_state_dict({"state": _read_optimizer(run_state, optimizer)})
+    optimizer.load_state_dict({"state": read_optimizer(run_state, optimizer)})
     if optimizer.average:
         optimizer.average.load(run_state)
     if accelerator.scaler is not None and stored["scaler"]:
@@ -251,7 +247,7 @@ def save_model(directory: str | Path, prepared: Prepared, processor: Processor |
     renamed, config.json last: until the end there is no model to load, or the former one.
     """
     weights: dict[str, torch.Tensor] = {}
-    for name, tensor in _stored_weights(prepared.unwrapped).items() if prepared.layout.is_sharded else ():
+    for name, tensor in stored_weights(prepared.unwrapped).items() if prepared.layout.is_sharded else ():
         gathered = whole(tensor.detach())
         weights |= {name: gathered.cpu()} if prepared.accelerator.is_main_process else {}
     if not prepared.accelerator.is_main_process:
@@ -275,12 +271,15 @@ def _write_description(folder: Path, prepared: Prepared, processor: Processor | 
 
 
 def _described(prepared: Prepared) -> PreTrainedModel:
-    """The model, or one like it without weights where it is sharded: fully_shard has given it a class of its own."""
+    """The model, or its twin where it is sharded: fully_shard has given it a class of its own."""
     model = prepared.unwrapped
-    if not prepared.layout.is_sharded:
-        return model
+    return plain_twin(model) if prepared.layout.is_sharded else model
+
+
+def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A model like a sharded one, of the class that it had before, and without weights."""
     config = copy.deepcopy(model.config)
-    del config.distributed_config
+    vars(config).pop("distributed_config", None)
     with torch.device("meta"):
         twin: PreTrainedModel = plain_class(model)._from_config(config, dtype=model.dtype)
     if model.can_generate():
@@ -291,13 +290,13 @@ def _described(prepared: Prepared) -> PreTrainedModel:
 def _write_tensors(folder: Path, prepared: Prepared) -> dict[str, dict[str, object]]:
     """Write this process's part of weights, optimizer state and averages; return what the manifest says of it."""
     accelerator, optimizer = prepared.accelerator, prepared.optimizer
-    weights, run_state = _stored_weights(prepared.unwrapped), folder / RUN_STATE
+    weights, run_state = stored_weights(prepared.unwrapped), folder / RUN_STATE
     names: list[str] = []
     if accelerator.num_processes > 1:
         names += write_share(folder, "model", weights, accelerator)
         if accelerator.is_main_process:
             write_index(folder, "model", weights, accelerator.num_processes)
-    states = {"optimizer": _flat(optimizer.state_dict()["state"])}
+    states = {"optimizer": flat(optimizer.state_dict()["state"])}
     if optimizer.average:
         states["averages"] = optimizer.average.state_dict()
     for stem, tensors in states.items():
@@ -307,7 +306,7 @@ def _write_tensors(folder: Path, prepared: Prepared) -> dict[str, dict[str, obje
     return facts_of(folder, names)
 
 
-def _stored_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def stored_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The state of a model without what is tied to another weight, which safetensors does not store twice."""
     tied = tied_weights(model)
     return {name: value for name, value in model.state_dict().items() if name not in tied}
@@ -323,13 +322,13 @@ def _write_state(folder: Path, state: TrainState, prepared: Prepared, randomness
     save_file(randomness, folder / "randomness.safetensors")
 
 
-def _flat(by_parameter: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def flat(by_parameter: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Turn {"weight": {"exp_avg": tensor}} into {"exp_avg/weight": tensor}."""
     return {f"{key}/{name}": value for name, values in by_parameter.items() for key, value in values.items()}
 
 
-def _read_optimizer(folder: Path, optimizer: NamedOptimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """{"weight": {"exp_avg": tensor}} of what `_flat` stored: of each tensor what this process holds of the weight."""
+def read_optimizer(folder: Path, optimizer: NamedOptimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """{"weight": {"exp_avg": tensor}} of what `flat` stored: of each tensor what this process holds of the weight."""
     parameters = {name: parameter for parameter, name in optimizer.names.items()}
     state: dict[str, dict[str, torch.Tensor]] = {}
     with opened(folder, "optimizer") as files:
@@ -346,7 +345,7 @@ def _load_weights(folder: Path, prepared: Prepared) -> None:
     """
     model = prepared.unwrapped
     if prepared.layout.is_sharded:
-        return _load_parts(folder, model)
+        return load_parts(folder, model)
     with _no_bars():
         loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     stored, facts = loaded
@@ -357,8 +356,8 @@ def _load_weights(folder: Path, prepared: Prepared) -> None:
 
 
 @torch.no_grad()
-def _load_parts(folder: Path, model: PreTrainedModel) -> None:
-    weights = _stored_weights(model)
+def load_parts(folder: Path, model: PreTrainedModel) -> None:
+    weights = stored_weights(model)
     with opened(folder, "model") as files:
         if set(files) != set(weights):
             wrong = ", ".join(sorted(set(files) ^ set(weights))[:3])

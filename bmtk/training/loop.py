@@ -15,6 +15,7 @@ from .allocation import keep_freed_memory
 from .arguments import AUTO, LoopArguments
 from .checkpoint import TrainState
 from .disk_space import check_room_together
+from .ending import ending_together
 from .gradients import gradient_rules
 from .micro_batches import MicroBatches, rehearse, step_within_memory
 from .prepared import Prepared
@@ -67,7 +68,7 @@ def train(
         rehearse(updater, batches, sizes, data_step(state.step, state.left_out), state.step)
     prepared.model.train()
     stopping = {"second_stops_at_once": accelerator.num_processes == 1, "max_minutes": args.max_minutes}
-    with deferred_signals(**stopping) as request, run.bar() as bar:
+    with deferred_signals(**stopping) as request, run.bar() as bar, ending_together(accelerator):
         vote = StopVote(request, accelerator)
         if state.step:
             run.evaluate_if_due()  # the run may have been stopped before it came to this
