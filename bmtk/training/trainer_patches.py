@@ -213,17 +213,21 @@ class PatchedTrainer(Trainer):
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
+        if self.average:
+            self._save_average(self.average, folder)
         if not self.args.should_save:
             return
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load
-        if self.average:
-            self.average.save(folder)
         state: Any = self.state
         items = (*self.callback_handler.callbacks, self.control)
         state.stateful_callbacks = [item for item in items if isinstance(item, ExportableState)]
         state.__post_init__()  # their states in place of them
         state.save_to_json(str(folder / "trainer_state.json"))
         dump_json(folder / BATCH, {"num_processes": self.args.world_size, "rows_per_step": self._rows_per_step})
+
+    def _save_average(self, average: WeightAverage, folder: Path) -> None:
+        if self.args.should_save:
+            average.save(folder)
 
     @property
     def _rows_per_step(self) -> int:

@@ -8,7 +8,8 @@
 Trainer itself trains a model that transformers.distributed has sharded, and can neither clip, save nor resume it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from bmtk.errors import UserError
 
-from .averaging import AVERAGES
+from .averaging import AVERAGES, WeightAverage
 from .checkpoint import flat, load_parts, plain_twin, read_optimizer, stored_weights
 from .finetuning_arguments import FineTuningArguments
 from .gradients import gradient_norm
@@ -62,10 +63,21 @@ class ShardedTrainer(PatchedTrainer):
 
     args: FineTuningArguments
 
+    def __init__(self, model: PreTrainedModel | PeftModel, args: FineTuningArguments, **others: Any):
+        # Trainer refuses to save more of a sharded model than its weights.
+        only_model, args.save_only_model = args.save_only_model, args.fsdp_size > 1
+        super().__init__(cast(Any, model), args, **others)
+        args.save_only_model = only_model
+
     @property
     def is_spread(self) -> bool:
         """Whether each process holds a part of the weights, by the project's own settings."""
         return self.args.fsdp_size > 1
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Each micro-batch's gradients are added up at once: those that wait are whole, and outlive a rehearsal."""
+        yield
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         """Fault (transformers 5.23): the norm of gradients that are spread is left in parts."""
@@ -108,10 +120,9 @@ class ShardedTrainer(PatchedTrainer):
     def _gathered_weights(self) -> dict[str, torch.Tensor]:
         """What is saved, whole, on the main process; of an adapter what it adds, under the model's names."""
         model: Any = self.model
-        weights = model.state_dict() if isinstance(model, PeftModel) else stored_weights(model)
+        weights = stored_weights(model)
         if isinstance(model, PeftModel):
-            added = {id(value) for value in get_peft_model_state_dict(model, state_dict=weights).values()}
-            weights = {name: value for name, value in weights.items() if id(value) in added}
+            weights = {name: weights[name] for name in _names_in_adapter(model).values()}
         kept: dict[str, torch.Tensor] = {}
         for name, value in weights.items():
             gathered = whole(value.detach())
@@ -131,10 +142,14 @@ class ShardedTrainer(PatchedTrainer):
             return super()._save_optimizer_and_scheduler(output_dir)
         folder, optimizer = Path(output_dir), self._named_optimizer()
         write_share(folder, "optimizer", flat(optimizer.state_dict()["state"]), self.accelerator)
-        if self.average:
-            write_share(folder, AVERAGES, self.average.state_dict(), self.accelerator)
         if self.args.should_save:
             torch.save(cast(Any, self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
+        return None
+
+    def _save_average(self, average: WeightAverage, folder: Path) -> None:
+        if not self.is_spread:
+            return super()._save_average(average, folder)
+        write_share(folder, AVERAGES, average.state_dict(), self.accelerator)
         return None
 
     def _named_optimizer(self) -> NamedOptimizer:
@@ -177,11 +192,18 @@ class ShardedTrainer(PatchedTrainer):
         model: Any = self.model
         if not isinstance(model, PeftModel):
             return load_parts(folder, model)
-        added = get_peft_model_state_dict(model, state_dict=model.state_dict())
+        weights, names = model.state_dict(), _names_in_adapter(model)
         with opened(folder, "adapter_model") as files:
             for name in files:
-                added[name].copy_(files.read(name, like=added[name]))
+                weights[names[name]].copy_(files.read(name, like=weights[names[name]]))
         return None
+
+
+def _names_in_adapter(model: PeftModel) -> dict[str, str]:
+    """What an adapter's files call each of its weights, with the name in the model."""
+    names = list(model.state_dict())
+    numbers = {name: torch.tensor(number) for number, name in enumerate(names)}
+    return {saved: names[int(number)] for saved, number in get_peft_model_state_dict(model, numbers).items()}
 
 
 def _is_in_parts(checkpoint: Path) -> bool:
