@@ -45,12 +45,16 @@ def ending_together(accelerator: Accelerator) -> Iterator[None]:
 
 def _watch(store: Any, note: str, is_over: threading.Event) -> None:
     while not is_over.wait(EVERY):
-        try:
-            if not store.check([note]) or is_over.wait(GRACE):
-                continue
-            ended = store.get(note).decode()
-        except RuntimeError:  # the process that keeps the store has ended
-            return
-        logger.error("%s has ended with an error, which it has shown: this process ends, too", ended)
+        if not (ended := _who_ended(store, note)) or is_over.wait(GRACE):
+            continue
+        logger.error("%s has ended, and has shown why: this process, which would wait for it, ends, too", ended)
         logging.shutdown()
         os._exit(1)
+
+
+def _who_ended(store: Any, note: str) -> str:
+    """What another process has noted, "" if none has; the process that keeps the notes, if it cannot be asked."""
+    try:
+        return store.get(note).decode() if store.check([note]) else ""
+    except RuntimeError:
+        return "the process that the others have found each other by"

@@ -247,10 +247,9 @@ class TaskTrainer(ShardedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, of steps that were applied; with the number of those that fp16 has skipped where there were any."""
-        if "loss" in logs:
-            logs |= {"grad_norm": self.guard.grad_norm} if "grad_norm" in logs else {}
-            logs |= {"num_overflows": self.num_overflows} if self.num_overflows else {}
-        super().log(logs, start_time)
+        facts = {"grad_norm": self.guard.grad_norm} if "grad_norm" in logs else {}
+        facts |= {"num_overflows": self.num_overflows} if self.num_overflows and "loss" in logs else {}
+        super().log({**logs, **facts}, start_time)
 
     def _write_checkpoint(self, folder: Path) -> None:
         super()._write_checkpoint(folder)
