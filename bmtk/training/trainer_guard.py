@@ -133,7 +133,7 @@ class Guard(TrainerCallback):
         loss, norm = float(self.trainer.loss_of_step()), float(self.trainer.grad_norm or 0.0)
         self.scale = self.trainer.scaler.get_scale() if self.trainer.scaler else 1.0
         reason = self._what_is_wrong(loss, norm)
-        if reason and self.args.nonfinite == "stop":
+        if reason and (self.args.nonfinite == "stop" or not self.trainer.can_skip):
             self._stop(state, reason, loss)
         self.is_bad = bool(reason) or self._spikes(loss, norm)
         if self.is_bad:

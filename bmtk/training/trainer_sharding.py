@@ -83,6 +83,7 @@ class ShardedTrainer(PatchedTrainer):
         """Fault (transformers 5.23): the norm of gradients that are spread is left in parts."""
         if not self.is_spread:
             return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         norm = gradient_norm(parameter.grad for parameter in parameters)
         for group in by_mesh(parameters):
@@ -91,6 +92,7 @@ class ShardedTrainer(PatchedTrainer):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         if self.is_spread and grad_norm is None:
+            self.accelerator.unscale_gradients()
             grad_norm = gradient_norm(parameter.grad for parameter in model.parameters())
         return super()._get_grad_norm(model, grad_norm)
 
