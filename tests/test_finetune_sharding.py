@@ -91,7 +91,7 @@ def assert_same(one: Path, two: Path) -> None:
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     records = [json.loads((folder / "run.json").read_text(encoding="utf-8")) for folder in (one, two)]
     assert records[1]["metrics"] == pytest.approx(records[0]["metrics"], rel=1e-5, nan_ok=True)
-    assert records[1]["model"]["class_name"] == records[0]["model"]["class_name"]
+    assert records[1]["model"]["class"] == records[0]["model"]["class"]
     (name,) = (path.name for path in one.glob("*model.safetensors"))
     torch.testing.assert_close(load_file(two / name), load_file(one / name), rtol=1e-4, atol=1e-5)
 
@@ -155,7 +155,7 @@ def test_sharding_that_would_not_be_done_is_refused(options, variable, message, 
     if variable:
         monkeypatch.setenv(variable, "true")
     with pytest.raises(UserError, match=message):
-        FineTuningArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+        FineTuningArguments(output_dir=str(tmp_path), use_cpu=True, **options).check_engines()
 
 
 def main(folder: Path) -> None:

@@ -126,7 +126,6 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
         except ValueError as error:  # of Trainer's own checks, enumerations and JSON, all about settings
             raise UserError(str(error)) from error
         self._check_reporting()
-        self._check_engines()
         self._cut(batch, processes=self.world_size * max(1, self.n_gpu))
         self.metric_for_best_model, self.greater_is_better = chosen  # Trainer's default is the loss
         if self.precision and not (self.bf16 or self.fp16):
@@ -161,7 +160,7 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
             except (RuntimeError, ImportError) as error:
                 raise UserError(f"report_to={name}: {error} (pip install {name}, or leave report_to out)") from error
 
-    def _check_engines(self) -> None:
+    def check_engines(self) -> None:
         """Raises: UserError if the processes cannot be divided as `fsdp_size` asks, or accelerate is to shard, too."""
         ProcessLayout.of(self, self.world_size)
         if self.fsdp_size > 1 and engines_of_accelerate():

@@ -134,7 +134,7 @@ class ShardedTrainer(PatchedTrainer):
     def _describe(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """Write configuration, code, processor and `weights`, as from_pretrained reads them."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        described = model if isinstance(model, PeftModel) else plain_twin(model)
+        described: Any = model if isinstance(model, PeftModel) else plain_twin(model)
         described.save_pretrained(folder, state_dict=dict(weights))
         if self.processing_class is not None:
             cast(Any, self.processing_class).save_pretrained(folder)
@@ -156,7 +156,7 @@ class ShardedTrainer(PatchedTrainer):
 
     def _named_optimizer(self) -> NamedOptimizer:
         """The optimizer, with a state by the names of the weights."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(optimizer, NamedOptimizer):
             return optimizer
         return NamedOptimizer([optimizer], trained_parameters(cast(torch.nn.Module, self.model)))
