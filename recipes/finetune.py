@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     task, groups = task_named(run.task), [run, data_args, args, adapter, architecture]
     if search.search:
         return search_settings(search, groups, task, recipe=__file__, log=print)
-    args.check_engines()
+    args.check_engines(merges=adapter.merge_adapter)
     is_main, started_at = args.process_index == 0, run_record.now()
     if is_main and not run.is_plan:
         check_publishing(run, log=print)

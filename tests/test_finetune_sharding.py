@@ -158,6 +158,13 @@ def test_sharding_that_would_not_be_done_is_refused(options, variable, message, 
         FineTuningArguments(output_dir=str(tmp_path), use_cpu=True, **options).check_engines()
 
 
+def test_an_adapter_is_not_merged_into_weights_that_are_cut(tmp_path, monkeypatch):
+    args = FineTuningArguments(output_dir=str(tmp_path), use_cpu=True, fsdp_size=2)
+    monkeypatch.setattr(FineTuningArguments, "world_size", 2)
+    with pytest.raises(UserError, match="merge_adapter needs whole weights, and fsdp_size=2 cuts them: leave one out"):
+        args.check_engines(merges=True)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     optimizers.multiplies_bfloat16_fast = lambda *_: False  # a rounding to 16 bits would hide what is compared

@@ -160,9 +160,16 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
             except (RuntimeError, ImportError) as error:
                 raise UserError(f"report_to={name}: {error} (pip install {name}, or leave report_to out)") from error
 
-    def check_engines(self) -> None:
-        """Raises: UserError if the processes cannot be divided as `fsdp_size` asks, or accelerate is to shard, too."""
+    def check_engines(self, *, merges: bool = False) -> None:
+        """Raises: UserError if the processes cannot be divided as `fsdp_size` asks, or something else is in its way.
+
+        merges: an adapter is to be added to weights, which takes whole ones.
+        """
         ProcessLayout.of(self, self.world_size)
+        if self.fsdp_size > 1 and merges:
+            raise UserError(
+                f"merge_adapter needs whole weights, and fsdp_size={self.fsdp_size} cuts them: leave one out"
+            )
         if self.fsdp_size > 1 and engines_of_accelerate():
             raise UserError(
                 f"fsdp_size={self.fsdp_size} shards the model, and so would accelerate: leave --use_fsdp and "

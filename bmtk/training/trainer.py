@@ -458,8 +458,6 @@ def save(trainer: TaskTrainer, directory: str | Path, *, merge: bool) -> None:
 
     Raises: UserError as `refuse_broken_weights`.
     """
-    if merge and trainer.is_spread:
-        raise UserError("merge_adapter needs whole weights: leave it out, or fsdp_size; `bmtk merge` X")
     if merge:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         trainer.model_wrapped = trainer.model
