@@ -15,8 +15,6 @@ from torch import nn
 
 from bmtk.errors import UserError, installed_version, versions
 
-from .sharding import whole
-
 Result = TypeVar("Result")
 
 
@@ -104,6 +102,6 @@ def _as_json(value: Any) -> object:
 @torch.no_grad()
 def checksum(model: nn.Module) -> str:
     """A number that equal weights have in common."""
-    sums = torch.stack([whole(parameter.double().sum()) for parameter in model.parameters()])
+    sums = torch.stack([parameter.double().sum() for parameter in model.parameters()])
     positions = torch.arange(1, len(sums) + 1, dtype=torch.double, device=sums.device)
     return f"{float((sums * positions).sum()):.17g}"

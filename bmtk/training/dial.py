@@ -17,12 +17,11 @@ from transformers import PreTrainedModel
 
 from bmtk.errors import UserError
 
-from .agreement import check_agreement, checksum
 from .arguments import LoopArguments
 from .profiling import Rehearsal, rehearse
 from .protocols import BindableData, TrainingObjective
 from .run_folder import derived_before, note_derived
-from .sharding import ProcessLayout, shard
+from .sharding import ProcessLayout
 from .sizes import (
     BYTES_PER_PARAMETER,
     MOST_TOKENS_AT_ONCE,
@@ -307,9 +306,11 @@ class TrainingDerivation:
         )
 
     def _rehearse(self, settings: Mapping[str, Any]) -> Rehearsal:
-        if self.layout.is_sharded:  # before the run does it, and for good
-            check_agreement(self.accelerator, {"the weights": checksum(self.model)})
-            shard(self.model, self.layout, self.accelerator.device)
+        if self.layout.is_sharded:
+            raise UserError(
+                f"budget={self.dial.budget} is measured with a whole model on every process, which fsdp_size and "
+                "tp_size are to avoid; set num_train_steps instead"
+            )
         args = replace(self.args, **{**settings, "num_train_steps": -1})
         batches = self.objective.train_batches(**args.batching, **self.layout.share(self.accelerator.process_index))
         return rehearse(self.model, batches, self.accelerator, Losses.of(self.objective), args)

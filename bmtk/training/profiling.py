@@ -17,7 +17,6 @@ from .optimizers import build_optimizer
 from .prepared import Prepared
 from .protocols import TrainBatches, TrainingObjective
 from .rng_state import preserved_rng_state
-from .sharding import ProcessLayout, own_part
 from .tbptt import check_carries, tbptt_state
 from .throughput import flops_per_unit
 from .updates import Losses, LossSum, Updater
@@ -71,8 +70,7 @@ def rehearse(
     buffers, was_training = SavedBuffers(model), model.training
     optimizer = build_optimizer(model.train(), replace(args, learning_rate=0.0, muon_learning_rate=0.0))
     state = tbptt_state(batches)
-    layout = ProcessLayout.of(args, accelerator.num_processes)
-    prepared = Prepared(model, optimizer, accelerator, layout if layout.is_sharded else ProcessLayout())
+    prepared = Prepared(model, optimizer, accelerator)
     updater = Updater(prepared, losses, max_grad_norm=args.max_grad_norm, recurrent=state)
     with preserved_rng_state(), autocast_in(model, accelerator):
         with kept_for_backward(model) as storages:
@@ -85,7 +83,7 @@ def rehearse(
     buffers.restore()
     model.train(was_training)
     fixed = [*_twice(model.parameters()), *(t for kept in optimizer.state.values() for t in kept.values())]
-    return Rehearsal(seconds, num_steps, sum(own_part(t).nbytes for t in fixed) + sum(storages.values()))
+    return Rehearsal(seconds, num_steps, sum(t.nbytes for t in fixed) + sum(storages.values()))
 
 
 def _timed(updater: Updater, batches: TrainBatches, steps: range, accelerator: Accelerator) -> float:
@@ -135,11 +133,11 @@ def kept_for_backward(model: torch.nn.Module) -> Iterator[dict[int, int]]:
 
     Without the weights themselves.
     """
-    weights = {own_part(parameter).untyped_storage().data_ptr() for parameter in model.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = own_part(tensor).untyped_storage()
+        storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor

@@ -90,13 +90,10 @@ class ProcessLayout:
 def shard(model: PreTrainedModel, layout: ProcessLayout, device: torch.device) -> PreTrainedModel:
     """Cut the weights of `model`, which are equal on every process, and keep this process's part of them.
 
-    A model that is cut already is left as it is.
     Raises: UserError if the model has no plan for it.
     """
     from transformers.distributed import DistributedConfig
 
-    if model.is_distributed_loading_by_transformers:
-        return model
     _check_plans(model, layout)
     if layout.tp_size > 1:
         _untie(model)
@@ -174,11 +171,6 @@ def on_whole_matrices(function: Callable[[torch.Tensor], torch.Tensor], matrices
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that may be spread over processes, all of which must call this."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _check_plans(model: PreTrainedModel, layout: ProcessLayout) -> None:
