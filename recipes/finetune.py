@@ -79,6 +79,7 @@ def main(argv: list[str]) -> None:
     task, groups = task_named(run.task), [run, data_args, args, adapter, architecture]
     if search.search:
         return search_settings(search, groups, task, recipe=__file__, log=print)
+    args.check_engines(merges=adapter.merge_adapter)
     is_main, started_at = args.process_index == 0, run_record.now()
     if is_main and not run.is_plan:
         check_publishing(run, log=print)
@@ -96,8 +97,11 @@ def main(argv: list[str]) -> None:
         return print(plan(settings, objective, model, args))
 
     folder = Path(args.output_dir)
-    free_keys = finetuning_arguments.FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys
-    check = {"overwrite": args.overwrite_output_dir, "resume": args.may_resume, "free_keys": free_keys}
+    check = {
+        "overwrite": args.overwrite_output_dir,
+        "resume": args.may_resume,
+        "free_keys": finetuning_arguments.FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys,
+    }
     with held(folder, settings, is_main=is_main, **check):
         with args.main_process_first():  # before the others look at the folder
             check_data(folder, data, is_main=is_main)

@@ -48,7 +48,7 @@ from bmtk.training.lr_range_test import suggest_rate
 from bmtk.training.micro_batches import choose_micro_batches
 from bmtk.training.prepared import Prepared, build_accelerator, prepare
 from bmtk.training.profiling import costs, rehearse
-from bmtk.training.rollback import roll_back
+from bmtk.training.rollback import data_done, roll_back
 from bmtk.training.run_folder import check_data, check_tokenizer, held
 from bmtk.training.run_log import Hooks
 from bmtk.training.schedules import build_schedule
@@ -193,7 +193,7 @@ def fit(
         save=checkpoints.save,
         saver=checkpoints.saver,
         load_best=checkpoints.load_best,
-        account=lambda state: objective.reading.account(state.step * batches.batch_size),
+        account=lambda state: objective.reading.account(data_done(state.step, state.left_out) * batches.batch_size),
         check_micro_batches=objective.check_micro_batches,
         roll_back=partial(roll_back, checkpoints),
     )

@@ -3,6 +3,7 @@
 As a script it is one of the two processes: test_finetune_processes.py RUNS.json.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -11,12 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from bmtk.training import trainer
 from recipes import finetune
 
 ROOT = Path(__file__).parent.parent
 THINGS = ("bread", "ferry", "song")
+BROKEN = 13  # a training row
 WORDS = (*THINGS, "soup", "train", "drum")
 # Three steps an epoch: the last one has 3 rows on one process, and on two 1 and 2.
 SHORT = "--num_train_epochs 2 --warmup_steps 0 --save_strategy no --eval_strategy epoch --logging_steps 1"
@@ -28,6 +31,7 @@ CASES = {
     "tags in windows": f"--task token_classification {TEXT} --max_length 4",
     "speech": "--task speech_recognition --max_steps 3 --eval_strategy no",
     "little memory": f"--task sequence_classification {TEXT} --label_column stars --hidden_dropout 0",
+    "skipped": f"--task sequence_classification {TEXT} --label_column stars --hidden_dropout 0 --nonfinite skip",
     "boxes": "--task object_detection --norm_type layer_norm --max_steps 2 --eval_strategy no",
 }
 
@@ -70,13 +74,10 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
+    with contextlib.chdir(ROOT), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "build_trainer", broken_by_a_row(trainer.build_trainer))
         for argv in runs(one, data=folder):
             finetune.main(argv)
-    finally:
-        os.chdir(before)
     return one, two
 
 
@@ -100,6 +101,39 @@ def test_two_processes_halve_their_micro_batches_where_one_has_too_little_memory
     assert not one.exists()
 
 
+@pytest.mark.slow
+def test_two_processes_skip_a_step_together_that_one_of_them_cannot_apply(folders):
+    """The step has a broken row, once an epoch, on one of the processes; the others' losses are compared above."""
+    names = [sorted(path.name for path in (folder / "skipped" / "bad_steps").iterdir()) for folder in folders]
+    assert len(names[0]) == 2
+    assert names[0] == names[1]
+    for name in names[0]:
+        one, *two = (
+            load_file(folder / "skipped" / "bad_steps" / name / f"process-{number}.safetensors")["rows"].tolist()
+            for folder, number in ((folders[0], 0), (folders[1], 0), (folders[1], 1))
+        )
+        assert sorted(one) == sorted(two[0] + two[1])
+        assert BROKEN in one
+
+
+def broken_by_a_row(build):
+    """A `build_trainer` whose runs called skipped have no finite gradient where a batch has the row `BROKEN`."""
+
+    def built(model, *args, folder, **kwargs):
+        trainer = build(model, *args, folder=folder, **kwargs)
+        if folder.parent.name == "skipped":
+            word = trainer.processing_class.convert_tokens_to_ids(f"n{100 + BROKEN}")
+
+            def spoil(module, inputs, given, outputs):
+                if module.training and (given["input_ids"] == word).any():
+                    outputs.logits.register_hook(lambda gradient: gradient * float("nan"))
+
+            model.register_forward_hook(spoil, with_kwargs=True)
+        return trainer
+
+    return built
+
+
 def limit_memory() -> None:
     """Let the second process have memory for two rows, in the runs that are about that."""
     build = trainer.build_trainer
@@ -118,5 +152,6 @@ def limit_memory() -> None:
 
 if __name__ == "__main__":
     limit_memory()
+    trainer.build_trainer = broken_by_a_row(trainer.build_trainer)
     for argv in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         finetune.main(argv)

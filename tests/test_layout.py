@@ -300,6 +300,7 @@ MOST_METHODS = 25
 # Attributes that a base class of another library gives birth to.
 CACHE_LAYER = {"keys", "values", "device", "dtype"}  # of transformers' CacheLayerMixin
 BORN_ELSEWHERE = {
+    "PatchedTrainer": {"_globalstep_last_logged"},
     "TaskTrainer": {"model", "model_wrapped", "optimizer"},
     "RecurrentState": CACHE_LAYER,
     "ConvolutionCacheLayer": CACHE_LAYER,

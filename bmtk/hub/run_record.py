@@ -259,8 +259,9 @@ def model_record(
     model: Any, *, base_model: str | None = None, adapter: str | None = None, saved_as: str | None = None
 ) -> ModelRecord:
     """Class, type and size of a model."""
+    names = [kind.__name__ for kind in type(model).__mro__]
     return ModelRecord(
-        class_name=type(model).__name__,
+        class_name=names[2] if "FSDPModule" in names[:2] else names[0],  # of sharded weights, before they were
         model_type=model.config.model_type,
         num_parameters=model.num_parameters(),  # counts the weights that quantisation packs, too
         base_model=base_model,

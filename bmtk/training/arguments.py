@@ -79,6 +79,26 @@ class SharedArguments:
         0, "end the run after this many evaluations without a better main metric, and keep the best model; 0: never"
     )
 
+    fsdp_size: int = _setting(
+        1, "processes over which weights, gradients and optimizer state are spread (FSDP2); 1: each holds all of them"
+    )
+    dp_replicate_size: int = _setting(
+        0, "copies of the model that are sharded so, best one on each machine (HSDP); 0: as many as the processes make"
+    )
+
+    nonfinite: str = _setting(
+        "stop", "a step that is not finite is never applied: stop, with the weights before it saved, or skip it"
+    )
+    spike_sigma: float = _setting(
+        6.0,
+        "a step is skipped if its loss and its gradient norm are both this many robust standard deviations above the "
+        "median of the last 128 steps; 0: never",
+    )
+    rollback_after: int = _setting(
+        20,
+        "skipped steps in a row after which the run goes back to its last checkpoint, and leaves their data out",
+    )
+
     max_minutes: float | None = _setting(
         None,
         "stop after this time, with a checkpoint that the same command resumes (exit code 124); default: never",
@@ -95,6 +115,7 @@ class SharedArguments:
         yield from self._wrong_shared_choices()
         least_rows = AUTO if self.micro_batch_size == AUTO else 0
         yield from too_low(self, {"batch_size": 1, "micro_batch_size": least_rows, "eval_steps": 0, "save_steps": 0})
+        yield from too_low(self, {"spike_sigma": 0, "rollback_after": 1, "fsdp_size": 1, "dp_replicate_size": 0})
         if self.num_train_steps is not None and self.num_train_steps < 1 and self.num_train_steps != -1:
             yield f"num_train_steps={self.num_train_steps} is out of range; give at least 1, or -1 for whole epochs"
         names = ("muon_learning_rate", "unfreeze_epochs", "l1_penalty", "early_stopping_patience", "decay_fraction")
@@ -108,7 +129,8 @@ class SharedArguments:
         yield from not_below_one(self, ("sgd_momentum", "ema_decay"))
 
     def _wrong_shared_choices(self) -> Iterator[str]:
-        for name, allowed in {"schedule": SCHEDULES, "precision": PRECISIONS}.items():
+        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "nonfinite": NONFINITE}
+        for name, allowed in choices.items():
             value = vars(self)[name]
             if value is not None and value not in allowed:
                 yield f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}"
@@ -179,44 +201,23 @@ class LoopArguments(SharedArguments):
     precision: str = _shared("precision", "auto")
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass: less memory, slower")
     torch_compile: bool = _setting(False, "compile the model with torch.compile before the first step")
-    fsdp_size: int = _setting(
-        1, "processes over which weights, gradients and optimizer state are spread (FSDP2); 1: each holds all of them"
-    )
-    dp_replicate_size: int = _setting(
-        0, "copies of the model that are sharded so, best one on each machine (HSDP); 0: as many as the processes make"
-    )
     tp_size: int = _setting(
         1,
         "processes over which each matrix is cut (tensor parallelism), where one device cannot hold a layer",
     )
     timeout_minutes: float = _setting(30.0, "how long a process waits for another one before the run ends")
-    nonfinite: str = _setting(
-        "stop", "a step that is not finite is never applied: stop, with the weights before it saved, or skip it"
-    )
-    spike_sigma: float = _setting(
-        6.0,
-        "a step is skipped if its loss and its gradient norm are both this many robust standard deviations above the "
-        "median of the last 128 steps; 0: never",
-    )
-    rollback_after: int = _setting(
-        20,
-        "skipped steps in a row after which the run goes back to its last checkpoint, and leaves their data out",
-    )
 
     def __post_init__(self) -> None:
         check([*self._wrong_choices(), *self._wrong_numbers(), *self.wrong_settings()])
 
     def _wrong_choices(self) -> Iterator[str]:
-        for name, allowed in {"optimizer": OPTIMIZERS, "nonfinite": NONFINITE}.items():
-            value = vars(self)[name]
-            if value not in allowed:
-                yield f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}"
+        if self.optimizer not in OPTIMIZERS:
+            yield f"optimizer={self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}"
 
     def _wrong_numbers(self) -> Iterator[str]:
         at_least = {"logging_steps": 1, "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0}
-        at_least |= {"spike_sigma": 0, "rollback_after": 1}
         at_least |= {"adam_epsilon": 0, "max_grad_norm": 0, "warmup_steps": 0, "min_lr_ratio": 0, "seed": 0}
-        at_least |= {"fsdp_size": 1, "dp_replicate_size": 0, "tp_size": 1}
+        at_least |= {"tp_size": 1}
         yield from too_low(self, at_least)
         yield from not_below_one(self, ("adam_beta1", "adam_beta2"))
         if not 0 < self.timeout_minutes < math.inf:

@@ -19,37 +19,38 @@ from safetensors.torch import save_file
 
 from bmtk.files import replacing, write_json
 
-from .arguments import LoopArguments
-from .checkpoint import TrainState
-from .protocols import KnowsRows, TrainBatches
+from .arguments import SharedArguments
+from .guards import GuardState, is_sound
+from .protocols import KnowsRows
 from .rollback import data_step
 from .spikes import levels
-from .updates import Before, Update
+from .updates import Before
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "bad_steps"
+AFTER_CHANGES = "(with overwrite_output_dir, if settings changed and checkpoints are there)"
 
 
 class BadSteps:
     """Notes the steps of one run that were not applied, on every process."""
 
-    def __init__(self, args: LoopArguments, accelerator: Accelerator, state: TrainState):
-        self.args, self.accelerator, self.state = args, accelerator, state
-        self.batches: TrainBatches | None = None  # are asked which rows a step has
+    def __init__(self, directory: str | Path, args: SharedArguments, accelerator: Accelerator, state: GuardState):
+        self.folder, self.args, self.accelerator, self.state = Path(directory) / FOLDER, args, accelerator, state
+        self.batches: object = None  # are asked which rows a step has, if they know it
 
-    def note(self, step: int, loss: float, norm: float, update: Update) -> str:
+    def note(self, step: int, loss: float, norm: float, before: Before) -> str:
         """Write the bundle of step `step`, and say what it was."""
         data = data_step(step - 1, self.state.left_out) + 1
-        event = {"step": step, "data": data, "loss": loss, "grad_norm": norm, **_levels(update.before)}
-        is_spike = math.isfinite(loss) and math.isfinite(norm)
+        event = {"step": step, "data": data, "loss": loss, "grad_norm": norm, **_levels(before)}
+        is_spike = is_sound(loss) and math.isfinite(norm)
         what = event["what"] = "spike" if is_spike else "not finite"
-        folder = Path(self.args.output_dir) / FOLDER / f"step-{step:08d}-data-{data:08d}"
+        folder = self.folder / f"step-{step:08d}-data-{data:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             write_json(folder / "event.json", {key: _plain(value) for key, value in event.items()})
         with replacing(folder / f"process-{self.accelerator.process_index}.safetensors") as beside:
-            save_file({**update.before.randomness, **self._rows(data - 1), **_window(update.before)}, beside)
+            save_file({**before.randomness, **self._rows(data - 1), **_window(before)}, beside)
         why = f"{what}; see {folder}"
         if is_spike:
             why = (
@@ -64,17 +65,28 @@ class BadSteps:
         row = list(range(step - self.args.rollback_after + 1, step + 1))
         return row if self.state.skipped[-len(row) :] == row else []
 
-    def note_return(self, row: list[int], *, to: int) -> None:
-        """Write down that the run goes back to step `to`, and leaves out the data of the steps `row`."""
+    def no_way_on(self, row: list[int]) -> str:
+        """What happened, where the run cannot go back after the steps `row`."""
+        former = self.state.failed_at
+        again = "" if former < 0 else f", after going back from step {former + 1} did not help"
+        return f"step {row[-1]}: these are {len(row)} such steps in a row, so skipping does not help{again}"
+
+    def leave_out(self, row: list[int], *, to: int, state: GuardState) -> None:
+        """Write down that the run goes back to step `to`, and into `state` that the data of `row` are left out."""
+        data = self.data_of(row)
+        self._note_return(row, [step + 1 for step in data], to=to)
+        state.left_out = sorted({*state.left_out, *data})
+        state.failed_at = row[0] - 1
+
+    def _note_return(self, row: list[int], data: list[int], *, to: int) -> None:
         if not self.accelerator.is_main_process:
             return
-        data = [step + 1 for step in self.data_of(row)]
         logger.warning(
             "steps %d to %d were not applied: going back to the checkpoint after step %d; the rows of steps %d to %d "
             "are left out from now on",
             *(row[0], row[-1], to, data[0], data[-1]),
         )
-        path = Path(self.args.output_dir) / FOLDER / f"rollback-{row[0]:08d}-data-{data[0]:08d}.json"
+        path = self.folder / f"rollback-{row[0]:08d}-data-{data[0]:08d}.json"
         write_json(path, {"what": "rollback", "steps": row, "back_to": to, "left_out": data})
 
     def data_of(self, row: list[int]) -> list[int]:

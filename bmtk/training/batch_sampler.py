@@ -16,8 +16,9 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, sampler: Any, seed: int):
-        """`sampler` has an attribute `generator` that it draws from."""
+        """`sampler` has an attribute `generator` that it draws from, if it draws at all."""
         self.sampler, self.seed, self.epoch = sampler, seed, 0
+        self.left_out: frozenset[int] = frozenset()  # places in the order whose rows are passed over
 
     def set_epoch(self, epoch: int) -> None:
         """Begin epoch `epoch`, counted from 0."""
@@ -25,9 +26,10 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(self.sampler)
+        return (row for place, row in enumerate(self.sampler) if place not in self.left_out)
 
     def __len__(self) -> int:
+        """The rows of a whole epoch."""
         return len(self.sampler)
 
 

@@ -1,25 +1,17 @@
-"""What fine-tuning with `transformers.Trainer` shares with the project's own loop: history, guard, orderly stop."""
+"""What fine-tuning with `transformers.Trainer` shares with the project's own loop: history, averages, orderly stop."""
 
-import logging
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bmtk.errors import UserError
-
 from .averaging import WeightAverage
-from .guards import SavedBuffers, SpikeWatch, broken_weights, is_sound
 from .history import History
 from .progress import Bar, evaluation_line
-from .rng_state import rng_state, set_rng_state
 from .signals import Stopped, StopRequest
-
-logger = logging.getLogger(__name__)
 
 PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test/"}
 NOT_RECORDED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -108,6 +100,8 @@ class ProgressBar(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.training_bar is not None:  # of the run before it went back to a checkpoint
+            self.training_bar.close()
         if state.is_world_process_zero:
             shape: Any = {"total": state.max_steps, "initial": state.global_step}
             self.training_bar = Bar(**shape, unit="step", dynamic_ncols=True)
@@ -133,7 +127,7 @@ class HasAverage(Protocol):
     """A trainer that may keep an average of the weights."""
 
     average: WeightAverage | None
-    was_skipped: bool  # whether the gradient scaler has skipped the last step
+    was_skipped: bool  # whether the last step was not applied
 
 
 class AverageWeights(TrainerCallback):
@@ -163,135 +157,6 @@ class AverageWeights(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint:  # Trainer has loaded the raw weights from it
             self.average.load(Path(state.best_model_checkpoint))
         self.average.apply()
-
-
-class Guarded(Protocol):
-    """A trainer whose steps are looked at before they are applied."""
-
-    args: Any
-    model: Any
-    grad_norm: float | torch.Tensor | None  # of the whole step, before clipping; None where it is not known
-    num_overflows: int
-    was_skipped: bool  # whether the scaler has skipped the last step
-
-    @property
-    def scaler(self) -> Any:
-        """That of fp16, which skips steps whose gradients overflow; or None."""
-
-    def loss_of_step(self) -> torch.Tensor:
-        """The loss of the last step, of all processes."""
-
-    def save_now(self) -> Path:
-        """Save a checkpoint unless there is a whole one of this step, and return its folder."""
-
-
-class StopOnNonFinite(TrainerCallback):
-    """Ends the run before an update whose loss or gradient is not finite, and saves the weights before it.
-
-    Trainer looks at the clipped gradient, hides a loss of nan and saves what comes of it.  Under fp16 a gradient that
-    overflows is normal: the gradient scaler skips the step, which is counted; its loss is looked at all the same.
-    """
-
-    def __init__(self, trainer: Guarded):
-        self.trainer, self.spikes = trainer, SpikeWatch()
-        self.first_step = 0  # of this process, counted from 0
-        self.of_epoch: dict[str, torch.Tensor] | None = (
-            None  # generators before the epoch's loader has drawn from them
-        )
-        self.randomness = rng_state()  # generators before the step
-        self.buffers = SavedBuffers(trainer.model)  # before the step
-        self.scale = 1.0  # of the scaler, before the step
-        self.num_units = 0  # before the batches of the step were counted
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.first_step, self.num_units = state.global_step, state.num_input_tokens_seen
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.of_epoch = rng_state() if state.global_step > self.first_step else None
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.randomness, self.of_epoch = self.of_epoch or rng_state(), None
-        self.buffers = SavedBuffers(self.trainer.model)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        loss, norm = float(self.trainer.loss_of_step()), self.trainer.grad_norm
-        self.scale = self.trainer.scaler.get_scale() if self.trainer.scaler else 1.0
-        if self.trainer.scaler is None and norm is not None and not math.isfinite(norm):
-            self._stop(state, "the gradient is not finite", loss)
-        if not is_sound(loss):
-            self._stop(
-                state, "the loss is not finite" if not math.isfinite(loss) else "the loss is out of range", loss
-            )
-        if state.is_world_process_zero:
-            self.spikes.see(state.global_step + 1, loss)
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        scaler = self.trainer.scaler
-        # Fused AdamW skips in its own kernel, which accelerate's step_was_skipped does not see.
-        self.trainer.was_skipped = scaler is not None and scaler.get_scale() < self.scale
-        if not self.trainer.was_skipped:
-            return
-        self.buffers.restore()
-        self.trainer.num_overflows += 1
-        if scaler.get_scale() < 1:
-            self._stop(state, "the gradient is not finite, whatever it is scaled by", math.nan)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.num_units = state.num_input_tokens_seen
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        refuse_broken_weights(self.trainer.model, state.global_step)
-        if self.trainer.num_overflows and state.is_world_process_zero:
-            logger.warning(
-                "%d of %d steps were skipped, because their gradients were beyond float16",
-                self.trainer.num_overflows,
-                state.global_step - self.first_step,
-            )
-
-    def _stop(self, state: TrainerState, reason: str, loss: float) -> NoReturn:
-        step, args = state.global_step + 1, self.trainer.args
-        self.buffers.restore()
-        set_rng_state(self.randomness)
-        state.num_input_tokens_seen = self.num_units
-        remedy = f"lower learning_rate={args.learning_rate}, or look for broken rows"
-        kept = "nothing was saved, as no step was applied before"
-        if state.global_step:
-            try:
-                folder = self.trainer.save_now()
-            except UserError as error:
-                kept = str(error)
-            else:
-                kept = f"the weights before it are saved whole in {folder}"
-                remedy += f"; a run in another output_dir goes on from them with model={folder}"
-        happened = f"loss {loss:g}, gradient norm {self.trainer.grad_norm}"
-        raise UserError(f"step {step}: {reason}, so it was not applied ({happened}); {kept}; {remedy}")
-
-
-def refuse_broken_weights(model: torch.nn.Module, step: int) -> None:
-    """Raises: UserError if a weight is not finite."""
-    if broken := broken_weights(model):
-        raise UserError(
-            f"after step {step} the weights are not finite ({', '.join(broken[:3])}), so they were not saved; "
-            "checkpoints made before are whole"
-        )
 
 
 class StopOnRequest(TrainerCallback):

@@ -36,7 +36,8 @@ from bmtk.files import adding_to_folder, flush
 
 from .agreement import of_all, of_main, together
 from .background import BackgroundSaver
-from .description import Description, Processor, no_bars, without_weights
+from .description import Description, Processor, no_bars, plain_twin
+from .guards import GuardState
 from .manifest import damages, dump_json, facts_of, written_whole
 from .optimizers import NamedOptimizer
 from .prepared import Prepared
@@ -57,7 +58,7 @@ CARRIED = "carried.safetensors"
 
 
 @dataclass
-class TrainState:
+class TrainState(GuardState):
     """How far a run is.  Steps are counted from 1: `step` of them are done."""
 
     step: int = 0
@@ -68,10 +69,6 @@ class TrainState:
     best: float | None = None  # value of the main metric, where a run may end early
     best_step: int = 0  # when that was
     worse: int = 0  # evaluations since then
-    skipped: list[int] = field(default_factory=list)  # steps whose update was not finite, or spiked, and not applied
-    left_out: list[int] = field(default_factory=list)  # steps in the order of the data that no step takes rows from
-    failed_at: int = -1  # steps done before the last row of bad ones that the run went back for; -1: there was none
-    recent: list[list[float]] = field(default_factory=list)  # what the next steps are compared with: SpikeDetector
     window_loss: float = 0.0  # summed loss since the last line of history.jsonl
     window_items: int = 0  # predicted items since then
     rng_state: dict[str, torch.Tensor] | None = None  # generators of this process, until the loop takes them over
@@ -310,7 +307,7 @@ def load_checkpoint(folder: str | Path, prepared: Prepared) -> TrainState:
     run_state, optimizer, accelerator = Path(folder) / RUN_STATE, prepared.optimizer, prepared.accelerator
     stored = json.loads((run_state / "state.json").read_text(encoding="utf-8"))
     _load_weights(Path(folder), prepared)
-    optimizer.load_state_dict({"state": _read_optimizer(run_state, optimizer)})
+    optimizer.load_state_dict({"state": read_optimizer(run_state, optimizer)})
     if optimizer.average:
         optimizer.average.load(run_state)
     if accelerator.scaler is not None and stored["scaler"]:
@@ -359,15 +356,15 @@ def save_model(directory: str | Path, prepared: Prepared, processor: Processor |
     if not prepared.accelerator.is_main_process:
         return
     with adding_to_folder(directory, last="config.json") as beside:
-        model = without_weights(prepared) if prepared.layout.is_sharded else prepared.unwrapped
+        model = plain_twin(prepared.unwrapped) if prepared.layout.is_sharded else prepared.unwrapped
         with no_bars():
             model.save_pretrained(beside, state_dict=weights or None)
         if processor is not None:
             processor.save_pretrained(beside)
 
 
-def _read_optimizer(folder: Path, optimizer: NamedOptimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """{"weight": {"exp_avg": tensor}} of what `_flat` stored: of each tensor what this process holds of the weight."""
+def read_optimizer(folder: Path, optimizer: NamedOptimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """{"weight": {"exp_avg": tensor}} of what `flat` stored: of each tensor what this process holds of the weight."""
     parameters = {name: parameter for parameter, name in optimizer.names.items()}
     state: dict[str, dict[str, torch.Tensor]] = {}
     with opened(folder, "optimizer") as files:
@@ -384,7 +381,7 @@ def _load_weights(folder: Path, prepared: Prepared) -> None:
     """
     model = prepared.unwrapped
     if prepared.layout.is_sharded:
-        return _load_parts(folder, model)
+        return load_parts(folder, model)
     with no_bars():
         loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     stored, facts = loaded
@@ -395,7 +392,8 @@ def _load_weights(folder: Path, prepared: Prepared) -> None:
 
 
 @torch.no_grad()
-def _load_parts(folder: Path, model: PreTrainedModel) -> None:
+def load_parts(folder: Path, model: PreTrainedModel) -> None:
+    """Copy the weights bit by bit, of each what this process holds.  Raises: UserError if they do not fit."""
     weights = stored_weights(model)
     with opened(folder, "model") as files:
         if set(files) != set(weights):

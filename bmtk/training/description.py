@@ -27,7 +27,7 @@ class Description:
 
     def __init__(self, prepared: Prepared, processor: Processor | None):
         """Only that of the main process is written."""
-        self.model = without_weights(prepared) if prepared.accelerator.is_main_process else None
+        self.model = plain_twin(prepared.unwrapped) if prepared.accelerator.is_main_process else None
         self.processor = copy.deepcopy(processor)
 
     def write(self, folder: Path, weights: Mapping[str, torch.Tensor] | None) -> None:
@@ -41,12 +41,10 @@ class Description:
             self.processor.save_pretrained(folder)
 
 
-def without_weights(prepared: Prepared) -> PreTrainedModel:
-    """A model like the one that is trained, of the class that it had before fully_shard gave it one of its own."""
-    model = prepared.unwrapped
+def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A model like it without weights, of the class that it had before fully_shard gave it one of its own."""
     config = copy.deepcopy(model.config)
-    if prepared.layout.is_sharded:
-        del config.distributed_config
+    vars(config).pop("distributed_config", None)  # of a sharded model
     with torch.device("meta"):
         twin: PreTrainedModel = plain_class(model)._from_config(config, dtype=model.dtype)
     if model.can_generate():

@@ -15,9 +15,10 @@ from bmtk.errors import UserError
 from .arguments import OPTIMIZERS, LoopArguments, SharedArguments, check, not_below_one, too_low
 from .disk_space import saves_to_come
 from .evaluation import lower_is_better
-from .prepared import natural_precision
+from .prepared import engines_of_accelerate, natural_precision
 from .progress import few_steps_note
 from .protocols import TrainingObjective
+from .sharding import ProcessLayout
 from .trainer_names import SCHEDULER_TYPES, BatchSizes, contradiction, strategy_of
 
 # Fields of Trainer that a shared field can stand for, or that the former ones decide.
@@ -29,7 +30,8 @@ TRANSLATED = (
 FREE_KEYS = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint logging_steps save_total_limit report_to disable_tqdm "
     "run_name micro_batch_size per_device_eval_batch_size dataloader_num_workers dataloader_pin_memory "
-    "merge_adapter max_minutes".split()
+    "merge_adapter max_minutes nonfinite spike_sigma rollback_after fsdp_size "
+    "dp_replicate_size".split()
 )
 
 
@@ -107,6 +109,8 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
     do_eval: bool = _fixed(False)
     do_predict: bool = _fixed(False)
 
+    tp_size = 1  # Trainer has no part of the rows for several processes to share
+
     def __post_init__(self) -> None:
         check([*self._wrong_choices(), *self._wrong_numbers(), *self.wrong_settings(), *self._contradictions()])
         self.load_best_model_at_end |= self.early_stopping_patience > 0
@@ -155,6 +159,27 @@ class FineTuningArguments(SharedArguments, TrainingArguments):  # type: ignore[m
                 get_reporting_integration_callbacks([name])[0]()
             except (RuntimeError, ImportError) as error:
                 raise UserError(f"report_to={name}: {error} (pip install {name}, or leave report_to out)") from error
+
+    def check_engines(self, *, merges: bool = False) -> None:
+        """Raises: UserError if the processes cannot be divided as `fsdp_size` asks, or something else is in its way.
+
+        merges: an adapter is to be added to weights, which takes whole ones.
+        """
+        ProcessLayout.of(self, self.world_size)
+        if self.fsdp_size > 1 and merges:
+            raise UserError(
+                f"merge_adapter needs whole weights, and fsdp_size={self.fsdp_size} cuts them: leave one out"
+            )
+        if self.fsdp_size > 1 and engines_of_accelerate():
+            raise UserError(
+                f"fsdp_size={self.fsdp_size} shards the model, and so would accelerate: leave --use_fsdp and "
+                "--use_deepspeed out of accelerate launch, or fsdp_size"
+            )
+        if "ACCELERATE_USE_FSDP" in engines_of_accelerate() and self.device.type == "cpu":
+            raise UserError(
+                "accelerate's FSDP is for GPUs: on CPUs every process would hold the whole model, without a word; "
+                "leave --use_fsdp out of accelerate launch, and set fsdp_size"
+            )
 
     def _cut(self, batch: BatchSizes, *, processes: int) -> None:
         self.per_device_train_batch_size, self.gradient_accumulation_steps = batch.resolve(processes)

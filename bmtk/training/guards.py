@@ -5,6 +5,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,6 +15,16 @@ logger = logging.getLogger(__name__)
 STATISTICS = ("running_mean", "running_var")  # buffers that a layer learns from its inputs
 MANY_TIMES = 1000  # a loss that is larger than its recent level by this factor is a spike
 RECENT, FEWEST = 50, 3  # losses that the level is the median of, and how many there have to be
+
+
+@dataclass
+class GuardState:
+    """What a run keeps of its steps that were not applied; a part of every checkpoint."""
+
+    skipped: list[int] = field(default_factory=list)  # steps whose update was not finite, or spiked, and not applied
+    left_out: list[int] = field(default_factory=list)  # steps in the order of the data that no step takes rows from
+    failed_at: int = -1  # steps done before the last row of bad ones that the run went back for; -1: there was none
+    recent: list[list[float]] = field(default_factory=list)  # what the next steps are compared with: SpikeDetector
 
 
 def is_sound(loss: float) -> bool:

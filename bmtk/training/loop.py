@@ -16,6 +16,7 @@ from .allocation import keep_freed_memory
 from .arguments import AUTO, LoopArguments
 from .checkpoint import TrainState
 from .disk_space import check_room_together
+from .ending import ending_together
 from .gradients import gradient_rules
 from .micro_batches import MicroBatches, rehearse, step_within_memory
 from .prepared import Prepared
@@ -68,7 +69,13 @@ def train(
         rehearse(updater, batches, sizes, data_step(state.step, state.left_out), state.step)
     prepared.model.train()
     updater.before_update = hooks.saver.wait_for_copy
-    with _stopping(args, accelerator, hooks) as request, run.bar() as bar, run.all_saved(), run.named_steps():
+    with (
+        _stopping(args, accelerator, hooks) as request,
+        run.bar() as bar,
+        run.all_saved(),
+        run.named_steps(),
+        ending_together(accelerator),
+    ):
         vote = StopVote(request, accelerator)
         if state.step:
             run.evaluate_if_due()  # the run may have been stopped before it came to this

@@ -102,7 +102,7 @@ def step_within_memory(
     """Make optimizer step `number` of the rows of `batches[data]`, in micro-batches that memory is large enough for.
 
     Raises: UserError as `halve`; and on several processes, which cannot wait for one that tries again: the run then
-    goes on with half the rows when it is resumed.
+    ends on all of them, and goes on with half the rows when it is resumed.
     """
     while True:
         rows = _cut(batches, sizes, number)
@@ -124,7 +124,7 @@ def refuse_to_go_on_alone(accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         raise UserError(
             f"process {accelerator.process_index} is out of memory; run the same command again: it goes on from the "
-            "last checkpoint, with half the rows in a forward pass"
+            "last checkpoint, with half the rows in a forward pass (torchrun --max-restarts 3 repeats it by itself)"
         )
 
 

@@ -56,8 +56,7 @@ def build_accelerator(args: LoopArguments) -> Accelerator:
 
     Raises: UserError for a way of distribution that the loop cannot save and resume yet.
     """
-    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # on CPUs accelerate drops the first without a word
-    if any(str_to_bool(os.environ.get(name, "false")) for name in engines):
+    if engines_of_accelerate():
         raise UserError(
             "this recipe shards models itself, without accelerate's FSDP and DeepSpeed: leave --use_fsdp and "
             "--use_deepspeed out of accelerate launch (accelerate_configs/multi_gpu.yaml), and set fsdp_size"
@@ -78,6 +77,13 @@ def build_accelerator(args: LoopArguments) -> Accelerator:
             f"choose one of {', '.join(kind.value for kind in SUPPORTED)} in the accelerate configuration"
         )
     return accelerator
+
+
+def engines_of_accelerate() -> list[str]:
+    """What accelerate launch was asked to shard by, as its variables are named."""
+    # On CPUs accelerate drops the first without a word.
+    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return [name for name in engines if str_to_bool(os.environ.get(name, "false"))]
 
 
 def natural_precision() -> str:

@@ -20,7 +20,8 @@ BATCH = "batch.json"  # in a checkpoint of Trainer: what made its steps, as `bat
 NEEDED = (
     ("trainer_state.json",),
     ("*.safetensors",),
-    ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),  # the last two of FSDP and DeepSpeed
+    # With fsdp_size; of accelerate's FSDP; of DeepSpeed.
+    ("optimizer.pt", "optimizer.bin", "optimizer*.safetensors", "optimizer_*", "global_step*"),
     ("rng_state*.pth",),
 )
 

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from bmtk.files import PARTIAL, delete_partial
 
 from .agreement import of_main
@@ -28,6 +30,15 @@ def data_step(step: int, left_out: Iterable[int]) -> int:
     return step
 
 
+def data_done(step: int, left_out: Iterable[int]) -> int:
+    """The steps in the order of the data that are behind after `step` optimizer steps, left-out ones among them.
+
+    >>> [data_done(step, [2, 3, 5]) for step in range(5)]
+    [0, 1, 2, 5, 7]
+    """
+    return data_step(step - 1, left_out) + 1 if step else 0
+
+
 def roll_back(checkpoints: Checkpoints, at_most: int, above: int) -> TrainState | None:
     """Load the newest whole checkpoint with more than `above` and at most `at_most` steps, and delete all later ones.
 
@@ -35,21 +46,28 @@ def roll_back(checkpoints: Checkpoints, at_most: int, above: int) -> TrainState 
     """
     checkpoints.saver.finish()
     accelerator, directory = checkpoints.prepared.accelerator, Path(checkpoints.directory) / CHECKPOINTS
-    fitting = [folder for folder in numbered(directory, PREFIX) if above < step_of(folder) <= at_most]
-    is_main = accelerator.is_main_process
-    found = of_main(accelerator, next((path for path in fitting if not damages(path)), None) if is_main else None)
+    found = checkpoint_between(accelerator, directory, PREFIX, at_most=at_most, above=above)
     if found is None:
         return None
     state = checkpoints.load(found)
-    if is_main:
-        _delete_later(directory, step_of(found))
-    accelerator.wait_for_everyone()
+    delete_later(accelerator, directory, PREFIX, step=step_of(found))
     return state
 
 
-def _delete_later(directory: Path, step: int) -> None:
-    """Delete checkpoints of steps that are done again, with other data."""
-    for folder in numbered(directory, PREFIX):
+def checkpoint_between(
+    accelerator: Accelerator, directory: Path, prefix: str, *, at_most: int, above: int
+) -> Path | None:
+    """The newest whole checkpoint with more than `above` and at most `at_most` steps, as the main process sees it."""
+    is_main = accelerator.is_main_process
+    fitting = [folder for folder in numbered(directory, prefix) if above < step_of(folder) <= at_most]
+    return of_main(accelerator, next((path for path in fitting if not damages(path)), None) if is_main else None)
+
+
+def delete_later(accelerator: Accelerator, directory: Path, prefix: str, *, step: int) -> None:
+    """Delete checkpoints of steps after `step`, which are done again with other data; all processes call it."""
+    for folder in numbered(directory, prefix) if accelerator.is_main_process else ():
         if step_of(folder) > step:  # a kill while deleting must not leave half a checkpoint with its final name
             os.replace(folder, folder.with_name(f"{PARTIAL}{folder.name}"))
-    delete_partial(directory)
+    if accelerator.is_main_process:
+        delete_partial(directory)
+    accelerator.wait_for_everyone()

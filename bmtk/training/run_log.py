@@ -14,7 +14,7 @@ from bmtk.errors import Diverged, UserError
 
 from .arguments import LoopArguments
 from .background import BackgroundSaver
-from .bad_steps import BadSteps
+from .bad_steps import AFTER_CHANGES, BadSteps
 from .checkpoint import TrainState
 from .early_stopping import is_better, is_exhausted
 from .evaluation import lower_is_better
@@ -69,7 +69,7 @@ class RunLog:
         self.window_tokens = 0  # since the meter's last lap
         self.grad_norm: float | None = None
         self.spikes, self.detector = SpikeWatch(), detector
-        self.bad_steps = BadSteps(args, accelerator, state)
+        self.bad_steps = BadSteps(args.output_dir, args, accelerator, state)
 
     def begin(self) -> None:
         """Forget what came after the resumed step, set the generators, and start the clock."""
@@ -148,7 +148,7 @@ class RunLog:
 
     def _reject(self, step: int, loss: float, norm: float, update: Update) -> list[int]:
         """Note a step that was not applied; return it and those before it if they are too many in a row."""
-        happened = self.bad_steps.note(step, loss, norm, update)
+        happened = self.bad_steps.note(step, loss, norm, update.before)
         if self.args.nonfinite == "stop" and not (math.isfinite(loss) and math.isfinite(norm)):
             self._go_back(step - 1, update)
             remedy = "lower learning_rate or max_grad_norm, look at the data of this step, or set nonfinite to 'skip'"
@@ -159,10 +159,7 @@ class RunLog:
         return self.bad_steps.row_before(step)
 
     def _last_words(self, happened: str, remedy: str) -> str:
-        return (
-            f"{happened}, and {self._save_sound_weights()}: {remedy}, then run again (with overwrite_output_dir, if "
-            "settings changed and checkpoints are there)"
-        )
+        return f"{happened}, and {self._save_sound_weights()}: {remedy}, then run again {AFTER_CHANGES}"
 
     def _go_back_before(self, row: list[int]) -> None:
         """Load the newest checkpoint from before the steps `row`, and leave their data out from now on.
@@ -172,12 +169,9 @@ class RunLog:
         state, failed_at = self.state, row[0] - 1
         loaded = self.hooks.roll_back(failed_at, state.failed_at) if self.hooks.roll_back else None
         if loaded is None:
-            again = "" if state.failed_at < 0 else f", after going back from step {state.failed_at + 1} did not help"
-            happened = f"step {row[-1]}: these are {len(row)} such steps in a row, so skipping does not help{again}"
-            raise Diverged(self._last_words(happened, "lower learning_rate, or look at the data of these steps"))
-        self.bad_steps.note_return(row, to=loaded.step)
-        loaded.left_out = sorted({*loaded.left_out, *self.bad_steps.data_of(row)})
-        loaded.failed_at = failed_at
+            remedy = "lower learning_rate, or look at the data of these steps"
+            raise Diverged(self._last_words(self.bad_steps.no_way_on(row), remedy))
+        self.bad_steps.leave_out(row, to=loaded.step, state=loaded)
         if state.recurrent and loaded.recurrent:  # the updater holds the former object
             state.recurrent.rows, loaded.recurrent = loaded.recurrent.rows, state.recurrent
         vars(state).update(vars(loaded))

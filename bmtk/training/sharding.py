@@ -126,9 +126,14 @@ def plain_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 def is_fsdp(model: nn.Module) -> bool:
     """Whether the weights of `model` are gathered for each forward pass, in which all processes must take part."""
+    return _fsdp_root(model) is not None
+
+
+def _fsdp_root(model: nn.Module) -> nn.Module | None:
+    """The sharded model: itself, or the one under an adapter."""
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(model, FSDPModule)
+    return next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
@@ -237,10 +242,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Statistics (of BatchNorm) are those of the main process, as they are where a model is not sharded.
     """
-    if not is_fsdp(model):
+    sharded: Any = _fsdp_root(model)
+    if sharded is None:
         yield
         return
-    sharded: Any = model
     for name, buffer in model.named_buffers():
         if name.endswith(STATISTICS):
             torch.distributed.broadcast(buffer, src=0)

@@ -47,10 +47,13 @@ class Connections:
                 continue
             from torch.distributed.device_mesh import init_device_mesh
 
-            names = root.mesh_dim_names
-            over_gloo: dict[Any, Any] = dict.fromkeys(names, "gloo")  # else a group of all processes is the old one
-            sizes = tuple(root.shape)
-            self.meshes[root] = init_device_mesh("cpu", sizes, mesh_dim_names=names, backend_override=over_gloo)
+            used = {name for tensor in spread for name in tensor.device_mesh.mesh_dim_names}
+            sizes = dict(zip(root.mesh_dim_names, root.shape, strict=True))
+            sizes = {name: size for name, size in sizes.items() if size > 1 or name in used}  # a group costs time
+            over_gloo: dict[Any, Any] = dict.fromkeys(sizes, "gloo")  # else a group of all processes is the old one
+            self.meshes[root] = init_device_mesh(
+                "cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=over_gloo
+            )
             set_timeouts(self.accelerator)
 
     def on_host(self, tensor: torch.Tensor, *, copies: bool) -> torch.Tensor:
@@ -67,7 +70,7 @@ class Connections:
         spread: Any = tensor
         mesh, sizes = spread.device_mesh, {"shape": spread.shape, "stride": spread.stride()}
         mirror = self.meshes[mesh._get_root_mesh()]
-        mirror = mirror if mesh.ndim == mirror.ndim else mirror[mesh.mesh_dim_names]
+        mirror = mirror if mesh.mesh_dim_names == mirror.mesh_dim_names else mirror[mesh.mesh_dim_names]
         part = spread.to_local().to("cpu", copy=copies)
         made: torch.Tensor = DTensor.from_local(part, mirror, spread.placements, run_check=False, **sizes)
         return made
@@ -89,7 +92,7 @@ class Snapshot:
         for name, _ in model.named_buffers():
             if name in weights:
                 weights[name] = weights[name].clone()
-        states = {OPTIMIZER: _own(_flat(optimizer.state_dict()["state"]), accelerator)}
+        states = {OPTIMIZER: _own(flat(optimizer.state_dict()["state"]), accelerator)}
         if optimizer.average:
             states[AVERAGES] = _own(optimizer.average.state_dict(), accelerator)
         parameters = {name for name, _ in model.named_parameters()}
@@ -161,6 +164,6 @@ def _own(tensors: Tensors, accelerator: Accelerator) -> Tensors:
     }
 
 
-def _flat(by_parameter: dict[str, Tensors]) -> Tensors:
+def flat(by_parameter: dict[str, Tensors]) -> Tensors:
     """Turn {"weight": {"exp_avg": tensor}} into {"exp_avg/weight": tensor}."""
     return {f"{key}/{name}": value for name, values in by_parameter.items() for key, value in values.items()}

@@ -20,15 +20,10 @@ from .adapters import ADAPTER_CONFIG
 from .allocation import keep_freed_memory
 from .arguments import AUTO
 from .averaging import WeightAverage
-from .callbacks import (
-    AverageWeights,
-    ProgressBar,
-    RecordHistory,
-    StopOnNonFinite,
-    StopOnRequest,
-    refuse_broken_weights,
-)
+from .batch_sampler import EpochSampler, EvenBatchSampler
+from .callbacks import AverageWeights, ProgressBar, RecordHistory, StopOnRequest
 from .disk_space import check_room
+from .ending import ending_together
 from .evaluation import Results, measure, predict_all
 from .finetuning_arguments import FineTuningArguments
 from .gradients import gradient_rules
@@ -43,13 +38,15 @@ from .micro_batches import (
     refuse_to_go_on_alone,
     split_rows,
 )
-from .optimizers import OptimizerSettings, build_optimizer, trained_parameters
+from .optimizers import NamedOptimizer, OptimizerSettings, build_optimizer, trained_parameters
 from .protocols import Batch, Prediction, TrainingObjective
 from .resume import checkpoint_to_resume, step_of
 from .rng_state import rng_state, set_rng_state
 from .run_folder import CHECKPOINTS
 from .signals import deferred_signals
-from .trainer_patches import PatchedTrainer, SetEpoch, StopEarly
+from .trainer_guard import GoBack, Guard, refuse_broken_weights
+from .trainer_patches import SetEpoch, StopEarly
+from .trainer_sharding import ShardedTrainer, spread
 from .updates import Losses, LossSum
 
 
@@ -68,7 +65,7 @@ class BegunStep:
         set_rng_state(self.randomness)
 
 
-class TaskTrainer(PatchedTrainer):
+class TaskTrainer(ShardedTrainer):
     """Trainer of an objective, which is asked for losses and metrics where Trainer averages averages.
 
     - A loss is a sum over the items of the whole optimizer step divided by their number, also for models that accept
@@ -110,8 +107,11 @@ class TaskTrainer(PatchedTrainer):
         self.counts: list[int] = []  # items of the micro-batches of a step that are still to come
         self.losses: list[torch.Tensor] = []  # of the micro-batches of a step, times the processes
         self.begun: BegunStep | None = None
-        self.num_overflows, self.was_skipped = 0, False  # steps that fp16's scaler has skipped; whether the last was
-        self.add_callback(StopOnNonFinite(self))
+        self.num_overflows = 0  # steps that fp16's scaler has skipped
+        self.was_skipped = False  # whether the last step was not applied
+        folder = Path(args.output_dir).parent
+        self.guard = Guard(self, folder)
+        self.add_callback(self.guard)
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(SetEpoch(self.train_dataset))
         self.objective = objective
@@ -124,7 +124,7 @@ class TaskTrainer(PatchedTrainer):
             self.add_callback(StopEarly(args.early_stopping_patience))
         self.losses_of_rows = Losses.of(objective, label_smoothing=args.label_smoothing_factor)
         self.loss = LossSum(model, cast(PreTrainedModel, model), args.device, self.losses_of_rows)
-        folder, rows = Path(args.output_dir).parent, args.per_device_train_batch_size
+        rows = args.per_device_train_batch_size
         self.micro_batches = MicroBatches(folder, self.accelerator, objective.check_micro_batches, rows=rows)
         self.is_rehearsed = args.world_size == 1
 
@@ -154,7 +154,7 @@ class TaskTrainer(PatchedTrainer):
         Where memory is too little, the step is begun again with smaller micro-batches.
         """
         if self.begun is None or not self.losses:
-            self.begun = BegunStep(SavedBuffers(self.model), rng_state())
+            self.begun, self.loss_before = BegunStep(SavedBuffers(self.model), rng_state()), self._tr_loss.clone()
         self.begun.batches.append(inputs)
         todo = [inputs]
         while (loss := self._within_memory(model, todo, num_items_in_batch)) is None:
@@ -220,10 +220,41 @@ class TaskTrainer(PatchedTrainer):
         loss, self.losses = torch.stack(self.losses).sum(), []
         return self.accelerator.reduce(loss, "mean") if self.args.world_size > 1 else loss
 
+    @property
+    def left_out(self) -> Sequence[int]:
+        """Steps in the order of the data that no step takes rows from."""
+        return self.guard.known.left_out
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether the optimizer leaves a step without gradients out; DeepSpeed's does not."""
+        return not self.is_deepspeed_enabled
+
+    @property
+    def rows_are_known(self) -> bool:
+        """Whether `places` knows the rows of a step, so that they can be left out, too."""
+        return isinstance(self.train_sampler, EpochSampler)
+
+    def places(self, step: int) -> tuple[list[int], list[int]]:
+        """The rows of a step in the order of the data that are this process's, and the epoch of each."""
+        epoch, step = divmod(step, self.args.steps_per_epoch(len(self.train_dataset)))
+        order, size = EpochSampler(self.train_sampler.sampler, self.train_sampler.seed), self._rows_per_step
+        order.set_epoch(epoch)
+        rows, world = list(order)[step * size : (step + 1) * size], self.args.world_size
+        batches = EvenBatchSampler(rows, self.args.train_batch_size, False, num_processes=world)
+        own = [row for batch in list(batches)[self.args.process_index :: world] for row in batch]
+        return own, [epoch] * len(own)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the number of steps that fp16 has skipped so far where there were any."""
-        counted = {"num_overflows": self.num_overflows} if self.num_overflows and "loss" in logs else {}
-        super().log({**logs, **counted}, start_time)
+        """Log, of steps that were applied; with the number of those that fp16 has skipped where there were any."""
+        facts = {"grad_norm": self.guard.grad_norm} if "grad_norm" in logs else {}
+        facts |= {"num_overflows": self.num_overflows} if self.num_overflows and "loss" in logs else {}
+        super().log({**logs, **facts}, start_time)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        super()._write_checkpoint(folder)
+        if self.args.should_save:
+            self.guard.save(folder)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `optimizer` or `optim` names, with the rates of `layer_lr_decay`; and the average."""
@@ -233,6 +264,8 @@ class TaskTrainer(PatchedTrainer):
         optimizer = super().create_optimizer(model)
         if is_new:
             decay_rates_by_depth([optimizer], self.model, self.args.layer_lr_decay)
+        if is_new and self.is_spread:
+            optimizer = self.optimizer = NamedOptimizer([optimizer], trained_parameters(self.model))
         if self.args.ema_decay:
             self.average = WeightAverage(trained_parameters(self.model), self.args.ema_decay)
         return optimizer
@@ -372,6 +405,7 @@ def train(
     Raises: Stopped after a signal or `args.max_minutes`, when the step is finished and saved.
     """
     keep_freed_memory(args.device)
+    spread(model, args)
     folder = Path(args.output_dir)
     stopping: Any = {"second_stops_at_once": args.world_size == 1, "max_minutes": args.max_minutes}
     with deferred_signals(**stopping) as request:
@@ -387,8 +421,25 @@ def train(
         if trainer.args.should_save:
             step, total = step_of(Path(checkpoint)) if checkpoint else 0, args.total_steps(len(trainer.train_dataset))
             check_room(args, trainer.model, saves=args.saves_to_come(step, total), folder=folder)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with ending_together(trainer.accelerator):
+            train_from(checkpoint, trainer)
     return trainer
+
+
+def train_from(checkpoint: str | None, trainer: TaskTrainer) -> None:
+    """Train to the end of the run, from `checkpoint` on if there is one, and again from each that it goes back to.
+
+    Raises: UserError for a step that may not be skipped; Diverged if skipping and going back do not help.
+    """
+    while True:
+        if checkpoint:
+            trainer.guard.load(Path(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except GoBack as back:
+            checkpoint = str(back.folder)
+        else:
+            return
 
 
 def cut_by_memory(trainer: TaskTrainer) -> None:

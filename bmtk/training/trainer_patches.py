@@ -8,13 +8,14 @@ and fails as soon as an installed version no longer has a fault: then its patch 
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import DistributedType
 from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -31,7 +32,6 @@ from bmtk.files import PARTIAL
 
 from .averaging import WeightAverage
 from .batch_sampler import EpochSampler, EvenBatchSampler
-from .callbacks import refuse_broken_weights
 from .disk_space import checkpoint_bytes
 from .early_stopping import is_better, is_exhausted
 from .gradients import gradient_norm
@@ -39,6 +39,8 @@ from .manifest import damages, dump_json, written_whole
 from .protocols import Batch
 from .resume import BATCH, PREFIX, batch_facts, check_best, delete_older
 from .rng_state import seed_process
+from .rollback import data_step
+from .trainer_guard import refuse_broken_weights
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,12 @@ class PatchedTrainer(Trainer):
     grad_norm: float | torch.Tensor | None = None  # of the last step, before clipping
     size: int = 0  # of the model, embeddings left out, once it was counted
     train_sampler: Any = None  # the order of the rows: a function of seed and epoch
+    loss_before: torch.Tensor  # summed for the next line of the log, before the step that is being made
+
+    @property
+    def left_out(self) -> Sequence[int]:
+        """Steps in the order of the data, counted from 0, that no step takes rows from."""
+        return ()
 
     def count_items_and_units(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """How many losses of this process's `batches` are summed, and how many units of throughput they hold."""
@@ -85,7 +93,7 @@ class PatchedTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(sampler, LengthGroupedSampler):
             sampler.batch_size *= max(1, args.world_size)
-        if isinstance(sampler, (RandomSampler, LengthGroupedSampler)):
+        if isinstance(sampler, (RandomSampler, LengthGroupedSampler, SequentialSampler)):
             sampler = EpochSampler(sampler, seed)
         elif isinstance(sampler, BatchRebalanceSampler):
             sampler.seed = seed  # 42 otherwise, whatever the seed of the run
@@ -101,8 +109,33 @@ class PatchedTrainer(Trainer):
         """
         if hasattr(self.train_sampler, "set_epoch"):
             self.train_sampler.set_epoch(kwargs["epoch"])
-        if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
+        kwargs |= self._without_left_out(
+            kwargs["epoch"], kwargs["num_update_steps_per_epoch"], kwargs["steps_in_epoch"]
+        )
+        is_over = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+        if not is_over and kwargs["num_update_steps_per_epoch"]:
             super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]
+
+    def _without_left_out(self, epoch: int, steps: int, batches: int) -> dict[str, int]:
+        """How many optimizer steps and batches an epoch of `steps` and `batches` has; its sampler leaves the rest out.
+
+        What Trainer calls `steps_in_epoch` are batches.
+        """
+        gone = [data % steps for data in self.left_out if data // steps == epoch]
+        if isinstance(self.train_sampler, EpochSampler):
+            rows = self._rows_per_step
+            places = (range(step * rows, (step + 1) * rows) for step in gone)
+            self.train_sampler.left_out = frozenset(chain.from_iterable(places))
+        parts = self.args.gradient_accumulation_steps
+        left = batches - sum(min(parts, batches - step * parts) for step in gone)
+        return {"num_update_steps_per_epoch": steps - len(gone), "steps_in_epoch": left}
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader[Any]) -> Any:
+        """As many epochs as the steps need, where the data of some were left out."""
+        num_epochs, steps, *others, total = super().set_initial_training_values(args, dataloader)
+        if self.left_out:
+            num_epochs = data_step(total - 1, self.left_out) // steps + 1
+        return num_epochs, steps, *others, total
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Fault (transformers 5.23): writes into the final folder, without sums, and first deletes older ones.
@@ -138,6 +171,11 @@ class PatchedTrainer(Trainer):
         if is_due:
             self._save_checkpoint(self.model_wrapped, None)
         return folder
+
+    def forget_step(self) -> None:
+        """Leave the step that is being made out of the mean loss that is logged next: it was not applied."""
+        self._tr_loss.copy_(self.loss_before)
+        self._globalstep_last_logged += 1
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         """Fault (torch 2.13): multiplies every gradient by 1 where their norm is below the limit.
@@ -175,17 +213,21 @@ class PatchedTrainer(Trainer):
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
+        if self.average:
+            self._save_average(self.average, folder)
         if not self.args.should_save:
             return
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one should load
-        if self.average:
-            self.average.save(folder)
         state: Any = self.state
         items = (*self.callback_handler.callbacks, self.control)
         state.stateful_callbacks = [item for item in items if isinstance(item, ExportableState)]
         state.__post_init__()  # their states in place of them
         state.save_to_json(str(folder / "trainer_state.json"))
         dump_json(folder / BATCH, {"num_processes": self.args.world_size, "rows_per_step": self._rows_per_step})
+
+    def _save_average(self, average: WeightAverage, folder: Path) -> None:
+        if self.args.should_save:
+            average.save(folder)
 
     @property
     def _rows_per_step(self) -> int:
@@ -201,11 +243,21 @@ class PatchedTrainer(Trainer):
         checkpoint = kwargs.get("resume_from_checkpoint", args[3] if len(args) > 3 else None)
         if checkpoint:
             self._check_batch(checkpoint)
+        if self.left_out:
+            counted = self._place_in_data(kwargs.get("num_update_steps_per_epoch", args[1] if len(args) > 1 else 0))
         if checkpoint and self.args.load_best_model_at_end and (best := self.state.best_global_step):
             folder = Path(self._get_output_dir(None)) / f"{PREFIX}{best}"
             check_best(folder)
             self.state.best_model_checkpoint = str(folder)
         return counted
+
+    def _place_in_data(self, steps: int) -> tuple[int, int]:
+        """The epoch (of `steps` optimizer steps) that the run goes on in, and how many of its batches are done."""
+        data = data_step(self.state.global_step, self.left_out)
+        epoch = data // steps
+        done = data % steps - sum(epoch * steps <= number < data for number in self.left_out)
+        self.state.epoch = max(self.state.epoch or 0.0, epoch)  # which the augmentation of the rows is drawn from
+        return epoch, done * self.args.gradient_accumulation_steps
 
     def _check_batch(self, checkpoint: str) -> None:
         facts = batch_facts(checkpoint)

@@ -17,7 +17,7 @@ from bmtk.errors import Diverged
 from bmtk.training import loop
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.prepared import prepare
-from bmtk.training.rollback import data_step
+from bmtk.training.rollback import data_done, data_step
 from bmtk.training.spikes import FEWEST, WINDOW, SpikeDetector, levels
 from bmtk.training.tbptt import TBPTTState
 from bmtk.training.updates import Losses, Updater
@@ -204,6 +204,7 @@ def test_the_steps_of_the_data_are_those_that_are_left():
     for left_out in ([], [0], [2, 3, 5], [9, 8, 1, 0]):
         expected = [step for step in range(30) if step not in left_out][:20]
         assert [data_step(step, left_out) for step in range(20)] == expected
+        assert [data_done(step, left_out) for step in range(21)] == [0, *(step + 1 for step in expected)]
 
 
 @pytest.mark.parametrize("device_side", [False, True])

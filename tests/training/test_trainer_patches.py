@@ -192,7 +192,7 @@ def test_accelerate_does_not_see_that_fused_adamw_has_skipped():
     optimizer.step()
     assert torch.equal(weight, torch.ones(1))
     assert accelerator.scaler.get_scale() == 2.0
-    assert not optimizer.step_was_skipped, no_longer_needed("accelerate", "the scales in StopOnNonFinite")
+    assert not optimizer.step_was_skipped, no_longer_needed("accelerate", "the scales in Guard")
 
 
 def test_a_schedule_that_is_loaded_leaves_the_rates_of_the_optimizer():
