@@ -29,6 +29,9 @@ class SequenceClassificationArguments(TextArguments, RowClassificationArguments)
         self.check_lengths()
 
 
+NGRAM_BUCKETS = 131_072  # of a new model; with two labels a quarter of a million weights
+
+
 class SequenceClassificationData(TextData):
     """Columns "text" and "label"."""
 
@@ -53,6 +56,11 @@ class SequenceClassificationData(TextData):
 
     def training_texts(self) -> list[str]:
         return list(self.rows["train"]["text"])
+
+    @property
+    def config_fields(self) -> dict[str, object]:
+        """A new model of the project's families reads n-grams, too."""
+        return {**super().config_fields, "ngram_buckets": NGRAM_BUCKETS}
 
     @property
     def label_type(self) -> LabelType:
