@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .heads_bm import check_input
-from .starts_at_zero_bm import ZeroLinear
 from .stems_series_bm import Instance, check_time_features
+from .zero_start_bm import ZeroLinear
 
 SMALLEST_SCALE = 1e-6  # of a Student-t distribution, in standard deviations of the row
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .starts_at_zero_bm import ZeroEmbedding
+from .zero_start_bm import ZeroEmbedding
 
 PRIME, FACTOR = 2**31 - 1, 1_103_515_245  # their products stay below 2^63
 # A weight moves by about the learning rate in a step, and that of a rare n-gram in few of them: without a factor they

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from .dropout_bm import BmDropout
-from .starts_at_zero_bm import StartsAtZero
+from .zero_start_bm import StartsAtZero
 
 logger = logging.get_logger(__name__)
 

@@ -29,7 +29,8 @@ class SequenceClassificationArguments(TextArguments, RowClassificationArguments)
         self.check_lengths()
 
 
-NGRAM_BUCKETS = 131_072  # of a new model; with two labels a quarter of a million weights
+NGRAM_WEIGHTS = 2**20  # of a new model's n-grams at most, over all labels
+NGRAM_BUCKETS = 131_072  # and rows of their table
 
 
 class SequenceClassificationData(TextData):
@@ -60,7 +61,8 @@ class SequenceClassificationData(TextData):
     @property
     def config_fields(self) -> dict[str, object]:
         """A new model of the project's families reads n-grams, too."""
-        return {**super().config_fields, "ngram_buckets": NGRAM_BUCKETS}
+        buckets = min(NGRAM_BUCKETS, max(1, NGRAM_WEIGHTS // max(1, len(self.labels.names))))
+        return {**super().config_fields, "ngram_buckets": buckets}
 
     @property
     def label_type(self) -> LabelType:
