@@ -14,7 +14,7 @@ from .zero_start_bm import ZeroEmbedding
 PRIME, FACTOR = 2**31 - 1, 1_103_515_245  # their products stay below 2^63
 # A weight moves by about the learning rate in a step, and that of a rare n-gram in few of them: without a factor they
 # would hardly leave 0 at the rates that suit a network.
-SCALE = 10.0
+SCALE = 30.0
 
 
 class NgramReader(nn.Module):
