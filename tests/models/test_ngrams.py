@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from model_cases import BERT, CONVOLUTIONAL, RECURRENT, VOCAB, padding
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -102,5 +103,5 @@ def test_a_stored_configuration_without_ngrams_means_none(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("wrong", [{"ngram_buckets": -1}, {"ngram_sizes": [0]}, {"ngram_sizes": []}])
 def test_impossible_ngrams_are_refused(family, wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* must"):
+    with pytest.raises(StrictDataclassClassValidationError, match=f"{next(iter(wrong))}=.* must"):
         FAMILIES[family](**{"ngram_buckets": 8, **wrong})
