@@ -209,10 +209,12 @@ def test_a_sine_is_continued(training_seed):
 
 @torch.no_grad()
 def test_a_linear_forecast_adds_one_map_of_the_normalized_past_for_all_channels():
-    torch.manual_seed(0)
-    plain = model_of(series_loss="quantile")
-    torch.manual_seed(0)
-    model, batch = model_of(series_loss="quantile", linear_forecast=True), batch_of()
+    plain, model = (model_of(series_loss="quantile", linear_forecast=added) for added in (False, True))
+    batch = batch_of()
+    assert set(model.load_state_dict(plain.state_dict(), strict=False).missing_keys) == {
+        "linear.weight",
+        "linear.bias",
+    }
     torch.testing.assert_close(model(**batch).quantiles, plain(**batch).quantiles)  # it starts at 0
     nn.init.normal_(model.linear.weight)
     nn.init.normal_(model.linear.bias)
