@@ -211,6 +211,7 @@ def test_a_sine_is_continued(training_seed):
 def test_a_linear_forecast_adds_one_map_of_the_normalized_past_for_all_channels():
     plain, model = (model_of(series_loss="quantile", linear_forecast=added) for added in (False, True))
     batch = batch_of()
+    batch["past_observed_mask"] = torch.rand(batch["past_values"].shape) < 0.7
     assert set(model.load_state_dict(plain.state_dict(), strict=False).missing_keys) == {
         "linear.weight",
         "linear.bias",
