@@ -19,7 +19,8 @@ class Turn:
 
     `effect`: "shapes" of the parameters; "weights" (equal shapes, other initial values); "outputs" (equal weights,
     other outputs in eval mode); "training" (equal outputs in eval mode, others in train mode); "loss" (equal outputs,
-    another loss); "penalty" (an equal loss in eval mode, another in train mode); "cache"; "tie"; "generation" (other
+    another loss); "gradients" (equal outputs, other gradients);
+    "penalty" (an equal loss in eval mode, another in train mode); "cache"; "tie"; "generation" (other
     generated tokens); "serves" (without it, the head refuses); "processor" (what makes pixels of pictures); "times"
     (of what pipelines transcribe).
     `choices`: the values of a Literal that go with `base`; None: all.
@@ -57,6 +58,7 @@ CONV_STEM = {**PIXELS, "stem_type": "conv", "stem_width": 8}
 PLAIN = {**PIXELS, "block_type": "plain"}
 CONVNEXT_PIXELS = {**PIXELS, **CONVNEXT}
 WIDTHS = {"block_type": "multi_width"}
+NGRAMS = {"ngram_buckets": 32}
 MANY_ENDS = list(range(2, VOCAB, 2))
 
 TURNS = {
@@ -87,6 +89,8 @@ TURNS = {
         "attention_dropout": Turn(0.3, "training"),
         "classifier_dropout": Turn(0.3, "training", head="SequenceClassification"),
         "classifier_pooling": Turn("mean", "outputs", head="SequenceClassification"),
+        "ngram_buckets": Turn(64, "shapes", head="SequenceClassification", base=NGRAMS),
+        "ngram_sizes": Turn([1, 3], "gradients", head="SequenceClassification", base=NGRAMS),
         "initializer_range": Turn(0.1, "weights"),
         "use_cache": Turn(False, "cache"),
         "pad_token_id": Turn(5, "generation", base={"eos_token_id": list(range(2, VOCAB, 2))}),
@@ -118,6 +122,7 @@ TURNS = {
         "num_input_channels": Turn(2, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "num_time_features": Turn(2, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "series_loss": Turn("mae", "loss", head="TimeSeriesPrediction", base=SHORT_SERIES),
+        "linear_forecast": Turn(True, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "quantiles": Turn(
             [0.2, 0.5], "shapes", head="TimeSeriesPrediction", base={**SHORT_SERIES, "series_loss": "quantile"}
         ),
@@ -145,6 +150,8 @@ TURNS = {
         "attention_scoring": Turn("dot", "shapes", head="Seq2SeqLM", base=TRANSLATION_TO_END),
         "classifier_dropout": Turn(0.3, "training", head="SequenceClassification"),
         "classifier_pooling": Turn("mean", "outputs", head="SequenceClassification"),
+        "ngram_buckets": Turn(64, "shapes", head="SequenceClassification", base=NGRAMS),
+        "ngram_sizes": Turn([1, 3], "gradients", head="SequenceClassification", base=NGRAMS),
         "initializer_range": Turn(0.1, "weights"),
         "use_cache": Turn(False, "cache"),
         "is_encoder_decoder": Turn(True, "serves", head="Seq2SeqLM"),
@@ -160,6 +167,7 @@ TURNS = {
         "num_input_channels": Turn(2, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "num_time_features": Turn(2, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "series_loss": Turn("mae", "loss", head="TimeSeriesPrediction", base=SHORT_SERIES),
+        "linear_forecast": Turn(True, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "quantiles": Turn([0.2, 0.5], "shapes", head="TimeSeriesPrediction", base=QUANTILES),
     }),
     BmCnnConfig: Turns({**CONVOLUTIONAL, "initializer_range": 0.5}, {
@@ -226,6 +234,7 @@ TURNS = {
         "num_input_channels": Turn(2, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "num_time_features": Turn(2, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "series_loss": Turn("mae", "loss", head="TimeSeriesPrediction", base=SHORT_SERIES),
+        "linear_forecast": Turn(True, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
         "quantiles": Turn([0.2, 0.5], "shapes", head="TimeSeriesPrediction", base=QUANTILES),
         "use_cache": Turn(False, "cache"),
         "pad_token_id": Turn(5, "generation", base={"eos_token_id": MANY_ENDS}),
@@ -233,6 +242,8 @@ TURNS = {
         "eos_token_id": Turn(list(range(2, VOCAB)), "generation"),
         "classifier_dropout": Turn(0.3, "training", head="ImageClassification", base=PIXELS),
         "classifier_pooling": Turn("mean", "outputs", head="SequenceClassification"),
+        "ngram_buckets": Turn(64, "shapes", head="SequenceClassification", base=NGRAMS),
+        "ngram_sizes": Turn([1, 3], "gradients", head="SequenceClassification", base=NGRAMS),
         "initializer_range": Turn(0.1, "weights"),
     }),
 }  # fmt: skip

@@ -27,6 +27,14 @@ def generated(model: nn.Module) -> list[list[int]]:
     return answers + from_bos_alone
 
 
+@torch.enable_grad()
+def gradients(model: nn.Module, batch: dict) -> dict[str, list]:
+    model(**batch).loss.backward()
+    return {
+        name: parameter.grad.tolist() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+
 def behaviour(model: nn.Module, effect: str, head: str):
     """What the effect of that name compares."""
     torch.manual_seed(0)
@@ -40,6 +48,7 @@ def behaviour(model: nn.Module, effect: str, head: str):
             "outputs": lambda: output_of(model.eval()(**inputs)).tolist(),
             "training": lambda: output_of(model.train()(**inputs)).tolist(),
             "loss": lambda: model.eval()(**inputs, **answers).loss.item(),
+            "gradients": lambda: gradients(model.eval(), {**inputs, **answers}),
             "penalty": lambda: model.train()(**inputs, **answers).loss.item(),
             "cache": lambda: model(**inputs).past_key_values is None,
             "tie": lambda: model.get_input_embeddings().weight is model.get_output_embeddings().weight,
@@ -50,7 +59,8 @@ def behaviour(model: nn.Module, effect: str, head: str):
 
 
 EQUAL_BESIDE = {"outputs": ["shapes", "weights"], "training": ["weights", "outputs"], "weights": ["shapes"],
-                "loss": ["weights", "outputs"], "penalty": ["weights", "outputs", "loss"],
+                "loss": ["weights", "outputs"], "gradients": ["weights", "outputs"],
+                "penalty": ["weights", "outputs", "loss"],
                 "processor": ["weights"], "times": ["weights", "outputs"]}  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .fields_bm import AudioTimes, described
+from .fields_bm import AudioTimes, check_ngrams, described
 from .presets_bm import PresetMixin
 
 _IMAGENET = {"image_size": 224, "num_labels": 1000}
@@ -206,6 +206,9 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
     num_time_features: int = described(
         0, "calendar covariates per step of a series, known for the past and for the future"
     )
+    linear_forecast: bool = described(
+        False, "add a linear map of the normalized past to a forecast, the same for every channel"
+    )
     series_loss: Literal["mse", "mae", "huber", "quantile", "student_t"] = described(
         "mse", "loss of a forecast: squared, absolute or Huber error, pinball loss, or Student's t likelihood"
     )
@@ -224,6 +227,12 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
         "how a classifier of sequences turns all positions into one vector; default: last if causal, else mean, "
         "and max for block_type=multi_width",
     )
+    ngram_sizes: list[int] | tuple[int, ...] = described(
+        (1, 2), "lengths of the n-grams of tokens that a text classifier reads beside the network"
+    )
+    ngram_buckets: int = described(
+        0, "rows of the table in which these n-grams have their weights, found by a hash; 0: none are read"
+    )
     initializer_range: int | float = described(
         0.02, "standard deviation of initial linear layers and embeddings; convolutions: Kaiming initialization"
     )
@@ -236,6 +245,7 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        self.ngram_sizes = list(self.ngram_sizes)
         super().__post_init__(**kwargs)
         # The code is saved with every model, so an auto_map that points to another repository must be replaced.
         self.auto_map = {"AutoConfig": "configuration_bm_cnn.BmCnnConfig", **self.heads}
@@ -332,6 +342,9 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
             raise ValueError(f"depths={self.depths}: every stage needs at least 1 block")
         if self.block_type == "bottleneck" and any(width % self.expansion for width in self.hidden_sizes):
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be multiples of expansion={self.expansion}")
+
+    def validate_ngrams(self):
+        check_ngrams(self.ngram_sizes, self.ngram_buckets)
 
     def validate_probabilities(self):
         for name in ("embedding_dropout", "hidden_dropout", "classifier_dropout", "drop_path_rate"):

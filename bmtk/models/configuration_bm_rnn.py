@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .fields_bm import AudioTimes, described
+from .fields_bm import AudioTimes, check_ngrams, described
 from .presets_bm import PresetMixin
 
 PRESETS = {
@@ -108,6 +108,12 @@ class BmRnnConfig(AudioTimes, PresetMixin, PreTrainedConfig):
     classifier_pooling: Literal["first", "last", "mean", "max"] | None = described(
         None, "how a classifier turns all positions into one vector; default: last if causal, else mean"
     )
+    ngram_sizes: list[int] | tuple[int, ...] = described(
+        (1, 2), "lengths of the n-grams of tokens that a text classifier reads beside the network"
+    )
+    ngram_buckets: int = described(
+        0, "rows of the table in which these n-grams have their weights, found by a hash; 0: none are read"
+    )
     initializer_range: int | float = described(0.05, "standard deviation of initial embeddings and linear layers")
     use_cache: bool = described(True, "keep keys, values or states between steps of generation")
     is_encoder_decoder: bool = described(False, "an encoder for the source text and a causal decoder for the target")
@@ -132,6 +138,9 @@ class BmRnnConfig(AudioTimes, PresetMixin, PreTrainedConfig):
     num_time_features: int = described(
         0, "calendar covariates per step of a series, known for the past and for the future"
     )
+    linear_forecast: bool = described(
+        False, "add a linear map of the normalized past to a forecast, the same for every channel"
+    )
     series_loss: Literal["mse", "mae", "huber", "quantile", "student_t"] = described(
         "mse", "loss of a forecast: squared, absolute or Huber error, pinball loss, or Student's t likelihood"
     )
@@ -149,6 +158,7 @@ class BmRnnConfig(AudioTimes, PresetMixin, PreTrainedConfig):
         self.quantiles = list(self.quantiles)
         if self.classifier_pooling is None:
             self.classifier_pooling = "last" if self.is_causal else "mean"
+        self.ngram_sizes = list(self.ngram_sizes)
         super().__post_init__(**kwargs)
         # The code is saved with every model, so an auto_map that points to another repository must be replaced.
         self.auto_map = {"AutoConfig": "configuration_bm_rnn.BmRnnConfig", **self.heads}
@@ -195,6 +205,9 @@ class BmRnnConfig(AudioTimes, PresetMixin, PreTrainedConfig):
                 f"context_length={self.context_length} is not a multiple of patch_size={self.patch_size}; change one "
                 "of them (patch_size=1 makes a position of every step)"
             )
+
+    def validate_ngrams(self):
+        check_ngrams(self.ngram_sizes, self.ngram_buckets)
 
     def validate_probabilities(self):
         names = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_drop")

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .fields_bm import AudioTimes, described
+from .fields_bm import AudioTimes, check_ngrams, described
 from .presets_bm import PresetMixin
 
 _CLASSIC = {"norm_type": "layer_norm", "attention_bias": True, "mlp_bias": True}
@@ -129,6 +129,12 @@ class BmTransformerConfig(AudioTimes, PresetMixin, PreTrainedConfig):
     classifier_pooling: Literal["first", "last", "mean", "max"] | None = described(
         None, "how a classifier turns all positions into one vector; default: last if causal, else mean"
     )
+    ngram_sizes: list[int] | tuple[int, ...] = described(
+        (1, 2), "lengths of the n-grams of tokens that a text classifier reads beside the network"
+    )
+    ngram_buckets: int = described(
+        0, "rows of the table in which these n-grams have their weights, found by a hash; 0: none are read"
+    )
     with_pooler: bool = described(False, "dense layer and tanh on the pooled position, as in BERT")
     initializer_range: int | float = described(
         0.02,
@@ -177,6 +183,9 @@ class BmTransformerConfig(AudioTimes, PresetMixin, PreTrainedConfig):
     num_time_features: int = described(
         0, "calendar covariates per step of a series, known for the past and for the future"
     )
+    linear_forecast: bool = described(
+        False, "add a linear map of the normalized past to a forecast, the same for every channel"
+    )
     series_loss: Literal["mse", "mae", "huber", "quantile", "student_t"] = described(
         "mse", "loss of a forecast: squared, absolute or Huber error, pinball loss, or Student's t likelihood"
     )
@@ -200,6 +209,7 @@ class BmTransformerConfig(AudioTimes, PresetMixin, PreTrainedConfig):
         self.quantiles = list(self.quantiles)
         if self.classifier_pooling is None:
             self.classifier_pooling = "last" if self.is_causal else "mean"
+        self.ngram_sizes = list(self.ngram_sizes)
         super().__post_init__(**kwargs)
         # The code is saved with every model, so an auto_map that points to another repository must be replaced.
         self.auto_map = {"AutoConfig": "configuration_bm_transformer.BmTransformerConfig", **self.heads}
@@ -265,6 +275,9 @@ class BmTransformerConfig(AudioTimes, PresetMixin, PreTrainedConfig):
                 f"context_length={self.context_length} is not a multiple of patch_size={self.patch_size}; change one "
                 "of them (patch_size=1 makes a position of every step)"
             )
+
+    def validate_ngrams(self):
+        check_ngrams(self.ngram_sizes, self.ngram_buckets)
 
     def validate_probabilities(self):
         for name in ("embedding_dropout", "hidden_dropout", "attention_dropout", "classifier_dropout"):

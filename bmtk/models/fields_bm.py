@@ -21,4 +21,12 @@ class AudioTimes:
         return 4 * self.hop_length
 
 
-__all__ = ["AudioTimes", "described"]
+def check_ngrams(sizes: list[int], buckets: int) -> None:
+    """Raise ValueError for n-grams of no token, or a table of a negative size."""
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"ngram_sizes={sizes} must be numbers of at least 1 token, and one at least")
+    if buckets < 0:
+        raise ValueError(f"ngram_buckets={buckets} must be at least 0, which is no table")
+
+
+__all__ = ["AudioTimes", "check_ngrams", "described"]

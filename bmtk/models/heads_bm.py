@@ -20,6 +20,7 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .ngrams_bm import NgramReader, joined
 from .pooling_bm import last_position, mask_of_positions, mean_position
 from .token_loss_bm import label_loss, token_loss, token_losses
 
@@ -174,13 +175,18 @@ class MaskedLMHead:
 
 
 class SequenceClassificationHead:
-    """One label, several labels or numbers for a whole row, read from the trunk's `pooler_output`."""
+    """One label, several labels or numbers for a whole row, read from the trunk's `pooler_output`.
+
+    With `ngram_buckets`, hashed n-grams of the tokens are read beside the trunk (ngrams_bm.py).
+    """
 
     def __init__(self, config):
         super().__init__(config)
         self.model = self.trunk_class(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
+        shape = config.ngram_sizes, config.ngram_buckets, config.num_labels
+        self.ngrams = NgramReader(*shape) if config.ngram_buckets else None
         self.post_init()
 
     @can_return_tuple
@@ -208,6 +214,8 @@ class SequenceClassificationHead:
             **kwargs,
         )
         logits = self.score(self.dropout(outputs.pooler_output))  # (B, K)
+        if self.ngrams is not None:
+            logits = joined(logits, self.read_ngrams(input_ids, attention_mask), training=self.training)
         loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutputWithPast(
             loss=loss,
@@ -216,6 +224,11 @@ class SequenceClassificationHead:
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def read_ngrams(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if input_ids is None:
+            raise ValueError("pass input_ids, not inputs_embeds: this model has ngram_buckets, and n-grams are of ids")
+        return self.ngrams(input_ids, mask_of_positions(attention_mask, input_ids.shape[1]))
 
 
 class TokenClassificationHead:

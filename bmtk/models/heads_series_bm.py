@@ -1,7 +1,9 @@
 """Series head.  B rows, T past steps, H predicted steps, C channels, F time features, Q quantiles, D width.
 
 A direct forecast of all H steps (not autoregressive), in the unit of the series: the head reverses the stem's instance
-normalization (Kim et al. 2022).  Expects a SeriesStem at `model.stem`.
+normalization (Kim et al. 2022).  Expects a SeriesStem at `model.stem`.  With `linear_forecast`, a linear map of the
+normalized past is added, which many series need no more than (Zeng et al. 2022, arXiv:2205.13504; Li et al. 2023,
+arXiv:2305.10721, with the normalization).
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .heads_bm import check_input
 from .stems_series_bm import Instance, check_time_features
+from .zero_start_bm import ZeroLinear
 
 SMALLEST_SCALE = 1e-6  # of a Student-t distribution, in standard deviations of the row
 
@@ -111,6 +114,8 @@ class TimeSeriesPredictionHead:
         self.projection = nn.Linear(num_read * config.hidden_size, config.prediction_length * per_step)
         has_calendar = config.num_time_features > 0
         self.calendar = nn.Linear(config.num_time_features, per_step, bias=False) if has_calendar else None
+        steps = config.context_length, config.prediction_length * self.forecast.num_outputs
+        self.linear = ZeroLinear(*steps) if config.linear_forecast else None  # the same for every channel
         self.post_init()
 
     @can_return_tuple
@@ -146,7 +151,10 @@ class TimeSeriesPredictionHead:
         if self.calendar is not None:
             raw = raw + self.calendar(future_time_features.to(raw.dtype))
         raw = raw.float().unflatten(2, (config.num_input_channels, -1))
-        forecast = self.forecast.output(raw, Instance.of(past_values, past_observed_mask))
+        instance = Instance.of(past_values, past_observed_mask)
+        if self.linear is not None:
+            raw = raw + self.read_linearly(instance.normalize(past_values, past_observed_mask))
+        forecast = self.forecast.output(raw, instance)
         loss = None
         if future_values is not None:
             loss = self.loss(forecast, future_values, future_observed_mask, num_items_in_batch)
@@ -154,6 +162,11 @@ class TimeSeriesPredictionHead:
         return TimeSeriesOutput(
             loss=loss, **forecast, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def read_linearly(self, normalized: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, H, C, outputs)."""
+        steps = self.linear(normalized.to(self.linear.weight.dtype).transpose(1, 2)).float()  # (B, C, H * outputs)
+        return steps.unflatten(2, (self.config.prediction_length, -1)).transpose(1, 2)
 
     def loss(self, output: TimeSeriesOutput, truth, observed=None, num_items_in_batch=None) -> torch.Tensor:
         if truth.shape != output.prediction.shape:

@@ -11,9 +11,11 @@ import re
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.utils import logging
 
 from .dropout_bm import BmDropout
+from .zero_start_bm import StartsAtZero
 
 logger = logging.get_logger(__name__)
 
@@ -87,6 +89,13 @@ class EmbeddingInStem:
     """
 
     _no_split_modules: set[str]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, StartsAtZero):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
 
     def init_parallel_plans(self) -> None:
         """The plans of the configuration, for the modules that this model has: an encoder has no cross-attention."""

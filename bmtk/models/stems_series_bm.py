@@ -29,6 +29,11 @@ class Instance(NamedTuple):
         variance = ((values - mean).square() * weights).sum(1, keepdim=True) / count
         return cls(mean, (variance + VARIANCE_FLOOR).sqrt())
 
+    def normalize(self, values: torch.Tensor, observed: torch.Tensor | None) -> torch.Tensor:
+        """(B, T, C) with mean 0 and deviation 1, and 0 where nothing was observed."""
+        normalized = (values.float() - self.mean) / self.std
+        return normalized if observed is None else normalized.where(observed > 0, 0)
+
 
 class SeriesStem(nn.Module):
     """Patches of `patch_size` steps, each with normalized values, observation mask and time features."""
@@ -48,8 +53,7 @@ class SeriesStem(nn.Module):
         """(B, T, C), (B, T, C) of 0 and 1, (B, T, F) -> positions (B, T / patch_size, D), and None: all are real."""
         self.check(past_values, past_observed_mask, past_time_features)
         observed = torch.ones_like(past_values) if past_observed_mask is None else past_observed_mask
-        instance = Instance.of(past_values, past_observed_mask)
-        normalized = ((past_values.float() - instance.mean) / instance.std).where(observed > 0, 0)
+        normalized = Instance.of(past_values, past_observed_mask).normalize(past_values, past_observed_mask)
         steps = [normalized, observed] if past_time_features is None else [normalized, observed, past_time_features]
         steps = torch.cat([part.to(self.embed_patches.weight.dtype) for part in steps], dim=-1)  # (B, T, 2C + F)
         patches = steps.unflatten(1, (self.num_positions, self.patch_size)).flatten(2)

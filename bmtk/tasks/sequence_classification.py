@@ -30,6 +30,10 @@ class SequenceClassificationArguments(TextArguments, RowClassificationArguments)
         self.check_lengths()
 
 
+NGRAM_WEIGHTS = 2**20  # of a new model's n-grams at most, over all labels
+NGRAM_BUCKETS = 131_072  # and rows of their table
+
+
 class SequenceClassificationData(TextData):
     """Columns "text" and "label"."""
 
@@ -54,6 +58,12 @@ class SequenceClassificationData(TextData):
 
     def training_texts(self) -> Iterator[str]:
         return cells(self.rows["train"], "text")
+
+    @property
+    def config_fields(self) -> dict[str, object]:
+        """A new model of the project's families reads n-grams, too."""
+        buckets = min(NGRAM_BUCKETS, max(1, NGRAM_WEIGHTS // max(1, len(self.labels.names))))
+        return {**super().config_fields, "ngram_buckets": buckets}
 
     @property
     def label_type(self) -> LabelType:

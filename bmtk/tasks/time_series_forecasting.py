@@ -92,7 +92,8 @@ class TimeSeriesForecastingData(SeriesData):
     @property
     def config_fields(self) -> dict[str, object]:
         features = 2 * len(self.args.time_features or ())
-        return {"input_type": "series", "num_input_channels": 1, "num_time_features": features}
+        fields = {"input_type": "series", "num_input_channels": 1, "num_time_features": features}
+        return {**fields, "linear_forecast": True}
 
 
 class TimeSeriesForecastingObjective(Objective):

@@ -205,3 +205,26 @@ def test_a_sine_is_continued(training_seed):
         error = model(past_values=x[:, :24], future_values=x[:, 24:]).loss
     naive = (x[:, 24:] - x[:, 23:24]).abs().mean()
     assert error < naive / 10
+
+
+@torch.no_grad()
+def test_a_linear_forecast_adds_one_map_of_the_normalized_past_for_all_channels():
+    plain, model = (model_of(series_loss="quantile", linear_forecast=added) for added in (False, True))
+    batch = batch_of()
+    batch["past_observed_mask"] = torch.rand(batch["past_values"].shape) < 0.7
+    assert set(model.load_state_dict(plain.state_dict(), strict=False).missing_keys) == {
+        "linear.weight",
+        "linear.bias",
+    }
+    torch.testing.assert_close(model(**batch).quantiles, plain(**batch).quantiles)  # it starts at 0
+    nn.init.normal_(model.linear.weight)
+    nn.init.normal_(model.linear.bias)
+    added, instance = model(**batch).quantiles, Instance.of(batch["past_values"], batch["past_observed_mask"])
+    for row, step, channel, output in ((0, 0, 0, 0), (1, 4, 1, 2), (3, 2, 0, 1)):
+        total = model.linear.bias[3 * step + output].item()
+        for past, weight in enumerate(model.linear.weight[3 * step + output].tolist()):
+            if batch["past_observed_mask"][row, past, channel]:
+                value = batch["past_values"][row, past, channel] - instance.mean[row, 0, channel]
+                total += weight * (value / instance.std[row, 0, channel]).item()
+        expected = plain(**batch).quantiles[row, step, channel, output] + total * instance.std[row, 0, channel]
+        torch.testing.assert_close(added[row, step, channel, output], expected, rtol=1e-4, atol=1e-4)

@@ -67,6 +67,14 @@ def test_a_preset_gives_a_new_model_its_shape_and_the_data_its_tokens(tmp_path):
     assert config.vocab_size == len(data.tokenizer) != BmCnnConfig.from_preset("kim-cnn").vocab_size
 
 
+def test_a_new_model_reads_ngrams_and_the_more_labels_there_are_the_fewer(tmp_path):
+    data, many = read_data(tmp_path), read_data(tmp_path, train=[(f"text {i}", f"label {i}") for i in range(64)])
+    assert data.new_config("bm_cnn", {"input_type": "tokens"}).ngram_buckets == 131_072
+    assert many.new_config("bm_rnn", {}).ngram_buckets == 2**20 // 64
+    assert data.new_config("bm_transformer", {"ngram_buckets": 0}).ngram_buckets == 0
+    assert not hasattr(data.new_config("bert", {}), "ngram_buckets")
+
+
 def test_rows_are_what_the_tokenizer_makes_of_the_texts(tmp_path):
     objective = bound(read_data(tmp_path))
     first = objective.rows["train"][0]

@@ -106,6 +106,13 @@ def test_windows_of_one_table_look_back_over_the_split_and_never_ahead(tmp_path)
     assert objective.sizes()["train"] == {"windows": 19, "rows": 38}
 
 
+@pytest.mark.parametrize("family", ["bm_cnn", "bm_rnn", "bm_transformer"])
+def test_a_new_model_adds_a_linear_forecast_unless_it_is_switched_off(tmp_path, family):
+    data = read(write(tmp_path / "x.csv", numbers()))
+    assert data.new_config(family, {}).linear_forecast
+    assert not data.new_config(family, {"linear_forecast": False}).linear_forecast
+
+
 def test_columns_together_or_alone_are_the_same_numbers(tmp_path):
     path = write(tmp_path / "x.csv", numbers())
     alone, together = bind(read(path)), bind(read(path), num_input_channels=2)

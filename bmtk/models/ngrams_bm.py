@@ -1,0 +1,55 @@
+"""Hashed n-grams: what a linear model reads of a text.  B rows, L positions, K outputs.
+
+An n-gram of token ids is a row of one table, found by a hash; those that share a row share its weights.  Sources: bags
+of hashed n-grams, Joulin et al. 2016, arXiv:1607.01759, here with one weight per output as in a linear model; beside
+a network, Cheng et al. 2016, arXiv:1606.07792 (wide and deep).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .zero_start_bm import ZeroEmbedding
+
+PRIME, FACTOR = 2**31 - 1, 1_103_515_245  # their products stay below 2^63
+# A weight moves by about the learning rate in a step, and that of a rare n-gram in few of them: without a factor they
+# would hardly leave 0 at the rates that suit a network.
+SCALE = 30.0
+
+
+class NgramReader(nn.Module):
+    """Token ids (B, L) -> outputs (B, K): the rows of all n-grams, summed and divided by the root of their number."""
+
+    def __init__(self, sizes: list[int], buckets: int, outputs: int):
+        super().__init__()
+        self.sizes = list(sizes)
+        self.table = ZeroEmbedding(buckets, outputs)  # n-grams that training does not see change nothing
+
+    def forward(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """`mask` (B, L) is 0 at padding, which is like what lies before the row; None: every position is real."""
+        real = torch.ones_like(input_ids) if mask is None else (mask != 0).long()
+        tokens = (input_ids + 1) * real  # 0: no token
+        sums = sum(self.table(bucket_of(tokens, size, self.table.num_embeddings)) for size in self.sizes)
+        count = len(self.sizes) * real.sum(1, keepdim=True).clamp(min=1)
+        return SCALE * (sums * real[..., None]).sum(1) / count.sqrt()
+
+
+def bucket_of(tokens: torch.Tensor, size: int, buckets: int) -> torch.Tensor:
+    """The row (B, L) of the n-gram of `size` tokens that ends at each position of (B, L); 0 before the first one."""
+    key = torch.full_like(tokens, size)
+    for back in reversed(range(size)):
+        key = (key * FACTOR + F.pad(tokens, (back, 0))[:, : tokens.shape[1]] + 1) % PRIME
+    return key % buckets
+
+
+def joined(deep: torch.Tensor, wide: torch.Tensor, *, training: bool) -> torch.Tensor:
+    """The mean of two readers' logits (B, K); in training each row goes to one of them, by chance.
+
+    If both learned from their sum, the n-grams, which learn faster, would leave nothing for the network to learn.
+    """
+    if not training:
+        return (deep + wide) / 2
+    return torch.where(torch.rand(len(deep), 1, device=deep.device) < 0.5, deep, wide.to(deep.dtype))
+
+
+__all__ = ["NgramReader", "bucket_of", "joined"]

@@ -1,0 +1,107 @@
+"""Hashed n-grams against loops over Python's whole numbers, and what the text classifiers with them owe."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from model_cases import BERT, CONVOLUTIONAL, RECURRENT, VOCAB, padding
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from bmtk.models.configuration_bm_cnn import BmCnnConfig
+from bmtk.models.configuration_bm_rnn import BmRnnConfig
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
+from bmtk.models.ngrams_bm import FACTOR, PRIME, SCALE, NgramReader, bucket_of, joined
+
+FAMILIES = {
+    "transformer": lambda **fields: BmTransformerConfig(**{**BERT, **fields}),
+    "cnn": lambda **fields: BmCnnConfig(**{**CONVOLUTIONAL, "is_causal": False, **fields}),
+    "rnn": lambda **fields: BmRnnConfig(**{**RECURRENT, "is_causal": False, **fields}),
+}
+
+
+def bucket_by_hand(ngram: list[int], buckets: int) -> int:
+    """Of token ids counted from 1, 0 where there is no token."""
+    key = len(ngram)
+    for token in ngram:
+        key = (key * FACTOR + token + 1) % PRIME
+    return key % buckets
+
+
+def read_by_hand(ids: list[int], table: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    rows = []
+    for size in sizes:
+        shifted = [0] * (size - 1) + [token + 1 for token in ids]
+        rows += [bucket_by_hand(shifted[end : end + size], len(table)) for end in range(len(ids))]
+    return SCALE * sum(table[row] for row in rows) / len(rows) ** 0.5
+
+
+def test_buckets_are_those_of_whole_numbers_without_overflow():
+    ids = [0, 2**31 - 2, 151_000, 5, 5]
+    for size in (1, 2, 3, 7):
+        shifted = [0] * (size - 1) + ids
+        expected = [bucket_by_hand(shifted[end : end + size], 1000) for end in range(len(ids))]
+        assert bucket_of(torch.tensor([ids]), size, 1000).tolist() == [expected]
+
+
+def test_ngrams_of_other_lengths_and_orders_have_buckets_of_their_own():
+    tokens = torch.tensor([[7, 8, 7, 8]])
+    pairs, singles = bucket_of(tokens, 2, 10**6)[0].tolist(), bucket_of(tokens, 1, 10**6)[0].tolist()
+    assert pairs[1] == pairs[3] != pairs[2]
+    assert not set(pairs) & set(singles)
+
+
+def test_a_reader_sums_the_rows_of_real_ngrams_on_either_side_of_padding():
+    reader = NgramReader([1, 3], buckets=50, outputs=4)
+    ids, mask = torch.tensor([[3, 9, 4, 1], [5, 6, 2, 2]]), padding((4, 2), 4)
+    expected = torch.stack([read_by_hand(row, reader.table.weight, [1, 3]) for row in ([3, 9, 4, 1], [5, 6])])
+    torch.testing.assert_close(reader(ids, mask), expected)
+    torch.testing.assert_close(reader(torch.tensor([[0, 8, 5, 6]]), torch.tensor([[0, 0, 1, 1]])), expected[1:])
+    torch.testing.assert_close(reader(ids[:1], None), expected[:1])
+    assert reader(ids, torch.zeros_like(mask)).abs().sum() == 0
+
+
+def test_each_row_learns_from_one_reader_and_is_judged_by_both():
+    deep, wide = torch.zeros(400, 2), torch.ones(400, 2)
+    assert (joined(deep, wide, training=False) == 0.5).all()
+    torch.manual_seed(0)
+    drawn = joined(deep, wide, training=True)
+    assert (drawn[:, 0] == drawn[:, 1]).all()
+    assert 150 < drawn[:, 0].sum() < 250
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_classifier_adds_its_ngrams_to_what_the_network_says(family, tmp_path):
+    config = FAMILIES[family](ngram_buckets=64, ngram_sizes=[1, 2], num_labels=3)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert model.ngrams.table.weight.abs().max() == 0
+    torch.nn.init.normal_(model.ngrams.table.weight)
+    ids = torch.randint(3, VOCAB, (2, 6))
+    inputs = {"input_ids": ids, "attention_mask": padding((6, 4), 6)}
+    with torch.no_grad():
+        deep = model.score(model.model(**inputs).pooler_output)
+        rows = (ids[0].tolist(), ids[1, :4].tolist())
+        wide = torch.stack([read_by_hand(row, model.ngrams.table.weight, [1, 2]) for row in rows])
+        torch.testing.assert_close(model(**inputs).logits, (deep + wide) / 2)
+        loss = model(**inputs, labels=torch.tensor([2, 0])).loss
+        torch.testing.assert_close(loss, F.cross_entropy((deep + wide) / 2, torch.tensor([2, 0])))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(ValueError, match="pass input_ids, not inputs_embeds: this model has ngram_buckets"):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stored_configuration_without_ngrams_means_none(family, tmp_path):
+    config = FAMILIES[family]()
+    stored = {name: value for name, value in config.to_dict().items() if not name.startswith("ngram_")}
+    assert AutoConfig.for_model(**stored).ngram_buckets == 0
+    assert AutoModelForSequenceClassification.from_config(config).ngrams is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("wrong", [{"ngram_buckets": -1}, {"ngram_sizes": [0]}, {"ngram_sizes": []}])
+def test_impossible_ngrams_are_refused(family, wrong):
+    with pytest.raises(StrictDataclassClassValidationError, match=f"{next(iter(wrong))}=.* must"):
+        FAMILIES[family](**{"ngram_buckets": 8, **wrong})
