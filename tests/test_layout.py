@@ -17,7 +17,8 @@ BMTK = ROOT / "bmtk"
 MODELS = BMTK / "models"
 UPLOADED = sorted(path for path in MODELS.glob("*.py") if path.name != "__init__.py")
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-IGNORED = {".venv", ".git", "__pycache__", "build", "dist", "outputs", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
+CACHES = {"__pycache__", ".hypothesis", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
+IGNORED = {".venv", ".git", "build", "dist", "outputs", *CACHES}
 
 GROUND_FLOOR = {"errors", "files", "settings", "process"}  # any room but models may import them
 # Room -> the rooms it may import from, besides itself.  What is not listed is forbidden.

@@ -113,8 +113,10 @@ def table_of(
         found = ", ".join(sorted(kinds[column]))
         notes.append(f"column {column!r} of {where} holds unlike values ({found}): read as texts")
 
-    for column in [name for name, kind in types.items() if kind is None]:
-        make_texts_of(column)
+    for column, kind in types.items():
+        # Numbers and truth values: Arrow takes a truth value for 1.0 or not, by what comes before it.
+        if kind is None or kinds[column] > {"bool"}:
+            make_texts_of(column)
     while True:
         try:
             return _in_memory(batches, types) if batches.are_small else _in_file(batches, types, kept_at(), notes)

@@ -123,8 +123,9 @@ def test_both_recipes_refuse_a_disk_without_room_before_a_step(name, tmp_path, m
 
     recipe, monkeypatched = {"pretrain": pretrain, "finetune": finetune}[name], (lambda path: 9000.0)
     monkeypatch.setattr(disk_space, "free_bytes", monkeypatched)
+    small = ["--ngram_buckets", "0"] if name == "finetune" else []
     with contextlib.chdir(ROOT), pytest.raises(UserError, match=r"a checkpoint takes about 0\.\d MB, and 0\.0 MB are"):
-        recipe.main(["--preset", "smoke", "--output_dir", str(tmp_path), "--num_train_steps", "2"])
+        recipe.main(["--preset", "smoke", "--output_dir", str(tmp_path), "--num_train_steps", "2", *small])
     assert not (tmp_path / "history.jsonl").exists()
     assert not list(tmp_path.glob("checkpoints/*"))
 
@@ -223,6 +224,7 @@ def test_a_fine_tuning_run_on_a_full_disk_keeps_its_checkpoint(small_disk, monke
     folder, leave = small_disk
     monkeypatch.setattr(manifest, "free_bytes", lambda path: math.inf)
     sizes = ["--hidden_size", "16", "--vocab_size", "300", "--num_hidden_layers", "1", "--save_total_limit", "1"]
+    sizes += ["--ngram_buckets", "0"]
     argv = ["--preset", "smoke", *sizes, "--output_dir", str(folder / "run"), "--disable_tqdm", "true"]
     argv += ["--num_train_steps", "2", "--save_steps", "1", "--eval_steps", "0", "--logging_steps", "1"]
 
