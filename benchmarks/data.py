@@ -1,4 +1,4 @@
-"""From raw text to batches: tokens a CPU second and peak memory, ours beside `datasets.map`; batches from the store.
+"""From raw text to batches: tokens a CPU second and peak memory, beside datasets.map and datatrove; a store's batches.
 
     python benchmarks/run.py tokenising first_batch
     python -m benchmarks.data --megabytes 50 1000      # also 1 GB, by ours only
@@ -19,6 +19,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.rows import ROOT, Line, Settings, at_most, peak_memory, row, take_turns
@@ -31,9 +32,10 @@ PLACES = (0, 10**9)  # rows of the order at which a run begins or resumes
 
 @row
 def tokenising(settings: Settings) -> list[Line]:
-    """Raw text to token ids: tokens a CPU second and peak memory, beside `datasets.map`."""
+    """Raw text to token ids: tokens a CPU second and peak memory, beside `datasets.map` and datatrove."""
     folder = prepared_folder(settings.folder / "tokenising")
-    facts: dict[str, list[dict[str, float]]] = {"ours": [], "datasets.map": []}
+    peers = ["datasets.map", *(["datatrove"] if find_spec("datatrove") else [])]
+    facts: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *peers)}
 
     def rate(name: str) -> float:
         # A text of another name each turn, because both engines keep what they have made of a file.
@@ -46,9 +48,10 @@ def tokenising(settings: Settings) -> list[Line]:
     turns = min(settings.turns, 3)
     found = take_turns({name: lambda name=name: rate(name) for name in facts}, turns, warm_up=False)
     memory = {name: [max(1.0, one["peak MB"]) for one in of_name] for name, of_name in facts.items()}
+    speed, peak = "tokenising", "tokenising, peak memory beyond imports"
     return [
-        Line("tokenising", "M tokens a CPU s", found["ours"], found["datasets.map"], "datasets.map"),
-        Line("tokenising, peak memory beyond imports", "MB", memory["ours"], memory["datasets.map"], "datasets.map"),
+        *(Line(speed, "M tokens a CPU s", found["ours"], found[peer], peer) for peer in peers),
+        *(Line(peak, "MB", memory["ours"], memory[peer], peer) for peer in peers),
     ]
 
 
@@ -153,6 +156,24 @@ def prepare_by_map(corpus: Path, folder: Path) -> dict[str, float]:
     return meter.facts(len(rows) * CONTEXT)
 
 
+def prepare_by_datatrove(corpus: Path, folder: Path) -> dict[str, float]:
+    """datatrove's tokenizer in this process, which writes what our store can read, too.
+
+    The rows are parsed by Python's json: datatrove's reader of JSON wants orjson.
+    """
+    from datatrove.data import Document
+    from datatrove.pipeline.tokens import DocumentTokenizer
+
+    made = folder / f"datatrove-{corpus.name}"
+    tokenizer = str(folder / "tokenizer" / "tokenizer.json")
+    writer = DocumentTokenizer(str(made), tokenizer, save_final_metadata=False, shuffle_documents=False)
+    meter = Meter()
+    with corpus.open(encoding="utf-8") as file:
+        writer.run(Document(json.loads(line)["text"], str(number)) for number, line in enumerate(file))
+    tokens = sum(file.stat().st_size for file in made.rglob("*.ds")) // 2  # bytes of a token below 65,536
+    return meter.facts(tokens)
+
+
 def read_batches(corpus: Path, folder: Path) -> dict[str, float]:
     from bmtk.data.batches import GlobalBatches
     from bmtk.data.packing import PackedRows
@@ -192,6 +213,7 @@ MEASURES = {
     "ours": prepare_ours,
     "ours, tokenizers": prepare_exactly,
     "datasets.map": prepare_by_map,
+    "datatrove": prepare_by_datatrove,
     "batches": read_batches,
 }
 
@@ -225,6 +247,8 @@ def main() -> None:
             corpus = folder / f"{size}.jsonl"
             write_corpus(corpus, size, as_line=False)
             for measure in MEASURES:
+                if measure == "datatrove" and not find_spec("datatrove"):
+                    continue  # pip install 'big-model-toolkit[clean]'
                 if size <= LONGEST_FOR_MAP or measure in ("ours", "batches"):
                     show(f"{size:,} MB", measure, measured(measure, corpus, folder))
         for suffix in (".txt", ".jsonl") if options.line else ():

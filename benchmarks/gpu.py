@@ -5,6 +5,7 @@ python benchmarks/gpu.py --data DIR     # also CIFAR-10 (DIR/cifar10, train/ and
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,25 @@ def gpu_baby(settings: Settings) -> Line:
     note = f"1 turn, reached {lap.reached:.4f}, {lap.training:.1f} s of training; 180 s on an A100 by nanoGPT's README"
     missed = lap.reached > BABY_LOSS
     return Line("baby GPT to 1.4697", "s", [lap.whole], target=at_most(30), note=note, did_not_get_there=missed)
+
+
+@gpu_row
+def gpu_sharded(settings: Settings) -> Line:
+    """The baby model over all cards: training with `fsdp_size` (FSDP2 over NCCL) beside whole models (DDP)."""
+    work, count = "baby GPT, sharded", torch.cuda.device_count()
+    if count < 2 and not settings.quick:
+        return not_run(work, "needs two cards: on one, nothing is sharded")
+    os.environ |= {} if count else {"ACCELERATE_USE_CPU": "true"}  # quick, to see that it runs
+    processes = str(max(2, count))
+    words = ["--config", CHARACTERS, *BABY, "--warmup_steps", "1", "--num_train_steps"]
+    words += ["2", "--hidden_size", "24", "--context_length", "8"] if settings.quick else ["200"]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
+    how = {"metric": "validation/loss", "launcher": launcher}
+    whole = recipe_lap("pretrain", words, settings.folder / "whole", settings, **how)
+    words += ["--fsdp_size", processes]
+    sharded = recipe_lap("pretrain", words, settings.folder / "sharded", settings, **how)
+    note = f"1 turn, reached {sharded.reached:.4f} and {whole.reached:.4f}"
+    return Line(work, "s", [sharded.training], [whole.training], f"whole models, {processes} processes", note=note)
 
 
 @gpu_row

@@ -286,10 +286,17 @@ def first_at(history: Path, metric: str, goal: float, lap: Lap) -> Lap:
 
 
 def recipe_lap(
-    recipe: str, words: Sequence[str], folder: Path, settings: Settings, *, metric: str, root: Path = ROOT
+    recipe: str,
+    words: Sequence[str],
+    folder: Path,
+    settings: Settings,
+    *,
+    metric: str,
+    root: Path = ROOT,
+    launcher: Sequence[str] = (),
 ) -> Lap:
-    """A run of one of the recipes of the project in `root`."""
-    command = [sys.executable, f"recipes/{recipe}.py", *words, "--output_dir", str(folder)]
+    """A run of one of the recipes of the project in `root`; `launcher` is what Python runs in place of the recipe."""
+    command = [sys.executable, *launcher, f"recipes/{recipe}.py", *words, "--output_dir", str(folder)]
     _, whole = timed(command, cwd=root, settings=settings)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return Lap(whole, run["train_seconds"], run["metrics"][metric])
