@@ -568,10 +568,8 @@ def test_a_classifier_for_other_labels_gets_a_new_head(finetuned, tmp_path, caps
     data = ["--dataset", tmp_path / "train.csv", "--model", finetuned, "--max_steps", "1"]
     folder = run(tmp_path / "run", *data)
     printed = capsys.readouterr().out
-    assert (
-        "was trained for another number of labels: score.bias was (2,), is (3,); score.weight was (2, 32), is (3, 32)"
-        in printed
-    )
+    assert "was trained for another number of labels: " in printed
+    assert "score.bias was (2,), is (3,); score.weight was (2, 32), is (3, 32)" in printed
     assert "there are no validation rows: 3 of the 30 training rows are held out" in printed
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.id2label == {0: "a", 1: "b", 2: "c"}
 
@@ -586,7 +584,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     run(tmp_path / "run", "--dry_run", "--batch_size", "32", "--micro_batch_size", "16")
     printed = capsys.readouterr().out
     for pattern in (
-        r"parameters +39,106 \(39,106 trained\)",
+        r"parameters +301,250 \(301,250 trained\)",
         r"steps +60 \(6 epochs\)",
         r"estimated time +[\d.]+ (s|min) ",
     ):

@@ -212,7 +212,7 @@ REFUSED = {
         lambda folder: [*table("x.csv")(folder), "--report_to", "tensorboard"], error="tensorboard"
     ),
     "a pattern where a file is wanted": Kind(
-        lambda folder: ["--train_file", f"{folder}/no*.csv"], error="does not exist"
+        lambda folder: ["--train_file", f"{folder}/no*.csv"], error="matches no file that ends in"
     ),
 }
 

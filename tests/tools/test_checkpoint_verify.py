@@ -84,7 +84,7 @@ def test_each_damaged_file_is_named_and_the_exit_code_is_1(checkpoint, capsys):
     assert bmtk_cli.main(["checkpoint", "verify", str(checkpoint)]) == 1
     shown = capsys.readouterr().out
     assert "2 damages" in shown
-    assert "  - model.safetensors has another sha256 than when it was written\n" in shown
+    assert "  - model.safetensors has another xxh3_128 than when it was written\n" in shown
     assert "  - config.json has " in shown
 
 
