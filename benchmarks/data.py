@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.rows import ROOT, Line, Settings, at_most, peak_memory, row, take_turns
+from benchmarks.rows import ROOT, Line, Settings, at_most, row, take_turns
+from bmtk.training.memory import peak_memory
 
 VOCABULARY, TRAINED_ON = 16_384, 4 << 20
 CONTEXT, ROWS = 1024, 32  # of a batch
@@ -201,7 +202,8 @@ class Meter:
 
     def facts(self, tokens: int) -> dict[str, float]:
         rate = tokens / (self._seconds() - self.seconds) / 1e6
-        return {"tokens, M": tokens / 1e6, "tokens a CPU second, M": rate, "peak MB": peak_memory() - self.memory}
+        megabytes = (peak_memory() - self.memory) / 2**20
+        return {"tokens, M": tokens / 1e6, "tokens a CPU second, M": rate, "peak MB": megabytes}
 
     @staticmethod
     def _seconds() -> float:

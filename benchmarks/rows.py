@@ -225,14 +225,6 @@ def timed(command: Sequence[str], *, cwd: Path = ROOT, settings: Settings) -> tu
     return done.stdout, settings.now() - started
 
 
-def peak_memory() -> float:
-    """The most memory that this process has held, in MB."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss of a child is, on Linux, at least that of the process that starts it
-        return int(status.read_text().split("VmHWM:", 1)[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 # ------------------------------------------------------------------------------------------------------------- results
 
 

@@ -39,9 +39,10 @@ from transformers import (
 )
 
 import bmtk  # noqa: F401 - registers the families
-from benchmarks.rows import ROOT, Line, Settings, Target, at_least, at_most, peak_memory, row, take_turns
+from benchmarks.rows import ROOT, Line, Settings, Target, at_least, at_most, row, take_turns
 from bmtk.hub.convert import converted
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
+from bmtk.training.memory import peak_memory
 from bmtk.training.optimizers import build_optimizer
 from bmtk.training.prepared import Prepared
 from bmtk.training.throughput import flops_per_token, peak_flops
@@ -351,7 +352,7 @@ def memory_of(name: str, shape: Shape) -> None:
     seconds = contestant(name, shape, time.perf_counter)
     for _ in range(3):
         next(seconds)
-    print(peak_memory())
+    print(peak_memory() / 2**20)
 
 
 def print_profile(name: str, shape: Shape) -> None:

@@ -42,9 +42,11 @@ def json_lines(
         while line := file.readline(long_line):
             number += 1
             if len(line) == long_line and line[-1] != "\n":
+                # In parts, as the regular expression for strings keeps some 25 bytes for each character of escapes.
+                begun = (line[start : start + PART] for start in range(0, len(line), PART))
                 rest = _rest_of_line(file)
                 with tempfile.TemporaryFile() as spool:
-                    row = _unless_bad(partial(_long_line, chain([line], rest), number, spool), on_bad)
+                    row = _unless_bad(partial(_long_line, chain(begun, rest), number, spool), on_bad)
                     if row is not None:
                         yield f"line {number}", row
                 for _ in rest:  # of a bad line

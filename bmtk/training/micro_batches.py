@@ -8,9 +8,6 @@ run had before it was interrupted, at the very steps.
 
 import gc
 import logging
-import os
-import resource
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +23,7 @@ from .agreement import of_main
 from .arguments import AUTO, LoopArguments
 from .finetuning_arguments import FineTuningArguments
 from .guards import SavedBuffers
+from .memory import available_memory, peak_memory
 from .protocols import Batch, TrainBatches, TrainingObjective
 from .rng_state import preserved_rng_state
 from .signals import StopRequest
@@ -35,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 FILE = "micro_batches.json"
 USABLE = 0.9  # part of the memory that `auto` fills at most: rows differ, and memory is cut into pieces
-CONTROL_GROUPS = Path("/sys/fs/cgroup")  # of a container its own
 MANY = 10_000  # rows whose lengths are looked at
 REMEDIES = (
     "set gradient_checkpointing, shorten the rows (context_length, max_length, smaller images), choose a smaller "
@@ -293,27 +290,7 @@ class Margin:
         """The most bytes that this process has had at a time."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def available_memory() -> int:
-    """Bytes of memory that this machine, or container, could still give; all that it has, where it does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            facts = dict(line.split(":") for line in file)
-        return min(int(facts["MemAvailable"].split()[0]) * 1024, _left_to_group(CONTROL_GROUPS))
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _left_to_group(folder: Path) -> int:
-    """Bytes below the limit of a control group (cgroup v2), as a container has; a large number where there is none."""
-    try:
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))  # or "max"
-        facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return limit - used + int(facts["inactive_file"])  # which the system takes back when it needs to
-    except (OSError, KeyError, ValueError):
-        return sys.maxsize
+        return peak_memory()
 
 
 def powers_of_two(share: int) -> Iterator[int]:

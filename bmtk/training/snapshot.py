@@ -7,7 +7,6 @@ sends must not come between what training sends.
 
 import os
 import resource
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .averaging import AVERAGES
 from .guards import STATISTICS, is_broken
-from .micro_batches import available_memory
+from .memory import available_memory, peak_memory
 from .prepared import Prepared
 from .sharding import is_dtensor, tied_weights
 from .tensor_files import owners_of
@@ -148,9 +147,8 @@ def has_memory(num_bytes: int) -> bool:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError):
         return True
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    in_a_step = max(0, peak - pages * resource.getpagesize())
+    in_a_step = max(0, peak_memory() - pages * resource.getpagesize())
     return (num_bytes + in_a_step) * processes <= available_memory()
 
 

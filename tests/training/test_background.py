@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tiny_run import Stopping, TinyBatches, arguments, run, tiny_model
 from torch import nn
 
-from bmtk.training import checkpoint, micro_batches, snapshot
+from bmtk.training import checkpoint, memory, snapshot
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.checkpoint import Checkpoints, TrainState, newest_checkpoint
 from bmtk.training.guards import is_broken
@@ -157,14 +157,14 @@ def test_the_memory_for_a_copy_is_that_of_all_processes_here_beside_what_their_s
 
 
 def test_a_container_has_the_memory_below_its_limit_and_what_is_cached_of_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(micro_batches, "CONTROL_GROUPS", tmp_path)
-    of_machine = micro_batches.available_memory()  # without such a limit
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path)
+    of_machine = memory.available_memory()  # without such a limit
     (tmp_path / "memory.current").write_text("3000000\n")
     (tmp_path / "memory.stat").write_text("anon 2500000\ninactive_file 400000\n")
     (tmp_path / "memory.max").write_text("5000000\n")
-    assert micro_batches.available_memory() == 2_400_000
+    assert memory.available_memory() == 2_400_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert micro_batches.available_memory() == pytest.approx(of_machine, rel=0.2)
+    assert memory.available_memory() == pytest.approx(of_machine, rel=0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
