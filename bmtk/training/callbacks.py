@@ -143,11 +143,7 @@ class AverageWeights(TrainerCallback):
         return self.trainer.average
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.average.update(unless=self.trainer.was_skipped)
 

@@ -163,11 +163,7 @@ class Guard(TrainerCallback):
         return bool(self.detector.sees_spike(pair[0], pair[1], bad=~torch.isfinite(pair).all()))
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         scaler = self.trainer.scaler
         # Fused AdamW skips in its own kernel, which accelerate's step_was_skipped does not see.
