@@ -19,12 +19,13 @@ from .columns import first_missing
 from .delimited import SUFFIXES as DELIMITED
 from .folders import Listing, list_folder
 from .json_rows import SUFFIXES as JSON
-from .media import majority_kind, media_kind, media_rows, metadata_files, undecoded, with_features
+from .media import majority_kind, media_kind, media_rows, metadata_files, undecoded
+from .parquet_tables import read_parquet
 from .patterns import is_pattern, matching_files
 from .printed import looks_printed
 from .row_batches import ROWS_AT_ONCE
 from .sources import SPLIT_NAMES
-from .text_files import TableFormat, is_compressed, suffix_of
+from .text_files import TableFormat, suffix_of
 from .text_tables import read_archives, read_delimited, read_json
 
 SPLITS = tuple(SPLIT_NAMES)
@@ -126,37 +127,7 @@ def read_table(
         return read_archives(paths, notes)
     if suffixes[0] in DELIMITED:
         return datasets.concatenate_datasets([read_delimited(path, layout, notes) for path in paths])
-    return read_json(paths, layout, notes) if suffixes[0] in JSON else _read_parquet(paths, notes)
-
-
-def _read_parquet(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
-    names = ", ".join(map(str, paths))
-    for path in paths:
-        if is_compressed(path):
-            raise UserError(f"{path} is compressed as a whole, which Parquet is within; unpack it")
-        try:
-            columns = pyarrow.parquet.read_schema(path).names
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-        twice = sorted({name for name in columns if columns.count(name) > 1})
-        if twice:
-            raise UserError(f"{path} has a column twice: {', '.join(twice)}; rename or remove one of them")
-    rows = undecoded(_load("parquet", where=names, data_files=[str(path) for path in paths])["train"])
-    return _with_texts_of_bytes(rows, names, notes)
-
-
-def _with_texts_of_bytes(rows: datasets.Dataset, where: str, notes: list[str]) -> datasets.Dataset:
-    """Columns of bytes that are UTF-8 as texts; others stay bytes, which are refused where a text is needed."""
-    texts = {}
-    for field in rows.data.schema:
-        if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
-            try:
-                rows.data.column(field.name).cast(pyarrow.large_string())
-            except pyarrow.ArrowInvalid:
-                continue
-            notes.append(f"column {field.name!r} of {where} holds bytes: read as text in UTF-8")
-            texts[field.name] = datasets.Value("large_string")
-    return with_features(rows, texts) if texts else rows
+    return read_json(paths, layout, notes) if suffixes[0] in JSON else read_parquet(paths, notes)
 
 
 def one_table(dataset: str | None) -> list[Path]:
