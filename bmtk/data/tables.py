@@ -4,9 +4,9 @@ For data sets of examples (a text and its label); corpora of documents are read 
 is read: in CSV every cell is a text, in JSON a string stays a string and whole numbers keep their digits.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow
@@ -166,15 +166,61 @@ def text_cells(rows: datasets.Dataset, column: str, *, option: str, where: str) 
     return [as_text(value, f"{option}={column!r} of {where} row {row}") for row, value in enumerate(rows[column], 1)]
 
 
-def text_rows(table: datasets.Dataset, column: str, *, option: str, where: str) -> datasets.Dataset:
-    """A column "text" with what `text_cells` reads; texts without gaps stay where they are, in memory or a file."""
-    check_column(table, column, option=option, where=where)
+class TextColumn(NamedTuple):
+    """A column of texts, and the setting that names it; `value` is the setting's, where that is not the column."""
+
+    column: str
+    option: str
+    value: str | None = None
+
+    def texts(self, batch: Mapping[str, list[Any]], rows: Sequence[int], where: str) -> list[str]:
+        """Its cells of some rows of `where` as texts.  Raises: as `as_text`."""
+        place = f"{self.option}={(self.value or self.column)!r} of {where} row"
+        return [as_text(cell, f"{place} {row + 1}") for row, cell in zip(rows, batch[self.column], strict=True)]
+
+
+def text_rows(table: datasets.Dataset, columns: Mapping[str, TextColumn], *, where: str) -> datasets.Dataset:
+    """Columns of texts by their new names, as `text_cells` reads them, in memory or in a file as `table` is.
+
+    Texts without gaps stay where they are.
+    """
+    for column, option, _ in columns.values():
+        check_column(table, column, option=option, where=where)
+    names = {column: name for name, (column, _, _) in columns.items()}
+    if len(names) == len(columns) and all(_is_plain(table, column) for column in names):
+        return table.select_columns(list(names)).rename_columns(names)
+
+    def read(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[str]]:
+        return {name: column.texts(batch, rows, where) for name, column in columns.items()}
+
+    return changed_rows(table, read, dict.fromkeys(columns, datasets.Value("string")))
+
+
+def _is_plain(table: datasets.Dataset, column: str) -> bool:
+    """Whether a column holds a text in every row."""
     held = table.data.schema.field(column).type
     is_text = pyarrow.types.is_string(held) or pyarrow.types.is_large_string(held)
-    if is_text and first_missing(table, column) is None:
-        rows = table.select_columns(column)
-        return rows if column == "text" else rows.rename_column(column, "text")
-    return datasets.Dataset.from_dict({"text": text_cells(table, column, option=option, where=where)})
+    return is_text and first_missing(table, column) is None
+
+
+def changed_rows(
+    table: datasets.Dataset,
+    change: Callable[[dict[str, list[Any]], list[int]], Mapping[str, list[Any]]],
+    kinds: Mapping[str, Any],
+) -> datasets.Dataset:
+    """What `change` makes of some rows at a time and their numbers, of these kinds; in a file if `table` is in one.
+
+    It is made anew each time, as a file that was kept would not know of changes in what `change` calls.
+    """
+    features = datasets.Features(dict(kinds))
+    return table.map(
+        change,
+        batched=True,
+        with_indices=True,
+        remove_columns=table.column_names,
+        features=features,
+        load_from_cache_file=False,
+    )
 
 
 def cells(rows: datasets.Dataset, column: str) -> Iterator[Any]:

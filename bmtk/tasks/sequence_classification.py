@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from bmtk.data.columns import with_columns
-from bmtk.data.tables import cells, note_printed, text_rows
+from bmtk.data.tables import TextColumn, cells, note_printed, text_rows
 from bmtk.settings import fact
 
 from .label_types import LabelType
@@ -46,7 +46,7 @@ class SequenceClassificationData(TextData):
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         """Rows without text are left out, but not of those to be predicted."""
-        rows = text_rows(table, self.args.text_column, option="text_column", where=where)
+        rows = text_rows(table, {"text": TextColumn(self.args.text_column, "text_column")}, where=where)
         note_printed(cells(rows, "text"), self.notes, option="text_column", where=where)
         if not labelled:
             return rows
