@@ -15,7 +15,7 @@ import pyarrow.parquet
 from bmtk.errors import UserError
 
 from . import archives
-from .columns import first_missing
+from .columns import first_missing, rows_at_once
 from .delimited import SUFFIXES as DELIMITED
 from .folders import Listing, list_folder
 from .json_rows import SUFFIXES as JSON
@@ -23,7 +23,6 @@ from .media import majority_kind, media_kind, media_rows, metadata_files, undeco
 from .parquet_tables import read_parquet
 from .patterns import is_pattern, matching_files
 from .printed import looks_printed
-from .row_batches import ROWS_AT_ONCE
 from .sources import SPLIT_NAMES
 from .text_files import TableFormat, suffix_of
 from .text_tables import read_archives, read_delimited, read_json
@@ -216,6 +215,7 @@ def changed_rows(
     return table.map(
         change,
         batched=True,
+        batch_size=rows_at_once(table),
         with_indices=True,
         remove_columns=table.column_names,
         features=features,
@@ -225,7 +225,8 @@ def changed_rows(
 
 def cells(rows: datasets.Dataset, column: str) -> Iterator[Any]:
     """The values of a column, read some rows at a time."""
-    for batch in rows.select_columns(column).iter(batch_size=ROWS_AT_ONCE):
+    rows = rows.select_columns(column)
+    for batch in rows.iter(batch_size=rows_at_once(rows)):
         yield from batch[column]
 
 

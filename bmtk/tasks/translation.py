@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from bmtk.data.columns import rows_at_once
 from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.tables import TextColumn, cells, text_rows
 from bmtk.errors import UserError
@@ -130,7 +131,8 @@ class PairEncoder:
     def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         sources = self._token_ids([self.prefix + text for text in batch["source"]])
         cut = self._cut(sources, self.longest)
-        encoded = {"input_ids": cut, "whole": list(map(len, sources)), "length": list(map(len, cut))}
+        lengths, wholes = list(map(len, cut)), list(map(len, sources))
+        encoded: dict[str, list[Any]] = {"input_ids": cut, "whole": wholes, "length": lengths}
         if "target" in batch:
             targets = self._token_ids(batch["target"], as_target=True)
             encoded["labels"] = self._cut(targets, self.longest_target)
@@ -236,7 +238,7 @@ class TranslationObjective(TextObjective):
 
         args = self.args
         encoder = PairEncoder(self.tokenizer, args.prefix, args.lower_case, self.longest, self.longest_target)
-        encoded = rows.map(encoder, batched=True)
+        encoded = rows.map(encoder, batched=True, batch_size=rows_at_once(rows))
         self.note_cut_texts(encoded["whole"], f"{where} source")
         if "target" in rows.column_names:
             self.note_cut_texts(encoded["whole_target"], f"{where} target", self.longest_target)
