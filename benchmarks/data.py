@@ -200,8 +200,12 @@ class Meter:
     def __init__(self) -> None:
         self.memory, self.seconds = peak_memory(), self._seconds()
 
+    def used(self) -> float:
+        """CPU seconds."""
+        return self._seconds() - self.seconds
+
     def facts(self, tokens: int) -> dict[str, float]:
-        rate = tokens / (self._seconds() - self.seconds) / 1e6
+        rate = tokens / self.used() / 1e6
         megabytes = (peak_memory() - self.memory) / 2**20
         return {"tokens, M": tokens / 1e6, "tokens a CPU second, M": rate, "peak MB": megabytes}
 

@@ -16,7 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project; a script has only its own folder
 
-from benchmarks import data, finetuning, gpu, recurrent, shards, start, steps, time_to_loss  # noqa: F401 - enter their rows
+from benchmarks import (  # noqa: F401 - enter their rows
+    cleaning,
+    data,
+    finetuning,
+    gpu,
+    recurrent,
+    shards,
+    start,
+    steps,
+    time_to_loss,
+)
 from benchmarks.plot import draw
 from benchmarks.rows import ROWS, Settings, hardware_line, measured, show, write_json
 

@@ -1,4 +1,4 @@
-"""Memory of fine-tuning data in shards: images in Parquet and in tar archives, texts in JSON lines; 400 MB beside 100.
+"""Memory of fine-tuning data: images in Parquet and tar archives, texts, words and pairs in JSON; 400 MB beside 100.
 
     python benchmarks/run.py shard_memory
 
@@ -17,6 +17,9 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -31,26 +34,26 @@ SHARDS = 8
 
 @row
 def shard_memory(settings: Settings) -> list[Line]:
-    """Peak memory of fine-tuning data: 400 MB of shards beside 100 MB (images in Parquet and tar, texts in JSON)."""
+    """Peak memory of fine-tuning data: 400 MB beside 100 MB (images in Parquet and tar; texts and words in JSON)."""
     if not STATUS.is_file():
         return [not_run("shard_memory", "needs /proc/self/status of Linux")]
     lines = []
-    for kind, write in WRITERS.items():
+    for kind, (write, _) in KINDS.items():
         peaks = []
         for megabytes in MEGABYTES:
             folder = settings.folder / "shards" / f"{kind}-{megabytes}"
             folder.mkdir(parents=True)
             write(folder, megabytes // 10 if settings.quick else megabytes)
-            peaks.append([measured(folder) for _ in range(min(settings.turns, 2))])
+            peaks.append([measured(folder, kind) for _ in range(min(settings.turns, 2))])
         smaller, larger = peaks
         target = at_most(1.5)
         lines.append(Line(f"peak memory, 400 MB of {kind}", "MB", larger, smaller, "100 MB of them", target))
     return lines
 
 
-def measured(folder: Path) -> float:
+def measured(folder: Path, kind: str) -> float:
     """MB beyond imports, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.shards", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.shards", str(folder), kind]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder.parent / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
@@ -98,15 +101,32 @@ def write_tar(folder: Path, megabytes: int) -> None:
                     archive.addfile(member, io.BytesIO(content))
 
 
-def write_json_lines(folder: Path, megabytes: int) -> None:
-    draw = np.random.default_rng()
+def write_json_lines(folder: Path, megabytes: int, kind: str) -> None:
+    """Rows of about 2,000 bytes."""
+    draw, written = np.random.default_rng(), 0
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
-        for number in range(megabytes * 1_000_000 // 2_000):
-            text = draw.integers(97, 123, 1_950, dtype=np.uint8).tobytes().decode()
-            file.write(json.dumps({"text": text, "label": "ab"[number % 2]}) + "\n")
+        while written < megabytes * 1_000_000:
+            letters = draw.integers(97, 123, 1_950, dtype=np.uint8).tobytes().decode()
+            words = [letters[start : start + 5] for start in range(0, 700, 5)]
+            row: dict[str, object] = {"text": letters, "label": "ab"[written // 2_000 % 2]}
+            if kind == "tagged words":
+                row = {"tokens": words, "tags": ["OB"[word < "d"] for word in words]}
+            elif kind == "pairs of texts":
+                row = {"translation": {"de": letters[:975], "en": letters[975:]}}
+            elif kind == "questions":
+                answers = {"text": [letters[950:960]], "answer_start": [900]}
+                row = {"question": letters[:50], "context": letters[50:], "answers": answers}
+            written += file.write(json.dumps(row) + "\n")
 
 
-WRITERS = {"images in Parquet": write_parquet, "images in tar": write_tar, "texts in JSON lines": write_json_lines}
+KINDS: dict[str, tuple[Callable[[Path, int], None], str]] = {
+    "images in Parquet": (write_parquet, "image_classification"),
+    "images in tar": (write_tar, "image_classification"),
+    "texts in JSON lines": (partial(write_json_lines, kind="texts"), "sequence_classification"),
+    "tagged words in JSON lines": (partial(write_json_lines, kind="tagged words"), "token_classification"),
+    "questions in JSON lines": (partial(write_json_lines, kind="questions"), "question_answering"),
+    "pairs of texts in JSON lines": (partial(write_json_lines, kind="pairs of texts"), "translation"),
+}
 
 
 # ---------------------------------------------------------------------------------------- measured in its own process
@@ -119,15 +139,14 @@ def anonymous_memory() -> float:
     return int(found[1]) / 1000
 
 
-def make_batches(folder: Path) -> None:
+def make_batches(folder: Path, kind: str) -> None:
     import bmtk  # noqa: F401  (registers the families)
     from bmtk.models.configuration_bm_cnn import BmCnnConfig
-    from bmtk.tasks import image_classification as images
-    from bmtk.tasks import sequence_classification as texts
 
-    is_text = (folder / "train.jsonl").is_file()
-    task = texts.TASK if is_text else images.TASK
-    given = {"tokenizer": "bytes"} if is_text else {"cache_megabytes": 0}
+    name = KINDS[kind][1]
+    task, is_text = import_module(f"bmtk.tasks.{name}").TASK, name != "image_classification"
+    given: dict[str, object] = {"tokenizer": "bytes"} if is_text else {"cache_megabytes": 0}
+    given |= {"source_language": "de", "target_language": "en"} if name == "translation" else {}
     args = task.arguments(dataset=str(folder), **given)
     beginning, stop, peak = anonymous_memory(), threading.Event(), [0.0]
 
@@ -151,4 +170,4 @@ def make_batches(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    make_batches(Path(sys.argv[1]))
+    make_batches(Path(sys.argv[1]), sys.argv[2])

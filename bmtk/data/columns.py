@@ -7,6 +7,8 @@ import datasets
 import numpy as np
 import pyarrow
 
+from .row_batches import CHARACTERS_AT_ONCE, ROWS_AT_ONCE
+
 
 def with_columns(rows: datasets.Dataset, columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:
     """`rows` with more columns, which have a value for each row; nothing of the other columns is copied.
@@ -26,6 +28,12 @@ def with_columns(rows: datasets.Dataset, columns: Mapping[str, Sequence[Any]]) -
     table = datasets.table.concat_tables([rows.data, datasets.table.InMemoryTable(values)], axis=1)
     info = datasets.DatasetInfo(features=datasets.Features({**rows.features, **added.features}))
     return datasets.Dataset(table, info=info, indices_table=rows._indices)
+
+
+def rows_at_once(rows: datasets.Dataset) -> int:
+    """How many rows are changed together: as many as a batch of a file that is read has."""
+    held = rows.data
+    return max(1, min(ROWS_AT_ONCE, CHARACTERS_AT_ONCE * held.num_rows // max(1, held.nbytes)))
 
 
 def first_missing(rows: datasets.Dataset, column: str) -> int | None:

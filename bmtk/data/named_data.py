@@ -56,6 +56,10 @@ def _archive(repository: str, commit: str) -> Upstream:
     return Upstream(f"{ARCHIVES}/{repository}/tar.gz/{commit}")
 
 
+def _folder(repository: str, commit: str, path: str) -> Upstream:
+    return Upstream(f"https://github.com/{repository}/tree/{commit}/{path}")
+
+
 DATA = (
     NamedData(
         "bccd",
@@ -141,10 +145,28 @@ DATA = (
         megabytes=8.0,
         layout="train, validation and test.parquet with image, caption, keywords, caption_zh, hexcode, style",
         sources=(
-            Upstream("https://github.com/nataliakeniganti/openmoji-bitmaps/tree/8490a5d52cd0"),
-            Upstream("https://github.com/cptpiepmatz/twemoji-assets/tree/9ee6e4b252b5"),
-            Upstream("https://github.com/hfg-gmuend/openmoji.org/tree/f37a0a5ff5cd"),
-            Upstream("https://github.com/carpedm20/emoji/tree/5c4b9153162f"),
+            _folder("nataliakeniganti/openmoji-bitmaps", "8490a5d52cd043c78218e851a942b872f8e0da92", "128x128_png32"),
+            _folder("cptpiepmatz/twemoji-assets", "9ee6e4b252b5c3038bfda9f9bd41cce3e48a34b8", "assets/72x72"),
+            *_raw(
+                "hfg-gmuend/openmoji.org",
+                "f37a0a5ff5cd695fd6214c67662bbc3f705d9bc2",
+                {
+                    "docs/data/openmoji.json": (
+                        2193231,
+                        "ab181dd523021dfbe2b98a13d96ab384b7b3014d17815261bc267fb39d9a211b",
+                    ),
+                },
+            ),
+            *_raw(
+                "carpedm20/emoji",
+                "5c4b9153162f4a11fc339f69cf5c9b8a5182c9c5",
+                {
+                    "emoji/unicode_codes/emoji_zh.json": (
+                        232629,
+                        "94a7ecb2e181a4ab36f46af31a4bea68cdcea25d5c42db538e8572e0370506c4",
+                    ),
+                },
+            ),
         ),
         convert=None,
         content={
@@ -181,12 +203,18 @@ DATA = (
             "zalandoresearch/fashion-mnist",
             "b2617bb6d3ffa2e429640350f613e3291e10b141",
             {
-                "data/fashion/train-images-idx3-ubyte.gz": (None, None),
+                "data/fashion/train-images-idx3-ubyte.gz": (
+                    26421880,
+                    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                ),
                 "data/fashion/train-labels-idx1-ubyte.gz": (
                     29515,
                     "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
                 ),
-                "data/fashion/t10k-images-idx3-ubyte.gz": (None, None),
+                "data/fashion/t10k-images-idx3-ubyte.gz": (
+                    4422102,
+                    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                ),
                 "data/fashion/t10k-labels-idx1-ubyte.gz": (
                     5148,
                     "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",

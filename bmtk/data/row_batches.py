@@ -119,7 +119,9 @@ def table_of(
             make_texts_of(column)
     while True:
         try:
-            return _in_memory(batches, types) if batches.are_small else _in_file(batches, types, kept_at(), notes)
+            schema = _schema(types)
+            made = _record_batches(batches, types, schema)
+            return _in_memory(made, schema) if batches.are_small else in_file(made, schema, kept_at(), notes)
         except _Unlike as unlike:  # numbers of one type that do not fit into it
             make_texts_of(unlike.column)
 
@@ -200,17 +202,19 @@ def _schema(types: Types) -> pyarrow.Schema:
     return pyarrow.schema([(name, pyarrow.string() if kind is None else kind) for name, kind in types.items()])
 
 
-def _in_memory(batches: Iterable[Batch], types: Types) -> datasets.Dataset:
-    schema = _schema(types)
-    table = pyarrow.Table.from_batches(_record_batches(batches, types, schema), schema)
+def _in_memory(batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema) -> datasets.Dataset:
+    table = pyarrow.Table.from_batches(batches, schema)
     return datasets.Dataset(datasets.table.InMemoryTable(table.combine_chunks()))
 
 
-def _in_file(batches: Iterable[Batch], types: Types, path: Path, notes: Sequence[str]) -> datasets.Dataset:
-    schema = _schema(types).with_metadata({NOTES: json.dumps(list(notes))})
+def in_file(
+    batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema, path: Path, notes: Sequence[str]
+) -> datasets.Dataset:
+    """The same in a file that `kept_table` finds again, with its notes."""
+    schema = schema.with_metadata({**(schema.metadata or {}), NOTES: json.dumps(list(notes))})
     own = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.arrow")  # other processes may write the same table
     with replacing(own) as beside, pyarrow.ipc.new_stream(str(beside), schema) as writer:
-        for batch in _record_batches(batches, types, schema):
+        for batch in batches:
             writer.write_batch(batch)
     os.replace(own, path)
     return datasets.Dataset.from_file(str(path))

@@ -4,9 +4,9 @@ For data sets of examples (a text and its label); corpora of documents are read 
 is read: in CSV every cell is a text, in JSON a string stays a string and whole numbers keep their digits.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow
@@ -15,16 +15,16 @@ import pyarrow.parquet
 from bmtk.errors import UserError
 
 from . import archives
-from .columns import first_missing
+from .columns import first_missing, rows_at_once
 from .delimited import SUFFIXES as DELIMITED
 from .folders import Listing, list_folder
 from .json_rows import SUFFIXES as JSON
-from .media import majority_kind, media_kind, media_rows, metadata_files, undecoded, with_features
+from .media import majority_kind, media_kind, media_rows, metadata_files, undecoded
+from .parquet_tables import read_parquet
 from .patterns import is_pattern, matching_files
 from .printed import looks_printed
-from .row_batches import ROWS_AT_ONCE
 from .sources import SPLIT_NAMES
-from .text_files import TableFormat, is_compressed, suffix_of
+from .text_files import TableFormat, suffix_of
 from .text_tables import read_archives, read_delimited, read_json
 
 SPLITS = tuple(SPLIT_NAMES)
@@ -126,37 +126,7 @@ def read_table(
         return read_archives(paths, notes)
     if suffixes[0] in DELIMITED:
         return datasets.concatenate_datasets([read_delimited(path, layout, notes) for path in paths])
-    return read_json(paths, layout, notes) if suffixes[0] in JSON else _read_parquet(paths, notes)
-
-
-def _read_parquet(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
-    names = ", ".join(map(str, paths))
-    for path in paths:
-        if is_compressed(path):
-            raise UserError(f"{path} is compressed as a whole, which Parquet is within; unpack it")
-        try:
-            columns = pyarrow.parquet.read_schema(path).names
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-        twice = sorted({name for name in columns if columns.count(name) > 1})
-        if twice:
-            raise UserError(f"{path} has a column twice: {', '.join(twice)}; rename or remove one of them")
-    rows = undecoded(_load("parquet", where=names, data_files=[str(path) for path in paths])["train"])
-    return _with_texts_of_bytes(rows, names, notes)
-
-
-def _with_texts_of_bytes(rows: datasets.Dataset, where: str, notes: list[str]) -> datasets.Dataset:
-    """Columns of bytes that are UTF-8 as texts; others stay bytes, which are refused where a text is needed."""
-    texts = {}
-    for field in rows.data.schema:
-        if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
-            try:
-                rows.data.column(field.name).cast(pyarrow.large_string())
-            except pyarrow.ArrowInvalid:
-                continue
-            notes.append(f"column {field.name!r} of {where} holds bytes: read as text in UTF-8")
-            texts[field.name] = datasets.Value("large_string")
-    return with_features(rows, texts) if texts else rows
+    return read_json(paths, layout, notes) if suffixes[0] in JSON else read_parquet(paths, notes)
 
 
 def one_table(dataset: str | None) -> list[Path]:
@@ -195,20 +165,68 @@ def text_cells(rows: datasets.Dataset, column: str, *, option: str, where: str) 
     return [as_text(value, f"{option}={column!r} of {where} row {row}") for row, value in enumerate(rows[column], 1)]
 
 
-def text_rows(table: datasets.Dataset, column: str, *, option: str, where: str) -> datasets.Dataset:
-    """A column "text" with what `text_cells` reads; texts without gaps stay where they are, in memory or a file."""
-    check_column(table, column, option=option, where=where)
+class TextColumn(NamedTuple):
+    """A column of texts, and the setting that names it; `value` is the setting's, where that is not the column."""
+
+    column: str
+    option: str
+    value: str | None = None
+
+    def texts(self, batch: Mapping[str, list[Any]], rows: Sequence[int], where: str) -> list[str]:
+        """Its cells of some rows of `where` as texts.  Raises: as `as_text`."""
+        place = f"{self.option}={(self.value or self.column)!r} of {where} row"
+        return [as_text(cell, f"{place} {row + 1}") for row, cell in zip(rows, batch[self.column], strict=True)]
+
+
+def text_rows(table: datasets.Dataset, columns: Mapping[str, TextColumn], *, where: str) -> datasets.Dataset:
+    """Columns of texts by their new names, as `text_cells` reads them, in memory or in a file as `table` is.
+
+    Texts without gaps stay where they are.
+    """
+    for column, option, _ in columns.values():
+        check_column(table, column, option=option, where=where)
+    names = {column: name for name, (column, _, _) in columns.items()}
+    if len(names) == len(columns) and all(_is_plain(table, column) for column in names):
+        return table.select_columns(list(names)).rename_columns(names)
+
+    def read(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[str]]:
+        return {name: column.texts(batch, rows, where) for name, column in columns.items()}
+
+    return changed_rows(table, read, dict.fromkeys(columns, datasets.Value("string")))
+
+
+def _is_plain(table: datasets.Dataset, column: str) -> bool:
+    """Whether a column holds a text in every row."""
     held = table.data.schema.field(column).type
     is_text = pyarrow.types.is_string(held) or pyarrow.types.is_large_string(held)
-    if is_text and first_missing(table, column) is None:
-        rows = table.select_columns(column)
-        return rows if column == "text" else rows.rename_column(column, "text")
-    return datasets.Dataset.from_dict({"text": text_cells(table, column, option=option, where=where)})
+    return is_text and first_missing(table, column) is None
+
+
+def changed_rows(
+    table: datasets.Dataset,
+    change: Callable[[dict[str, list[Any]], list[int]], Mapping[str, list[Any]]],
+    kinds: Mapping[str, Any],
+) -> datasets.Dataset:
+    """What `change` makes of some rows at a time and their numbers, of these kinds; in a file if `table` is in one.
+
+    It is made anew each time, as a file that was kept would not know of changes in what `change` calls.
+    """
+    features = datasets.Features(dict(kinds))
+    return table.map(
+        change,
+        batched=True,
+        batch_size=rows_at_once(table),
+        with_indices=True,
+        remove_columns=table.column_names,
+        features=features,
+        load_from_cache_file=False,
+    )
 
 
 def cells(rows: datasets.Dataset, column: str) -> Iterator[Any]:
     """The values of a column, read some rows at a time."""
-    for batch in rows.select_columns(column).iter(batch_size=ROWS_AT_ONCE):
+    rows = rows.select_columns(column)
+    for batch in rows.iter(batch_size=rows_at_once(rows)):
         yield from batch[column]
 
 

@@ -32,7 +32,7 @@ def read_delimited(path: Path, layout: TableFormat, notes: list[str]) -> dataset
     """All cells as text: pandas would make numbers and gaps of some, and shift columns where a line is too long."""
     kind = f"a table in {layout.encoding or 'UTF-8'} with a header line"
     try:
-        return _kept_or_read([path], layout, notes, partial(_delimited_table, path, layout))
+        return kept_or_read([path], layout, notes, partial(_delimited_table, path, layout))
     except Unreadable as error:
         raise UserError(error.sentence(path, kind)) from error
 
@@ -54,7 +54,7 @@ def read_json(paths: Sequence[Path], layout: TableFormat, notes: list[str]) -> d
             raise UserError(f"{', '.join(map(str, paths))} has no rows")
         return table
 
-    return _kept_or_read(paths, layout, notes, read)
+    return kept_or_read(paths, layout, notes, read)
 
 
 def read_archives(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
@@ -70,10 +70,10 @@ def read_archives(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
             raise UserError(f"{names} has no rows: no image, recording, .cls, .txt or .json, named as WebDataset does")
         return table
 
-    return _kept_or_read(paths, None, notes, read)
+    return kept_or_read(paths, None, notes, read)
 
 
-def _kept_or_read(
+def kept_or_read(
     paths: Sequence[Path],
     layout: TableFormat | None,
     notes: list[str],

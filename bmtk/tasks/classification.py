@@ -101,7 +101,12 @@ class LabelSet:
     ids: dict[str, int]
 
     def targets(self, labels: Sequence[Any], where: str) -> list[Any]:
-        """What the labels of each row are in a batch.  Raises: UserError for one that the model does not know."""
+        """What the labels of each row are in a batch.  Raises: as `check`."""
+        self.check(labels, where)
+        return self.kind.targets(labels, self.ids)
+
+    def check(self, labels: Sequence[Any], where: str) -> None:
+        """Raise UserError for a label that the model does not know."""
         unknown = set(self.kind.names_in(labels)) - set(self.ids)
         if unknown:
             rows = enumerate(labels, 1)
@@ -110,7 +115,6 @@ class LabelSet:
                 f"the {where} data has labels that the training data does not have: {some(unknown)} (first in row "
                 f"{first}); known are {some(self.ids)}"
             )
-        return self.kind.targets(labels, self.ids)
 
     def criterion(
         self, outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, label_smoothing: float = 0.0

@@ -21,7 +21,7 @@ from bmtk.data.mixed_texts import MixedTexts, hold_out_of_each, mixed
 from bmtk.data.mixture import MIXTURE, Mixture, Reading
 from bmtk.data.packing import IGNORE_INDEX, PackedRows
 from bmtk.data.sources import Texts, has_split, read_texts, text_fingerprint
-from bmtk.data.tables import text_cells
+from bmtk.data.tables import TextColumn, text_rows
 from bmtk.data.token_store import TokenStore, build_token_store
 from bmtk.data.tokenizer_training import train_on_sample
 from bmtk.data.tokenizers import KINDS, keep_tokenizer, kept_tokenizer, load_tokenizer, mask_token
@@ -89,7 +89,7 @@ class CorpusData(TaskData):
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
         """Texts to predict from, as column "text"."""
-        return Dataset.from_dict({"text": text_cells(table, self.args.text_column, option="text_column", where=where)})
+        return text_rows(table, {"text": TextColumn(self.args.text_column, "text_column")}, where=where)
 
     @property
     def config_fields(self) -> dict[str, object]:

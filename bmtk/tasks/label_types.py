@@ -7,7 +7,7 @@ The loss that is reported is each label type's own, whatever the training loss i
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,7 +56,7 @@ class LabelType:
         """What a cell of the label column holds.  Raises: UserError or ValueError that names `where`."""
         raise NotImplementedError
 
-    def names_in(self, values: Sequence[Any]) -> list[str]:
+    def names_in(self, values: Iterable[Any]) -> Iterator[str]:
         """The names of labels in `values`, as often as they occur; a row may have a list of them."""
         raise NotImplementedError
 
@@ -131,8 +131,8 @@ class NamedLabels(LabelType):
 
     losses = ("cross_entropy", "focal")
 
-    def names_in(self, values: Sequence[Any]) -> list[str]:
-        return [name for value in values for name in ([value] if isinstance(value, str) else value)]
+    def names_in(self, values: Iterable[Any]) -> Iterator[str]:
+        return (name for value in values for name in ([value] if isinstance(value, str) else value))
 
     def agreed_labels(
         self, found: Collection[str], known: Sequence[str], names: Sequence[str], *, is_trained: bool
@@ -353,8 +353,8 @@ class Numbers(LabelType):
             raise UserError(f"{where} holds {cell!r}; {self.name} needs a finite number: mend the row or take it out")
         return number
 
-    def names_in(self, values: Sequence[Any]) -> list[str]:
-        return []
+    def names_in(self, values: Iterable[Any]) -> Iterator[str]:
+        return iter(())
 
     def agreed_labels(
         self, found: Collection[str], known: Sequence[str], names: Sequence[str], *, is_trained: bool

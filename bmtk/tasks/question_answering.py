@@ -5,19 +5,22 @@ in one batch, and compete in one softmax.  So the answer is the best of all wind
 trained.
 """
 
+import hashlib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 
+from bmtk.data.columns import rows_at_once
 from bmtk.data.squad import flattened, is_nested
-from bmtk.data.tables import check_column, text_cells
+from bmtk.data.tables import TextColumn, cells, changed_rows, check_column, text_rows
 from bmtk.errors import UserError
 from bmtk.metrics.answers import agreement, best_sentence, is_chinese
 from bmtk.settings import fact, setting
@@ -31,6 +34,8 @@ from .task_data import DataArguments
 from .texts import TextArguments, TextData, TextObjective
 
 SCORED_BY = ("words", "characters")
+CHARACTERS, NOWHERE = "characters", ""  # what answer_start counts, and of answers that are not where it says
+ANSWERS = {"texts": List(Value("string")), "starts": List(Value("int64")), "units": List(Value("string"))}
 LENGTHS = {"1": 1, "2": 2, "3-5": 5, "6-10": 10, "more": np.inf}  # of an answer, for the figure
 
 
@@ -101,29 +106,76 @@ class QuestionAnsweringData(TextData):
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         """Questions without an answer are left out, but not of those to be predicted."""
-        columns = {name: getattr(self.args, f"{name}_column") for name in ("question", "context")}
-        found = {
-            name: text_cells(table, column, option=f"{name}_column", where=where) for name, column in columns.items()
-        }
+        args = self.args
+        columns = {name: TextColumn(getattr(args, f"{name}_column"), f"{name}_column") for name in self.inputs}
         if not labelled:
-            return Dataset.from_dict(found)
-        check_column(table, self.args.answers_column, option="answers_column", where=where)
-        values = table[self.args.answers_column]
-        answers = [self._answers(value, f"{where} row {row}") for row, value in enumerate(values, 1)]
-        texts = [[text for text, _ in of_row] for of_row in answers]
-        starts = [[start for _, start in of_row] for of_row in answers]
-        kept = [row for row, of_row in enumerate(answers) if of_row]
-        if not kept:
-            raise UserError(f"answers_column={self.args.answers_column!r} of the {where} data holds no answer at all")
-        if len(kept) < len(answers):
-            self.notes.append(
-                f"{len(answers) - len(kept):,} of {len(answers):,} {where} questions have no answer: left out"
-            )
-        return self._located(Dataset.from_dict({**found, "texts": texts, "starts": starts}).select(kept), where)
+            return text_rows(table, columns, where=where)
+        for column, option in (*(one[:2] for one in columns.values()), (args.answers_column, "answers_column")):
+            check_column(table, column, option=option, where=where)
+        reader = QuestionReader(columns, args.answers_column, where)
+        read = changed_rows(table, reader, {**dict.fromkeys(self.inputs, Value("string")), **ANSWERS})
+        counts = Counter(units for of_row in cells(read, "units") for units in of_row)
+        rows = read.remove_columns("units")
+        rows = rows.select([row for row, of_row in enumerate(cells(rows, "starts")) if of_row])
+        if not len(rows):
+            raise UserError(f"answers_column={args.answers_column!r} of the {where} data holds no answer at all")
+        if len(rows) < len(read):
+            self.notes.append(f"{len(read) - len(rows):,} of {len(read):,} {where} questions have no answer: left out")
+        self._note_places(counts, where)
+        return self._learnable(rows) if where == "train" else rows
 
-    def training_texts(self) -> list[str]:
-        rows = self.rows["train"]
-        return [*dict.fromkeys(rows["context"]), *rows["question"]]
+    def training_texts(self) -> Iterator[str]:
+        rows, seen = self.rows["train"], set()
+        for text in cells(rows, "context"):
+            mark = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            if mark not in seen:
+                seen.add(mark)
+                yield text
+        yield from cells(rows, "question")
+
+    def _note_places(self, counts: Counter[str], where: str) -> None:
+        """Note answers that are not at their character: how many there are of each way to count."""
+        for units in sorted(set(counts) - {CHARACTERS, NOWHERE}):
+            self.notes.append(
+                f"{counts[units]:,} of {counts.total():,} {where} answers are where answer_start counts {units}, "
+                "not characters: read so"
+            )
+        if counts[NOWHERE]:
+            answers = f"{counts[NOWHERE]:,} of {counts.total():,} {where} answers"
+            self.notes.append(f"{answers} are not in the text at their answer_start: nothing is learned from them")
+
+    @staticmethod
+    def _learnable(rows: Dataset) -> Dataset:
+        """The rows with an answer that is in the text."""
+        kept = [row for row, found in enumerate(cells(rows, "starts")) if max(found) >= 0]
+        if not kept:
+            raise UserError(f"none of the {len(rows):,} train rows has an answer that is in its text at answer_start")
+        return rows.select(kept)
+
+
+@dataclass(frozen=True)
+class QuestionReader:
+    """Some rows of a table, and their numbers, as texts, and the "texts", "starts" and "units" of their answers.
+
+    The start of an answer that stands elsewhere is NO_CHARACTER.
+    """
+
+    columns: Mapping[str, TextColumn]
+    answers_column: str
+    where: str
+
+    def __call__(self, batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {
+            name: column.texts(batch, rows, self.where) for name, column in self.columns.items()
+        }
+        found |= {name: [] for name in ANSWERS}
+        for row, value, context in zip(rows, batch[self.answers_column], found["context"], strict=True):
+            answers = self._answers(value, f"{self.where} row {row + 1}")
+            places = [located(context, text, start) for text, start in answers]
+            found["texts"].append([text for text, _ in answers])
+            found["starts"].append([start for start, _ in places])
+            found["units"].append([units for _, units in places])
+        return found
 
     def _answers(self, value: Any, where: str) -> list[tuple[str, int]]:
         """(text, first character) of each answer; written as a dictionary of lists, or a list of dictionaries."""
@@ -134,55 +186,25 @@ class QuestionAnsweringData(TextData):
             return [(str(answer["text"]), int(answer["answer_start"])) for answer in value or []]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"answers_column={self.args.answers_column!r} of {where} holds {str(value)[:80]!r}; it needs "
+                f"answers_column={self.answers_column!r} of {where} holds {str(value)[:80]!r}; it needs "
                 '{"text": [...], "answer_start": [...]}, lists of one length'
             ) from error
 
-    def _located(self, rows: Dataset, where: str) -> Dataset:
-        """Make the start of answers that stand elsewhere NO_CHARACTER; training rows need another answer then."""
-
-        in_units: list[str] = []  # of answers whose start is not counted in characters
-
-        def checked(row: dict[str, Any]) -> dict[str, Any]:
-            starts = []
-            for text, start in zip(row["texts"], row["starts"], strict=True):
-                found, units = located(row["context"], text, start)
-                starts.append(found)
-                in_units.extend([units] if units else [])
-            return {"starts": starts}
-
-        rows = rows.map(checked, load_from_cache_file=False)
-        starts = [start for of_row in rows["starts"] for start in of_row]
-        for units in sorted(set(in_units)):
-            self.notes.append(
-                f"{in_units.count(units):,} of {len(starts):,} {where} answers are where answer_start counts {units}, "
-                "not characters: read so"
-            )
-        if count := starts.count(NO_CHARACTER):
-            answers = f"{count:,} of {len(starts):,} {where} answers"
-            self.notes.append(f"{answers} are not in the text at their answer_start: nothing is learned from them")
-        if where != "train":
-            return rows
-        kept = [row for row, found in enumerate(rows["starts"]) if max(found) >= 0]
-        if not kept:
-            raise UserError(f"none of the {len(rows):,} train rows has an answer that is in its text at answer_start")
-        return rows.select(kept)
-
 
 def located(context: str, text: str, start: int) -> tuple[int, str]:
-    """The first character of an answer, NO_CHARACTER if it is not at `start`; and in what `start` is counted, if not
-    in characters: JavaScript counts 2 for an emoji, others bytes.
+    """The first character of an answer, NO_CHARACTER if it is not at `start`; and in what `start` is counted:
+    JavaScript counts 2 for an emoji, others bytes.
     """
     if start < 0 or not text:
-        return NO_CHARACTER, ""
+        return NO_CHARACTER, NOWHERE
     if context.startswith(text, start):
-        return start, ""
+        return start, CHARACTERS
     if not context.isascii():
         for units, encoding, size in (("UTF-16 units", "utf-16-le", 2), ("bytes", "utf-8", 1)):
             before = context.encode(encoding, "surrogatepass")[: start * size].decode(encoding, "ignore")
             if context.startswith(before + text):
                 return len(before), units
-    return NO_CHARACTER, ""
+    return NO_CHARACTER, NOWHERE
 
 
 class QuestionAnsweringObjective(TextObjective):
@@ -206,8 +228,8 @@ class QuestionAnsweringObjective(TextObjective):
     def encode(self, rows: Dataset, where: str) -> Dataset:
         self.windows.check_room()
         features = self.windows.features(rows.features)
-        rows = rows.map(self.windows.encode, batched=True, batch_size=200, features=features)
-        several = sum(len(windows) > 1 for windows in rows["input_ids"])
+        rows = rows.map(self.windows.encode, batched=True, batch_size=min(200, rows_at_once(rows)), features=features)
+        several = sum(len(windows) > 1 for windows in cells(rows, "input_ids"))
         if several:
             self.notes.append(f"{several:,} of {len(rows):,} {where} texts are read in several windows")
         return rows
@@ -238,7 +260,7 @@ class QuestionAnsweringObjective(TextObjective):
         return f"accelerate launch recipes/predict.py --model {shlex.quote(str(directory))} --input QUESTIONS.jsonl"
 
     def _num_tokens(self, split: str) -> int:
-        return sum(self.rows[split]["length"])
+        return sum(cells(self.rows[split], "length"))
 
 
 class QuestionAnsweringScorer(Scorer):

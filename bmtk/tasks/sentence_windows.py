@@ -4,7 +4,7 @@ W windows, L tokens.  The first token of a word carries the word's tag; a word t
 in the one that has most context around it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -28,12 +28,14 @@ class SentenceEncoder:
     """A batch of lists of words as tokens: those of all windows of a sentence, one window after the other.
 
     "windows" are the lengths of a sentence's windows, "positions" those of its words' first tokens among all of them.
+    Of rows with tags ("label") "truth" are the ids of words, and "labels" of all tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
     separator: str  # between words
     max_length: int  # tokens of a window
     stride: int  # tokens that two windows share
+    ids: Mapping[str, int]  # of tags
 
     def __call__(self, batch: dict[str, list[list[str]]]) -> dict[str, list[Any]]:
         encoded = self.tokenizer(
@@ -54,7 +56,12 @@ class SentenceEncoder:
             for name in tokens:
                 found[name][row] += encoded[name][window]
         pairs = zip(batch["words"], found.pop("spans"), strict=True)
-        return {**found, "positions": [positions_in_windows(*pair, self.separator, self.stride) for pair in pairs]}
+        positions = [positions_in_windows(*pair, self.separator, self.stride) for pair in pairs]
+        if "label" in batch:
+            found["truth"] = [[self.ids[tag] for tag in tags] for tags in batch["label"]]
+            rows = zip(positions, found["truth"], map(len, found["input_ids"]), strict=True)
+            found["labels"] = [labels_of_tokens(*row) for row in rows]
+        return {**found, "positions": positions}
 
 
 def positions_of_words(words: Sequence[str], spans: Sequence[Span], separator: str) -> list[int]:

@@ -7,8 +7,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
-from bmtk.data.columns import with_columns
-from bmtk.data.tables import cells, note_printed, text_rows
+from bmtk.data.columns import rows_at_once, with_columns
+from bmtk.data.tables import TextColumn, cells, note_printed, text_rows
 from bmtk.settings import fact
 
 from .label_types import LabelType
@@ -46,7 +46,7 @@ class SequenceClassificationData(TextData):
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset | None:
         """Rows without text are left out, but not of those to be predicted."""
-        rows = text_rows(table, self.args.text_column, option="text_column", where=where)
+        rows = text_rows(table, {"text": TextColumn(self.args.text_column, "text_column")}, where=where)
         note_printed(cells(rows, "text"), self.notes, option="text_column", where=where)
         if not labelled:
             return rows
@@ -88,7 +88,8 @@ class SequenceClassificationObjective(TextObjective):
             return {**encoded, "length": list(map(len, whole))}
 
         labels = self.labels.targets(rows["label"], where) if "label" in rows.column_names else None
-        encoded = rows.map(encode, batched=True, remove_columns=rows.column_names)
+        at_once = rows_at_once(rows)
+        encoded = rows.map(encode, batched=True, batch_size=at_once, remove_columns=rows.column_names)
         self.note_cut_texts(encoded["length"], where)
         encoded = encoded.remove_columns("length")
         return encoded if labels is None else encoded.add_column("labels", labels)

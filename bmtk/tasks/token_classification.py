@@ -5,20 +5,22 @@ the word's tag, and no other token counts, in training or evaluation.  A sentenc
 read in windows that overlap.  B sentences, W windows, L tokens, K tags.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, List, Value
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification, PreTrainedConfig
 
+from bmtk.data.columns import rows_at_once
 from bmtk.data.labels import label_name, note_blanks
 from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.printed import looks_printed
-from bmtk.data.tables import check_column
+from bmtk.data.tables import cells, changed_rows, check_column
 from bmtk.errors import UserError
 from bmtk.metrics.entities import Entity, agreement, entities, is_scheme, single_words
 from bmtk.settings import fact, setting
@@ -27,13 +29,14 @@ from .classification import ClassificationArguments, LabelSet, labels_of, one_la
 from .figures import confusion_matrix
 from .label_types import scores_table
 from .scorer import Scorer, mean_loss, spread_and_worst
-from .sentence_windows import MISSING, PADDING, PadSentences, SentenceEncoder, labels_of_tokens
+from .sentence_windows import MISSING, PADDING, PadSentences, SentenceEncoder
 from .task import Criterion, Prediction, Task
 from .texts import TextArguments, TextData, TextObjective
 
 NO_TAG = -1  # of a word without a token, where no tag is called "O"
 NOT_READ = frozenset(("labels", "positions", "sizes", "truth"))  # what of a batch is not for the model
 NOTHING = "nothing"
+WORDS = List(Value("string"))
 
 
 @dataclass
@@ -68,46 +71,70 @@ class TokenClassificationData(TextData):
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
         """Sentences without words are left out, but not of those to be predicted."""
-        words = self._lists(table, self.args.token_column, "token_column", where)
+        words, tags = self.args.token_column, self.args.label_column
+        check_column(table, words, option="token_column", where=where)
         if not labelled:
-            return Dataset.from_dict({"words": words})
-        tags = self._tags(table, where)
-        for row, (one, other) in enumerate(zip(words, tags, strict=True), 1):
-            if len(one) != len(other):
-                raise UserError(f"{where} row {row} has {len(one)} words and {len(other)} tags; each word needs one")
-        rows = Dataset.from_dict({"words": words, "label": tags})
-        joined = [" ".join(row) for row in words]
+            return changed_rows(table, SentenceReader(words, where), {"words": WORDS})
+        check_column(table, tags, option="label_column", where=where)
+        feature = getattr(table.features[tags], "feature", None)
+        names = feature.names if isinstance(feature, ClassLabel) else self.args.label_names
+        lists = (value for value in cells(table, tags) if isinstance(value, list))
+        note_blanks(lists, self.notes, option=f"label_column={tags!r}", where=where)
+        reader = SentenceReader(words, where, tag_column=tags, names=names)
+        rows = changed_rows(table, reader, {"words": WORDS, "label": WORDS})
+        joined = (" ".join(row) for row in cells(rows, "words"))
         return self.keep_rows_with_text(rows, joined, option="token_column", where=where)
 
-    def training_texts(self) -> list[str]:
-        return [self.args.word_separator.join(words) for words in self.rows["train"]["words"]]
+    def training_texts(self) -> Iterator[str]:
+        return (self.args.word_separator.join(words) for words in cells(self.rows["train"], "words"))
 
-    def _lists(self, table: Dataset, column: str, option: str, where: str) -> list[list[Any]]:
-        check_column(table, column, option=option, where=where)
+
+@dataclass(frozen=True)
+class SentenceReader:
+    """Some rows of a table, and their numbers, as "words" and "label" (tags), lists of strings.
+
+    Raises: UserError that names the row of a cell that is neither, or whose lists are of unequal length.
+    """
+
+    token_column: str
+    where: str
+    tag_column: str | None = None
+    names: Sequence[str] | None = None  # of tags that are numbers
+
+    def __call__(self, batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+        words = self._lists(batch, rows, "token_column", self.token_column)
+        found = {"words": [list(map(str, row)) for row in words]}
+        if self.tag_column is None:
+            return found
+        place = f"label_column={self.tag_column!r} of {self.where} row"
+        lists = self._lists(batch, rows, "label_column", self.tag_column)
+        tags = [
+            [label_name(value, self.names, f"{place} {row + 1}") for value in of_row]
+            for row, of_row in zip(rows, lists, strict=True)
+        ]
+        for row, one, other in zip(rows, words, tags, strict=True):
+            if len(one) != len(other):
+                raise UserError(
+                    f"{self.where} row {row + 1} has {len(one)} words and {len(other)} tags; each word needs one"
+                )
+        return {**found, "label": tags}
+
+    def _lists(self, batch: dict[str, list[Any]], rows: list[int], option: str, column: str) -> list[list[Any]]:
         found = []
-        for row, value in enumerate(table[column], 1):
+        for row, value in zip(rows, batch[column], strict=True):
+            place = f"{option}={column!r} of {self.where} row {row + 1}"
             if looks_printed(value):
                 raise UserError(
-                    f"{option}={column!r} of {where} row {row} holds a list that was printed as text, "
+                    f"{place} holds a list that was printed as text, "
                     f"{value[:60]}, and not every cell of the column can be read as one; mend this row, or give lists"
                 )
             value = value.split() if isinstance(value, str) else [] if value is None else value
             if not isinstance(value, list):
                 raise UserError(
-                    f"{option}={column!r} of {where} row {row} holds a {type(value).__name__}; a list is needed, "
-                    "or a text with blanks between words"
+                    f"{place} holds a {type(value).__name__}; a list is needed, or a text with blanks between words"
                 )
             found.append(["" if item is None else item for item in value])
         return found
-
-    def _tags(self, table: Dataset, where: str) -> list[list[str]]:
-        column = self.args.label_column
-        lists = self._lists(table, column, "label_column", where)
-        feature = getattr(table.features[column], "feature", None)
-        names = feature.names if isinstance(feature, ClassLabel) else self.args.label_names
-        note_blanks(lists, self.notes, option=f"label_column={column!r}", where=where)
-        place = f"label_column={column!r} of {where} row"
-        return [[label_name(value, names, f"{place} {row}") for value in tags] for row, tags in enumerate(lists, 1)]
 
 
 class TokenClassificationObjective(TextObjective):
@@ -129,7 +156,7 @@ class TokenClassificationObjective(TextObjective):
         known = list(labels) or labels_of(config, str(data.task.about["auto_class"]))
         self.labels: LabelSet = data.labels.bind(config, data.rows, known)
         if "train" in data.rows:
-            self.notes.append(self.labels.kind.survey(data.rows["train"]["label"][:]))
+            self.notes.append(self.labels.kind.survey(data.rows["train"]["label"]))
         self.stride = self._stride()
 
     def _stride(self) -> int:
@@ -145,24 +172,21 @@ class TokenClassificationObjective(TextObjective):
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
         """As `SentenceEncoder`, beside "words"; with tags "truth" of words, and "labels" of all tokens."""
-        labels = self.labels.targets(rows["label"], where) if "label" in rows.column_names else None
-        encoder = SentenceEncoder(self.tokenizer, self.args.word_separator, self.longest, self.stride)
+        if "label" in rows.column_names:
+            self.labels.check(rows["label"], where)
+        encoder = SentenceEncoder(self.tokenizer, self.args.word_separator, self.longest, self.stride, self.labels.ids)
         others = [name for name in rows.column_names if name != "words"]
-        encoded = rows.map(encoder, batched=True, remove_columns=others)
+        encoded = rows.map(encoder, batched=True, batch_size=rows_at_once(rows), remove_columns=others)
         self._note_windows(encoded, where)
-        if labels is None:
-            return encoded
-        lengths = map(len, encoded["input_ids"])
-        of_tokens = [labels_of_tokens(*row) for row in zip(encoded["positions"], labels, lengths, strict=True)]
-        return encoded.add_column("labels", of_tokens).add_column("truth", labels)
+        return encoded
 
     def _note_windows(self, encoded: Dataset, where: str) -> None:
-        several = sum(len(windows) > 1 for windows in encoded["windows"])
+        several = sum(len(windows) > 1 for windows in cells(encoded, "windows"))
         if several:
             self.notes.append(f"{several:,} of {len(encoded):,} {where} texts are read in several windows")
-        positions = list(encoded["positions"])
-        if missing := sum(row.count(MISSING) for row in positions):
-            of = f"{missing:,} of {sum(map(len, positions)):,} {where} words"
+        counts = Counter(position == MISSING for row in cells(encoded, "positions") for position in row)
+        if counts[True]:
+            of = f"{counts[True]:,} of {counts.total():,} {where} words"
             self.notes.append(f"{of} have no token of their own: no tag is learned or found for them")
 
     def collator(self) -> PadSentences:

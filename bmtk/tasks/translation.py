@@ -14,10 +14,11 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from bmtk.data.columns import rows_at_once
 from bmtk.data.packing import IGNORE_INDEX
-from bmtk.data.tables import as_text, text_cells
+from bmtk.data.tables import TextColumn, cells, text_rows
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity, sentence_chrf, translation_scores
 from bmtk.settings import fact, setting
@@ -114,6 +115,44 @@ class PadPairs:
         return batch
 
 
+@dataclass(frozen=True)
+class PairEncoder:
+    """A batch of sources, and targets if there are any, as tokens of at most `longest` and `longest_target`.
+
+    "length" is that of both together, "whole" and "whole_target" are the lengths before they are cut.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prefix: str
+    lower_case: bool
+    longest: int
+    longest_target: int
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        sources = self._token_ids([self.prefix + text for text in batch["source"]])
+        cut = self._cut(sources, self.longest)
+        lengths, wholes = list(map(len, cut)), list(map(len, sources))
+        encoded: dict[str, list[Any]] = {"input_ids": cut, "whole": wholes, "length": lengths}
+        if "target" in batch:
+            targets = self._token_ids(batch["target"], as_target=True)
+            encoded["labels"] = self._cut(targets, self.longest_target)
+            encoded["whole_target"] = list(map(len, targets))
+            encoded["length"] = [len(s) + len(t) for s, t in zip(cut, encoded["labels"], strict=True)]
+        return encoded
+
+    def _token_ids(self, texts: list[str], *, as_target: bool = False) -> list[list[int]]:
+        """Tokens of whole texts, each with the end token, which not every tokenizer adds."""
+        texts = [text.lower() for text in texts] if self.lower_case else texts
+        ids = self.tokenizer(**{"text_target" if as_target else "text": texts}, verbose=False)["input_ids"]
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        return [row if row[-1:] == end else row + end for row in ids]
+
+    @staticmethod
+    def _cut(rows: list[list[int]], longest: int) -> list[list[int]]:
+        """Rows of at most `longest` tokens; those that are cut keep their end token."""
+        return [row if len(row) <= longest else row[: longest - 1] + row[-1:] for row in rows]
+
+
 class TranslationData(TextData):
     """Columns "source" and "target", which rows to be predicted lack.
 
@@ -125,16 +164,15 @@ class TranslationData(TextData):
 
     def read_rows(self, table: Dataset, where: str, *, labelled: bool) -> Dataset:
         """Rows without a text on either side are left out, but not of those to be predicted."""
-        columns = {"source": self._texts(table, where, "source")}
-        if not labelled:
-            return Dataset.from_dict(columns)
-        rows = Dataset.from_dict({**columns, "target": self._texts(table, where, "target")})
-        for side in ("source", "target"):
-            option = f"{side}_column" if getattr(self.args, f"{side}_column") else f"{side}_language"
-            rows = self.keep_rows_with_text(rows, rows[side], option=option, where=where)
+        sides = ("source", "target") if labelled else ("source",)
+        columns = {side: self._column(table, where, side) for side in sides}
+        # The texts of a column of pairs become columns of their own; nothing is copied.
+        rows = text_rows(table.flatten(), columns, where=where)
+        for side, (_, option, _) in columns.items() if labelled else ():
+            rows = self.keep_rows_with_text(rows, cells(rows, side), option=option, where=where)
         return rows
 
-    def _texts(self, table: Dataset, where: str, side: str) -> list[str]:
+    def _column(self, table: Dataset, where: str, side: str) -> TextColumn:
         """The texts of a side, which have a column of their own or are under their language in a column of pairs."""
         pairs, column, language = (
             getattr(self.args, name) for name in ("translation_column", f"{side}_column", f"{side}_language")
@@ -146,20 +184,19 @@ class TranslationData(TextData):
             )
         if column or pairs not in table.column_names:
             option = f"{side}_column" if column else f"{side}_language"
-            return text_cells(table, column or language, option=option, where=where)
+            return TextColumn(column or language, option)
         languages = table.features[pairs]
         if not isinstance(languages, dict) or language not in languages:
             found = ", ".join(languages) if isinstance(languages, dict) else f"no pairs but {languages}"
             raise UserError(f"{side}_language={language!r} is not in {pairs!r} of the {where} data: it has {found}")
-        place = f"{side}_language={language!r} of {where} row"
-        return [as_text((pair or {}).get(language), f"{place} {row}") for row, pair in enumerate(table[pairs], 1)]
+        return TextColumn(f"{pairs}.{language}", f"{side}_language", language)
 
     @property
     def tokenizer_options(self) -> dict[str, bool]:  # type: ignore[override]  # the settings decide
         return {"lower_case": self.args.lower_case, "adds_end": True}
 
     def training_texts(self) -> Iterable[str]:
-        return chain(self.rows["train"]["source"], self.rows["train"]["target"])
+        return chain(cells(self.rows["train"], "source"), cells(self.rows["train"], "target"))
 
     @property
     def config_fields(self) -> dict[str, object]:
@@ -199,38 +236,13 @@ class TranslationObjective(TextObjective):
     def encode(self, rows: Dataset, where: str) -> Dataset:
         """Adds `input_ids` (with the end token), `labels` (likewise) and their `length` together."""
 
-        def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-            sources = self._token_ids([self.args.prefix + text for text in batch["source"]])
-            cut = self._cut(sources, self.longest)
-            encoded: dict[str, list[Any]] = {
-                "input_ids": cut,
-                "whole": list(map(len, sources)),
-                "length": list(map(len, cut)),
-            }
-            if "target" in batch:
-                targets = self._token_ids(batch["target"], as_target=True)
-                encoded["labels"] = self._cut(targets, self.longest_target)
-                encoded["whole_target"] = list(map(len, targets))
-                encoded["length"] = [len(s) + len(t) for s, t in zip(cut, encoded["labels"], strict=True)]
-            return encoded
-
-        encoded = rows.map(encode, batched=True)
+        args = self.args
+        encoder = PairEncoder(self.tokenizer, args.prefix, args.lower_case, self.longest, self.longest_target)
+        encoded = rows.map(encoder, batched=True, batch_size=rows_at_once(rows))
         self.note_cut_texts(encoded["whole"], f"{where} source")
         if "target" in rows.column_names:
             self.note_cut_texts(encoded["whole_target"], f"{where} target", self.longest_target)
         return encoded.remove_columns([name for name in ("whole", "whole_target") if name in encoded.column_names])
-
-    def _token_ids(self, texts: list[str], *, as_target: bool = False) -> list[list[int]]:
-        """Tokens of whole texts, each with the end token, which not every tokenizer adds."""
-        texts = [text.lower() for text in texts] if self.args.lower_case else texts
-        ids = self.tokenizer(**{"text_target" if as_target else "text": texts}, verbose=False)["input_ids"]
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        return [row if row[-1:] == end else row + end for row in ids]
-
-    @staticmethod
-    def _cut(rows: list[list[int]], longest: int) -> list[list[int]]:
-        """Rows of at most `longest` tokens; those that are cut keep their end token."""
-        return [row if len(row) <= longest else row[: longest - 1] + row[-1:] for row in rows]
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         return PadPairs(pad_id=self.tokenizer.pad_token_id, start_id=self.start_id)
