@@ -1,17 +1,13 @@
-"""recipes/finetune.py on two processes trains, and measures over all rows, as on one.
-
-As a script it is one of the two processes: test_finetune_processes.py RUNS.json.
-"""
+"""recipes/finetune.py on two processes trains, and measures over all rows, as on one."""
 
 import contextlib
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
+from forked import forked
 from safetensors.torch import load_file
 
 from bmtk.training import trainer
@@ -62,23 +58,15 @@ def runs(folder: Path, *, data: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
-    """Of all runs on one process, and on two that share the same batches, started once."""
+    """Of all runs on one process, and on two that share the same batches, forked once."""
     folder = tmp_path_factory.mktemp("processes")
-    one, two, listed = folder / "one", folder / "two", folder / "runs.json"
+    one, two = folder / "one", folder / "two"
     write_rows(folder)
-    listed.write_text(json.dumps(runs(two, data=folder)), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launch, "--main_process_port", str(port), __file__, str(listed)]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
     with contextlib.chdir(ROOT), pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "build_trainer", broken_by_a_row(trainer.build_trainer))
         for argv in runs(one, data=folder):
             finetune.main(argv)
+    assert forked(lambda rank: run_on_two(runs(two, data=folder)), seconds=300) == [0, 0]
     return one, two
 
 
@@ -151,8 +139,10 @@ def limit_memory() -> None:
     trainer.build_trainer = limited
 
 
-if __name__ == "__main__":
+def run_on_two(runs: list[list[str]]) -> None:
     limit_memory()
     trainer.build_trainer = broken_by_a_row(trainer.build_trainer)
-    for argv in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+    os.chdir(ROOT)
+    for argv in runs:
         finetune.main(argv)
+    torch.distributed.destroy_process_group()

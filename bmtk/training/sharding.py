@@ -173,6 +173,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def cut_like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The part that this process holds of a whole tensor, where `weight` is spread over processes; numbers stay."""
+    if not is_dtensor(weight) or is_dtensor(tensor) or not tensor.ndim:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: Any = weight
+    return distribute_tensor(tensor, spread.device_mesh, spread.placements, src_data_rank=None)  # without a message
+
+
 def _check_plans(model: PreTrainedModel, layout: ProcessLayout) -> None:
     """Raises: UserError if the plans of the model's configuration do not fit it, or the sizes."""
     names = {_wildcard(name): module for name, module in model.named_modules()}
