@@ -15,6 +15,7 @@ from test_finetune_processes import write_rows
 from transformers import AutoModelForSequenceClassification
 
 from bmtk.errors import UserError
+from bmtk.tasks import image_classification
 from bmtk.training import optimizers
 from bmtk.training.finetuning_arguments import FineTuningArguments
 from bmtk.training.manifest import damages
@@ -34,11 +35,19 @@ CASES = {
     "images": "--task image_classification --norm_type layer_norm --max_steps 4",
     "lora": f"{TEXT} --model {{folder}}/whole --adapter lora",
     "head": f"{TEXT} --model {{folder}}/whole --freeze_backbone true",
-    "translation": "--task translation --max_steps 3 --per_device_eval_batch_size 3",
+    "translation": "--task translation --dataset {data}-pairs --max_steps 3 --per_device_eval_batch_size 1",
 }
 RESUMED = ("whole", "lora")
 ON_TWO = ("whole", "muon")  # saved by one process, and resumed by two
 COPIED = ("whole", "translation")  # in two copies, each of which is spread over two processes
+
+
+def write_pairs(folder: Path) -> None:
+    """Pairs of sentences, of which those to measure do not come out even."""
+    folder.mkdir()
+    for name, count in {"train": 40, "validation": 5, "test": 7}.items():
+        lines = (ROOT / f"recipes/data/numbers/{name}.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{name}.csv").write_text("".join(lines[: count + 1]), encoding="utf-8")
 
 
 def argv_of(name: str, folder: Path, *, one: Path, data: Path) -> list[str]:
@@ -63,8 +72,10 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     """Of all runs on one process, and spread over two, which are forked once."""
     folder = tmp_path_factory.mktemp("sharding")
     write_rows(folder)
+    write_pairs(folder.with_name(f"{folder.name}-pairs"))
     with contextlib.chdir(ROOT), pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizers, "multiplies_bfloat16_fast", lambda *_: False)
+        patch.setattr(image_classification, "image_grid", lambda *_: {})  # seconds for a picture
         for name in CASES:
             finetune.main(argv_of(name, folder / "one", one=folder / "one", data=folder))
     assert forked(lambda rank: run_on_two(folder), seconds=300) == [0, 0]
@@ -189,6 +200,7 @@ def begin(folder: Path, several: Path, *options: str) -> Callable[..., None]:
     """A function that runs a case in `several`, from the beginning or from where a run stands after a step."""
     os.chdir(ROOT)
     optimizers.multiplies_bfloat16_fast = lambda *_: False  # a rounding to 16 bits would hide what is compared
+    image_classification.image_grid = lambda *_: {}
 
     def run(name: str, copy: str = "", *, of: Path | None = None, step: int = 0) -> None:
         if of and torch.distributed.get_rank() == 0:
