@@ -98,12 +98,17 @@ def shard(model: PreTrainedModel, layout: ProcessLayout, device: torch.device) -
     if layout.tp_size > 1:
         _untie(model)
     sizes: dict[str, Any] = asdict(layout)
-    config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(**sizes))
+    _, _, mesh = type(model).prepare_distribute_model(DistributedConfig(**sizes))
     shared = _take_shared_norms(model) if layout.tp_size > 1 and layout.num_shares == 1 else []
     whole_model: Any = model
-    sharded: Any = type(model).maybe_distribute_model(whole_model.to(device), config, mesh)
-    if layout.tp_size > 1:
+    sharded: Any = whole_model.to(device)
+    if layout.tp_size > 1:  # before FSDP, which has to see that tied weights are one
+        config = DistributedConfig(tp_size=layout.tp_size)
+        sharded = type(model).maybe_distribute_model(sharded, config, mesh)
         sharded.tie_weights()
+    if layout.num_shares > 1:
+        config = DistributedConfig(**sizes | {"tp_size": 1})
+        sharded = type(model).maybe_distribute_model(sharded, config, mesh)
     for parameter in shared:
         parameter.register_hook(_summed)
     if layout.num_shares > 1:
@@ -192,11 +197,6 @@ def _check_plans(model: PreTrainedModel, layout: ProcessLayout) -> None:
         raise UserError(
             f"tp_size={layout.tp_size}: {type(model).__name__} has no plan for tensor parallelism "
             "(base_model_tp_plan); leave tp_size out, and set fsdp_size"
-        )
-    if layout.tp_size > 1 and layout.num_shares > 1 and tied_weights(model):
-        raise UserError(
-            f"tp_size={layout.tp_size} with {layout.num_shares} shares of the rows needs an output layer with weights "
-            "of its own; set tie_word_embeddings to false, or use either tp_size or fsdp_size"
         )
     if layout.num_shares > 1 and not set(names) & set(model.fsdp_plan or ()):
         raise UserError(

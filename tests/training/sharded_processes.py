@@ -31,9 +31,8 @@ CARRIED = ("lstm",)  # the rows go on from the state of the step before
 
 
 def fits(name: str, layout: dict[str, int]) -> bool:
-    """Whether a case can have a layout: only Transformers are cut, tied ones without FSDP."""
-    is_cut, is_sharded = layout.get("tp_size", 1) > 1, layout.get("fsdp_size", 1) > 1
-    return not is_cut or (CASES[name][1] == "bm_transformer" and not (is_sharded and name == "tied"))
+    """Whether a case can have a layout: only Transformers are cut."""
+    return layout.get("tp_size", 1) == 1 or CASES[name][1] == "bm_transformer"
 
 
 def model_of(name: str):

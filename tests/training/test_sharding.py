@@ -180,7 +180,6 @@ def bert():
         (recurrent, ProcessLayout(tp_size=2), "tp_size=2: BmRnnForCausalLM has no plan for tensor parallelism"),
         (bert, ProcessLayout(fsdp_size=2), "fsdp_size=2: the plan of BertForMaskedLM .* names none of its modules"),
         (tiny_model, ProcessLayout(tp_size=4), "tp_size=4 does not divide num_attention_heads=2; choose a divisor"),
-        (lambda: tiny_model(tied=True), ProcessLayout(fsdp_size=2, tp_size=2), "set tie_word_embeddings to false"),
     ],
 )
 def test_models_that_no_plan_fits_are_refused_by_name(model, layout, message):
