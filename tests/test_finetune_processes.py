@@ -1,17 +1,13 @@
-"""recipes/finetune.py on two processes trains, and measures over all rows, as on one.
-
-As a script it is one of the two processes: test_finetune_processes.py RUNS.json.
-"""
+"""recipes/finetune.py on two processes trains, and measures over all rows, as on one."""
 
 import contextlib
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
+from forked import forked
 from safetensors.torch import load_file
 
 from bmtk.training import trainer
@@ -61,23 +57,15 @@ def runs(folder: Path, *, data: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
-    """Of all runs on one process, and on two that share the same batches, started once."""
+    """Of all runs on one process, and on two that share the same batches, forked once."""
     folder = tmp_path_factory.mktemp("processes")
-    one, two, listed = folder / "one", folder / "two", folder / "runs.json"
+    one, two = folder / "one", folder / "two"
     write_rows(folder)
-    listed.write_text(json.dumps(runs(two, data=folder)), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launch, "--main_process_port", str(port), __file__, str(listed)]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
     with contextlib.chdir(ROOT), pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "build_trainer", broken_by_a_row(trainer.build_trainer))
         for argv in runs(one, data=folder):
             finetune.main(argv)
+    assert forked(lambda rank: run_on_two(runs(two, data=folder)), seconds=300) == [0, 0]
     return one, two
 
 
@@ -87,11 +75,12 @@ def test_two_processes_train_and_measure_as_one(folders, name):
     one, two = (json.loads((folder / name / "run.json").read_text(encoding="utf-8")) for folder in folders)
     assert two["environment"]["num_processes"] == 2
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4, nan_ok=True)
-    losses = [
-        [record["loss"] for record in map(json.loads, path.read_text().splitlines()) if "loss" in record]
-        for path in (folder / name / "history.jsonl" for folder in folders)
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses(folders[1] / name) == pytest.approx(losses(folders[0] / name), rel=1e-4)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
 @pytest.mark.slow
@@ -116,6 +105,20 @@ def test_two_processes_skip_a_step_together_that_one_of_them_cannot_apply(folder
         assert BROKEN in one
 
 
+@pytest.mark.slow
+def test_two_processes_end_where_one_has_too_little_memory_in_a_step_and_go_on_with_half_the_rows(folders, tmp_path):
+    """Although a pass that the other one does not wait for could be repeated alone."""
+    (argv,) = (argv for argv in runs(tmp_path, data=folders[0].parent) if argv[-1].endswith("little memory"))
+    argv += ["--save_strategy", "steps", "--save_steps", "1"]
+    assert forked(lambda rank: run_on_two([argv], first=4), seconds=60)[1] == 99
+    folder = tmp_path / "little memory"
+    assert json.loads((folder / "micro_batches.json").read_text()) == {"limits": [[4, 2]]}
+    assert max(path.name for path in (folder / "checkpoints").iterdir()) == "checkpoint-4"
+    assert forked(lambda rank: run_on_two([argv], first=4), seconds=60) == [0, 0]
+    ours, one = (losses(each) for each in (folder, folders[0] / "little memory"))
+    assert ours == pytest.approx(one, rel=1e-4)
+
+
 def broken_by_a_row(build):
     """A `build_trainer` whose runs called skipped have no finite gradient where a batch has the row `BROKEN`."""
 
@@ -135,24 +138,28 @@ def broken_by_a_row(build):
     return built
 
 
-def limit_memory() -> None:
-    """Let the second process have memory for two rows, in the runs that are about that."""
+def limit_memory(first: int) -> None:
+    """Let the second process have memory for two rows from step `first` on, in the runs that are about that."""
     build = trainer.build_trainer
 
-    def refuse(module, inputs, given, outputs):
-        if module.training and len(given["input_ids"]) > 2:
-            raise MemoryError
-
     def limited(model, *args, folder, **kwargs):
+        built = build(model, *args, folder=folder, **kwargs)
+
+        def refuse(module, inputs, given, outputs):
+            if module.training and len(given["input_ids"]) > 2 and built.state.global_step >= first:
+                raise MemoryError
+
         if folder.parent.name == "little memory" and os.environ["RANK"] == "1":
             model.register_forward_hook(refuse, with_kwargs=True)
-        return build(model, *args, folder=folder, **kwargs)
+        return built
 
     trainer.build_trainer = limited
 
 
-if __name__ == "__main__":
-    limit_memory()
+def run_on_two(runs: list[list[str]], *, first: int = 0) -> None:
+    limit_memory(first)
     trainer.build_trainer = broken_by_a_row(trainer.build_trainer)
-    for argv in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+    os.chdir(ROOT)
+    for argv in runs:
         finetune.main(argv)
+    torch.distributed.destroy_process_group()

@@ -1,20 +1,14 @@
-"""recipes/finetune.py resumes exactly at any step, with every kind of sampling that a shipped config uses.
-
-As a script it is one of two processes: test_finetune_resume.py DATA FOLDER KINDS.
-"""
+"""recipes/finetune.py resumes exactly at any step, with every kind of sampling that a shipped config uses."""
 
 import contextlib
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from safetensors.torch import load_file
 from smoke_runs import RECIPE_CONFIGS
 from test_finetune_guards import Changed
@@ -135,23 +129,13 @@ def test_a_run_that_is_resumed_at_any_step_is_the_whole_one(kind, data, tmp_path
 
 @pytest.fixture(scope="module")
 def of_two_processes(data, tmp_path_factory) -> Path:
-    """A folder with a whole run of each kind and one that was resumed, on two processes that are started once."""
+    """A folder with a whole run of each kind and one that was resumed, on two processes that are forked once."""
     folder = tmp_path_factory.mktemp("two")
     cut(run(EXACT, data, folder / "one"), folder / "one on two", step=4)
     cut(folder / "one", folder / "one on two with other batches", step=4)
-    launch([str(data), str(folder), json.dumps(kinds())])  # with two, batches are accumulated elsewhere
+    found = kinds()  # with two processes, batches are accumulated elsewhere
+    assert forked(lambda rank: run_on_two(data, folder, found), seconds=300) == [0, 0]
     return folder
-
-
-def launch(argv: list[str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", str(port), __file__, *argv]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -194,8 +178,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_after_the_weights_be
     assert all(torch.equal(value, weights(saved[0])[name]) for name, value in weights(saved[1]).items())
 
 
-def main(data: Path, folder: Path, kinds: list[tuple]) -> None:
-    torch.set_num_threads(1)
+def run_on_two(data: Path, folder: Path, kinds: list[tuple]) -> None:
     for kind in kinds:
         whole, resumed = folder / name_of(kind), folder / f"{name_of(kind)} resumed"
         run(kind, data, whole)
@@ -226,7 +209,3 @@ def stop_at_a_loss_of_one_process(data: Path, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(UserError):
         patch.setattr(trainer_module, "build_trainer", changed)
         run(EXACT, data, folder)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

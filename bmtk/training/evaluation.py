@@ -115,7 +115,12 @@ class Evaluator:
     def results(self, *, seed: int) -> Results:
         """Metrics, samples and figures of the finished model."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return measure(self.objective, model, lambda split: self.kept.get(split) or self.predict(split), seed=seed)
+
+        def predict_split(split: str) -> list[Prediction]:
+            return self.kept.get(split) or self.predict(split)
+
+        draws = self.accelerator.is_main_process
+        return measure(self.objective, model, predict_split, seed=seed, draws=draws)
 
 
 def measure(
@@ -124,8 +129,12 @@ def measure(
     predict_split: Callable[[str], list[Prediction]],
     *,
     seed: int,
+    draws: bool = True,
 ) -> Results:
-    """Metrics, samples and figures of the splits but the training rows; `predict_split` gives their predictions."""
+    """Metrics, samples and figures of the splits but the training rows; `predict_split` gives their predictions.
+
+    draws: whether this process is the one that needs the figures, which take seconds.
+    """
     model.eval()
     scorer, results = objective.scorer, Results()
     with evaluating(model):
@@ -138,6 +147,7 @@ def measure(
             results.inference = {"rows_per_second": len(rows) / (time.perf_counter() - started)}
         metrics = scorer.score(predictions, rows) | scorer.baselines(predictions, rows)
         results.metrics |= {f"{split}/{name}": value for name, value in metrics.items()}
-        samples, results.figures = scorer.samples(predictions, rows), scorer.figures(predictions, rows)
+        samples = scorer.samples(predictions, rows)
+        results.figures = scorer.figures(predictions, rows) if draws else []
     results.samples += samples
     return results

@@ -19,7 +19,7 @@ from bmtk.errors import UserError
 
 from .averaging import WeightAverage
 from .layers import decay_rates_by_depth
-from .sharding import by_mesh, on_whole_matrices
+from .sharding import by_mesh, cut_like, on_whole_matrices
 
 
 class OptimizerSettings(Protocol):
@@ -92,11 +92,15 @@ class NamedOptimizer(torch.optim.Optimizer):
         return {"state": {self.names[parameter]: dict(state) for parameter, state in self.state.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state made by `state_dict`.
+        """Take over a state made by `state_dict`, or by a torch optimizer of the same groups, which numbers weights.
 
         Raises: UserError if it holds parameters or shapes that this model does not have.
         """
         given = dict(state_dict["state"])
+        if groups := state_dict.get("param_groups"):
+            numbers = [number for group in groups for number in group["params"]]
+            names = (self.names[parameter] for parameter in self.parameters)
+            given = {name: given[number] for name, number in zip(names, numbers, strict=True) if number in given}
         for optimizer in self.optimizers:
             optimizer.state.clear()
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -117,7 +121,7 @@ def _placed(state: dict[str, torch.Tensor], parameter: nn.Parameter, name: str) 
                 f"optimizer state {key} of {name} has the shape {tuple(value.shape)}, the parameter has "
                 f"{tuple(parameter.shape)}; resume with the model that was saved"
             )
-    return {key: value.to(parameter.device, copy=True) for key, value in state.items()}
+    return {key: cut_like(value, parameter).to(parameter.device, copy=True) for key, value in state.items()}
 
 
 class Muon(torch.optim.Muon):

@@ -98,12 +98,17 @@ def shard(model: PreTrainedModel, layout: ProcessLayout, device: torch.device) -
     if layout.tp_size > 1:
         _untie(model)
     sizes: dict[str, Any] = asdict(layout)
-    config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(**sizes))
+    _, _, mesh = type(model).prepare_distribute_model(DistributedConfig(**sizes))
     shared = _take_shared_norms(model) if layout.tp_size > 1 and layout.num_shares == 1 else []
     whole_model: Any = model
-    sharded: Any = type(model).maybe_distribute_model(whole_model.to(device), config, mesh)
-    if layout.tp_size > 1:
+    sharded: Any = whole_model.to(device)
+    if layout.tp_size > 1:  # before FSDP, which has to see that tied weights are one
+        config = DistributedConfig(tp_size=layout.tp_size)
+        sharded = type(model).maybe_distribute_model(sharded, config, mesh)
         sharded.tie_weights()
+    if layout.num_shares > 1:
+        config = DistributedConfig(**sizes | {"tp_size": 1})
+        sharded = type(model).maybe_distribute_model(sharded, config, mesh)
     for parameter in shared:
         parameter.register_hook(_summed)
     if layout.num_shares > 1:
@@ -173,6 +178,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def cut_like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The part that this process holds of a whole tensor, where `weight` is spread over processes; numbers stay."""
+    if not is_dtensor(weight) or is_dtensor(tensor) or not tensor.ndim:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: Any = weight
+    return distribute_tensor(tensor, spread.device_mesh, spread.placements, src_data_rank=None)  # without a message
+
+
 def _check_plans(model: PreTrainedModel, layout: ProcessLayout) -> None:
     """Raises: UserError if the plans of the model's configuration do not fit it, or the sizes."""
     names = {_wildcard(name): module for name, module in model.named_modules()}
@@ -182,11 +197,6 @@ def _check_plans(model: PreTrainedModel, layout: ProcessLayout) -> None:
         raise UserError(
             f"tp_size={layout.tp_size}: {type(model).__name__} has no plan for tensor parallelism "
             "(base_model_tp_plan); leave tp_size out, and set fsdp_size"
-        )
-    if layout.tp_size > 1 and layout.num_shares > 1 and tied_weights(model):
-        raise UserError(
-            f"tp_size={layout.tp_size} with {layout.num_shares} shares of the rows needs an output layer with weights "
-            "of its own; set tie_word_embeddings to false, or use either tp_size or fsdp_size"
         )
     if layout.num_shares > 1 and not set(names) & set(model.fsdp_plan or ()):
         raise UserError(

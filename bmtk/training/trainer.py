@@ -394,7 +394,8 @@ def evaluate(trainer: TaskTrainer) -> Results:
     def predict_split(split: str) -> list[Prediction]:
         return trainer.predictions(trainer.get_eval_dataloader(objective.rows[split]), split)
 
-    return measure(objective, trainer.accelerator.unwrap_model(trainer.model), predict_split, seed=trainer.args.seed)
+    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    return measure(objective, model, predict_split, seed=args.seed, draws=args.should_save)
 
 
 def train(

@@ -174,12 +174,6 @@ class ShardedTrainer(PatchedTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if not self.is_spread:
             return super()._load_from_checkpoint(resume_from_checkpoint, cast(Any, model))
-        if not _is_in_parts(Path(resume_from_checkpoint)):
-            raise UserError(
-                f"{resume_from_checkpoint} was saved without fsdp_size, and its optimizer cannot be spread: leave "
-                f"fsdp_size={self.args.fsdp_size} out, or train on in another output_dir with "
-                f"model={resume_from_checkpoint}"
-            )
         self._read_weights(Path(resume_from_checkpoint))
         return None
 

@@ -1,10 +1,6 @@
-"""What test_sharding checks with several processes, in one launch of them: python sharded_processes.py FOLDER.
-
-FOLDER/one-NAME holds the run of one process of each case, and FOLDER/half-NAME one that stopped half-way.
-"""
+"""The runs that test_sharding compares: on one process, and in each layout on several that are forked once."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -35,9 +31,8 @@ CARRIED = ("lstm",)  # the rows go on from the state of the step before
 
 
 def fits(name: str, layout: dict[str, int]) -> bool:
-    """Whether a case can have a layout: only Transformers are cut, tied ones without FSDP."""
-    is_cut, is_sharded = layout.get("tp_size", 1) > 1, layout.get("fsdp_size", 1) > 1
-    return not is_cut or (CASES[name][1] == "bm_transformer" and not (is_sharded and name == "tied"))
+    """Whether a case can have a layout: only Transformers are cut."""
+    return layout.get("tp_size", 1) == 1 or CASES[name][1] == "bm_transformer"
 
 
 def model_of(name: str):
@@ -59,8 +54,8 @@ def train(folder: Path, name: str, *, batches=None, **changes):
     return run(arguments(folder, **settings), model=model_of(name), batches=batches)
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def run_cases(folder: Path) -> None:
+    """All cases in the layouts of as many processes as there are; those that were stopped half-way go on."""
     optimizers.multiplies_bfloat16_fast = lambda *_: False  # a rounding to 16 bits would hide what is compared
     for layout, sizes in LAYOUTS[int(os.environ["WORLD_SIZE"])].items():
         for name in (name for name in CASES if fits(name, sizes)):
@@ -71,7 +66,3 @@ def main(folder: Path) -> None:
     if (folder / "four then two").exists():
         train(folder / "four then two", "untied", fsdp_size=2)
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -64,12 +64,17 @@ def test_a_sharded_run_ends_where_one_process_has_too_little_memory_and_goes_on_
 
 
 @pytest.mark.slow
-def test_a_process_that_would_wait_for_ever_ends_when_another_one_has(tmp_path):
-    (first, failed, _), (second, waiting, seconds) = launch(tmp_path / "run", 1, 0)
-    assert (first, second) == (1, 1)
+@pytest.mark.parametrize(
+    ("rank", "ended"),
+    [(0, ""), (1, "process 1 (UserError) has ended, and has shown why: ")],  # the notes of the first end with it
+)
+def test_a_process_that_would_wait_for_ever_ends_when_another_one_has(tmp_path, rank, ended):
+    results = launch(tmp_path / "run", 1, rank)
+    (_, failed, _), (_, waiting, seconds) = results[rank], results[1 - rank]
+    assert [code for code, *_ in results] == [1, 1]
     assert seconds < 60
-    assert "process 0 is out of memory" in failed
-    assert "this process, which would wait for it, ends, too" in waiting
+    assert f"process {rank} is out of memory" in failed
+    assert f"{ended}this process, which would wait for it, ends, too" in waiting
 
 
 class Store:

@@ -210,6 +210,18 @@ def test_a_state_is_found_again_by_name(kind):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_a_state_of_a_torch_optimizer_that_numbers_its_parameters_is_read_by_name():
+    model = tiny_model()
+    optimizer = build_optimizer(model, LoopArguments())
+    alone = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups])
+    for number, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, float(number))
+    alone.step()
+    optimizer.load_state_dict(alone.state_dict())
+    for number, parameter in enumerate(model.parameters()):
+        torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], torch.full_like(parameter, 0.1 * number))
+
+
 def test_a_state_of_another_model_is_refused_by_name():
     optimizer = build_optimizer(tiny_model(), LoopArguments())
     with pytest.raises(ValueError, match=r"does not train: other\.weight; resume with the model"):

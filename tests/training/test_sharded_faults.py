@@ -6,18 +6,13 @@ launcher does.
 
 import os
 import signal
-import socket
 import sys
-import time
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_run
-import torch
-from accelerate import PartialState
+from forked import forked
 from tiny_run import arguments, digest, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -27,46 +22,6 @@ from bmtk.training.manifest import damages
 pytestmark = pytest.mark.slow
 SETTINGS = {"fsdp_size": 2, "num_train_steps": 4, "save_steps": 2, "eval_steps": 3, "micro_batch_size": 2}
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
-
-
-def forked(work: Callable[[int], None]) -> list[int]:
-    """Exit statuses of two processes that call work(rank); minus the signal that ended one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [in_child(rank, port, work) for rank in range(2)]
-    statuses: dict[int, int] = {}
-    while len(statuses) < 2:
-        time.sleep(0.01)
-        for child in set(children) - set(statuses):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                statuses[child] = os.waitstatus_to_exitcode(status)
-            elif any(statuses.values()):
-                os.kill(child, signal.SIGKILL)
-    return [statuses[child] for child in children]
-
-
-def in_child(rank: int, port: int, work: Callable[[int], None]) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads, which no child uses
-        child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
-        signal.alarm(60)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-        PartialState._reset_state()
-        torch.set_num_threads(1)
-        work(rank)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def killed_at(event: str, number: int):

@@ -1,24 +1,20 @@
 """A model that is spread over processes learns what it learns on one, in every layout, resumed by any number."""
 
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import forked
 from safetensors.torch import load_file, save_file
-from sharded_processes import CASES, LAYOUTS, RESUMED, fits, model_of, train
+from sharded_processes import CASES, LAYOUTS, RESUMED, fits, model_of, run_cases, train
 from tiny_run import arguments, read_history, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
-import bmtk
 from bmtk.errors import UserError
 from bmtk.training import agreement, optimizers
 from bmtk.training.manifest import damages
@@ -26,12 +22,6 @@ from bmtk.training.prepared import build_accelerator
 from bmtk.training.sharding import ProcessLayout, shard
 from bmtk.training.tensor_files import file_name, opened, owners_of, write_index
 
-SCRIPT = Path(__file__).with_name("sharded_processes.py")
-ENVIRONMENT = os.environ | {
-    "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(Path(bmtk.__file__).parents[1]),
-}
 SIZES = {layout: sizes for layouts in LAYOUTS.values() for layout, sizes in layouts.items()}
 RUNS = [(layout, name) for layout, sizes in SIZES.items() for name in CASES if fits(name, sizes)]
 HALVES = [(layout, name) for layout, name in RUNS if name in RESUMED]
@@ -47,9 +37,9 @@ def folder(tmp_path_factory) -> Path:
             train(folder / f"one-{name}", name)
     for layout, name in HALVES:
         stopped_half_way(folder / f"one-{name}", folder / f"half of {layout}-{name}")
-    launch(4, folder)
+    assert forked(lambda rank: run_cases(folder), 4, seconds=300) == [0] * 4
     stopped_half_way(folder / "fsdp 4-untied", folder / "four then two")
-    launch(2, folder)
+    assert forked(lambda rank: run_cases(folder), 2, seconds=300) == [0] * 2
     return folder
 
 
@@ -57,16 +47,6 @@ def stopped_half_way(whole: Path, half: Path) -> None:
     shutil.copytree(whole, half)
     for step in (4, 6):
         shutil.rmtree(half / "checkpoints" / f"step-{step:08d}")
-
-
-def launch(count: int, folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
-    command = [*launcher, "--main_process_port", str(port), str(SCRIPT), str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def same(left: Path, right: Path) -> None:
@@ -81,6 +61,20 @@ def same(left: Path, right: Path) -> None:
 def test_every_layout_trains_the_model_of_one_process(folder, layout, name):
     """Losses, gradient norms, evaluations (of batches that do not come out even) and weights."""
     same(folder / f"one-{name}", folder / f"{layout}-{name}")
+
+
+def compiled(folder: Path) -> None:
+    from torch._inductor import config  # seconds, for one test
+
+    config.compile_threads = 1  # without processes of its own, which a fork has no use for
+    train(folder, "untied", fsdp_size=2, torch_compile=True, save_steps=0)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_that_is_compiled_learns_the_same(tmp_path):
+    train(tmp_path / "one", "untied", save_steps=0)
+    assert forked(lambda rank: compiled(tmp_path / "two"), seconds=300) == [0, 0]
+    same(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize(("layout", "name"), HALVES)
@@ -186,7 +180,6 @@ def bert():
         (recurrent, ProcessLayout(tp_size=2), "tp_size=2: BmRnnForCausalLM has no plan for tensor parallelism"),
         (bert, ProcessLayout(fsdp_size=2), "fsdp_size=2: the plan of BertForMaskedLM .* names none of its modules"),
         (tiny_model, ProcessLayout(tp_size=4), "tp_size=4 does not divide num_attention_heads=2; choose a divisor"),
-        (lambda: tiny_model(tied=True), ProcessLayout(fsdp_size=2, tp_size=2), "set tie_word_embeddings to false"),
     ],
 )
 def test_models_that_no_plan_fits_are_refused_by_name(model, layout, message):
