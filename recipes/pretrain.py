@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import PreTrainedModel, set_seed
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
@@ -32,7 +33,7 @@ from bmtk.hub import run_record, summary
 from bmtk.hub.credentials import redact_settings
 from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run, is_finished, show_finished
 from bmtk.process import clean_errors
-from bmtk.search.study import SearchArguments, search_settings
+from bmtk.search.space import SearchArguments
 from bmtk.settings import about_data
 from bmtk.tasks import task_named
 from bmtk.tasks.objective import Objective
@@ -85,6 +86,8 @@ def main(argv: list[str]) -> None:
     run, data_args, args, dial, search, architecture = read_arguments(argv)
     task, groups = task_named(run.task), [run, data_args, args, dial, architecture]
     if search.search:
+        from bmtk.search.study import search_settings  # with what fine-tuning needs; and optuna
+
         return search_settings(search, groups, task, recipe=__file__, log=print)
     settings = redact_settings(arguments.resolved_config(*groups))
     _ = arguments.chosen_fields(architecture)  # refuses what no architecture has, before any folder is made

@@ -57,6 +57,18 @@ def found_by_hand(pairs, sigma: float) -> list[int]:
 
 
 @pytest.mark.parametrize("sigma", [2.0, 6.0])
+def test_host_and_device_find_the_same_spikes_and_keep_the_same_window(sigma):
+    host, device = (SpikeDetector(sigma, torch.device("cpu")) for _ in range(2))
+    seen = []
+    for pair in json.loads(Path(__file__).with_name("curves").joinpath("decoder_tokens.json").read_text())["pairs"]:
+        numbers = torch.tensor(pair, dtype=torch.float64)
+        seen.append(host.host_sees_spike(*pair))
+        assert bool(device._device_sees_spike(*numbers, bad=~torch.isfinite(numbers).all())) == seen[-1]
+        assert torch.equal(host.window, device.window)
+    assert any(seen)
+
+
+@pytest.mark.parametrize("sigma", [2.0, 6.0])
 def test_the_running_median_and_deviation_are_those_of_brute_force(sigma):
     generator = np.random.default_rng(3)
     pairs = np.abs(generator.standard_t(2, (400, 2)).cumsum(axis=0) * 0.01 + generator.standard_t(2, (400, 2)) + 5)
