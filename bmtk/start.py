@@ -6,11 +6,13 @@ import torch ...
 """
 
 import gc
+import importlib
 import json
 import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from transformers.utils import import_utils
@@ -21,6 +23,7 @@ from bmtk.option_help import help_topic
 from bmtk.process import clean_errors
 from bmtk.tasks import check_task
 
+DEFERRED = "scipy.optimize"
 TRAINED_FOR = "sequence_classification"  # by models without a run.json, as in the recipes
 # Recipe -> its config file, its own settings after those of run and data.  Recipes that train make a new model, too.
 TRAINING: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
@@ -56,6 +59,7 @@ def begin(recipe: str, description: str, argv: list[str]) -> None:
     """
     gc.disable()
     read_models_once()
+    defer_scipy()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends an import without a traceback; status 130
     with clean_errors():
@@ -79,8 +83,31 @@ def read_models_once() -> None:
     setattr(import_utils, "create_import_structure_from_path", of_folder)  # noqa: B010  mypy knows a cached function
 
 
+def defer_scipy() -> None:
+    """Stand in for scipy.optimize (0.3 seconds) until `imported`: transformers 5.23 imports a function of it.
+
+    That is called where a detector of theirs matches boxes, and then is scipy's own.
+    """
+    stand_in = ModuleType(DEFERRED)
+
+    def of_scipy(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if sys.modules.get(DEFERRED) is stand_in:
+            del sys.modules[DEFERRED]
+        return getattr(importlib.import_module(DEFERRED), name)
+
+    stand_in.__dict__["__getattr__"] = of_scipy
+    stand_in.__dict__["linear_sum_assignment"] = lambda *costs, **options: of_scipy("linear_sum_assignment")(
+        *costs, **options
+    )
+    sys.modules.setdefault(DEFERRED, stand_in)
+
+
 def imported() -> None:
     """All is imported: what there is stays, and is not looked through again."""
+    if getattr(sys.modules.get(DEFERRED), "__spec__", None) is None:
+        sys.modules.pop(DEFERRED, None)
     gc.freeze()
     gc.enable()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:

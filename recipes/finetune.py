@@ -35,6 +35,7 @@ from bmtk.hub.credentials import redact_settings
 from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run, is_finished, show_finished
 from bmtk.hub.run_record import ModelRecord
 from bmtk.process import clean_errors
+from bmtk.search import search_settings
 from bmtk.search.space import SearchArguments
 from bmtk.settings import about_data
 from bmtk.tasks import task_named
@@ -78,8 +79,6 @@ def main(argv: list[str]) -> None:
     run, data_args, args, adapter, search, architecture = read_arguments(argv)
     task, groups = task_named(run.task), [run, data_args, args, adapter, architecture]
     if search.search:
-        from bmtk.search.study import search_settings  # with optuna
-
         return search_settings(search, groups, task, recipe=__file__, log=print)
     args.check_engines(merges=adapter.merge_adapter)
     is_main, started_at = args.process_index == 0, run_record.now()

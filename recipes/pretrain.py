@@ -33,6 +33,7 @@ from bmtk.hub import run_record, summary
 from bmtk.hub.credentials import redact_settings
 from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run, is_finished, show_finished
 from bmtk.process import clean_errors
+from bmtk.search import search_settings
 from bmtk.search.space import SearchArguments
 from bmtk.settings import about_data
 from bmtk.tasks import task_named
@@ -86,8 +87,6 @@ def main(argv: list[str]) -> None:
     run, data_args, args, dial, search, architecture = read_arguments(argv)
     task, groups = task_named(run.task), [run, data_args, args, dial, architecture]
     if search.search:
-        from bmtk.search.study import search_settings  # with what fine-tuning needs; and optuna
-
         return search_settings(search, groups, task, recipe=__file__, log=print)
     settings = redact_settings(arguments.resolved_config(*groups))
     _ = arguments.chosen_fields(architecture)  # refuses what no architecture has, before any folder is made

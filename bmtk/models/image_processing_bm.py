@@ -101,9 +101,9 @@ class BmImageProcessor(PilBackend):
         return features
 
     def _features(self, images, **kwargs) -> BatchFeature:
-        """What the base class makes of images; of eight bits, each value is rescaled and normalized once."""
-        steps = ("do_rescale", "do_normalize")
-        if kwargs.get("do_pad") or not all(map(kwargs.get, steps)) or any(x.dtype != np.uint8 for x in images):
+        """What the base class makes of images; if all are of one kind, of eight bits, by a table of their values."""
+        steps, kinds = ("do_rescale", "do_normalize"), {(image.dtype.name, len(image)) for image in images}
+        if kwargs.get("do_pad") or not all(map(kwargs.get, steps)) or kinds not in ({("uint8", 1)}, {("uint8", 3)}):
             return super()._preprocess(images, **kwargs)
         plain = super()._preprocess(images, **{**kwargs, **dict.fromkeys(steps, False), "return_tensors": None})
         ramp = np.tile(np.arange(256, dtype=np.uint8), (len(images[0]), 1))[..., None]  # (C, 256, 1): an image

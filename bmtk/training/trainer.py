@@ -45,7 +45,7 @@ from .rng_state import set_rng_state
 from .run_folder import CHECKPOINTS
 from .signals import deferred_signals
 from .trainer_guard import GoBack, Guard, refuse_broken_weights
-from .trainer_patches import SetEpoch, StopEarly
+from .trainer_patches import SetEpoch, StopEarly, look_for_lomo_once
 from .trainer_sharding import ShardedTrainer, spread
 from .updates import Losses, LossSum
 
@@ -356,6 +356,7 @@ def build_trainer(
     args.dataloader_pin_memory &= torch.cuda.is_available()
     args.remove_unused_columns = False  # the rows hold what the collator reads
     args.include_num_input_tokens_seen = "no"  # counted by the objective
+    look_for_lomo_once()
     trainer = TaskTrainer(model, args, objective, callbacks=callbacks)
     check_whole_weights(args, is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if not args.disable_tqdm:

@@ -52,9 +52,6 @@ def look_for_lomo_once() -> None:
     cast(Any, accelerate.optimizer).is_lomo_available = functools.cache(accelerate.utils.is_lomo_available)
 
 
-look_for_lomo_once()
-
-
 class PatchedTrainer(Trainer):
     """`transformers.Trainer` that counts, resumes, ends and shares out rows as the project's own loop does.
 
