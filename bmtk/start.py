@@ -6,7 +6,6 @@ import torch ...
 """
 
 import gc
-import importlib
 import json
 import os
 import signal
@@ -70,7 +69,8 @@ def begin(recipe: str, description: str, argv: list[str]) -> None:
 def read_models_once() -> None:
     """Let transformers 5.23 read the sources of its models once: `import transformers` does, and its `models` again.
 
-    Each time takes 0.3 seconds; its cache knows the folder by the path that was used first, and those inside as text.
+    Each time takes 0.3 seconds.  Its cache has the whole under the path that was used first; of the folders inside it
+    keeps the last 128, known by text.
     """
     read = import_utils.create_import_structure_from_path
 
@@ -95,7 +95,9 @@ def defer_scipy() -> None:
             raise AttributeError(name)
         if sys.modules.get(DEFERRED) is stand_in:
             del sys.modules[DEFERRED]
-        return getattr(importlib.import_module(DEFERRED), name)
+        import scipy.optimize
+
+        return getattr(scipy.optimize, name)
 
     stand_in.__dict__["__getattr__"] = of_scipy
     stand_in.__dict__["linear_sum_assignment"] = lambda *costs, **options: of_scipy("linear_sum_assignment")(

@@ -151,8 +151,10 @@ print(json.dumps([misses, found == [define(Path(file).parent) for file in files]
 
 def test_transformers_reads_its_models_once():
     misses, _ = child(READ, "plain")
-    assert misses > 0, "transformers no longer needs read_models_once: delete it"
-    assert child(READ, "once") == [0, True]
+    assert misses > 100, "transformers no longer needs read_models_once: delete it"
+    misses, is_the_same = child(READ, "once")
+    assert misses <= 1
+    assert is_the_same
 
 
 ASSIGN = """
