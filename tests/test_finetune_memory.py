@@ -42,7 +42,7 @@ def memory(monkeypatch):
                     return
                 if not in_backward:
                     fail(None)
-                outputs.logits.register_hook(fail)
+                outputs.reader_logits[0].register_hook(fail)
 
             model._forward_hooks.clear()
             model.register_forward_hook(refuse, with_kwargs=True)

@@ -74,7 +74,7 @@ def settings_of(kind: tuple, data: Path) -> list[str]:
     argv += ["--micro_batch_size", "2"] if accumulates else []
     argv += ["--ema_decay", "0.9"] if averages else []
     argv += ["--dataloader_num_workers", "1"] if workers else []
-    argv += ["--hidden_dropout", "0", "--token_dropout", "0", "--ngram_buckets", "0"] if kind == EXACT else []
+    argv += ["--hidden_dropout", "0", "--token_dropout", "0"] if kind == EXACT else []
     return argv + (["--adapter", adapter, "--model", str(data / "base")] if adapter else [])
 
 

@@ -30,11 +30,10 @@ ROOT = Path(__file__).parent.parent
 EXACT = "--preset smoke --disable_tqdm true --batch_size 8 --num_train_epochs 2 --warmup_steps 0 --logging_steps 1"
 EXACT += " --save_total_limit 9 --adam_epsilon 1e-4 --precision fp32"
 TEXT = "--task sequence_classification --tokenizer word --dataset {data}"
-NEW = f"{TEXT} --ngram_buckets 0"  # whose readers of a row are drawn, as dropout is
 CASES = {
-    "whole": f"{NEW} --micro_batch_size 2 --ema_decay 0.9 --max_grad_norm 0.1",
-    "muon": f"{NEW} --optimizer muon --l1_penalty 1e-4 --gradient_checkpointing true",
-    "best": f"{NEW} --load_best_model_at_end true --max_grad_norm 0",
+    "whole": f"{TEXT} --micro_batch_size 2 --ema_decay 0.9 --max_grad_norm 0.1",
+    "muon": f"{TEXT} --optimizer muon --l1_penalty 1e-4 --gradient_checkpointing true",
+    "best": f"{TEXT} --load_best_model_at_end true --max_grad_norm 0",
     "images": "--task image_classification --norm_type layer_norm --max_steps 4",
     "lora": f"{TEXT} --model {{folder}}/whole --adapter lora",
     "head": f"{TEXT} --model {{folder}}/whole --freeze_backbone true",

@@ -7,6 +7,8 @@ Every loss is a sum over predicted elements divided by `num_items_in_batch` (or 
 so that it does not depend on micro-batches, accumulation and the number of processes.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .ngrams_bm import NgramReader, joined
+from .ngrams_bm import NgramReader
 from .pooling_bm import last_position, mask_of_positions, mean_position
 from .token_loss_bm import label_loss, token_loss, token_losses
 
@@ -174,6 +176,13 @@ class MaskedLMHead:
         )
 
 
+@dataclass
+class SequenceClassificationOutput(SequenceClassifierOutputWithPast):
+    """`reader_logits`: in training, what each of two readers gives (B, K), the network and its n-grams."""
+
+    reader_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
 class SequenceClassificationHead:
     """One label, several labels or numbers for a whole row, read from the trunk's `pooler_output`.
 
@@ -200,9 +209,10 @@ class SequenceClassificationHead:
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
-        """Logits (B, K); for `labels` see `classification_loss`.
+    ) -> SequenceClassificationOutput:
+        """Logits (B, K), the mean of the readers; for `labels` see `classification_loss`.
 
+        The loss is, in training, the mean of each reader's loss, and otherwise that of the logits.
         Without `attention_mask` no position is padding; batches of rows of different lengths need one.
         """
         outputs = self.model(
@@ -213,13 +223,20 @@ class SequenceClassificationHead:
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.score(self.dropout(outputs.pooler_output))  # (B, K)
+        readers = [self.score(self.dropout(outputs.pooler_output))]  # of logits (B, K)
         if self.ngrams is not None:
-            logits = joined(logits, self.read_ngrams(input_ids, attention_mask), training=self.training)
-        loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutputWithPast(
+            readers.append(self.read_ngrams(input_ids, attention_mask))
+        logits = torch.stack(readers).mean(0)
+        # If both learned from their mean, the n-grams, which learn faster, would leave the network nothing to learn.
+        scored = readers if self.training else [logits]
+        loss = None
+        if labels is not None:
+            losses = [classification_loss(one, labels, self.config, num_items_in_batch) for one in scored]
+            loss = sum(losses) / len(losses)
+        return SequenceClassificationOutput(
             loss=loss,
             logits=logits,
+            reader_logits=tuple(readers) if self.training and len(readers) > 1 else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -363,6 +380,7 @@ __all__ = [
     "MaskedLMHead",
     "QuestionAnsweringHead",
     "SequenceClassificationHead",
+    "SequenceClassificationOutput",
     "TokenClassificationHead",
     "check_input",
     "classification_loss",

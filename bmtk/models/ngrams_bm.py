@@ -42,14 +42,4 @@ def bucket_of(tokens: torch.Tensor, size: int, buckets: int) -> torch.Tensor:
     return key % buckets
 
 
-def joined(deep: torch.Tensor, wide: torch.Tensor, *, training: bool) -> torch.Tensor:
-    """The mean of two readers' logits (B, K); in training each row goes to one of them, by chance.
-
-    If both learned from their sum, the n-grams, which learn faster, would leave nothing for the network to learn.
-    """
-    if not training:
-        return (deep + wide) / 2
-    return torch.where(torch.rand(len(deep), 1, device=deep.device) < 0.5, deep, wide.to(deep.dtype))
-
-
-__all__ = ["NgramReader", "bucket_of", "joined"]
+__all__ = ["NgramReader", "bucket_of"]

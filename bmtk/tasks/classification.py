@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,13 +115,15 @@ class LabelSet:
     def criterion(
         self, outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, label_smoothing: float = 0.0
     ) -> torch.Tensor:
-        """The losses of a batch, summed over its items.
+        """The losses of a batch, summed over its items; the mean of them where a model trains several readers.
 
         Computed here because most classifiers of transformers accept `num_items_in_batch` and drop it: their loss and
         gradients grow with gradient accumulation.
         """
         # In float32: under bf16 autocast a log-softmax over rounded logits loses digits that the gradient needs.
-        return self.kind.criterion(outputs["logits"].float(), batch["labels"], label_smoothing=label_smoothing)
+        readers = outputs.get("reader_logits") or (outputs["logits"],)
+        loss_of = partial(self.kind.criterion, label_smoothing=label_smoothing)
+        return torch.stack([loss_of(logits.float(), batch["labels"]) for logits in readers]).mean(0)
 
 
 def labels_of(config: Any, auto_class: str) -> list[str]:

@@ -85,10 +85,6 @@ def common_settings(recipe: Recipe, *, on_cpu: bool) -> tuple[dict[str, object],
         for name in recipe.architecture | {"lora_dropout"} & settings.keys()
         if any(part in name for part in DRAWS)
     )
-    is_new_classifier = settings.get("task") == "sequence_classification" and not settings.get("model")
-    drawn += (
-        {"ngram_buckets"} & recipe.architecture if is_new_classifier else ()
-    )  # a draw decides which rows train them
     changes |= dict.fromkeys(drawn, 0)
     if drawn:
         notes.append(f"{', '.join(drawn)} are 0, because random numbers depend on the number of processes")

@@ -10,7 +10,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
-from bmtk.models.ngrams_bm import FACTOR, PRIME, SCALE, NgramReader, bucket_of, joined
+from bmtk.models.ngrams_bm import FACTOR, PRIME, SCALE, NgramReader, bucket_of
+from bmtk.tasks.classification import LabelSet
+from bmtk.tasks.label_types import OneLabel
+from bmtk.tasks.sequence_classification import SequenceClassificationArguments
 
 FAMILIES = {
     "transformer": lambda **fields: BmTransformerConfig(**{**BERT, **fields}),
@@ -60,14 +63,24 @@ def test_a_reader_sums_the_rows_of_real_ngrams_on_either_side_of_padding():
     assert reader(ids, torch.zeros_like(mask)).abs().sum() == 0
 
 
-def test_each_row_learns_from_one_reader_and_is_judged_by_both():
-    deep, wide = torch.zeros(400, 2), torch.ones(400, 2)
-    assert (joined(deep, wide, training=False) == 0.5).all()
-    torch.manual_seed(0)
-    drawn = joined(deep, wide, training=True)
-    assert (drawn[:, 0] == drawn[:, 1]).all()
-    assert 150 < drawn[:, 0].sum() < 250
-    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_reader_learns_from_its_own_loss_and_rows_are_judged_by_both(family):
+    config = FAMILIES[family](ngram_buckets=64, num_labels=3)
+    model = AutoModelForSequenceClassification.from_config(config).train()
+    torch.nn.init.normal_(model.ngrams.table.weight)
+    ids, labels = torch.randint(3, VOCAB, (4, 6)), torch.tensor([2, 0, 1, 1])
+    outputs = model(ids, labels=labels)
+    deep, wide = model.score(model.model(ids).pooler_output), model.ngrams(ids, None)
+    torch.testing.assert_close(outputs.reader_logits, (deep, wide))
+    torch.testing.assert_close(outputs.logits, (deep + wide) / 2)
+    expected = (F.cross_entropy(deep, labels) + F.cross_entropy(wide, labels)) / 2
+    torch.testing.assert_close(outputs.loss, expected)
+    batch = {"labels": labels}
+    kind = OneLabel(SequenceClassificationArguments())
+    smooth = [F.cross_entropy(one, labels, reduction="sum", label_smoothing=0.1) for one in (deep, wide)]
+    found = LabelSet(kind, list("abc"), {}).criterion(outputs, batch, label_smoothing=0.1)
+    torch.testing.assert_close(found, (smooth[0] + smooth[1]) / 2)
+    assert model.eval()(ids, labels=labels).reader_logits is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ SETTINGS = {"output_dir": "outputs/run", "batch_size": 6, "search": None}
 
 
 def recipe(tmp_path, *, name="pretrain", **settings):
-    architecture = frozenset(("hidden_dropout", "drop_path_rate", "hidden_size", "ngram_buckets"))
+    architecture = frozenset(("hidden_dropout", "drop_path_rate", "hidden_size"))
     return Recipe(tmp_path / f"{name}.py", ["--config", "my.yaml"], SETTINGS | settings, architecture)
 
 
@@ -89,16 +89,6 @@ def test_odd_batches_are_made_even_and_trainers_sizes_are_those_of_a_step(tmp_pa
     sizes = {"batch_size": None, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
     changes, _ = common_settings(recipe(tmp_path, name="finetune", lora_dropout=0.1, **sizes), on_cpu=True)
     assert (changes["batch_size"], changes["use_cpu"], changes["lora_dropout"]) == (12, True, 0)
-
-
-def test_readers_that_are_drawn_are_left_out_of_new_classifiers(tmp_path):
-    changes, notes = common_settings(
-        recipe(tmp_path, name="finetune", task="sequence_classification", model=None), on_cpu=True
-    )
-    assert changes["ngram_buckets"] == 0
-    assert "drop_path_rate, hidden_dropout, ngram_buckets are 0, because random numbers" in notes[-1]
-    for others in ({"task": "translation"}, {"task": "sequence_classification", "model": "outputs/a"}):
-        assert "ngram_buckets" not in common_settings(recipe(tmp_path, name="finetune", **others), on_cpu=True)[0]
 
 
 def test_a_leg_that_fails_is_shown(legs, tmp_path, monkeypatch):
