@@ -74,7 +74,7 @@ def read_models_once() -> None:
     """
     read = import_utils.create_import_structure_from_path
 
-    def of_folder(path: str | os.PathLike[str]) -> Any:
+    def of_folder(path: str | Path) -> Any:
         folder = Path(path).parent
         if Path(path).name != "__init__.py":
             return read(path)
