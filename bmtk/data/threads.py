@@ -21,6 +21,12 @@ def side_by_side(make: Callable[..., Made], *columns: Iterable[Any]) -> list[Mad
     return list(map(make, *columns) if threads == 1 else _pool(os.getpid(), threads).map(make, *columns))
 
 
+def shares_of_threads(count: int) -> list[slice]:
+    """`count` rows cut into a share for each thread, nearly equal, for what has a cost of its own at each call."""
+    threads = min(torch.get_num_threads(), count)
+    return [slice(count * number // threads, count * (number + 1) // threads) for number in range(threads)]
+
+
 @functools.cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """The threads of a process: a fork has none of its parent's."""

@@ -109,7 +109,10 @@ class BmImageProcessor(PilBackend):
         ramp = np.tile(np.arange(256, dtype=np.uint8), (len(images[0]), 1))[..., None]  # (C, 256, 1): an image
         ramp = self.rescale(ramp, kwargs["rescale_factor"])
         table = self.normalize(ramp, kwargs["image_mean"], kwargs["image_std"])[..., 0]
-        found = [np.stack([t[x] for t, x in zip(table, image, strict=True)]) for image in plain["pixel_values"]]
+        found = [np.empty(image.shape, table.dtype) for image in plain["pixel_values"]]
+        for channels, image in zip(found, plain["pixel_values"], strict=True):
+            for value_of, channel, values in zip(table, channels, image, strict=True):
+                np.take(value_of, values, out=channel, mode="clip")  # with "raise", the default, it makes a copy
         return BatchFeature({"pixel_values": found}, tensor_type=kwargs["return_tensors"])
 
     def post_process_object_detection(

@@ -19,7 +19,7 @@ from bmtk.data.box_transforms import FLIPS, FORMATS, BoxAugmentation
 from bmtk.data.columns import with_columns
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.labels import agreed_labels, in_order, some
-from bmtk.data.threads import side_by_side
+from bmtk.data.threads import shares_of_threads, side_by_side
 from bmtk.errors import UserError
 from bmtk.metrics.boxes import average_precisions, summary
 from bmtk.settings import fact, setting
@@ -192,12 +192,14 @@ class ObjectDetectionObjective(ImageObjective):
                 sizes = torch.tensor([(image.height, image.width) for image in images])
                 return {**self.processor(images, return_tensors="pt"), "sizes": sizes}
             annotations = [row["annotations"] for row in rows]
-            if not hasattr(self.processor, "for_config"):  # not one of ours: others pad to the largest image
-                batch = dict(self.processor(images, annotations=annotations, return_tensors="pt"))
-                return {**batch, "labels": [dict(label) for label in batch["labels"]]}
-            made = side_by_side(partial(self.processor, return_tensors="pt"), images, annotations)
-            pixels = torch.cat([one["pixel_values"] for one in made])
-            return {"pixel_values": pixels, "labels": [dict(label) for one in made for label in one["labels"]]}
+            is_own = hasattr(self.processor, "for_config")  # others pad to the largest image of all
+            shares = shares_of_threads(len(rows)) if is_own else [slice(None)]
+            parts = [images[share] for share in shares], [annotations[share] for share in shares]
+            first, *others = side_by_side(partial(self.processor, return_tensors="pt"), *parts)
+            for other in others:
+                first["pixel_values"] = torch.cat((first["pixel_values"], other["pixel_values"]))
+                first["labels"] += other["labels"]
+            return {**first, "labels": [dict(label) for label in first["labels"]]}
 
         return collate
 
