@@ -123,7 +123,7 @@ def test_attention_has_the_gradients_of_the_plain_formula(monkeypatch, draw, is_
 
 def test_attention_of_its_own_is_for_whole_short_rows_in_training():
     x = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16, requires_grad=True)
-    long = torch.randn(1, 2, 256, 16, dtype=torch.bfloat16, requires_grad=True)
+    long = torch.randn(1, 2, 257, 16, dtype=torch.bfloat16, requires_grad=True)
     assert fits_cpu_attention(x, x, x, None, 0.0)
     assert not fits_cpu_attention(x, x, x, torch.ones(1, 1, 8, 8), 0.0)
     assert not fits_cpu_attention(x, x, x, None, 0.1)
