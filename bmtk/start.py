@@ -11,7 +11,10 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from transformers.utils import import_utils
 
 from bmtk import arguments
 from bmtk.declarations import ModuleSource, declared, source_of
@@ -19,6 +22,7 @@ from bmtk.option_help import help_topic
 from bmtk.process import clean_errors
 from bmtk.tasks import check_task
 
+DEFERRED = "scipy.optimize"
 TRAINED_FOR = "sequence_classification"  # by models without a run.json, as in the recipes
 # Recipe -> its config file, its own settings after those of run and data.  Recipes that train make a new model, too.
 TRAINING: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
@@ -53,6 +57,8 @@ def begin(recipe: str, description: str, argv: list[str]) -> None:
     look for them takes a fifth of the time.  `imported` turns that on again, and what Ctrl-C raises.
     """
     gc.disable()
+    read_models_once()
+    defer_scipy()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends an import without a traceback; status 130
     with clean_errors():
@@ -60,8 +66,50 @@ def begin(recipe: str, description: str, argv: list[str]) -> None:
     say("loading PyTorch and transformers ...")
 
 
+def read_models_once() -> None:
+    """Let transformers 5.23 read the sources of its models once: `import transformers` does, and its `models` again.
+
+    Each time takes 0.3 seconds.  Its cache has the whole under the path that was used first; of the folders inside it
+    keeps the last 128, known by text.
+    """
+    read = import_utils.create_import_structure_from_path
+
+    def of_folder(path: str | Path) -> Any:
+        folder = Path(path).parent
+        if Path(path).name != "__init__.py":
+            return read(path)
+        return read(folder if folder.name == "models" else str(folder))
+
+    setattr(import_utils, "create_import_structure_from_path", of_folder)  # noqa: B010  mypy knows a cached function
+
+
+def defer_scipy() -> None:
+    """Stand in for scipy.optimize (0.3 seconds) until `imported`: transformers 5.23 imports a function of it.
+
+    That is called where a detector of theirs matches boxes, and then is scipy's own.
+    """
+    stand_in = ModuleType(DEFERRED)
+
+    def of_scipy(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if sys.modules.get(DEFERRED) is stand_in:
+            del sys.modules[DEFERRED]
+        import scipy.optimize
+
+        return getattr(scipy.optimize, name)
+
+    stand_in.__dict__["__getattr__"] = of_scipy
+    stand_in.__dict__["linear_sum_assignment"] = lambda *costs, **options: of_scipy("linear_sum_assignment")(
+        *costs, **options
+    )
+    sys.modules.setdefault(DEFERRED, stand_in)
+
+
 def imported() -> None:
     """All is imported: what there is stays, and is not looked through again."""
+    if getattr(sys.modules.get(DEFERRED), "__spec__", None) is None:
+        sys.modules.pop(DEFERRED, None)
     gc.freeze()
     gc.enable()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:

@@ -35,7 +35,8 @@ from bmtk.hub.credentials import redact_settings
 from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run, is_finished, show_finished
 from bmtk.hub.run_record import ModelRecord
 from bmtk.process import clean_errors
-from bmtk.search.study import SearchArguments, search_settings
+from bmtk.search import search_settings
+from bmtk.search.space import SearchArguments
 from bmtk.settings import about_data
 from bmtk.tasks import task_named
 from bmtk.tasks.objective import Objective

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import PreTrainedModel, set_seed
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 import bmtk  # noqa: F401  registers the model families
 from bmtk import arguments
@@ -32,7 +33,8 @@ from bmtk.hub import run_record, summary
 from bmtk.hub.credentials import redact_settings
 from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run, is_finished, show_finished
 from bmtk.process import clean_errors
-from bmtk.search.study import SearchArguments, search_settings
+from bmtk.search import search_settings
+from bmtk.search.space import SearchArguments
 from bmtk.settings import about_data
 from bmtk.tasks import task_named
 from bmtk.tasks.objective import Objective

@@ -132,6 +132,52 @@ def in_any_order(text):
     return re.sub(r"\[([a-z0-9_|]+)\]", lambda found: "|".join(sorted(found[1].split("|"))), text)
 
 
+READ = """
+import json, sys
+from pathlib import Path
+from bmtk import start
+from transformers.utils import import_utils
+read, define = import_utils.create_import_structure_from_path, import_utils.define_import_structure.__wrapped__
+if sys.argv[1] == "once":
+    start.read_models_once()
+before = read.cache_info().misses
+import transformers.models
+files = [transformers.__path__[0] + name for name in ("/models/__init__.py", "/models/auto/__init__.py")]
+found, misses = [define(file) for file in files], read.cache_info().misses - before
+read.cache_clear()
+print(json.dumps([misses, found == [define(Path(file).parent) for file in files]]))
+"""
+
+
+def test_transformers_reads_its_models_once():
+    misses, _ = child(READ, "plain")
+    assert misses > 100, "transformers no longer needs read_models_once: delete it"
+    misses, is_the_same = child(READ, "once")
+    assert misses <= 1
+    assert is_the_same
+
+
+ASSIGN = """
+import json, sys
+from bmtk import start
+start.defer_scipy()
+import transformers.modeling_utils
+from transformers.loss import loss_for_object_detection as losses
+is_loaded = "scipy.optimize._optimize" in sys.modules
+start.imported()
+rows, columns = losses.linear_sum_assignment([[4, 1, 3], [2, 0, 5], [3, 2, 2]], maximize=False)
+from scipy.optimize import linear_sum_assignment, minimize
+same = all((a == b).all() for a, b in zip(linear_sum_assignment([[4, 1, 3], [2, 0, 5], [3, 2, 2]]), (rows, columns)))
+print(json.dumps([is_loaded, columns.tolist(), same]))
+"""
+
+
+def test_scipy_is_imported_when_boxes_are_matched():
+    assert child(ASSIGN) == [False, [1, 0, 2], True]
+    plain = ASSIGN.replace("start.defer_scipy()\n", "")
+    assert child(plain)[0], "transformers no longer needs defer_scipy: delete it"
+
+
 def test_an_unknown_task_is_refused_early():
     with pytest.raises(UserError, match="task='nothing' is unknown; choose one of audio_classification"):
         start.answer(ROOT / "recipes" / "finetune.py", "", ["--task", "nothing"])

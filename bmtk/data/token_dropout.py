@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from .epoch_dataset import EpochDataset
+from .number_rows import NumberRows
 
 
 @dataclass
@@ -25,6 +26,9 @@ class TokenDropout(EpochDataset):
     kept: frozenset[int]
     seed: int
 
+    def __post_init__(self) -> None:
+        self.as_they_are = NumberRows(self.rows)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -32,7 +36,8 @@ class TokenDropout(EpochDataset):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        return [self._hide(index, row) for index, row in zip(indices, self.rows.__getitems__(indices), strict=True)]
+        rows = self.as_they_are.__getitems__(indices)
+        return [self._hide(index, row) for index, row in zip(indices, rows, strict=True)]
 
     def _hide(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
         draw = np.random.default_rng([self.seed, self.epoch, index])

@@ -33,7 +33,7 @@ LARGEST_EXPONENT = math.log(1000.0)  # keeps exp() finite
 class DetectionOutput(ModelOutput):
     """`logits` (B, Q, K), `pred_boxes` (B, Q, 4) as (centre x, centre y, width, height) as fractions of the image
     size, `pred_centerness` (B, Q) before the sigmoid, the three terms of the loss, and
-    `row_losses` (B,), if they are asked for."""
+    `row_losses` and `row_items` (B,), losses and positive locations of each image, if they are asked for."""
 
     loss: torch.Tensor | None = None
     loss_dict: dict | None = None
@@ -44,6 +44,7 @@ class DetectionOutput(ModelOutput):
     hidden_states: tuple | None = None
     attentions: tuple | None = None
     row_losses: torch.Tensor | None = None
+    row_items: torch.Tensor | None = None
 
 
 class FeaturePyramid(nn.Module):
@@ -144,14 +145,14 @@ class ObjectDetectionHead:
         output_row_losses: bool = False,
         **kwargs,
     ) -> DetectionOutput:
-        """`output_row_losses`: also the sum of the losses of each image, not divided by anything."""
+        """`output_row_losses`: also the sum of the losses of each image, not divided by anything, and its items."""
         outputs = self.model(pixel_values=pixel_values, **kwargs)
         levels = self.pyramid([outputs.feature_maps[i] for i in self.used_maps])
         logits, distances, centre_logits = self.towers(levels)
         points, strides, ranges = self.locations([x.shape[-2:] for x in levels], logits.device)
         distances = distances.float() * strides[:, None]  # (B, Q, 4), pixels
         size = image_size(pixel_values)
-        loss = terms = row_losses = None
+        loss = terms = row_losses = row_items = None
         if labels is not None:
             targets = [self.targets(points, strides, ranges, label, size) for label in labels]
             classes, target_distances = (torch.stack(x) for x in zip(*targets, strict=True))
@@ -159,12 +160,14 @@ class ObjectDetectionHead:
             loss = sum(terms.values())
             if output_row_losses:
                 inputs = (x.split(1) for x in (logits, distances, centre_logits, classes, target_distances))
+                row_items = (classes < self.config.num_labels).sum(1)
                 row_losses = torch.stack([sum(self.loss_terms(*row, 1).values()) for row in zip(*inputs, strict=True)])
         boxes = torch.cat((points - distances[..., :2], points + distances[..., 2:]), dim=-1)
         return DetectionOutput(
             loss=loss,
             loss_dict=terms,
             row_losses=row_losses,
+            row_items=row_items,
             logits=logits,
             pred_boxes=centres(boxes) / size.repeat(2),
             pred_centerness=centre_logits,

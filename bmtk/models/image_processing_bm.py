@@ -89,7 +89,7 @@ class BmImageProcessor(PilBackend):
         return super().preprocess(images, annotations, **kwargs)
 
     def _preprocess(self, images, annotations, **kwargs) -> BatchFeature:
-        features = super()._preprocess(images, **kwargs)
+        features = self._features(images, **kwargs)
         if annotations is None:
             return features
         if len(annotations) != len(images):
@@ -99,6 +99,21 @@ class BmImageProcessor(PilBackend):
         labels = [label_of(a, *image.shape[-2:]) for a, image in zip(annotations, images, strict=True)]
         features["labels"] = [BatchFeature(label, tensor_type=kwargs.get("return_tensors")) for label in labels]
         return features
+
+    def _features(self, images, **kwargs) -> BatchFeature:
+        """What the base class makes of images; if all are of one kind, of eight bits, by a table of their values."""
+        steps, kinds = ("do_rescale", "do_normalize"), {(image.dtype.name, len(image)) for image in images}
+        if kwargs.get("do_pad") or not all(map(kwargs.get, steps)) or kinds not in ({("uint8", 1)}, {("uint8", 3)}):
+            return super()._preprocess(images, **kwargs)
+        plain = super()._preprocess(images, **{**kwargs, **dict.fromkeys(steps, False), "return_tensors": None})
+        ramp = np.tile(np.arange(256, dtype=np.uint8), (len(images[0]), 1))[..., None]  # (C, 256, 1): an image
+        ramp = self.rescale(ramp, kwargs["rescale_factor"])
+        table = self.normalize(ramp, kwargs["image_mean"], kwargs["image_std"])[..., 0]
+        found = [np.empty(image.shape, table.dtype) for image in plain["pixel_values"]]
+        for channels, image in zip(found, plain["pixel_values"], strict=True):
+            for value_of, channel, values in zip(table, channels, image, strict=True):
+                np.take(value_of, values, out=channel, mode="clip")  # with "raise", the default, it makes a copy
+        return BatchFeature({"pixel_values": found}, tensor_type=kwargs["return_tensors"])
 
     def post_process_object_detection(
         self, outputs, threshold: float = 0.5, target_sizes=None, nms_threshold: float = 0.6, max_detections: int = 100
@@ -155,7 +170,8 @@ def best_boxes(scores, boxes, threshold: float, nms_threshold: float, max_detect
     location, label = (scores > threshold).nonzero(as_tuple=True)
     best, order = scores[location, label].topk(min(NUM_CANDIDATES, len(location)))
     location, label = location[order], label[order]
-    kept = non_maximum_suppression(boxes[location], best, label, iou_threshold=nms_threshold)[:max_detections]
+    limits = {"iou_threshold": nms_threshold, "limit": max_detections}
+    kept = non_maximum_suppression(boxes[location], best, label, **limits)
     return {"scores": best[kept], "labels": label[kept], "boxes": boxes[location[kept]]}
 
 

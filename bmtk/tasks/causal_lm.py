@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate.utils import set_seed  # transformers' own imports peft, too
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from bmtk.data.batches import GlobalBatches
 from bmtk.data.packing import IGNORE_INDEX

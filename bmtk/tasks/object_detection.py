@@ -6,7 +6,7 @@ A box is [left, top, width, height] in pixels of the original image, in the data
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from bmtk.data.box_transforms import FLIPS, FORMATS, BoxAugmentation
 from bmtk.data.columns import with_columns
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.labels import agreed_labels, in_order, some
+from bmtk.data.threads import shares_of_threads, side_by_side
 from bmtk.errors import UserError
 from bmtk.metrics.boxes import average_precisions, summary
 from bmtk.settings import fact, setting
@@ -100,7 +101,7 @@ class DetectionRows(EpochDataset, ImageRows):
         self.augmentation, self.seed = augmentation, seed
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [self.view(row, index) for row, index in zip(super().__getitems__(indices), indices, strict=True)]
+        return side_by_side(self.view, super().__getitems__(indices), indices)
 
     def view(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         if "boxes" not in row:
@@ -191,8 +192,14 @@ class ObjectDetectionObjective(ImageObjective):
                 sizes = torch.tensor([(image.height, image.width) for image in images])
                 return {**self.processor(images, return_tensors="pt"), "sizes": sizes}
             annotations = [row["annotations"] for row in rows]
-            batch = dict(self.processor(images, annotations=annotations, return_tensors="pt"))
-            return {**batch, "labels": [dict(label) for label in batch["labels"]]}
+            is_own = hasattr(self.processor, "for_config")  # others pad to the largest image of all
+            shares = shares_of_threads(len(rows)) if is_own else [slice(None)]
+            parts = [images[share] for share in shares], [annotations[share] for share in shares]
+            first, *others = side_by_side(partial(self.processor, return_tensors="pt"), *parts)
+            for other in others:
+                first["pixel_values"] = torch.cat((first["pixel_values"], other["pixel_values"]))
+                first["labels"] += other["labels"]
+            return {**first, "labels": [dict(label) for label in first["labels"]]}
 
         return collate
 
@@ -241,16 +248,20 @@ class ObjectDetectionScorer(Scorer):
         """The loss of each row is wanted: all at once of a model that gives them, of other detectors row by row."""
         if hasattr(model, "count_items") and "labels" in batch:
             outputs = model(**batch, num_items_in_batch=1, output_row_losses=True)
-            return self._predictions(outputs, batch, outputs.row_losses.tolist())
+            items = outputs.row_items.tolist()
+            return self._predictions(outputs, batch, list(zip(outputs.row_losses.tolist(), items, strict=True)))
         predictions = []
         for row in range(len(batch["pixel_values"])):
             of_row = {name: value[row : row + 1] for name, value in batch.items()}
             outputs = model(**{name: value for name, value in of_row.items() if name != "sizes"})
-            predictions += self._predictions(outputs, of_row, [float(outputs.loss)] if "labels" in batch else [])
+            losses = [(float(outputs.loss), int(self.objective.num_items(of_row)))] if "labels" in batch else []
+            predictions += self._predictions(outputs, of_row, losses)
         return predictions
 
-    def _predictions(self, outputs: Any, batch: Mapping[str, Any], losses: Sequence[float]) -> list[Prediction]:
-        """Boxes of the images of a batch in pixels of the originals, and the `losses` of those that have labels."""
+    def _predictions(
+        self, outputs: Any, batch: Mapping[str, Any], losses: Sequence[tuple[float, int]]
+    ) -> list[Prediction]:
+        """Boxes of the images of a batch in pixels of the originals, with loss and items of those that have labels."""
         labels: list[Any] = batch.get("labels", [])
         sizes = [label["orig_size"] for label in labels] or list(batch["sizes"])
         found = self.objective.processor.post_process_object_detection(
@@ -262,9 +273,8 @@ class ObjectDetectionScorer(Scorer):
             boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1)
             names = ("labels", "scores")
             predictions.append({"boxes": boxes.tolist()} | {name: of_image[name].tolist() for name in names})
-        for row, (prediction, loss) in enumerate(zip(predictions, losses, strict=bool(losses))):
-            of_row = {name: value[row : row + 1] for name, value in batch.items()}
-            prediction |= {"loss": loss, "items": int(self.objective.num_items(of_row))}
+        for prediction, (loss, items) in zip(predictions, losses, strict=bool(losses)):
+            prediction |= {"loss": loss, "items": items}
         return predictions
 
     def score(self, predictions: Sequence[Prediction], rows: DetectionRows) -> dict[str, float]:

@@ -1,13 +1,13 @@
 """What of a pretrained model is trained: all, its head alone, or low-rank updates beside frozen weights (LoRA)."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from bmtk.errors import UserError
 
 from .quantization import QUANTIZATIONS
+
+if TYPE_CHECKING:  # peft takes a quarter of a second, also of runs without an adapter
+    from peft import PeftModel
 
 ADAPTERS = ("lora", "dora")
 ADAPTER_CONFIG = "adapter_config.json"  # the file that makes a folder an adapter
@@ -75,7 +78,13 @@ class AdapterArguments:
         return f"adapter={self.adapter} changes" if self.adapter else None
 
 
-def adapt(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PreTrainedModel | PeftModel:
+def is_adapted(model: object) -> "TypeGuard[PeftModel]":
+    """Whether an adapter is around the model; who made it has imported peft."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def adapt(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> "PreTrainedModel | PeftModel":
     """Make trainable what `args` ask for: all of `model`, its head alone, or an adapter."""
     if args.freeze_backbone:
         freeze_backbone(model)
@@ -98,13 +107,15 @@ def _rest(module: torch.nn.Module, inputs: object) -> None:
     module.eval()
 
 
-def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> PeftModel:
+def add_adapter(model: PreTrainedModel, args: AdapterArguments, *, task_type: str | None) -> "PeftModel":
     """Freeze `model` and add trainable low-rank updates to its trunk; the head is trained whole.
 
     They are added to linear layers, convolutions of one group, and the matrices of recurrent layers.
     Source: Hu et al. 2021, arXiv:2106.09685 (LoRA); on all layers: Dettmers et al. 2023, arXiv:2305.14314; Liu et al.
     2024, arXiv:2402.09353 (DoRA).  Raises: UserError for a trunk without matrices, or DoRA of recurrent layers.
     """
+    from peft import LoraConfig, get_peft_model
+
     heads = [
         name for name, module in model.named_children() if name != model.base_model_prefix and _has_weights(module)
     ]
@@ -145,8 +156,10 @@ def adaptable(trunk: torch.nn.Module) -> tuple[list[str], list[str]]:
     return layers, matrices
 
 
-def load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
+def load_adapter(model: PreTrainedModel, name: str) -> "PeftModel":
     """`model` with the adapter in the folder or Hub repository `name`."""
+    from peft import PeftModel
+
     with _no_future_warnings():
         return PeftModel.from_pretrained(model, name)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from bmtk.errors import UserError
 
+from .adapters import is_adapted
 from .agreement import together
 from .arguments import LoopArguments
 from .manifest import free_bytes
@@ -55,9 +55,7 @@ def expected_bytes(model: nn.Module, args: SavingArguments) -> int:
 
 def _saved_bytes(model: nn.Module) -> int:
     """Of the weights; of an adapter without its base."""
-    return (
-        _trained_bytes(model) if isinstance(model, PeftModel) else _num_bytes({*model.parameters(), *model.buffers()})
-    )
+    return _trained_bytes(model) if is_adapted(model) else _num_bytes({*model.parameters(), *model.buffers()})
 
 
 def _trained_bytes(model: nn.Module) -> int:

@@ -2,10 +2,9 @@
 
 import logging
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from bmtk.errors import UserError
@@ -14,6 +13,9 @@ from .arguments import SharedArguments
 from .layers import depths
 from .optimizers import decayed_matrices
 from .sharding import by_mesh, whole
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ class GradientRules(Protocol):
 
 
 def gradient_rules(
-    model: PreTrainedModel | PeftModel, args: SharedArguments, *, steps_per_epoch: float, total: int
+    model: "PreTrainedModel | PeftModel", args: SharedArguments, *, steps_per_epoch: float, total: int
 ) -> GradientRules | None:
     """Gradual unfreezing and the L1 penalty, where `args` set them; None where they set neither.
 
@@ -59,7 +61,7 @@ class Unfreezing:
     Source: Howard & Ruder 2018, arXiv:1801.06146, section 3.3.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, epochs: float, *, steps_per_epoch: float, total: int):
+    def __init__(self, model: "PreTrainedModel | PeftModel", epochs: float, *, steps_per_epoch: float, total: int):
         setting = f"unfreeze_epochs={epochs:g}"
         depth = depths(model, setting=setting)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -83,7 +85,7 @@ class L1Penalty:
     Source: Tibshirani 1996, "Regression shrinkage and selection via the lasso".  The logged loss is without it.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, factor: float):
+    def __init__(self, model: "PreTrainedModel | PeftModel", factor: float):
         self.matrices, self.factor = decayed_matrices(model), factor
 
     @torch.no_grad()

@@ -1,24 +1,28 @@
 """How deep below the head a weight lies, in any model, and learning rates that fall with the depth."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from bmtk.errors import UserError
 
+from .adapters import is_adapted
 
-def depths(model: PreTrainedModel | PeftModel, *, setting: str) -> dict[nn.Parameter, int]:
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def depths(model: "PreTrainedModel | PeftModel", *, setting: str) -> dict[nn.Parameter, int]:
     """The depth of each parameter: 0 in the head and behind the layers, 1 in the last of n layers, n + 1 in the stem.
 
     Layers are the members of a list of modules, the one that holds most weights.  A model of several stacks (encoder
     and decoder, image and text) has such a list in each, and each counts its own.  A table shared with the head is a
     stem's.  Raises: UserError that names the `setting` which needs them if there is no list of layers.
     """
-    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole = model.get_base_model() if is_adapted(model) else model
     trunk: Any = whole.base_model
     found = dict.fromkeys(whole.parameters(), 0)
     models: set[nn.Module] = {module for module in trunk.modules() if isinstance(module, PreTrainedModel)}
@@ -80,7 +84,7 @@ def _num_weights(module: nn.Module) -> int:
 
 
 def decay_rates_by_depth(
-    optimizers: Iterable[torch.optim.Optimizer], model: PreTrainedModel | PeftModel, decay: float
+    optimizers: Iterable[torch.optim.Optimizer], model: "PreTrainedModel | PeftModel", decay: float
 ) -> None:
     """`decay_rates` of several optimizers of one model; nothing where `layer_lr_decay` is 1.  Errors: as `depths`."""
     if decay == 1:

@@ -10,7 +10,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -21,13 +21,15 @@ from bmtk.files import read_json, write_json
 
 from .agreement import of_main
 from .arguments import AUTO, LoopArguments
-from .finetuning_arguments import FineTuningArguments
 from .guards import SavedBuffers
 from .memory import available_memory, peak_memory
 from .protocols import Batch, TrainBatches, TrainingObjective
 from .rng_state import preserved_rng_state
 from .signals import StopRequest
 from .updates import Losses, LossSum, Update, Updater
+
+if TYPE_CHECKING:  # Trainer's arguments take a fifth of a second
+    from .finetuning_arguments import FineTuningArguments
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +218,7 @@ def free_memory() -> None:
 
 
 def choose_micro_batches(
-    args: LoopArguments | FineTuningArguments,
+    args: "LoopArguments | FineTuningArguments",
     batches: TrainBatches,
     objective: TrainingObjective,
     model: torch.nn.Module,

@@ -7,19 +7,22 @@ one, so making their update orthogonal means nothing (Jordan et al. 2024, https:
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bmtk.errors import UserError
 
+from .adapters import is_adapted
 from .averaging import WeightAverage
 from .layers import decay_rates_by_depth
 from .sharding import by_mesh, cut_like, on_whole_matrices
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class OptimizerSettings(Protocol):
@@ -183,12 +186,12 @@ def multiplies_bfloat16_fast(device_type: str) -> bool:
     return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
 
 
-def build_optimizer(model: PreTrainedModel | PeftModel, args: OptimizerSettings) -> NamedOptimizer:
+def build_optimizer(model: "PreTrainedModel | PeftModel", args: OptimizerSettings) -> NamedOptimizer:
     """Make the optimizer that `args` name, over the parameters of `model` that require a gradient.
 
     Raises: UserError if nothing is trainable, if Muon finds no matrix, or layer_lr_decay no layers.
     """
-    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole: Any = model.get_base_model() if is_adapted(model) else model
     names = trained_parameters(model)
     if not names:
         raise UserError("the model has no trainable parameter; set requires_grad on those that are to be trained")

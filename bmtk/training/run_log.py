@@ -207,7 +207,7 @@ class RunLog:
         if self.state.window_items:
             record["loss"] = self.state.window_loss / self.state.window_items
             record["grad_norm"] = self.grad_norm
-        record |= self.meter.lap(self.window_tokens)
+        record |= self.meter.lap(self.window_tokens, warms_up=self.state.step == 1)
         record["seconds"] = round(self.meter.seconds, 3)
         self.state.window_loss, self.state.window_items, self.window_tokens = 0.0, 0, 0
         self._write(record)

@@ -10,6 +10,7 @@ and standard deviation, either of the two).
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 WINDOW, FEWEST = 128, 64  # steps that are compared with, and how many there have to be
@@ -18,7 +19,7 @@ SMALLEST = 0.01  # a deviation is at least this part of the median: the loss of 
 
 
 class SpikeDetector:
-    """Compares each step with the ones before.  All of it stays on the device, so that the host need not wait.
+    """Compares each step with the ones before.  All of it stays on the device, so that the host need not wait for it.
 
     `window` (WINDOW, 2) holds loss and gradient norm of the last steps, the newest last; what is empty is infinite.
     """
@@ -29,6 +30,25 @@ class SpikeDetector:
 
     def sees_spike(self, loss: torch.Tensor, norm: torch.Tensor, *, bad: torch.Tensor) -> torch.Tensor:
         """Whether a step spikes (0-dim bool); it is compared with later, unless it does or is `bad` anyway."""
+        if self.window.device.type == "cpu":
+            return torch.tensor(self.host_sees_spike(float(loss), float(norm), bad=bool(bad)))
+        return self._device_sees_spike(loss, norm, bad=bad)
+
+    def host_sees_spike(self, loss: float, norm: float, *, bad: bool = False) -> bool:
+        """The same with plain numbers, in a fifth of the time: tensors of two numbers are slow."""
+        window, step = self.window.numpy(), np.array([loss, norm])
+        if bad or not np.isfinite(step).all():
+            return False
+        recent = window[np.isfinite(window[:, 0])]
+        if len(recent) >= FEWEST:
+            middle = _host_median(recent)
+            deviation = np.maximum(GAUSSIAN * _host_median(np.abs(recent - middle)), SMALLEST * np.abs(middle))
+            if ((step > middle + self.sigma * deviation) & (deviation > 0)).all():
+                return True
+        self.window = torch.from_numpy(np.concatenate((window[1:], step[None])))
+        return False
+
+    def _device_sees_spike(self, loss: torch.Tensor, norm: torch.Tensor, *, bad: torch.Tensor) -> torch.Tensor:
         step = torch.stack([loss.detach().double(), norm.detach().double()])
         middle, deviation = levels(self.window)
         enough = torch.isfinite(self.window[:, 0]).sum() >= FEWEST
@@ -56,6 +76,12 @@ def levels(window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     middle = _median(window, count)
     deviation = GAUSSIAN * _median((window - middle).abs().nan_to_num(math.inf, posinf=math.inf), count)
     return middle, torch.maximum(deviation, SMALLEST * middle.abs())
+
+
+def _host_median(values: np.ndarray) -> np.ndarray:
+    """The median of each column of values (N, C); numpy's own takes several times as long."""
+    ordered = np.sort(values, axis=0)
+    return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
 
 
 def _median(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

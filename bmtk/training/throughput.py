@@ -5,8 +5,9 @@ devices can do (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).  Recompute
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -111,21 +112,27 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0
 class Meter:
     """A stop watch of training time, which leaves pauses out, and the speeds that follow from it.
 
-    flops_per_unit and peak_flops (of all devices of the run together) may be None: then there is no MFU.
+    flops_per_unit and peak_flops (of all devices of the run together) may be None: then there is no MFU.  A peak that
+    is a function is measured when the first MFU needs it: the first step need not wait for it.
     """
 
     def __init__(
         self,
         flops_per_unit: float | None = None,
-        peak_flops: float | None = None,
+        peak_flops: float | Callable[[], float] | None = None,
         *,
         unit: str = "tokens",
         seconds: float = 0.0,
     ):
         self.flops_per_unit, self.unit = flops_per_unit, unit
-        self.peak_flops = peak_flops
+        self._peak = peak_flops
         self._before = seconds  # training seconds until the last lap
         self._lap_started = time.perf_counter()
+
+    @cached_property
+    def peak_flops(self) -> float | None:
+        """That of all devices of the run together."""
+        return self._peak() if callable(self._peak) else self._peak
 
     @property
     def seconds(self) -> float:
@@ -136,12 +143,15 @@ class Meter:
         """Start anew, with `seconds` of training already done."""
         self._before, self._lap_started = seconds, time.perf_counter()
 
-    def lap(self, units: int) -> dict[str, float]:
-        """Speeds since the last lap, in which all processes together trained on `units`."""
+    def lap(self, units: int, *, warms_up: bool = False) -> dict[str, float]:
+        """Speeds since the last lap, in which all processes together trained on `units`; no MFU if it `warms_up`."""
         now = time.perf_counter()
         elapsed = max(now - self._lap_started, 1e-9)
         self._before, self._lap_started = self._before + elapsed, now
-        return self._speeds(units / elapsed)
+        if warms_up:
+            return self._speeds(units / elapsed, with_mfu=False)
+        with self.paused():  # a peak is measured, if it was not
+            return self._speeds(units / elapsed)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -156,9 +166,9 @@ class Meter:
         singular = self.unit.removesuffix("s")
         return {**speeds, f"flops_per_{singular}": self.flops_per_unit, "peak_flops": self.peak_flops}
 
-    def _speeds(self, units_per_second: float) -> dict[str, float]:
+    def _speeds(self, units_per_second: float, *, with_mfu: bool = True) -> dict[str, float]:
         speeds = {f"{self.unit}_per_second": units_per_second}
-        if self.flops_per_unit and self.peak_flops:
+        if with_mfu and self.flops_per_unit and self.peak_flops:
             speeds["mfu"] = units_per_second * self.flops_per_unit / self.peak_flops
         return speeds
 
@@ -169,8 +179,8 @@ def build_meter(model: PreTrainedModel, unit: str, row: Batch, accelerator: Acce
     `row` is a batch of one row, of which the operations are counted where a unit is not a token.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    peak = peak_flops(accelerator.device, dtype)
-    return Meter(flops_per_unit(model, unit, row), peak * accelerator.num_processes, unit=unit)
+    devices = accelerator.num_processes
+    return Meter(flops_per_unit(model, unit, row), lambda: devices * peak_flops(accelerator.device, dtype), unit=unit)
 
 
 def flops_per_unit(model: PreTrainedModel, unit: str, row: Batch) -> float:

@@ -2,15 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from bmtk.errors import UserError
 
 from .adapters import ADAPTER_CONFIG, load_adapter
 from .starting_weights import load_for_task, read_config
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class TrainedModel:
@@ -36,7 +38,7 @@ class TrainedModel:
             head = {k: value for k, value in settings.items() if k.startswith("classifier_") and value is not None}
         self.config, _ = read_config(self.base, head, **loading)
 
-    def load(self, auto_class: Any) -> PreTrainedModel | PeftModel:
+    def load(self, auto_class: Any) -> "PreTrainedModel | PeftModel":
         """The model with its head.  Raises: UserError if it was saved without one."""
         model, notes = load_for_task(auto_class, self.base, self.config, quantize=self.quantize, **self.loading)
         if self.base != self.name:

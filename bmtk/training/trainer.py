@@ -41,11 +41,11 @@ from .micro_batches import (
 from .optimizers import NamedOptimizer, OptimizerSettings, build_optimizer, trained_parameters
 from .protocols import Batch, Prediction, TrainingObjective
 from .resume import checkpoint_to_resume, step_of
-from .rng_state import rng_state, set_rng_state
+from .rng_state import set_rng_state
 from .run_folder import CHECKPOINTS
 from .signals import deferred_signals
 from .trainer_guard import GoBack, Guard, refuse_broken_weights
-from .trainer_patches import SetEpoch, StopEarly
+from .trainer_patches import SetEpoch, StopEarly, look_for_lomo_once
 from .trainer_sharding import ShardedTrainer, spread
 from .updates import Losses, LossSum
 
@@ -154,7 +154,8 @@ class TaskTrainer(ShardedTrainer):
         Where memory is too little, the step is begun again with smaller micro-batches.
         """
         if self.begun is None or not self.losses:
-            self.begun, self.loss_before = BegunStep(SavedBuffers(self.model), rng_state()), self._tr_loss.clone()
+            self.begun = BegunStep(self.guard.buffers, self.guard.randomness)
+            self.loss_before = self._tr_loss.clone()
         self.begun.batches.append(inputs)
         todo = [inputs]
         while (loss := self._within_memory(model, todo, num_items_in_batch)) is None:
@@ -201,6 +202,8 @@ class TaskTrainer(ShardedTrainer):
 
     def _rehearse(self, batch: Batch) -> None:
         """On several processes, halve the micro-batches until the first one fits on all of them."""
+        if self.is_rehearsed:
+            return
         model, step = self.accelerator.unwrap_model(self.model), self.state.global_step
         while not self.is_rehearsed:
             rows = self.micro_batches.at(step)
@@ -353,6 +356,7 @@ def build_trainer(
     args.dataloader_pin_memory &= torch.cuda.is_available()
     args.remove_unused_columns = False  # the rows hold what the collator reads
     args.include_num_input_tokens_seen = "no"  # counted by the objective
+    look_for_lomo_once()
     trainer = TaskTrainer(model, args, objective, callbacks=callbacks)
     check_whole_weights(args, is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if not args.disable_tqdm:

@@ -86,7 +86,8 @@ class Guard(TrainerCallback):
         self.first_step = 0  # of this process, counted from 0
         # Generators before the epoch's loader has drawn from them.
         self.of_epoch: dict[str, torch.Tensor] | None = None
-        self.before = Before(rng_state())  # the step
+        self.randomness = rng_state()  # before the step, after its batches were made
+        self.before = Before(self.randomness)  # the step
         self.buffers = SavedBuffers(trainer.model)  # before the step
         self.scale = 1.0  # of the scaler, before the step
         self.num_units = 0  # before the batches of the step were counted
@@ -124,7 +125,8 @@ class Guard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         window = self.detector.window if self.detector else None
-        self.before, self.of_epoch = Before(self.of_epoch or rng_state(), window=window), None
+        self.randomness = rng_state()
+        self.before, self.of_epoch = Before(self.of_epoch or self.randomness, window=window), None
         self.buffers = SavedBuffers(self.trainer.model)
 
     def on_pre_optimizer_step(
@@ -159,8 +161,7 @@ class Guard(TrainerCallback):
         """Whether a step spikes; what fp16's scaler skips is not compared with."""
         if self.detector is None:
             return False
-        pair = torch.tensor([loss, norm], dtype=torch.float64)
-        return bool(self.detector.sees_spike(pair[0], pair[1], bad=~torch.isfinite(pair).all()))
+        return self.detector.host_sees_spike(loss, norm)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

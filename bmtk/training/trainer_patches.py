@@ -5,6 +5,7 @@ mends another stands here with the fault behind it.  tests/training/test_trainer
 and fails as soon as an installed version no longer has a fault: then its patch is deleted.
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
+import accelerate
 import torch
 from accelerate import DistributedType
 from accelerate.data_loader import BatchSamplerShard
@@ -43,6 +45,11 @@ from .rollback import data_step
 from .trainer_guard import refuse_broken_weights
 
 logger = logging.getLogger(__name__)
+
+
+def look_for_lomo_once() -> None:
+    """Fault (accelerate 1.15): its optimizer searches the disk for a package, lomo_optim, twice in every step."""
+    cast(Any, accelerate.optimizer).is_lomo_available = functools.cache(accelerate.utils.is_lomo_available)
 
 
 class PatchedTrainer(Trainer):

@@ -134,6 +134,14 @@ def test_suppression_equals_a_loop(count, threshold):
     assert kept.tolist() == suppressed_by_loops(boxes.tolist(), scores.tolist(), labels.tolist(), threshold)
 
 
+def test_suppression_stops_at_its_limit_with_the_best():
+    boxes, scores, labels = random_boxes(80, 40.0), torch.rand(80), torch.randint(0, 3, (80,))
+    every = suppressed_by_loops(boxes.tolist(), scores.tolist(), labels.tolist(), 0.3)
+    kept = non_maximum_suppression(boxes, scores, labels, iou_threshold=0.3, limit=7)
+    assert len(every) > 7
+    assert kept.tolist() == every[:7]
+
+
 def test_corners_and_centres_are_inverse():
     boxes = torch.tensor([[1.0, 2, 5, 10]])
     assert centres(boxes).tolist() == [[3, 6, 4, 8]]

@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForObjectDetection, pipeline
+from transformers.image_processing_backends import PilBackend
 
 import bmtk  # noqa: F401  (registers the families)
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
@@ -129,3 +130,19 @@ def test_the_pipeline_detects_from_a_saved_folder(picture, tmp_path):
     assert len(found) == len(expected["scores"]) > 0
     assert [entry["score"] for entry in found] == pytest.approx(expected["scores"].tolist(), abs=1e-5)
     assert list(found[0]["box"].values()) == expected["boxes"][0].int().tolist()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_that_are_looked_up_are_those_that_the_base_class_computes(channels, monkeypatch):
+    draw = np.random.default_rng(0)
+    images = [draw.integers(256, size=(height, 31, channels), dtype=np.uint8) for height in (17, 40)]
+    moments = {"image_mean": [0.1, 0.5, 0.7][:channels], "image_std": [0.3, 0.21, 0.9][:channels]}
+    processor = BmImageProcessor(
+        size={"height": 24, "width": 20}, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1, **moments
+    )
+    found = processor(images, return_tensors="pt")["pixel_values"]
+    monkeypatch.setattr(BmImageProcessor, "_features", PilBackend._preprocess)
+    expected = processor(images, return_tensors="pt")["pixel_values"]
+    assert (found.shape, found.dtype) == ((2, channels, 24, 20), torch.float32)
+    assert torch.equal(found, expected)
+    assert len(found.unique()) > 100

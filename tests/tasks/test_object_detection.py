@@ -385,6 +385,23 @@ def test_items_are_the_positive_locations_and_for_other_detectors_the_images(tmp
     assert other.num_items(batch) == 2
 
 
+def test_a_batch_is_the_same_by_any_number_of_threads(tmp_path):
+    objective = bound(read_data(tmp_path, train=(OBJECTS, NOTHING, OBJECTS)))
+    rows, batches, before = objective.training_rows(), [], torch.get_num_threads()
+    rows.set_epoch(1)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            batches.append(objective.collator()(rows.__getitems__([2, 0, 1])))
+    finally:
+        torch.set_num_threads(before)
+    one, two = batches
+    assert one["pixel_values"].shape[0] == 3
+    assert torch.equal(one["pixel_values"], two["pixel_values"])
+    assert [label["boxes"].tolist() for label in one["labels"]] == [label["boxes"].tolist() for label in two["labels"]]
+    assert [len(label["boxes"]) > 0 for label in two["labels"]] == [True, True, False]
+
+
 def test_the_loss_that_is_reported_is_that_of_all_rows_at_once(tmp_path):
     train = (OBJECTS, NOTHING, {"bbox": [[5, 5, 12, 12]], "category": ["dog"]})
     objective = bound(read_data(tmp_path, train=train))

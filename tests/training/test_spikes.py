@@ -56,6 +56,20 @@ def found_by_hand(pairs, sigma: float) -> list[int]:
     return steps
 
 
+@pytest.mark.parametrize("sigma", [0.1, 1.0])
+def test_host_and_device_find_the_same_spikes_and_keep_the_same_window(sigma):
+    host, device = (SpikeDetector(sigma, torch.device("cpu")) for _ in range(2))
+    pairs = np.random.default_rng(4).standard_t(3, (1500, 2)) + 5
+    pairs[[80, 200]] = [[math.nan, 1.0], [3.0, math.inf]]
+    seen = []
+    for pair in pairs.tolist():
+        numbers = torch.tensor(pair, dtype=torch.float64)
+        seen.append(host.host_sees_spike(*pair))
+        assert bool(device._device_sees_spike(*numbers, bad=~torch.isfinite(numbers).all())) == seen[-1]
+        assert torch.equal(host.window, device.window)
+    assert 10 < sum(seen) < 900
+
+
 @pytest.mark.parametrize("sigma", [2.0, 6.0])
 def test_the_running_median_and_deviation_are_those_of_brute_force(sigma):
     generator = np.random.default_rng(3)

@@ -70,6 +70,26 @@ def test_the_meter_leaves_pauses_out(monkeypatch):
     assert meter.seconds == pytest.approx(54.0)
 
 
+def test_a_peak_is_measured_when_the_first_mfu_needs_it_and_takes_no_training_time(monkeypatch):
+    now, measured = [0.0], []
+
+    def measure():
+        measured.append(now[0])
+        now[0] += 7.0
+        return 1000.0
+
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    meter = Meter(flops_per_unit=10.0, peak_flops=measure)
+    now[0] += 1.0
+    assert meter.lap(20, warms_up=True) == {"tokens_per_second": 20.0}
+    assert measured == []
+    now[0] += 2.0
+    assert meter.lap(40) == {"tokens_per_second": 20.0, "mfu": 0.2}
+    now[0] += 2.0
+    assert meter.lap(40) == {"tokens_per_second": 20.0, "mfu": 0.2}
+    assert (measured, meter.seconds) == ([3.0], 5.0)
+
+
 def test_a_meter_that_knows_no_peak_tells_no_mfu():
     assert set(Meter().lap(1)) == {"tokens_per_second"}
 

@@ -9,6 +9,7 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from bmtk.errors import UserError
 from bmtk.training.batch_sampler import EpochSampler, EvenBatchSampler
 from bmtk.training.optimizers import NamedOptimizer
-from bmtk.training.trainer_patches import PatchedTrainer, SetEpoch, StopEarly
+from bmtk.training.trainer_patches import PatchedTrainer, SetEpoch, StopEarly, look_for_lomo_once
 
 
 def no_longer_needed(library: str, patch: str) -> str:
@@ -51,6 +52,22 @@ def test_trainer_counts_no_labels_that_are_not_one_tensor(tmp_path):
     patched = plain(tmp_path, Counting)
     assert patched._get_num_items_in_batch(boxes, device) == 2
     assert patched.state.num_input_tokens_seen == 5
+
+
+def test_the_optimizer_looks_for_a_package_in_every_step(monkeypatch):
+    asked = []
+    monkeypatch.setattr(accelerate.utils.imports, "_is_package_available", asked.append)
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = Accelerator(cpu=True).prepare(torch.optim.SGD([parameter]))
+    monkeypatch.setattr(accelerate.optimizer, "is_lomo_available", accelerate.utils.is_lomo_available)
+    optimizer.step()
+    optimizer.step()
+    assert len(asked) > 1, no_longer_needed("accelerate", "look_for_lomo_once")
+    look_for_lomo_once()
+    asked.clear()
+    optimizer.step()
+    optimizer.step()
+    assert len(asked) == 1
 
 
 def test_trainer_groups_rows_by_length_in_an_order_of_the_processs_own_generator(tmp_path):
