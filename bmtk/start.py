@@ -6,6 +6,7 @@ import torch ...
 """
 
 import gc
+import importlib.util
 import json
 import os
 import signal
@@ -86,9 +87,11 @@ def read_models_once() -> None:
 def defer_scipy() -> None:
     """Stand in for scipy.optimize (0.3 seconds) until `imported`: transformers 5.23 imports a function of it.
 
-    That is called where a detector of theirs matches boxes, and then is scipy's own.
+    That is called where a detector of theirs matches boxes, and then is scipy's own.  Its submodules are found.
     """
     stand_in = ModuleType(DEFERRED)
+    scipy = importlib.util.find_spec("scipy")
+    stand_in.__path__ = [f"{folder}/optimize" for folder in scipy.submodule_search_locations or ()] if scipy else []
 
     def of_scipy(name: str) -> Any:
         if name.startswith("__"):

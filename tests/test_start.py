@@ -178,6 +178,23 @@ def test_scipy_is_imported_when_boxes_are_matched():
     assert child(plain)[0], "transformers no longer needs defer_scipy: delete it"
 
 
+BELOW = """
+import json
+from bmtk import start
+start.defer_scipy()
+from scipy.optimize._linesearch import line_search_wolfe1
+from scipy.optimize import minimize
+start.imported()
+import scipy.optimize
+from scipy.optimize import _linesearch
+print(json.dumps([line_search_wolfe1 is _linesearch.line_search_wolfe1, minimize is scipy.optimize.minimize]))
+"""
+
+
+def test_modules_of_scipy_are_imported_while_it_is_stood_in_for():
+    assert child(BELOW) == [True, True]
+
+
 def test_an_unknown_task_is_refused_early():
     with pytest.raises(UserError, match="task='nothing' is unknown; choose one of audio_classification"):
         start.answer(ROOT / "recipes" / "finetune.py", "", ["--task", "nothing"])
