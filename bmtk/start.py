@@ -73,7 +73,9 @@ def read_models_once() -> None:
     Each time takes 0.3 seconds.  Its cache has the whole under the path that was used first; of the folders inside it
     keeps the last 128, known by text.
     """
-    read = import_utils.create_import_structure_from_path
+    read = getattr(import_utils, "create_import_structure_from_path", None)
+    if read is None:  # another version
+        return
 
     def of_folder(path: str | Path) -> Any:
         folder = Path(path).parent

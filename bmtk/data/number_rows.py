@@ -21,7 +21,13 @@ class NumberRows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without `columns`, which another process maps again instead of having them copied."""
+        return {"rows": self.rows}
+
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        if min(indices, default=0) < 0:
+            raise IndexError(f"row {min(indices)} is below 0")
         if not self.columns:
             found: list[dict[str, Any]] = self.rows.__getitems__(list(indices))
             return found

@@ -26,15 +26,10 @@ def read_parquet(paths: Sequence[Path], notes: list[str]) -> datasets.Dataset:
 
     def read(found: list[str], kept_at: Callable[[], Path]) -> datasets.Dataset:
         schema = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(paths[0])).arrow_schema
-        batches = (batch for path in paths for batch in _record_batches(path, schema))
+        batches = (batch for path in paths for batch in _record_batches(path, schema, paths[0]))
         return in_file(batches, schema, kept_at(), found)
 
-    try:
-        rows = undecoded(kept_or_read(paths, None, notes, read))
-    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{names} cannot be read: {type(error).__name__}: {error}") from error
+    rows = undecoded(kept_or_read(paths, None, notes, read))
     if not len(rows):
         raise UserError(f"{names} has no rows")
     return _with_texts_of_bytes(rows, names, notes)
@@ -52,14 +47,22 @@ def _check(path: Path) -> None:
         raise UserError(f"{path} has a column twice: {', '.join(twice)}; rename or remove one of them")
 
 
-def _record_batches(path: Path, schema: pyarrow.Schema) -> Iterator[pyarrow.RecordBatch]:
-    """Its rows as of `schema`.  Mapped, a row group is not copied into memory before it is read."""
-    with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-        about = file.metadata
-        num_bytes = sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))  # unpacked
-        at_once = max(1, min(ROWS_AT_ONCE, CHARACTERS_AT_ONCE * about.num_rows // max(1, num_bytes)))
-        for batch in file.iter_batches(batch_size=at_once, use_threads=False):
-            yield from datasets.table.table_cast(pyarrow.Table.from_batches([batch]), schema).to_batches()
+def _record_batches(path: Path, schema: pyarrow.Schema, first: Path) -> Iterator[pyarrow.RecordBatch]:
+    """Its rows as of `schema`, that of the file `first`.
+
+    Mapped, a row group is not copied into memory before it is read.
+    """
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            about = file.metadata
+            groups = (about.row_group(group) for group in range(about.num_row_groups))
+            num_bytes = sum(group.total_byte_size for group in groups)  # unpacked
+            at_once = max(1, min(ROWS_AT_ONCE, CHARACTERS_AT_ONCE * about.num_rows // max(1, num_bytes)))
+            for batch in file.iter_batches(batch_size=at_once, use_threads=False):
+                yield from datasets.table.table_cast(pyarrow.Table.from_batches([batch]), schema).to_batches()
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        where = path if path == first else f"{path}, beside {first},"
+        raise UserError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _with_texts_of_bytes(rows: datasets.Dataset, where: str, notes: list[str]) -> datasets.Dataset:

@@ -4,9 +4,11 @@ A column's type is the one that `pyarrow.array` finds for all of its values toge
 for the types; what is small enough is kept in between.
 """
 
+import contextlib
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +17,10 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow
 
-from bmtk.files import replacing
+from bmtk.files import PARTIAL, replacing
 
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 1 << 22  # of a batch, at most (but one row)
+DAY = 86_400  # seconds
 SMALL = 1 << 24  # characters of a table that is kept in memory
 NOTES = b"bmtk.notes"  # in the schema of a kept table: what was found when it was read
 UNLIKE = (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError)
@@ -207,11 +210,20 @@ def _in_memory(batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema) -
     return datasets.Dataset(datasets.table.InMemoryTable(table.combine_chunks()))
 
 
+def delete_abandoned(path: Path) -> None:
+    """Delete what processes that were killed have left of a kept file: what nobody has written to for a day."""
+    for left in path.parent.glob(f"{PARTIAL}{path.stem}-*"):
+        with contextlib.suppress(FileNotFoundError):  # another process deletes it, too
+            if time.time() - left.stat().st_mtime > DAY:
+                left.unlink()
+
+
 def in_file(
     batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema, path: Path, notes: Sequence[str]
 ) -> datasets.Dataset:
     """The same in a file that `kept_table` finds again, with its notes."""
     schema = schema.with_metadata({**(schema.metadata or {}), NOTES: json.dumps(list(notes))})
+    delete_abandoned(path)
     own = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.arrow")  # other processes may write the same table
     with replacing(own) as beside, pyarrow.ipc.new_stream(str(beside), schema) as writer:
         for batch in batches:

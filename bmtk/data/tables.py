@@ -23,6 +23,7 @@ from .media import majority_kind, media_kind, media_rows, metadata_files, undeco
 from .parquet_tables import read_parquet
 from .patterns import is_pattern, matching_files
 from .printed import looks_printed
+from .row_batches import ROWS_AT_ONCE
 from .sources import SPLIT_NAMES
 from .text_files import TableFormat, suffix_of
 from .text_tables import read_archives, read_delimited, read_json
@@ -221,6 +222,18 @@ def changed_rows(
         features=features,
         load_from_cache_file=False,
     )
+
+
+def encoded_rows(
+    rows: datasets.Dataset,
+    encode: Callable[[dict[str, list[Any]]], Mapping[str, list[Any]]],
+    *,
+    most: int = ROWS_AT_ONCE,
+    **options: Any,
+) -> datasets.Dataset:
+    """`rows` with what `encode` makes of at most `most` of them at a time; made anew each time, as `changed_rows`."""
+    size = min(most, rows_at_once(rows))
+    return rows.map(encode, batched=True, batch_size=size, load_from_cache_file=False, **options)
 
 
 def cells(rows: datasets.Dataset, column: str) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 """Rows of CSV, TSV and JSON files and of tar archives as tables, with notes of what was found in them.
 
-A large table is read as a stream and kept in the cache of `datasets`, by the content of what it was read from.
+A large table is read as a stream and kept in the cache of `datasets`, by the content of what it was read from (of
+archives and Parquet, by size and time).
 """
 
 import hashlib
@@ -91,7 +92,7 @@ def kept_or_read(
 
 
 def _mark(paths: Sequence[Path], layout: TableFormat | None) -> str:
-    """What differs where the files do; archives, which may be larger than all else, are known by size and time."""
+    """What differs where the files do; archives and Parquet, which may be large, are known by size and time."""
     facts: list[object] = [LAYOUT, None if layout is None else [layout.delimiter, layout.encoding]]
     for path in paths:
         about = path.stat()

@@ -195,11 +195,10 @@ class ObjectDetectionObjective(ImageObjective):
             is_own = hasattr(self.processor, "for_config")  # others pad to the largest image of all
             shares = shares_of_threads(len(rows)) if is_own else [slice(None)]
             parts = [images[share] for share in shares], [annotations[share] for share in shares]
-            first, *others = side_by_side(partial(self.processor, return_tensors="pt"), *parts)
-            for other in others:
-                first["pixel_values"] = torch.cat((first["pixel_values"], other["pixel_values"]))
-                first["labels"] += other["labels"]
-            return {**first, "labels": [dict(label) for label in first["labels"]]}
+            made = side_by_side(partial(self.processor, return_tensors="pt"), *parts)
+            pixels = torch.cat([part["pixel_values"] for part in made])
+            labels = [dict(label) for part in made for label in part["labels"]]
+            return {**made[0], "pixel_values": pixels, "labels": labels}
 
         return collate
 

@@ -18,9 +18,8 @@ import torch
 from datasets import Dataset, List, Value
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 
-from bmtk.data.columns import rows_at_once
 from bmtk.data.squad import flattened, is_nested
-from bmtk.data.tables import TextColumn, cells, changed_rows, check_column, text_rows
+from bmtk.data.tables import TextColumn, cells, changed_rows, check_column, encoded_rows, text_rows
 from bmtk.errors import UserError
 from bmtk.metrics.answers import agreement, best_sentence, is_chinese
 from bmtk.settings import fact, setting
@@ -228,7 +227,7 @@ class QuestionAnsweringObjective(TextObjective):
     def encode(self, rows: Dataset, where: str) -> Dataset:
         self.windows.check_room()
         features = self.windows.features(rows.features)
-        rows = rows.map(self.windows.encode, batched=True, batch_size=min(200, rows_at_once(rows)), features=features)
+        rows = encoded_rows(rows, self.windows.encode, most=200, features=features)
         several = sum(len(windows) > 1 for windows in cells(rows, "input_ids"))
         if several:
             self.notes.append(f"{several:,} of {len(rows):,} {where} texts are read in several windows")

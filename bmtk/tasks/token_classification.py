@@ -16,11 +16,10 @@ from datasets import ClassLabel, Dataset, List, Value
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification, PreTrainedConfig
 
-from bmtk.data.columns import rows_at_once
 from bmtk.data.labels import label_name, note_blanks
 from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.printed import looks_printed
-from bmtk.data.tables import cells, changed_rows, check_column
+from bmtk.data.tables import cells, changed_rows, check_column, encoded_rows
 from bmtk.errors import UserError
 from bmtk.metrics.entities import Entity, agreement, entities, is_scheme, single_words
 from bmtk.settings import fact, setting
@@ -176,7 +175,7 @@ class TokenClassificationObjective(TextObjective):
             self.labels.check(rows["label"], where)
         encoder = SentenceEncoder(self.tokenizer, self.args.word_separator, self.longest, self.stride, self.labels.ids)
         others = [name for name in rows.column_names if name != "words"]
-        encoded = rows.map(encoder, batched=True, batch_size=rows_at_once(rows), remove_columns=others)
+        encoded = encoded_rows(rows, encoder, remove_columns=others)
         self._note_windows(encoded, where)
         return encoded
 

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from bmtk.data.columns import rows_at_once
 from bmtk.data.packing import IGNORE_INDEX
-from bmtk.data.tables import TextColumn, cells, text_rows
+from bmtk.data.tables import TextColumn, cells, encoded_rows, text_rows
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity, sentence_chrf, translation_scores
 from bmtk.settings import fact, setting
@@ -238,7 +237,7 @@ class TranslationObjective(TextObjective):
 
         args = self.args
         encoder = PairEncoder(self.tokenizer, args.prefix, args.lower_case, self.longest, self.longest_target)
-        encoded = rows.map(encoder, batched=True, batch_size=rows_at_once(rows))
+        encoded = encoded_rows(rows, encoder)
         self.note_cut_texts(encoded["whole"], f"{where} source")
         if "target" in rows.column_names:
             self.note_cut_texts(encoded["whole_target"], f"{where} target", self.longest_target)

@@ -101,6 +101,12 @@ class NamedOptimizer(torch.optim.Optimizer):
         """
         given = dict(state_dict["state"])
         if groups := state_dict.get("param_groups"):
+            sizes, own = ([len(group["params"]) for group in some] for some in (groups, self.param_groups))
+            if sizes != own:
+                raise UserError(
+                    f"the optimizer state has groups of {sizes} parameters, this run has {own}; resume with the "
+                    "settings that were saved"
+                )
             numbers = [number for group in groups for number in group["params"]]
             names = (self.names[parameter] for parameter in self.parameters)
             given = {name: given[number] for name, number in zip(names, numbers, strict=True) if number in given}

@@ -179,8 +179,12 @@ def build_meter(model: PreTrainedModel, unit: str, row: Batch, accelerator: Acce
     `row` is a batch of one row, of which the operations are counted where a unit is not a token.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    devices = accelerator.num_processes
-    return Meter(flops_per_unit(model, unit, row), lambda: devices * peak_flops(accelerator.device, dtype), unit=unit)
+
+    def peak() -> float:
+        return accelerator.num_processes * peak_flops(accelerator.device, dtype)
+
+    # Of a GPU before the first step: later its memory may be full.
+    return Meter(flops_per_unit(model, unit, row), peak if accelerator.device.type == "cpu" else peak(), unit=unit)
 
 
 def flops_per_unit(model: PreTrainedModel, unit: str, row: Batch) -> float:

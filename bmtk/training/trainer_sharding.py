@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from transformers import PreTrainedModel
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from bmtk.errors import UserError
@@ -164,12 +164,20 @@ class ShardedTrainer(PatchedTrainer):
         return NamedOptimizer([optimizer], trained_parameters(cast(torch.nn.Module, self.model)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Read the state by its names, if several processes have written it."""
-        if checkpoint and _is_in_parts(Path(checkpoint)):
-            folder, optimizer = Path(checkpoint), self._named_optimizer()
+        """Read the state by its names, if several processes have written it or share it out.
+
+        Trainer puts a whole state on the device of each process, where a part of it has to fit.
+        """
+        if not checkpoint or not (self.is_spread or _is_in_parts(Path(checkpoint))):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder, optimizer = Path(checkpoint), self._named_optimizer()
+        if _is_in_parts(folder):
             optimizer.load_state_dict({"state": read_optimizer(folder, optimizer)})
-            cast(Any, self.lr_scheduler).load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            whole = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+            optimizer.load_state_dict(whole)
+        cast(Any, self.lr_scheduler).load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if not self.is_spread:

@@ -1,5 +1,7 @@
 """Rows that are read from a table's memory are those that the data set gives."""
 
+import pickle
+
 import datasets
 import numpy as np
 import pytest
@@ -45,3 +47,16 @@ def test_other_rows_are_left_to_the_data_set(rows):
     fast = NumberRows(rows)
     assert fast.columns == {}
     assert fast.__getitems__([2, 0, 1]) == rows.__getitems__([2, 0, 1])
+
+
+def test_another_process_gets_the_data_set_alone(tmp_path):
+    fast = NumberRows(of_several_parts(tmp_path))
+    size = len(pickle.dumps(fast))
+    read = fast.__getitems__([4, 2])
+    assert len(pickle.dumps(fast)) == size
+    assert pickle.loads(pickle.dumps(fast)).__getitems__([4, 2]) == read
+
+
+def test_rows_below_0_are_refused(tmp_path):
+    with pytest.raises(IndexError, match="row -1 is below 0"):
+        NumberRows(of_several_parts(tmp_path)).__getitems__([3, -1])

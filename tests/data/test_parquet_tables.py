@@ -1,6 +1,8 @@
 """Parquet files become the tables that pyarrow reads of them, in little memory, and are copied once."""
 
+import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -60,7 +62,7 @@ def test_columns_of_a_file_follow_those_of_the_first(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"y": ["c"], "x": pyarrow.array([3], pyarrow.int8())}), other)
     assert read_table([one, other]).to_list() == [{"x": 1, "y": "a"}, {"x": 2, "y": "b"}, {"x": 3, "y": "c"}]
     pyarrow.parquet.write_table(pyarrow.table({"x": [4], "z": ["d"]}), third)
-    with pytest.raises(UserError, match=r"a\.parquet, .*c\.parquet cannot be read: CastError: .*"):
+    with pytest.raises(UserError, match=r"c\.parquet, beside .*a\.parquet, cannot be read: CastError: .*"):
         read_table([one, third])
 
 
@@ -99,3 +101,29 @@ def test_a_copy_that_is_damaged_is_made_anew(tmp_path):
     expected = table.to_list()
     os.truncate(kept, os.path.getsize(kept) // 2)
     assert read_table(paths).to_list() == expected
+
+
+def test_a_disk_that_is_full_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, *args):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pyarrow.ipc, "new_stream", Full)
+    with pytest.raises(OSError, match="No space left") as found:
+        read_table(write_parts(tmp_path))
+    assert not isinstance(found.value, UserError)
+
+
+def test_what_a_killed_process_left_of_a_copy_is_deleted_a_day_later(tmp_path):
+    paths = write_parts(tmp_path)
+    kept = Path(read_table(paths).cache_files[0]["filename"])
+    old, new, other = (
+        kept.with_name(f".partial-{name}.arrow.new") for name in (f"{kept.stem}-a", f"{kept.stem}-b", "c")
+    )
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    kept.unlink()
+    assert len(read_table(paths)) == 75
+    assert [path.exists() for path in (kept, old, new, other)] == [True, False, True, True]

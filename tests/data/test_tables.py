@@ -10,11 +10,12 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
 
 from bmtk.data.labels import agreed_labels, label_name, note_blanks
 from bmtk.data.printed import printed_value, printed_values
 from bmtk.data.sources import read_texts
-from bmtk.data.tables import files_read, read_all, read_splits, read_table, text_cells
+from bmtk.data.tables import encoded_rows, files_read, read_all, read_splits, read_table, text_cells
 from bmtk.data.text_files import TableFormat
 
 ROWS = [('Straße, "so" 東京', "ja"), ("C'était; là", "nein"), ("x|y", "ja")]
@@ -315,3 +316,22 @@ def test_blanks_around_labels_are_taken_off_and_counted():
     notes = []
     note_blanks(["pos ", "pos", [" a", "b"], None], notes, option="label_column='label'", where="train")
     assert notes == ["label_column='label': 2 train labels have blanks around them, taken off: 'pos '"]
+
+
+FACTOR = 2
+
+
+class Multiplied:
+    """Its code is no part of how `datasets` knows it."""
+
+    def __call__(self, batch: dict) -> dict:
+        return {"b": [FACTOR * value for value in batch["a"]]}
+
+
+def test_rows_in_a_file_are_encoded_anew_by_code_that_has_changed(tmp_path, monkeypatch):
+    Dataset.from_dict({"a": [1, 2]}).to_parquet(tmp_path / "a.parquet")
+    rows = read_table([tmp_path / "a.parquet"])
+    assert rows.cache_files
+    assert encoded_rows(rows, Multiplied())["b"] == [2, 4]
+    monkeypatch.setitem(globals(), "FACTOR", 3)
+    assert encoded_rows(rows, Multiplied())["b"] == [3, 6]

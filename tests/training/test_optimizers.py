@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from bmtk.errors import UserError
 from bmtk.training import optimizers
 from bmtk.training.adapters import AdapterArguments, add_adapter
 from bmtk.training.arguments import LoopArguments
@@ -220,6 +221,14 @@ def test_a_state_of_a_torch_optimizer_that_numbers_its_parameters_is_read_by_nam
     optimizer.load_state_dict(alone.state_dict())
     for number, parameter in enumerate(model.parameters()):
         torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], torch.full_like(parameter, 0.1 * number))
+
+
+def test_a_state_of_numbers_in_other_groups_is_refused():
+    model = tiny_model()
+    alone = torch.optim.AdamW(model.parameters())
+    optimizer = build_optimizer(model, LoopArguments())
+    with pytest.raises(UserError, match=r"has groups of \[\d+\] parameters, this run has \[\d+, \d+\]; resume"):
+        optimizer.load_state_dict(alone.state_dict())
 
 
 def test_a_state_of_another_model_is_refused_by_name():
