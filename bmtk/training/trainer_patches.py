@@ -299,13 +299,16 @@ class PatchedTrainer(Trainer):
 
         A torch optimizer restores them itself; a NamedOptimizer's state does not hold them.
         """
-        super()._load_optimizer_and_scheduler(checkpoint)
+        self._read_optimizer_and_scheduler(checkpoint)
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         if self.average and checkpoint:
             self.average.load(Path(checkpoint))
+
+    def _read_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         """Fault (transformers 5.23): loads the best weights without a look at whether they are as they were saved."""

@@ -163,13 +163,13 @@ class ShardedTrainer(PatchedTrainer):
             return optimizer
         return NamedOptimizer([optimizer], trained_parameters(cast(torch.nn.Module, self.model)))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _read_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Read the state by its names, if several processes have written it or share it out.
 
         Trainer puts a whole state on the device of each process, where a part of it has to fit.
         """
         if not checkpoint or not (self.is_spread or _is_in_parts(Path(checkpoint))):
-            return super()._load_optimizer_and_scheduler(checkpoint)
+            return super()._read_optimizer_and_scheduler(checkpoint)
         folder, optimizer = Path(checkpoint), self._named_optimizer()
         if _is_in_parts(folder):
             optimizer.load_state_dict({"state": read_optimizer(folder, optimizer)})
