@@ -181,7 +181,7 @@ def mfu(rates: dict[str, list[float]], shape: Shape) -> float:
 
 def peak_line(name: str, dtype: torch.dtype, settings: Settings, device: str = "cpu") -> Line:
     # Small ones, too: on a CPU float32 products that fit into a cache are a fifth faster than large ones.
-    sizes = (256,) if settings.quick else (256, 512, 1024, 2048) if device == "cpu" else (4096, 8192, 16384)
+    sizes = (256,) if settings.quick else (256, 384, 512, 1024, 2048) if device == "cpu" else (4096, 8192, 16384)
     turns = {
         "ours": lambda: peak_flops(torch.device(device), dtype) / 1e12,
         "peer": lambda: max(matmul_rate(size, dtype, device) for size in sizes) / 1e12,

@@ -24,6 +24,7 @@ CASES = {
     "several labels": f"--task sequence_classification {TEXT} --label_column about",
     "grouped by length": f"--task sequence_classification {TEXT} --train_sampling_strategy group_by_length",
     "numbers": f"--task sequence_classification {TEXT} --label_column stars",
+    "row by row": f"--task sequence_classification {TEXT} --label_column stars --micro_batch_size 1",
     "tags in windows": f"--task token_classification {TEXT} --max_length 4",
     "speech": "--task speech_recognition --max_steps 3 --eval_strategy no",
     "little memory": f"--task sequence_classification {TEXT} --label_column stars --hidden_dropout 0",

@@ -6,11 +6,10 @@ positions, a fifth faster at 256.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
-from .eager_cpu_bm import is_eager_on_cpu
+from .eager_cpu_bm import float32_products_of_bfloat16, is_eager_on_cpu
 
 BLOCK = 2**20  # scores at a time: 4 MB in float32, which fits into the caches of two cores
 LONGEST = 256  # positions; torch is as fast beyond, as it leaves out what lies in the future
@@ -98,20 +97,6 @@ def summed_over_groups(x: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
 def float32_heads(x: torch.Tensor) -> torch.Tensor:
     """(B, H, L, d) -> (B H, L, d), float32."""
     return x.transpose(1, 2).float().transpose(1, 2).reshape(-1, *x.shape[2:])  # a cast while copying is slow
-
-
-@contextmanager
-def float32_products_of_bfloat16() -> Iterator[None]:
-    """Let float32 matrices be multiplied by the processor's instructions for bfloat16.
-
-    They round their inputs, which changes nothing in those that held bfloat16 numbers, and sum in float32.
-    """
-    setting = torch.backends.mkldnn.matmul
-    before, setting.fp32_precision = setting.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 __all__ = ["CPUAttention", "fits_cpu_attention"]

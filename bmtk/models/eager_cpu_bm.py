@@ -1,5 +1,8 @@
 """Where the models may compute on a CPU in another way than from torch's single operations, with the same result."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -23,4 +26,18 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-__all__ = ["is_eager_on_cpu", "is_plain_linear", "product_dtype"]
+@contextmanager
+def float32_products_of_bfloat16() -> Iterator[None]:
+    """Let float32 matrices be multiplied by the processor's instructions for bfloat16.
+
+    They round their inputs, which changes nothing in those that held bfloat16 numbers, and sum in float32.
+    """
+    setting = torch.backends.mkldnn.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+__all__ = ["float32_products_of_bfloat16", "is_eager_on_cpu", "is_plain_linear", "product_dtype"]

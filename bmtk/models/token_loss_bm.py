@@ -6,11 +6,13 @@ time, while these are in the cache; the gradients wait for the backward pass, as
 2024, arXiv:2411.09009) and liger-kernel (Hsu et al. 2024, arXiv:2410.10989).
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .eager_cpu_bm import is_eager_on_cpu, is_plain_linear, product_dtype
+from .eager_cpu_bm import float32_products_of_bfloat16, is_eager_on_cpu, is_plain_linear, product_dtype
 
 IGNORED = -100  # label of a position that is not predicted
 CHUNK = 2**22  # logits at a time: 16 MB in float32
@@ -69,35 +71,13 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, count: float, with_gradients: bool) -> torch.Tensor:
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        dtype = product_dtype(hidden)
-        matrix, vector = weight.to(dtype), None if bias is None else bias.to(dtype)
-        of_hidden = torch.empty_like(hidden) if wanted[0] else None
-        # In float32, because a sum of chunks that are rounded to 16 bits loses digits with each of them.
-        of_weight, of_bias = (
-            torch.zeros_like(x, dtype=torch.float32) if want else None
-            for x, want in zip((weight, bias), wanted[1:], strict=True)
-        )
-        total = hidden.new_zeros((), dtype=torch.float32)
-        buffer = hidden.new_empty((rows_at_once(*weight.shape), len(weight)), dtype=torch.float32)
-        for start in range(0, len(hidden), len(buffer)):
-            rows = slice(start, start + len(buffer))
-            inputs, targets = hidden[rows].to(dtype), labels[rows, None]
-            scores = buffer[: len(inputs)].copy_(F.linear(inputs, matrix, vector))
-            torch.log_softmax(scores, -1, out=scores)
-            total -= scores.gather(1, targets).sum()
-            if not any(wanted):
-                continue
-            scores.exp_().scatter_add_(1, targets, scores.new_full(targets.shape, -1.0))
-            of_scores = scores.to(dtype)
-            if of_hidden is not None:
-                of_hidden[rows] = (of_scores @ matrix).div_(count)
-            if of_weight is not None:
-                of_weight.add_(of_scores.T @ inputs, alpha=1 / count)
-            if of_bias is not None:
-                of_bias.add_(scores.sum(0), alpha=1 / count)
-        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        # Products of numbers that are rounded to bfloat16 stay in float32: half the time of casting there and back.
+        products = float32_products_of_bfloat16 if product_dtype(hidden) == torch.bfloat16 else nullcontext
+        with products():
+            loss, gradients = loss_and_gradients(hidden, weight, bias, labels, count, wanted)
+        ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
-        return total / count
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -107,6 +87,38 @@ class ChunkedLoss(torch.autograd.Function):
             gradients = [None if gradient is None else gradient * of_loss for gradient in gradients]
         cast = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return *cast, None, None, None
+
+
+@torch.autocast("cpu", enabled=False)
+def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[bool]):
+    """The loss of ChunkedLoss, and the gradients of hidden, weight and bias that are `wanted`, else None."""
+    matrix, vector = weight.float(), None if bias is None else bias.float()
+    of_hidden = torch.empty_like(hidden) if wanted[0] else None
+    # In float32, because a sum of chunks that are rounded to 16 bits loses digits with each of them.
+    of_weight, of_bias = (
+        torch.zeros_like(x, dtype=torch.float32) if want else None
+        for x, want in zip((weight, bias), wanted[1:], strict=True)
+    )
+    total = hidden.new_zeros((), dtype=torch.float32)
+    buffer = hidden.new_empty((rows_at_once(*weight.shape), len(weight)), dtype=torch.float32)
+    for start in range(0, len(hidden), len(buffer)):
+        rows = slice(start, start + len(buffer))
+        inputs, targets = hidden[rows].float(), labels[rows, None]
+        scores = torch.mm(inputs, matrix.T, out=buffer[: len(inputs)])
+        if vector is not None:
+            scores.add_(vector)
+        torch.log_softmax(scores, -1, out=scores)
+        total -= scores.gather(1, targets).sum()
+        if not any(wanted):
+            continue
+        scores.exp_().scatter_add_(1, targets, scores.new_full(targets.shape, -1.0))
+        if of_hidden is not None:
+            of_hidden[rows] = (scores @ matrix).div_(count)
+        if of_weight is not None:
+            of_weight.addmm_(scores.T, inputs, alpha=1 / count)
+        if of_bias is not None:
+            of_bias.add_(scores.sum(0), alpha=1 / count)
+    return total / count, (of_hidden, of_weight, of_bias)
 
 
 def rows_at_once(num_tokens: int, width: int) -> int:

@@ -1,8 +1,8 @@
 """The order of the rows in an epoch, and the batches of several processes that train together."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import BatchSampler, Sampler
@@ -37,24 +37,50 @@ class EvenBatchSampler(BatchSampler):
     """Batches in groups, one for each of `num_processes` processes, whose rows together are those of one larger batch.
 
     What is left at the end of an epoch is shared out evenly; accelerate's own way fills it up with rows that were
-    trained on before.  Where fewer rows than processes are left, each has all of them: their mean is the same, but
-    beside other batches of one accumulated step they weigh more.
+    trained on before.  Where fewer rows than processes are left, they join the group before, or, if that belongs to
+    another of the steps of `num_groups` groups, each process has all of them, whose mean is the same.
 
     >>> list(EvenBatchSampler(range(7), 2, False, num_processes=2))
     [[0, 1], [2, 3], [4], [5, 6]]
+    >>> list(EvenBatchSampler(range(5), 1, False, num_processes=2, num_groups=4))
+    [[0], [1], [2], [3, 4]]
     """
 
-    def __init__(self, sampler: Sampler[int] | Iterable[int], batch_size: int, drop_last: bool, *, num_processes: int):
+    def __init__(
+        self,
+        sampler: Sampler[int] | Iterable[int],
+        batch_size: int,
+        drop_last: bool,
+        *,
+        num_processes: int,
+        num_groups: int = 1,
+    ):
         super().__init__(sampler, batch_size, drop_last)
-        self.num_processes = num_processes
+        self.num_processes, self.num_groups = num_processes, num_groups
 
     def __iter__(self) -> Iterator[list[int]]:
-        for rows in BatchSampler(self.sampler, self.batch_size * self.num_processes, self.drop_last):
-            ends = [len(rows) * share // self.num_processes for share in range(self.num_processes + 1)]
-            for first, last in pairwise(ends):
-                yield rows[first:last] if len(rows) >= self.num_processes else rows
+        before: list[int] = []
+        for place, rows in enumerate(self._groups):
+            if self._joins(place, len(rows)):
+                before += rows
+            else:
+                yield from self._shares(before)
+                before = rows
+        yield from self._shares(before)
 
     def __len__(self) -> int:
-        return self.num_processes * len(
-            BatchSampler(self.sampler, self.batch_size * self.num_processes, self.drop_last)
-        )
+        count, rest = len(self._groups), len(cast(Sized, self.sampler)) % self._groups.batch_size
+        return self.num_processes * (count - (bool(rest) and self._joins(count - 1, rest)))
+
+    @property
+    def _groups(self) -> BatchSampler:
+        return BatchSampler(self.sampler, self.batch_size * self.num_processes, self.drop_last)
+
+    def _joins(self, place: int, num_rows: int) -> bool:
+        """Whether a group of so few rows is part of the one before it."""
+        return num_rows < self.num_processes and place % self.num_groups > 0 and not self.drop_last
+
+    def _shares(self, rows: list[int]) -> Iterator[list[int]]:
+        ends = [len(rows) * share // self.num_processes for share in range(self.num_processes + 1)]
+        for first, last in pairwise(ends if rows else []):
+            yield rows[first:last] if len(rows) >= self.num_processes else rows

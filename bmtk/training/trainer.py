@@ -244,7 +244,8 @@ class TaskTrainer(ShardedTrainer):
         order, size = EpochSampler(self.train_sampler.sampler, self.train_sampler.seed), self._rows_per_step
         order.set_epoch(epoch)
         rows, world = list(order)[step * size : (step + 1) * size], self.args.world_size
-        batches = EvenBatchSampler(rows, self.args.train_batch_size, False, num_processes=world)
+        sizes = {"num_processes": world, "num_groups": self.args.gradient_accumulation_steps}
+        batches = EvenBatchSampler(rows, self.args.train_batch_size, False, **sizes)
         own = [row for batch in list(batches)[self.args.process_index :: world] for row in batch]
         return own, [epoch] * len(own)
 

@@ -335,7 +335,8 @@ class PatchedTrainer(Trainer):
         shard = loader.batch_sampler
         if isinstance(shard, BatchSamplerShard) and type(batches := shard.batch_sampler) is BatchSampler:
             settings = batches.sampler, batches.batch_size, batches.drop_last
-            shard.batch_sampler = EvenBatchSampler(*settings, num_processes=shard.num_processes)
+            sizes = {"num_processes": shard.num_processes, "num_groups": self.args.gradient_accumulation_steps}
+            shard.batch_sampler = EvenBatchSampler(*settings, **sizes)
             shard.even_batches = False
         return loader
 

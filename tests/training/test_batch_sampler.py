@@ -29,6 +29,26 @@ def test_processes_together_see_the_rows_of_each_step_once(batch_size, num_proce
                 assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.parametrize(("batch_size", "num_processes"), [(1, 2), (2, 2), (3, 4), (1, 4), (4, 3)])
+@pytest.mark.parametrize("num_groups", [1, 2, 3])
+def test_each_row_of_an_accumulated_step_weighs_the_same(batch_size, num_processes, num_groups):
+    for num_rows, drop_last in itertools.product(range(1, 40), (False, True)):
+        sizes = {"num_processes": num_processes, "num_groups": num_groups}
+        shares = list(EvenBatchSampler(range(num_rows), batch_size, drop_last, **sizes))
+        assert len(EvenBatchSampler(range(num_rows), batch_size, drop_last, **sizes)) == len(shares)
+        parts = [
+            shares[first : first + num_processes * num_groups]
+            for first in range(0, len(shares), num_processes * num_groups)
+        ]
+        size = batch_size * num_processes
+        kept = num_rows // size * size if drop_last else num_rows
+        steps = list(BatchSampler(range(kept), size * num_groups, False))
+        for step, part in zip(steps, parts, strict=True):
+            rows = sorted(itertools.chain(*part))
+            assert rows == (step if len(step) >= num_processes else sorted(step * num_processes))
+            assert all(part)
+
+
 def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch_whatever_was_drawn_before():
     for seed, epoch in itertools.product((3, 5), (0, 1, 7)):
         random, grouped = (
