@@ -23,7 +23,7 @@ from transformers import (
 import bmtk  # noqa: F401  (registers the families)
 from bmtk.models import recurrence_bm
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
-from bmtk.models.recurrence_bm import Documents, LinearScan, MinGRU, TorchRecurrence, scan
+from bmtk.models.recurrence_bm import Documents, GatedScan, LinearScan, MinGRU, TorchRecurrence, scan
 from bmtk.models.recurrent_state_bm import RecurrentState
 from bmtk.models.rnn_stems_bm import LockedDropout
 
@@ -178,6 +178,29 @@ def test_the_scan_has_second_derivatives():
     a, b = (torch.rand(1, 18, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(LinearScan.apply, (a, b))
     assert torch.autograd.gradgradcheck(LinearScan.apply, (a, b))
+
+
+@pytest.mark.parametrize("length", [1, 2, 19])
+@pytest.mark.parametrize("has_start", [True, False])
+def test_the_gated_scan_and_its_gradients_equal_a_loop(length, has_start):
+    inputs = [torch.randn(3, length, 8, dtype=torch.float64, requires_grad=True)]
+    inputs += [torch.randn(3, 4, dtype=torch.float64, requires_grad=True)] if has_start else []
+
+    def loop(values_and_gates, start=None):
+        h, states = 0.0 if start is None else start, []
+        for both in values_and_gates.unbind(1):
+            values, z = both[:, :4], both[:, 4:].sigmoid()
+            h = (1 - z) * h + z * torch.where(values >= 0, values + 0.5, values.sigmoid())
+            states.append(h)
+        return torch.stack(states, dim=1)
+
+    def ours(values_and_gates, start=None):
+        return GatedScan.apply(values_and_gates, start)
+
+    torch.testing.assert_close(ours(*inputs), loop(*inputs), rtol=0, atol=1e-14)
+    weights = torch.randn(3, length, 4, dtype=torch.float64)
+    found, expected = (torch.autograd.grad((run(*inputs) * weights).sum(), inputs) for run in (ours, loop))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
 def test_the_scan_stays_exact_over_long_rows():
