@@ -7,8 +7,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
-from bmtk.data.columns import rows_at_once, with_columns
-from bmtk.data.tables import TextColumn, cells, note_printed, text_rows
+from bmtk.data.columns import with_columns
+from bmtk.data.tables import TextColumn, cells, encoded_rows, note_printed, text_rows
 from bmtk.settings import fact
 
 from .label_types import LabelType
@@ -80,7 +80,7 @@ class SequenceClassificationObjective(TextObjective):
         self.labels = data.labels.bind_to(config, data, labels=labels)
 
     def encode(self, rows: Dataset, where: str) -> Dataset:
-        tokenizer, longest = self.tokenizer, self.longest  # all that tokens kept in a file depend on
+        tokenizer, longest = self.tokenizer, self.longest
 
         def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
             whole = tokenizer(batch["text"], verbose=False, return_attention_mask=False)["input_ids"]
@@ -88,8 +88,7 @@ class SequenceClassificationObjective(TextObjective):
             return {**encoded, "length": list(map(len, whole))}
 
         labels = self.labels.targets(rows["label"], where) if "label" in rows.column_names else None
-        at_once = rows_at_once(rows)
-        encoded = rows.map(encode, batched=True, batch_size=at_once, remove_columns=rows.column_names)
+        encoded = encoded_rows(rows, encode, remove_columns=rows.column_names)
         self.note_cut_texts(encoded["length"], where)
         encoded = encoded.remove_columns("length")
         return encoded if labels is None else encoded.add_column("labels", labels)
