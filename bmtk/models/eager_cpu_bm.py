@@ -14,10 +14,15 @@ def is_eager_on_cpu(*tensors: torch.Tensor) -> bool:
     return all(tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
 
 
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling the module runs the forward of its class, and nothing else."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return "forward" not in vars(module) and not any(hooks)
+
+
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether calling the layer is `x @ weight.T + bias` and nothing else: no adapter, hook or quantization."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
+    return type(layer).forward is nn.Linear.forward and is_unhooked(layer)
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -40,4 +45,4 @@ def float32_products_of_bfloat16() -> Iterator[None]:
         setting.fp32_precision = before
 
 
-__all__ = ["float32_products_of_bfloat16", "is_eager_on_cpu", "is_plain_linear", "product_dtype"]
+__all__ = ["float32_products_of_bfloat16", "is_eager_on_cpu", "is_plain_linear", "is_unhooked", "product_dtype"]

@@ -1,11 +1,14 @@
 """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), and a shorter way to compute it in training on a CPU."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
 from .eager_cpu_bm import is_eager_on_cpu, product_dtype
 
 DTYPES = (torch.float32, torch.bfloat16)
+PIECE = 2**18  # numbers at a time: 1 MB in float32
 
 
 class BmRMSNorm(nn.RMSNorm):
@@ -34,25 +37,51 @@ class RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps: float, dtype: torch.dtype) -> torch.Tensor:
-        wide = x.float()
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
+        scale = scale_of(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(dtype)
+        return normed(x, weight, scale, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_output):
-        x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
-        of_output = of_output.float()
-        products = of_output * normed
-        of_weight = products.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, of_weight, None, None
-        mean = (products @ weight.float()).div_(x.shape[-1]).unsqueeze(-1)
-        of_x = torch.mul(of_output, weight, out=products).addcmul_(normed, mean, value=-1).mul_(scale)
-        return of_x.to(x.dtype), of_weight, None, None
+        return *gradients_of_norm(*ctx.saved_tensors, of_output, ctx.needs_input_grad), None, None
+
+
+def scale_of(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 over the root mean square of x (..., D) -> (..., 1), float32."""
+    norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    output = torch.empty(x.shape, dtype=dtype)
+    for part, of_part, found in in_pieces(x, scale, output):
+        found.copy_((part.float() * of_part).mul_(weight))
+    return output
+
+
+def gradients_of_norm(x, weight, scale, of_output, needed=(True, True)) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of x (..., D) and of the norm's weight (D,) that are needed, else None."""
+    of_x = torch.empty(x.shape, dtype=x.dtype) if needed[0] else None
+    of_weight = torch.zeros(weight.shape) if needed[1] else None
+    wide_weight = weight.float()
+    for part, of_part, output, found in in_pieces(x, scale, of_output, of_x):
+        unit, output = part.float() * of_part, output.float()
+        products = output * unit
+        if of_weight is not None:
+            of_weight += products.sum(0)
+        if of_x is not None:
+            mean = (products @ wide_weight).div_(x.shape[-1]).unsqueeze(-1)
+            found.copy_(torch.mul(output, weight, out=products).addcmul_(unit, mean, value=-1).mul_(of_part))
+    return of_x, None if of_weight is None else of_weight.to(weight.dtype)
+
+
+def in_pieces(*tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
+    """Some rows at a time of tensors (..., D), so that what is computed of them stays in the cache."""
+    flat = [None if x is None else x.reshape(-1, x.shape[-1]) for x in tensors]
+    rows = max(1, PIECE // flat[0].shape[-1])
+    for start in range(0, len(flat[0]), rows):
+        yield tuple(None if x is None else x[start : start + rows] for x in flat)
 
 
 NORMS = {"rms_norm": BmRMSNorm, "layer_norm": nn.LayerNorm}

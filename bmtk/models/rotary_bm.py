@@ -5,6 +5,7 @@ import torch
 from .eager_cpu_bm import is_eager_on_cpu
 
 DTYPES = (torch.float32, torch.bfloat16)
+PIECE = 2**18  # numbers at a time: 1 MB in float32
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -37,10 +38,16 @@ class Rotation(torch.autograd.Function):
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The rotation in float32; (B, L, H, d) in memory, as the projections before and after it read and write."""
     x = x.transpose(1, 2)
+    output = torch.empty(x.shape, dtype=x.dtype)
+    rows = max(1, PIECE // x[0].numel())
     # Repeated for the heads, because a loop over the numbers of one head alone is too short to be fast.
     cos, sin = (angles.transpose(1, 2).float().expand(-1, -1, *x.shape[2:]).contiguous() for angles in (cos, sin))
-    output = torch.mul(x, cos) if x.dtype == torch.float32 else x.float().mul_(cos)
-    return output.addcmul_(turned(x).float(), sin).to(x.dtype).transpose(1, 2)
+    for start in range(0, len(x), rows):
+        part = x[start : start + rows]
+        of_part = [angles if len(angles) == 1 else angles[start : start + rows] for angles in (cos, sin)]
+        found = torch.mul(part, of_part[0]) if x.dtype == torch.float32 else part.float().mul_(of_part[0])
+        output[start : start + rows] = found.addcmul_(turned(part).float(), of_part[1])
+    return output.transpose(1, 2)
 
 
 __all__ = ["rotate"]

@@ -16,7 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_bm import CPUAttention, fits_cpu_attention
 from .dropout_bm import BmDropout
 from .eager_cpu_bm import is_eager_on_cpu
-from .gated_product_bm import gated_product
+from .gated_product_bm import SquaredReLU, SwiGLU, gated_product
+from .normed_mlp_bm import mlp_of_norm
 from .norms_bm import NORMS, BmRMSNorm
 from .rotary_bm import rotate
 
@@ -139,6 +140,8 @@ class BmTransformerCrossAttention(BmTransformerAttention):
 class GatedMLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
+    activation = SwiGLU
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -147,6 +150,9 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x)))
+
+    def projections(self) -> tuple[nn.Linear, ...]:
+        return self.gate_proj, self.up_proj
 
 
 class PlainMLP(nn.Module):
@@ -157,9 +163,13 @@ class PlainMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act = ACT2FN[config.hidden_act]
+        self.activation = SquaredReLU if config.hidden_act == "relu2" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act(self.up_proj(x)))
+
+    def projections(self) -> tuple[nn.Linear, ...]:
+        return (self.up_proj,)
 
 
 def norm_of_sublayer(config) -> nn.Module:
@@ -167,6 +177,13 @@ def norm_of_sublayer(config) -> nn.Module:
     if isinstance(norm, BmRMSNorm):
         norm.feeds_products = config.norm_position == "pre"  # else it is the residual stream itself
     return norm
+
+
+def added(hidden_states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """The sum.  An update of fewer bits than the residual stream is cast, and the stream added to it in place."""
+    if torch.result_type(hidden_states, update) == update.dtype:
+        return hidden_states + update
+    return update.to(hidden_states.dtype).add_(hidden_states)
 
 
 class BmTransformerLayer(GradientCheckpointingLayer):
@@ -184,15 +201,15 @@ class BmTransformerLayer(GradientCheckpointingLayer):
 class PreNormLayer(BmTransformerLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         attended, _ = self.self_attn(self.attention_norm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        hidden_states = added(hidden_states, self.dropout(attended))
+        return added(hidden_states, self.dropout(mlp_of_norm(self.mlp, self.mlp_norm, hidden_states)))
 
 
 class PostNormLayer(BmTransformerLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         attended, _ = self.self_attn(hidden_states, **kwargs)
-        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
-        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+        hidden_states = self.attention_norm(added(hidden_states, self.dropout(attended)))
+        return self.mlp_norm(added(hidden_states, self.dropout(self.mlp(hidden_states))))
 
 
 class BmTransformerDecoderLayer(BmTransformerLayer):
@@ -212,20 +229,20 @@ class PreNormDecoderLayer(BmTransformerDecoderLayer):
     def forward(self, hidden_states, source, *, source_mask=None, past_key_values=None, **kwargs) -> torch.Tensor:
         own = own_cache(past_key_values)
         attended, _ = self.self_attn(self.attention_norm(hidden_states), past_key_values=own, **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = added(hidden_states, self.dropout(attended))
         attended, _ = self.cross_attn(self.cross_norm(hidden_states), source, source_mask, past_key_values)
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        hidden_states = added(hidden_states, self.dropout(attended))
+        return added(hidden_states, self.dropout(mlp_of_norm(self.mlp, self.mlp_norm, hidden_states)))
 
 
 class PostNormDecoderLayer(BmTransformerDecoderLayer):
     def forward(self, hidden_states, source, *, source_mask=None, past_key_values=None, **kwargs) -> torch.Tensor:
         own = own_cache(past_key_values)
         attended, _ = self.self_attn(hidden_states, past_key_values=own, **kwargs)
-        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
+        hidden_states = self.attention_norm(added(hidden_states, self.dropout(attended)))
         attended, _ = self.cross_attn(hidden_states, source, source_mask, past_key_values)
-        hidden_states = self.cross_norm(hidden_states + self.dropout(attended))
-        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+        hidden_states = self.cross_norm(added(hidden_states, self.dropout(attended)))
+        return self.mlp_norm(added(hidden_states, self.dropout(self.mlp(hidden_states))))
 
 
 def own_cache(past_key_values: EncoderDecoderCache | None) -> Cache | None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from functools import cache
 
 import torch
 
@@ -9,11 +10,14 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 LARGEST = 2**31 - 1  # what an int holds
 
 
+@cache  # it is called after every step
 def keep_freed_memory(device: torch.device) -> None:
     """Where a CPU trains, let this process reuse large blocks that it freed, instead of giving them back to Linux.
 
-    A training step allocates the same tensors each time.  By default glibc returns each block of more than 32 MB, and
-    the end of its heap, and the kernel clears every page anew when it is written: about a tenth of a step.
+    A step allocates the same tensors each time.  By default glibc returns each block of more than 32 MB, and the end
+    of its heap, and the kernel clears every page anew when it is written: about a tenth of a step.
+
+    To be called after the first step: what only that one needs would otherwise be kept to the end of the run.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return

@@ -1,18 +1,23 @@
 """What the models compute on a CPU in a way of their own, beside the plain formula in float64."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bmtk.models import token_loss_bm
+from bmtk.models import norms_bm, rotary_bm, token_loss_bm
 from bmtk.models.attention_bm import CPUAttention, fits_cpu_attention
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.models.dropout_bm import BmDropout
 from bmtk.models.eager_cpu_bm import is_eager_on_cpu, is_plain_linear
 from bmtk.models.gated_product_bm import gated_product
+from bmtk.models.normed_mlp_bm import fits_normed_mlp, mlp_of_norm
 from bmtk.models.norms_bm import BmRMSNorm
 from bmtk.models.rotary_bm import rotate
 from bmtk.models.token_loss_bm import ChunkedLoss, can_score_in_chunks, token_loss, token_losses
+from bmtk.models.transformer_layers_bm import GatedMLP, PlainMLP, added, norm_of_sublayer
 
 
 def results(function, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -161,7 +166,8 @@ def test_a_norm_before_products_casts_for_all_of_them():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3])  # whose angles are given
-def test_pairs_are_rotated_by_their_angles(draw, dtype, rows):
+def test_pairs_are_rotated_by_their_angles(monkeypatch, draw, dtype, rows):
+    monkeypatch.setattr(rotary_bm, "PIECE", 160)  # two of three rows at a time
     x, angles = draw(3, 5, 2, 8).transpose(1, 2), draw(rows, 1, 5, 4)
 
     def plain(x):
@@ -181,6 +187,67 @@ def test_the_gated_product_is_that_of_the_plain_formula(draw, dtype):
     assert_same(
         results(gated_product, gate.to(dtype), up.to(dtype)), expected, 1e-6 if dtype == torch.float32 else 6e-3
     )
+
+
+def normed_mlp(hidden_act: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    config = BmTransformerConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2, hidden_act=hidden_act)
+    mlp, norm = (GatedMLP if hidden_act == "swiglu" else PlainMLP)(config), norm_of_sublayer(config)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return mlp, norm
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("hidden_act", ["swiglu", "relu2"])
+def test_norm_and_mlp_in_one_function_are_the_modules_one_after_the_other(monkeypatch, draw, hidden_act, is_autocast):
+    monkeypatch.setattr(norms_bm, "PIECE", 24)  # three rows at a time
+    (mlp, norm), x = normed_mlp(hidden_act), draw(2, 5, 8)
+    wide_mlp, wide_norm = deepcopy(mlp).double(), deepcopy(norm).double()
+
+    def ours(x):
+        assert fits_normed_mlp(mlp, norm, x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            output = mlp_of_norm(mlp, norm, x)
+        assert output.dtype == (torch.bfloat16 if is_autocast else torch.float32)
+        return output
+
+    found, expected = results(ours, x.float()), results(lambda x: wide_mlp(wide_norm(x)), x)
+    found += [weight.grad for weight in (*mlp.parameters(), norm.weight)]
+    expected += [weight.grad for weight in (*wide_mlp.parameters(), wide_norm.weight)]
+    assert_same(found, expected, 2e-2 if is_autocast else 1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mlp, norm: mlp.up_proj.weight.requires_grad_(False),
+        lambda mlp, norm: mlp.up_proj.register_forward_hook(lambda *_: None),
+        lambda mlp, norm: mlp.register_forward_hook(lambda *_: None),
+        lambda mlp, norm: norm.register_forward_pre_hook(lambda *_: None),
+        lambda mlp, norm: setattr(mlp.down_proj, "bias", nn.Parameter(torch.ones(8))),
+        lambda mlp, norm: setattr(mlp, "gate_proj", nn.Sequential(mlp.gate_proj)),
+        lambda mlp, norm: setattr(mlp, "activation", None),
+        lambda mlp, norm: norm.double(),
+    ],
+    ids=["frozen", "hook", "hook of the MLP", "hook of the norm", "bias", "another layer", "activation", "float64"],
+)
+def test_a_norm_and_mlp_that_are_not_plain_run_as_modules(change):
+    mlp, norm = normed_mlp("swiglu")
+    assert fits_normed_mlp(mlp, norm, torch.ones(1, 8))
+    with torch.no_grad():
+        assert not fits_normed_mlp(mlp, norm, torch.ones(1, 8))
+    change(mlp, norm)
+    assert not fits_normed_mlp(mlp, norm, torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("update", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+def test_an_update_is_added_to_the_residual_stream_as_by_plain_addition(draw, stream, update):
+    inputs = draw(3, 4).to(stream), draw(3, 4).to(update)
+    found, expected = results(added, *inputs), results(torch.add, *inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
