@@ -3,7 +3,9 @@
 import ctypes
 import mmap
 import os
+import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 LARGEST = 2**31 - 1  # what an int holds
 NEVER = -1  # as a TRIM_THRESHOLD
 PART = 2**30  # bytes
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # 2: memory that is asked for counts as used
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -26,7 +29,15 @@ def keep_freed_memory(device: torch.device) -> None:
         return
     libc.mallopt(MMAP_THRESHOLD, LARGEST)
     libc.mallopt(TRIM_THRESHOLD, NEVER)
-    ask_for_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)
+    if addresses_are_free():
+        ask_for_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)
+
+
+def addresses_are_free() -> bool:
+    """Whether memory that is asked for and never touched costs nothing."""
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    counts = OVERCOMMIT.exists() and OVERCOMMIT.read_text().strip() == "2"
+    return not counts and all(limit == resource.RLIM_INFINITY for limit in limits)
 
 
 def ask_for_huge_pages(libc: ctypes.CDLL, size: int) -> None:
