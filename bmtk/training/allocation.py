@@ -48,7 +48,7 @@ def ask_for_huge_pages(libc: ctypes.CDLL, size: int) -> None:
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    parts = []
+    parts: list[int] = []
     while len(parts) < size // PART and (part := libc.malloc(PART)) is not None:
         start = -(-part // mmap.PAGESIZE) * mmap.PAGESIZE
         libc.madvise(start, part + PART - start, mmap.MADV_HUGEPAGE)  # a refusal leaves pages as they are
