@@ -55,7 +55,6 @@ PATCHES = {"input_type": "pixels", "image_size": 16, "patch_size": 4, "position_
 NO_TOKENS = {"is_causal": False}
 PIXELS = {**STAGES, **DETECTION, "input_type": "pixels", "hidden_size": None, "num_hidden_layers": None}
 CONV_STEM = {**PIXELS, "stem_type": "conv", "stem_width": 8}
-AVERAGING_STEM = {**CONV_STEM, "pooling_type": "avg"}
 PLAIN = {**PIXELS, "block_type": "plain"}
 CONVNEXT_PIXELS = {**PIXELS, **CONVNEXT}
 WIDTHS = {"block_type": "multi_width"}
@@ -191,8 +190,7 @@ TURNS = {
         "stem_kernel_size": Turn(5, "shapes", head="ImageClassification", base=CONV_STEM),
         "stem_stride": Turn(1, "outputs", head="ImageClassification", base=CONV_STEM),
         "stem_pooling": Turn(False, "outputs", head="ImageClassification", base=CONV_STEM),
-        # The largest of several goes through a norm and ReLU as each of them does; their mean does not.
-        "stem_pools_first": Turn(True, "outputs", head="ImageClassification", base=AVERAGING_STEM),
+        "stem_pools_first": Turn(True, "shapes", head="ImageClassification", base=CONV_STEM),  # the norm's name is new
         "patch_size": (
             Turn(4, "shapes", head="ImageClassification", base=CONVNEXT_PIXELS),
             Turn(6, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),
