@@ -190,6 +190,7 @@ TURNS = {
         "stem_kernel_size": Turn(5, "shapes", head="ImageClassification", base=CONV_STEM),
         "stem_stride": Turn(1, "outputs", head="ImageClassification", base=CONV_STEM),
         "stem_pooling": Turn(False, "outputs", head="ImageClassification", base=CONV_STEM),
+        "stem_pools_first": Turn(True, "shapes", head="ImageClassification", base=CONV_STEM),  # the norm's name is new
         "patch_size": (
             Turn(4, "shapes", head="ImageClassification", base=CONVNEXT_PIXELS),
             Turn(6, "shapes", head="TimeSeriesPrediction", base=SHORT_SERIES),

@@ -131,6 +131,9 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
     stem_kernel_size: int = described(7, "kernel size of stem_type=conv, pixels")
     stem_stride: int = described(2, "stride of stem_type=conv, pixels")
     stem_pooling: bool = described(True, "3x3 pooling with stride 2 after stem_type=conv")
+    stem_pools_first: bool = described(
+        False, "pool between the stem's convolution and its norm, which then has a quarter of the positions to compute"
+    )
     patch_size: int = described(
         4, "height and width of a patch of stem_type=patch, pixels; of a series: steps per position"
     )
@@ -332,6 +335,11 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
     def validate_stages(self):
         if self.input_type != "pixels":
             return
+        if self.stem_pools_first and not (self.stem_type == "conv" and self.stem_pooling):
+            raise ValueError(
+                f"stem_pools_first is for stem_type='conv' with stem_pooling; this has stem_type={self.stem_type!r}, "
+                f"stem_pooling={self.stem_pooling}"
+            )
         for name in ("depths", "kernel_sizes", "paddings", "strides", "pool_sizes"):
             if len(getattr(self, name)) != len(self.hidden_sizes):
                 raise ValueError(

@@ -83,7 +83,7 @@ class PixelStem(nn.Module):
         else:
             conv = ConvNormAct(config, *channels, kernel_size=config.stem_kernel_size, stride=config.stem_stride)
             pool = POOLS[config.pooling_type](3, stride=2, padding=1) if config.stem_pooling else nn.Identity()
-            self.layers = nn.Sequential(conv, pool)
+            self.layers = nn.Sequential(conv.insert(1, pool)) if config.stem_pools_first else nn.Sequential(conv, pool)
 
     def forward(self, pixel_values: torch.Tensor, bool_masked_pos=None, mask_token=None) -> torch.Tensor:
         check_channels(pixel_values, self.num_channels)

@@ -1,8 +1,9 @@
 """Optimizers and their parameter groups.
 
-Matrices are decayed; lookup tables, norms and biases are not.  With Muon, the matrices of the trunk's linear layers go
-to Muon and everything else to AdamW: an embedding's rows and an output head's rows are looked up one by
-one, so making their update orthogonal means nothing (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+Matrices are decayed; lookup tables, norms and biases are not.  With Muon, the matrices of the trunk's linear layers
+and the filters of its two-dimensional convolutions go to Muon, and everything else to AdamW: an embedding's rows and
+an output head's rows are looked up one by one, so making their update orthogonal means nothing (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,9 @@ from .sharding import by_mesh, cut_like, on_whole_matrices
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+MIN_INPUTS = 8  # channels that filters read, to be a matrix; pixels have four at most
 
 
 class OptimizerSettings(Protocol):
@@ -137,7 +141,15 @@ class Muon(torch.optim.Muon):
     """torch's Muon, with the matrices of one shape made orthogonal together, in a precision the device is fast in.
 
     torch multiplies in bfloat16 everywhere; CPUs without instructions for it need some fifty times as long then.
+    The filters of a convolution (outputs, inputs, height, width) are a matrix of `outputs` rows.
     """
+
+    def __init__(self, parameters: list[nn.Parameter], *, lr: float, weight_decay: float):
+        super().__init__(
+            [parameters[0].new_empty(0, 0)], lr=lr, weight_decay=weight_decay
+        )  # which checks its settings
+        self.param_groups.clear()  # it would refuse filters, whose update it does not know
+        self.add_param_group({"params": parameters})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -150,10 +162,10 @@ class Muon(torch.optim.Muon):
                     alike = parameter.shape, getattr(parameter, "placements", None)  # the second of sharded ones
                     by_shape.setdefault(alike, []).append(parameter)
             for (shape, _), parameters in by_shape.items():
-                updates = torch.stack([self._momentum(parameter, group) for parameter in parameters])
-                rate = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                updates = torch.stack([self._momentum(parameter, group).flatten(1) for parameter in parameters])
+                rate = group["lr"] * max(1, updates.shape[1] / updates.shape[2]) ** 0.5
                 directions = on_whole_matrices(partial(orthogonal, group=group), updates)
-                for parameter, direction in zip(parameters, directions, strict=True):
+                for parameter, direction in zip(parameters, directions.view(-1, *shape), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-rate)
 
     def _momentum(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor:
@@ -251,16 +263,21 @@ def _sgd(groups: list[dict[str, Any]], args: OptimizerSettings) -> torch.optim.S
 
 def _muon(parameters: list[nn.Parameter], args: OptimizerSettings) -> Muon:
     if not parameters:
-        raise UserError("optimizer='muon' found no trainable matrix in the model's linear layers; use 'adamw'")
+        raise UserError("optimizer='muon' found no trainable matrix in the model's layers; use 'adamw'")
     return Muon(parameters, lr=args.muon_learning_rate, weight_decay=args.weight_decay)
 
 
 def _hidden_matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
-    """Weights of the linear layers in the trunk: no head, no lookup table, no table shared with a head."""
+    """Weights of linear layers and filters in the trunk: no head, no lookup table, no table shared with a head.
+
+    The filters that read the pixels have few inputs, and those of a depthwise convolution one: they are no matrices.
+    """
     head = model.get_output_embeddings()
     apart = _tables(model) if head is None else _tables(model) | {head.weight}
     for module in model.base_model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module.weight not in apart:
+        is_matrix = isinstance(module, nn.Linear | Conv1D)
+        is_matrix |= isinstance(module, nn.Conv2d) and module.in_channels // module.groups >= MIN_INPUTS
+        if is_matrix and module.weight not in apart:
             yield cast(nn.Parameter, module.weight)
 
 

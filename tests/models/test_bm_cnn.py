@@ -205,6 +205,53 @@ def test_average_pooling_is_average_pooling():
     assert torch.allclose(maps[1], F.avg_pool2d(unpooled, 2))
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_a_stem_that_pools_first_normalizes_what_is_left(kernel_size, record_property):
+    torch.manual_seed(0)
+    fields = {"stem_type": "conv", "stem_width": 4, "stem_kernel_size": kernel_size, "stem_pools_first": True}
+    trunk = BmCnnModel(BmCnnConfig(hidden_sizes=[4], depths=[1], norm_type="batch_norm", **fields)).train()
+    (weight, scale, shift), pixels = trunk.stem.parameters(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        scale.copy_(torch.tensor([0.5, 1.0, -1.0, 2.0]))
+        shift.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+        pooled = F.max_pool2d(F.conv2d(pixels, weight, stride=2, padding=kernel_size // 2), 3, stride=2, padding=1)
+        variance, mean = torch.var_mean(pooled, (0, 2, 3), correction=0, keepdim=True)
+        normed = (pooled - mean) / (variance + 1e-5).sqrt()
+        expected = (normed * scale[:, None, None] + shift[:, None, None]).clamp(min=0)
+        check(record_property, trunk.stem(pixels), expected)
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "plain"])
+def test_relu_overwrites_no_input_and_nothing_that_a_gradient_reads(kind):
+    torch.manual_seed(0)
+    fields = {
+        "hidden_sizes": [8, 8],
+        "depths": [2, 1],
+        "norm_type": "batch_norm",
+        "stem_type": "conv",
+        "stem_width": 8,
+    }
+    model = BmCnnModel(BmCnnConfig(block_type=kind, **fields)).double().train()
+    pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    before, (found, expected) = (
+        pixels.detach().clone(),
+        (grads_of(model, pixels, inplace) for inplace in (True, False)),
+    )
+    assert torch.equal(pixels, before)
+    for ours, oracle in zip(found, expected, strict=True):
+        assert torch.equal(ours, oracle)
+
+
+def grads_of(model: nn.Module, pixels: torch.Tensor, inplace: bool) -> list[torch.Tensor]:
+    activations = [module for module in model.modules() if isinstance(module, nn.ReLU)]
+    assert activations
+    for module in activations:
+        module.inplace = inplace
+    outputs = model(pixels)
+    loss = sum((x**2).sum() for x in outputs.feature_maps) + outputs.pooler_output.sum()
+    return [*outputs.feature_maps, *torch.autograd.grad(loss, [pixels, *model.parameters()])]
+
+
 def test_dropped_paths_drop_whole_images_and_keep_the_mean():
     config = BmCnnConfig(drop_path_rate=0.5, **TINY)
     block = BmCnnModel(config).stages[1].blocks[1]
@@ -292,6 +339,8 @@ def test_the_backbone_serves_a_segmentation_model():
         ),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0 is not a probability"),
         ({"hidden_act": "relu7"}, "hidden_act"),
+        ({"stem_pools_first": True}, "this has stem_type='none', stem_pooling=True"),
+        ({"stem_type": "conv", "stem_pooling": False, "stem_pools_first": True}, "stem_pooling=False"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

@@ -14,6 +14,8 @@ from transformers import (
 )
 
 from bmtk.errors import UserError
+from bmtk.models.configuration_bm_cnn import BmCnnConfig
+from bmtk.models.modeling_bm_cnn import BmCnnForImageClassification
 from bmtk.training import optimizers
 from bmtk.training.adapters import AdapterArguments, add_adapter
 from bmtk.training.arguments import LoopArguments
@@ -96,6 +98,26 @@ def test_muon_makes_the_updates_of_torchs(fast, tolerance, monkeypatch):
         torch.testing.assert_close(one.state[mine]["momentum_buffer"], other.state[expected]["momentum_buffer"])
 
 
+def test_filters_move_as_the_matrix_of_their_rows_does_in_any_layout(monkeypatch):
+    # Torch's own rounds to bfloat16 and refuses filters.
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16_fast", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
+    torch.manual_seed(0)
+    shapes = [(6, 8, 3, 3), (90, 8, 3, 3), (6, 8, 1, 1)]
+    filters = [nn.Parameter(torch.randn(shape).to(memory_format=torch.channels_last)) for shape in shapes]
+    matrices = [nn.Parameter(one.detach().flatten(1).clone()) for one in filters]
+    settings = {"lr": 0.1, "weight_decay": 0.2}
+    one, other = optimizers.Muon(filters, **settings), torch.optim.Muon(matrices, **settings)
+    for _ in range(2):
+        for mine, expected in zip(filters, matrices, strict=True):
+            mine.grad = torch.randn_like(mine)
+            expected.grad = mine.grad.flatten(1)
+        one.step()
+        other.step()
+    for mine, expected in zip(filters, matrices, strict=True):
+        torch.testing.assert_close(mine.flatten(1), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_orthogonal_moves_singular_values_to_about_one_and_leaves_singular_vectors(monkeypatch):
     monkeypatch.setattr(optimizers, "multiplies_bfloat16_fast", lambda device: False)
     group = torch.optim.Muon([nn.Parameter(torch.ones(2, 2))]).param_groups[0]
@@ -126,6 +148,19 @@ def test_muon_leaves_the_head_of_a_classifier_to_adamw():
     model = LlamaForSequenceClassification(LlamaConfig.from_dict(tiny_model().config.to_dict() | {"pad_token_id": 0}))
     *_, hidden = groups(build_optimizer(model, LoopArguments(optimizer="muon")))
     assert hidden == HIDDEN
+
+
+def test_muon_takes_filters_but_neither_those_of_pixels_nor_depthwise_ones():
+    sizes = {"image_size": 8, "stem_type": "conv", "stem_width": 8, "hidden_sizes": [16], "depths": [1]}
+    basic = BmCnnForImageClassification(BmCnnConfig(block_type="basic", **sizes))
+    *_, hidden = groups(build_optimizer(basic, LoopArguments(optimizer="muon")))
+    names = ("body.0.0", "body.1.0", "shortcut.0")
+    assert hidden == {f"model.stages.0.blocks.0.{name}.weight" for name in names}
+
+    convnext = BmCnnForImageClassification(BmCnnConfig(block_type="convnext", **sizes))
+    *_, hidden = groups(build_optimizer(convnext, LoopArguments(optimizer="muon")))
+    names = ("downsample.1", "blocks.0.up", "blocks.0.down")
+    assert hidden == {f"model.stages.0.{name}.weight" for name in names}
 
 
 def test_muon_takes_the_updates_of_an_adapter_and_leaves_its_head_to_adamw():
