@@ -50,7 +50,7 @@ class SharedArguments:
 
     muon_learning_rate: float = _setting(0.02, "peak learning rate of Muon")
     muon_momentum: float = _setting(
-        0.95, "share of the last mean of gradients in Muon's next one (Nesterov); a run of few hundred steps: 0.9"
+        0.95, "share of Muon's last mean of gradients in its next one (Nesterov); a few hundred steps want 0.85"
     )
     sgd_momentum: float = _setting(0.9, "share of the last update in SGD's next one (Nesterov); 0: none")
     layer_lr_decay: float = _setting(
