@@ -224,7 +224,7 @@ def masked_lm_line(size: dict[str, int], settings: Settings) -> Line:
 def settings_of(shape: Shape) -> SimpleNamespace:
     return SimpleNamespace(
         optimizer=shape.optimizer, learning_rate=RATE, weight_decay=DECAY, adam_beta1=0.9, adam_beta2=0.95,
-        adam_epsilon=1e-8, muon_learning_rate=0.02, sgd_momentum=0.9, layer_lr_decay=1.0,
+        adam_epsilon=1e-8, muon_learning_rate=0.02, muon_momentum=0.95, sgd_momentum=0.9, layer_lr_decay=1.0,
     )  # fmt: skip
 
 

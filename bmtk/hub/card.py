@@ -43,7 +43,8 @@ from .run_record import RunRecord, TaskDescription, read_history
 TEMPLATES = Path(__file__).parent / "templates"
 
 PROCEDURE = (
-    *("optimizer", "optim", "learning_rate", "muon_learning_rate", "schedule", "lr_scheduler_type", "warmup_steps"),
+    *("optimizer", "optim", "learning_rate", "muon_learning_rate", "muon_momentum"),
+    *("schedule", "lr_scheduler_type", "warmup_steps"),
     *("warmup_ratio", "decay_fraction", "min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm"),
     *("num_train_steps", "max_steps", "num_train_epochs", "batch_size", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "micro_batch_size", "context_length", "max_length", "precision", "seed"),
@@ -59,6 +60,7 @@ LOCAL_FOLDERS = frozenset(
 DATA_SUFFIXES = frozenset(".txt .csv .tsv .json .jsonl .parquet".split())
 NEEDS = {
     "muon_learning_rate": ("optimizer", "muon"),
+    "muon_momentum": ("optimizer", "muon"),
     "decay_fraction": ("schedule", "wsd"),
 }  # else without effect
 

@@ -49,6 +49,9 @@ class SharedArguments:
     )
 
     muon_learning_rate: float = _setting(0.02, "peak learning rate of Muon")
+    muon_momentum: float = _setting(
+        0.95, "share of Muon's last mean of gradients in its next one (Nesterov); a few hundred steps want 0.85"
+    )
     sgd_momentum: float = _setting(0.9, "share of the last update in SGD's next one (Nesterov); 0: none")
     layer_lr_decay: float = _setting(
         1.0,
@@ -126,7 +129,7 @@ class SharedArguments:
             yield f"decay_fraction={self.decay_fraction} is a fraction; give a number from 0 to 1"
         if not 0 < self.layer_lr_decay <= 1:
             yield f"layer_lr_decay={self.layer_lr_decay} is out of range; give a number above 0, and at most 1"
-        yield from not_below_one(self, ("sgd_momentum", "ema_decay"))
+        yield from not_below_one(self, ("muon_momentum", "sgd_momentum", "ema_decay"))
 
     def _wrong_shared_choices(self) -> Iterator[str]:
         choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "nonfinite": NONFINITE}

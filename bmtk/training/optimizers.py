@@ -39,6 +39,7 @@ class OptimizerSettings(Protocol):
     adam_beta2: float
     adam_epsilon: float
     muon_learning_rate: float
+    muon_momentum: float
     sgd_momentum: float
     layer_lr_decay: float
 
@@ -264,7 +265,8 @@ def _sgd(groups: list[dict[str, Any]], args: OptimizerSettings) -> torch.optim.S
 def _muon(parameters: list[nn.Parameter], args: OptimizerSettings) -> Muon:
     if not parameters:
         raise UserError("optimizer='muon' found no trainable matrix in the model's layers; use 'adamw'")
-    return Muon(parameters, lr=args.muon_learning_rate, weight_decay=args.weight_decay)
+    rate, momentum = args.muon_learning_rate, args.muon_momentum
+    return Muon(parameters, lr=rate, momentum=momentum, weight_decay=args.weight_decay)
 
 
 def _hidden_matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:

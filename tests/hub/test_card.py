@@ -243,7 +243,13 @@ def test_an_empty_run_still_makes_a_card(tmp_path):
 
 
 def test_settings_without_effect_are_left_out(tmp_path):
-    config = {"optimizer": "adamw", "muon_learning_rate": 0.02, "schedule": "wsd", "decay_fraction": 0.2}
+    config = {
+        "optimizer": "adamw",
+        "muon_learning_rate": 0.02,
+        "muon_momentum": 0.9,
+        "schedule": "wsd",
+        "decay_fraction": 0.2,
+    }
     text = card_of(tmp_path, {**RUN, "config": config})
     assert "muon" not in text
     assert "| decay_fraction | 0.2 |" in text

@@ -77,6 +77,27 @@ def test_muon_takes_the_hidden_matrices_and_leaves_embedding_and_head_to_adamw()
     assert isinstance(optimizer.optimizers[1], torch.optim.Muon)
 
 
+def test_muon_keeps_the_share_of_former_gradients_that_muon_momentum_names():
+    model, share = tiny_model(), 0.6
+    optimizer, gradients = build_optimizer(model, LoopArguments(optimizer="muon", muon_momentum=share)), []
+    for step in range(2):
+        backward(model, step)
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        optimizer.step()
+        optimizer.zero_grad()
+    first, second = gradients
+    for name in HIDDEN:
+        expected = share * (1 - share) * first[name] + (1 - share) * second[name]
+        torch.testing.assert_close(optimizer.state_dict()["state"][name]["momentum_buffer"], expected)
+
+
+def test_a_momentum_of_muon_that_never_forgets_is_refused():
+    with pytest.raises(
+        UserError, match=r"muon_momentum=1\.0 is out of range; give a number of at least 0 and below 1"
+    ):
+        LoopArguments(optimizer="muon", muon_momentum=1.0)
+
+
 @pytest.mark.parametrize(("fast", "tolerance"), [(True, 0.05), (False, 0.05)], ids=["bfloat16", "float32"])
 def test_muon_makes_the_updates_of_torchs(fast, tolerance, monkeypatch):
     """torch's works in bfloat16, so its updates are known to two digits; several shapes, wide and tall, two steps."""
