@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -201,8 +200,6 @@ def begin(folder: Path, several: Path, *options: str) -> Callable[..., None]:
     os.chdir(ROOT)
     optimizers.multiplies_bfloat16_fast = lambda *_: False  # a rounding to 16 bits would hide what is compared
     image_classification.image_grid = lambda *_: {}
-    # The groups of processes, and what torch has found out about operations in them, serve all cases.
-    torch.distributed.init_device_mesh = cache(torch.distributed.init_device_mesh)
 
     def run(name: str, copy: str = "", *, of: Path | None = None, step: int = 0) -> None:
         if of and torch.distributed.get_rank() == 0:

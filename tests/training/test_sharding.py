@@ -63,6 +63,9 @@ def test_every_layout_trains_the_model_of_one_process(folder, layout, name):
 
 
 def compiled(folder: Path) -> None:
+    from torch._inductor import config  # seconds, for one test
+
+    config.compile_threads = 1  # without processes of its own, which a fork has no use for
     train(folder, "untied", fsdp_size=2, torch_compile=True, save_steps=0)
 
 
