@@ -62,16 +62,19 @@ def test_every_layout_trains_the_model_of_one_process(folder, layout, name):
     same(folder / f"one-{name}", folder / f"{layout}-{name}")
 
 
+COMPILED = {"num_train_steps": 6, "micro_batch_size": 1, "save_steps": 0}
+
+
 def compiled(folder: Path) -> None:
     from torch._inductor import config  # seconds, for one test
 
     config.compile_threads = 1  # without processes of its own, which a fork has no use for
-    train(folder, "untied", fsdp_size=2, torch_compile=True, save_steps=0)
+    train(folder, "untied", fsdp_size=2, torch_compile=True, **COMPILED)
 
 
 @pytest.mark.slow
 def test_a_sharded_model_that_is_compiled_learns_the_same(tmp_path):
-    train(tmp_path / "one", "untied", save_steps=0)
+    train(tmp_path / "one", "untied", **COMPILED)
     assert forked(lambda rank: compiled(tmp_path / "two"), seconds=300) == [0, 0]
     same(tmp_path / "one", tmp_path / "two")
 
