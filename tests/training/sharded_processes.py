@@ -48,10 +48,10 @@ def model_of(name: str):
 
 def train(folder: Path, name: str, *, batches=None, **changes):
     """The run of a case in `folder`, to its end or from where it was."""
-    # Gradients that are rounding errors of 0 would move their weights by a whole step with a smaller epsilon.
     # Every process has two micro-batches a step: a step of few rows costs each of them as much as one of many.
     num_shares = int(os.environ.get("WORLD_SIZE", "1")) // changes.get("tp_size", 1)
     sizes = {"num_train_steps": 4, "micro_batch_size": 4 // num_shares}
+    # Gradients that are rounding errors of 0 would move their weights by a whole step with a smaller epsilon.
     settings = {**sizes, "adam_epsilon": 1e-4, **CASES[name][0], **changes}
     if name in CARRIED:
         batches = batches or (lambda **share: Stream(settings["micro_batch_size"], **share))
