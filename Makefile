@@ -11,9 +11,10 @@ pretrain: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 pretrain: .venv/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py $(ARGS)
 
-# A file of tests stays on one core, so that its fixtures are made once.
+# A file of tests stays on one core, so that its fixtures are made once; files with slow tests come first (conftest.py),
+# which are few tests each: xdist would begin with the files that have most.
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # On a machine with a CUDA card: the tests marked gpu and the GPU rows of the benchmarks, in ten minutes.
 gpu: .venv/.installed

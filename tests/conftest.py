@@ -10,10 +10,13 @@ import pytest
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_"))]:
     del os.environ[name]
 _home = tempfile.TemporaryDirectory(prefix="bmtk-tests-", ignore_cleanup_errors=True)
+# Workers of one call share what torch.compile finds out once (instructions, compiled headers).
+_inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") if "PYTEST_XDIST_WORKER" in os.environ else None
 os.environ |= {
     "HF_HOME": _home.name,
     # torch.compile reuses kernels from here, also those that were made for another ATEN_CPU_CAPABILITY.
-    "TORCHINDUCTOR_CACHE_DIR": f"{_home.name}/inductor",
+    "TORCHINDUCTOR_CACHE_DIR": _inductor or f"{_home.name}/inductor",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # more are processes, which import torch for one kernel or two
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -69,7 +72,12 @@ def fresh_process(request, training_seed, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` are skipped, by name, where there is no CUDA device."""
+    """Files with slow tests come first, so that no worker ends long after the others.
+
+    Tests marked `gpu` are skipped, by name, where there is no CUDA device.
+    """
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items:
         import torch

@@ -335,6 +335,10 @@ class Case:
         return SHAPES[self.shape][0]
 
     @property
+    def shape_fields(self) -> dict[str, Any]:
+        return SHAPES[self.shape][1]
+
+    @property
     def family(self) -> str:
         return self.config_class.model_type
 
@@ -346,7 +350,7 @@ class Case:
         return {"tokens": "feature-extraction", "pixels": "image-feature-extraction"}.get(self.config().input_type)
 
     def config(self, **changes) -> PreTrainedConfig:
-        return self.config_class(**{**SHAPES[self.shape][1], **self.head.config, **changes})
+        return self.config_class(**{**self.shape_fields, **self.head.config, **changes})
 
     def model(self, *, seed: int = 0, **changes) -> PreTrainedModel:
         torch.manual_seed(seed)
@@ -390,9 +394,11 @@ def output_of(outputs):
 
 CASES = {case.name: case for shape, (_, _, heads) in SHAPES.items() for case in (Case(shape, head) for head in heads)}
 
+_CONFIGS = {name: case.config() for name, case in CASES.items()}  # made once: ten tables look at all of them
+
 
 def cases_where(holds: Callable[[Case, PreTrainedConfig], bool]) -> dict[str, Case]:
-    return {name: case for name, case in CASES.items() if holds(case, case.config())}
+    return {name: case for name, case in CASES.items() if holds(case, _CONFIGS[name])}
 
 
 LOSS_CASES = cases_where(lambda case, config: case.head.answers is not None)

@@ -521,8 +521,8 @@ def has(case: Case, field: str) -> bool:
     return hasattr(case.config(), field)
 
 
-def assert_compiled_outputs_are_equal(case: Case) -> None:
-    model, inputs = case.model(initializer_range=0.2), case.inputs()
+def assert_compiled_outputs_are_equal(case: Case, **changes) -> None:
+    model, inputs = case.model(initializer_range=0.2, **changes), case.inputs()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -538,7 +538,8 @@ def test_a_compiled_graph_gives_the_same_outputs(case):
 @pytest.mark.slow
 @over(OTHER_PAIRS)
 def test_a_compiled_graph_of_every_other_head_gives_the_same_outputs(case):
-    assert_compiled_outputs_are_equal(case)
+    """Over one layer where the shape has a number of them: Dynamo takes its time for each, and KINDS have more."""
+    assert_compiled_outputs_are_equal(case, **({} if "depths" in case.shape_fields else {"num_hidden_layers": 1}))
 
 
 @pytest.mark.slow

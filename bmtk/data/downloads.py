@@ -103,6 +103,8 @@ def _with_retries(step: Callable[[], int | None], url: str) -> None:
             brought, problem = 0, f"{error.code} {error.reason}"
         except _Changed:
             brought, problem = 0, "the file has changed meanwhile; copying it anew"
+        except (FileNotFoundError, PermissionError) as error:  # of fsspec: what 401, 403 and 404 are for http
+            raise UserError(f"source={url!r} cannot be read: {str(error) or type(error).__name__}") from error
         except (OSError, http.client.HTTPException) as error:
             brought, problem = 0, str(error) or type(error).__name__
         failed = 0 if brought else failed + 1

@@ -140,7 +140,8 @@ def measure(
     with evaluating(model):
         results.samples += scorer.generated_samples(model, seed=seed)
     samples: list[Sample] = []
-    for split in (split for split in objective.rows if split != "train"):
+    splits = [split for split in objective.rows if split != "train"]
+    for split in splits:
         started = time.perf_counter()
         predictions, rows = predict_split(split), objective.rows[split]
         if split == "test":  # predictions of the validation rows may have been made before
@@ -148,6 +149,7 @@ def measure(
         metrics = scorer.score(predictions, rows) | scorer.baselines(predictions, rows)
         results.metrics |= {f"{split}/{name}": value for name, value in metrics.items()}
         samples = scorer.samples(predictions, rows)
-        results.figures = scorer.figures(predictions, rows) if draws else []
+        if draws and split == splits[-1]:
+            results.figures = scorer.figures(predictions, rows)
     results.samples += samples
     return results

@@ -1,6 +1,7 @@
 """The runs that test_sharding compares: on one process, and in each layout on several that are forked once."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -47,8 +48,11 @@ def model_of(name: str):
 
 def train(folder: Path, name: str, *, batches=None, **changes):
     """The run of a case in `folder`, to its end or from where it was."""
+    # Every process has two micro-batches a step: a step of few rows costs each of them as much as one of many.
+    num_shares = int(os.environ.get("WORLD_SIZE", "1")) // changes.get("tp_size", 1)
+    sizes = {"num_train_steps": 4, "micro_batch_size": 4 // num_shares}
     # Gradients that are rounding errors of 0 would move their weights by a whole step with a smaller epsilon.
-    settings = {"micro_batch_size": 1, "save_steps": 2, "adam_epsilon": 1e-4, **CASES[name][0], **changes}
+    settings = {**sizes, "adam_epsilon": 1e-4, **CASES[name][0], **changes}
     if name in CARRIED:
         batches = batches or (lambda **share: Stream(settings["micro_batch_size"], **share))
     return run(arguments(folder, **settings), model=model_of(name), batches=batches)
@@ -57,6 +61,8 @@ def train(folder: Path, name: str, *, batches=None, **changes):
 def run_cases(folder: Path) -> None:
     """All cases in the layouts of as many processes as there are; those that were stopped half-way go on."""
     optimizers.multiplies_bfloat16_fast = lambda *_: False  # a rounding to 16 bits would hide what is compared
+    # The groups of processes of a layout, and what torch has found out about operations in it, serve all its cases.
+    torch.distributed.init_device_mesh = cache(torch.distributed.init_device_mesh)
     for layout, sizes in LAYOUTS[int(os.environ["WORLD_SIZE"])].items():
         for name in (name for name in CASES if fits(name, sizes)):
             saved = {} if name in RESUMED else {"save_steps": 0}
