@@ -350,11 +350,11 @@ def peak_megabytes(name: str, *, quick: bool) -> float:
 
 
 def memory_of(name: str, shape: Shape) -> None:
+    if name == "ours":
+        keep_freed_memory(torch.device(shape.device))  # as the loop does
     seconds = contestant(name, shape, time.perf_counter)
     for _ in range(4):
         next(seconds)
-        if name == "ours":
-            keep_freed_memory(torch.device(shape.device))  # as the loop does after the first step
     print(peak_memory() / 2**20)
 
 

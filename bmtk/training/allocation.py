@@ -5,7 +5,6 @@ import mmap
 import os
 import resource
 import sys
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,14 +16,11 @@ PART = 2**30  # bytes
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # 2: memory that is asked for counts as used
 
 
-@cache  # it is called after every step
 def keep_freed_memory(device: torch.device) -> None:
     """Where a CPU trains, let this process reuse large blocks that it freed, instead of giving them back to Linux.
 
     A training step allocates the same tensors each time.  By default glibc returns each block of more than 32 MB, and
     the end of its heap, and the kernel clears every page anew when it is written: about a tenth of a step.
-
-    To be called after the first step: what only that one needs would otherwise be kept to the end of the run.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return

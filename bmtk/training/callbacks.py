@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .allocation import keep_freed_memory
 from .averaging import WeightAverage
 from .history import History
 from .progress import Bar, evaluation_line
@@ -154,15 +153,6 @@ class AverageWeights(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint:  # Trainer has loaded the raw weights from it
             self.average.load(Path(state.best_model_checkpoint))
         self.average.apply()
-
-
-class KeepFreedMemory(TrainerCallback):
-    """Lets a CPU's process keep what a step frees, from the first step on."""
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        keep_freed_memory(args.device)
 
 
 class StopOnRequest(TrainerCallback):

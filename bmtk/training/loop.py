@@ -54,6 +54,7 @@ def train(
     when the step is finished and saved.
     """
     optimizer, accelerator = prepared.optimizer, prepared.accelerator
+    keep_freed_memory(accelerator.device)
     total = args.num_train_steps if args.num_train_steps != -1 else args.total_steps(batches.steps_per_epoch)
     state.recurrent = tbptt_state(batches, state.recurrent)
     updater = _updater(prepared, batches, losses, args, total=total, recurrent=state.recurrent)
@@ -83,7 +84,6 @@ def train(
                 group["lr"] = group["initial_lr"] * schedule(step)
             data = data_step(step, state.left_out)
             update = step_within_memory(updater, batches, sizes, data, step, request=request)
-            keep_freed_memory(accelerator.device)
             if run.add(update):
                 bar.update()
                 _after_step(run, update, vote, bar, learning_rate=optimizer.param_groups[0]["lr"])

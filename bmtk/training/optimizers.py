@@ -145,11 +145,10 @@ class Muon(torch.optim.Muon):
     The filters of a convolution (outputs, inputs, height, width) are a matrix of `outputs` rows.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], *, lr: float, weight_decay: float):
-        super().__init__(
-            [parameters[0].new_empty(0, 0)], lr=lr, weight_decay=weight_decay
-        )  # which checks its settings
-        self.param_groups.clear()  # it would refuse filters, whose update it does not know
+    def __init__(self, parameters: list[nn.Parameter], *, lr: float, momentum: float, weight_decay: float):
+        matrix = parameters[0].new_empty(0, 0)  # torch refuses filters, whose update it does not know
+        super().__init__([matrix], lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.param_groups.clear()
         self.add_param_group({"params": parameters})
 
     @torch.no_grad()

@@ -17,10 +17,11 @@ from bmtk.errors import UserError, is_out_of_memory
 from bmtk.files import adding_to_folder
 
 from .adapters import ADAPTER_CONFIG
+from .allocation import keep_freed_memory
 from .arguments import AUTO
 from .averaging import WeightAverage
 from .batch_sampler import EpochSampler, EvenBatchSampler
-from .callbacks import AverageWeights, KeepFreedMemory, ProgressBar, RecordHistory, StopOnRequest
+from .callbacks import AverageWeights, ProgressBar, RecordHistory, StopOnRequest
 from .disk_space import check_room
 from .ending import ending_together
 from .evaluation import Results, measure, predict_all
@@ -409,11 +410,12 @@ def train(
 
     Raises: Stopped after a signal or `args.max_minutes`, when the step is finished and saved.
     """
+    keep_freed_memory(args.device)
     spread(model, args)
     folder = Path(args.output_dir)
     stopping: Any = {"second_stops_at_once": args.world_size == 1, "max_minutes": args.max_minutes}
     with deferred_signals(**stopping) as request:
-        callbacks = [history, StopOnRequest(request), KeepFreedMemory()]
+        callbacks = [history, StopOnRequest(request)]
         trainer = build_trainer(model, objective, args, folder=folder / CHECKPOINTS, callbacks=callbacks)
         if args.micro_batch_size == AUTO:
             cut_by_memory(trainer)
