@@ -3,8 +3,8 @@
     python benchmarks/run.py lm_step lm_memory char_step
     python -m benchmarks.steps --profile ours         # where a step's time goes (torch.profiler)
 
-A step is forward, backward, clipping and the optimizer in bf16 autocast.  The contestants take turns in one process.
-Peak memory is that of a process of its own for each.
+A step is forward, backward, clipping and the optimizer in bf16 autocast.  Each contestant has a process of its own,
+with what its users get: our loop keeps freed memory in huge pages, the others leave that to the system.  They take turns.
 
     ours       the project's loop (bmtk/training/updates.py)
     bare       the same model and optimizer in the shortest loop
@@ -16,10 +16,12 @@ Peak memory is that of a process of its own for each.
 import argparse
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,15 +30,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
-from transformers import (
-    AutoModelForMaskedLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import AutoModelForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import bmtk  # noqa: F401 - registers the families
 from benchmarks.rows import ROOT, Line, Settings, Target, at_least, at_most, row, take_turns
@@ -167,11 +161,42 @@ def step_lines(work: str, shape: Shape, settings: Settings, *, least: float = 1.
 
 def tokens_per_second(names: tuple[str, ...], shape: Shape, settings: Settings) -> dict[str, list[float]]:
     """Tokens per second of each, over turns of one step; two steps of each warm up."""
-    clocks = {name: contestant(name, shape, settings.now) for name in names}
-    for clock in clocks.values():
-        next(clock)
-    runs = {name: lambda clock=clock: shape.tokens / next(clock) for name, clock in clocks.items()}
-    return take_turns(runs, settings.turns)
+    with ExitStack() as running:
+        clocks = {name: running.enter_context(apart(name, shape, settings)) for name in names}
+        for clock in clocks.values():
+            clock()
+        return take_turns(
+            {name: lambda clock=clock: shape.tokens / clock() for name, clock in clocks.items()}, settings.turns
+        )
+
+
+@contextmanager
+def apart(name: str, shape: Shape, settings: Settings) -> Iterator[Callable[[], float]]:
+    """Seconds of one step after another of a contestant in a process of its own, as its users have it."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=answer, args=(there, name, shape, settings))
+    process.start()
+    there.close()
+
+    def seconds() -> float:
+        here.send(None)
+        return here.recv()
+
+    try:
+        yield seconds
+    finally:
+        here.close()
+        process.join()
+
+
+def answer(pipe: Connection, name: str, shape: Shape, settings: Settings) -> None:
+    """Make a step whenever the other end asks for one, until it is closed."""
+    clock = contestant(name, shape, settings.now)
+    with suppress(EOFError):
+        while True:
+            pipe.recv()
+            pipe.send(next(clock))
 
 
 def mfu(rates: dict[str, list[float]], shape: Shape) -> float:
@@ -284,40 +309,6 @@ def bare(shape: Shape, *, is_ours: bool) -> Step:
     return step
 
 
-class Laps(TrainerCallback):
-    """The clock at the end of each of Trainer's steps."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now, self.ends = now, list[float]()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(self.now())
-
-
-def trainer_seconds(shape: Shape, now: Callable[[], float]) -> Iterator[float]:
-    """Seconds of one step of Trainer; one run of it for each."""
-    model, first = shape.llama(), 0
-    while True:
-        tokens = torch.cat([shape.batch(first + step) for step in (0, 1)]).cpu()
-        rows = [{"input_ids": row_of_tokens[:-1], "labels": row_of_tokens[:-1]} for row_of_tokens in tokens]
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                folder, max_steps=2, per_device_train_batch_size=shape.rows, bf16=True, use_cpu=shape.device == "cpu",
-                report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, learning_rate=RATE,
-                weight_decay=DECAY, max_grad_norm=MAX_NORM, dataloader_pin_memory=False,
-            )  # fmt: skip
-            laps = Laps(now)
-            trainer = Trainer(
-                model, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[laps]
-            )
-            trainer.train()
-        started, ended = laps.ends
-        yield ended - started
-        first += 2
-
-
 def step_seconds(step: Step, now: Callable[[], float]) -> Iterator[float]:
     """Seconds of one step after another, until its loss is known."""
     number = 0
@@ -339,7 +330,13 @@ MAKE: dict[str, Callable[[Shape], Step]] = {
 
 
 def contestant(name: str, shape: Shape, now: Callable[[], float]) -> Iterator[float]:
-    return trainer_seconds(shape, now) if name == "trainer" else step_seconds(MAKE[name](shape), now)
+    if name == "trainer":
+        from benchmarks.trainer_steps import trainer_seconds  # the processes of the others do without its imports
+
+        return trainer_seconds(shape, now)
+    if name != "llama":
+        keep_freed_memory(torch.device(shape.device))  # as the project's loop does
+    return step_seconds(MAKE[name](shape), now)
 
 
 def peak_megabytes(name: str, *, quick: bool) -> float:
@@ -350,8 +347,6 @@ def peak_megabytes(name: str, *, quick: bool) -> float:
 
 
 def memory_of(name: str, shape: Shape) -> None:
-    if name == "ours":
-        keep_freed_memory(torch.device(shape.device))  # as the loop does
     seconds = contestant(name, shape, time.perf_counter)
     for _ in range(4):
         next(seconds)

@@ -42,29 +42,28 @@ class NormedMLP(torch.autograd.Function):
         dtype, rows = product_dtype(x), x.flatten(0, -2)
         scale = scale_of(rows, eps)
         inputs = normed(rows, norm_weight, scale, dtype)
-        down, *projections = (weight.to(dtype) for weight in weights)
-        hidden = [inputs @ weight.T for weight in projections]
-        ctx.save_for_backward(rows, norm_weight, scale, down, *projections, *hidden)
-        ctx.activation, ctx.shape, ctx.dtypes = activation, x.shape, [weight.dtype for weight in weights]
-        return (activation.of(*hidden) @ down.T).view(x.shape)
+        down, *projections = weights
+        hidden = [inputs @ weight.to(dtype).T for weight in projections]
+        ctx.save_for_backward(rows, norm_weight, scale, *weights, *hidden)
+        ctx.activation, ctx.shape = activation, x.shape
+        return (activation.of(*hidden) @ down.to(dtype).T).view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_output):
         rows, norm_weight, scale, down, *others = ctx.saved_tensors
         projections, hidden = others[: len(others) // 2], others[len(others) // 2 :]
-        of_output = of_output.flatten(0, -2)
-        product, *of_hidden = ctx.activation.again(*hidden, of_output @ down)
+        of_output, dtype = of_output.flatten(0, -2), hidden[0].dtype
+        product, *of_hidden = ctx.activation.again(*hidden, of_output @ down.to(dtype))
         of_weights = [of_output.T @ product]
         del product
-        inputs = normed(rows, norm_weight, scale, down.dtype)
+        inputs = normed(rows, norm_weight, scale, dtype)
         of_weights += [gradient.T @ inputs for gradient in of_hidden]
-        of_inputs = of_hidden[0] @ projections[0]
+        of_inputs = of_hidden[0] @ projections[0].to(dtype)
         for gradient, weight in zip(of_hidden[1:], projections[1:], strict=True):
-            of_inputs.addmm_(gradient, weight)
+            of_inputs.addmm_(gradient, weight.to(dtype))
         of_x, of_norm = gradients_of_norm(rows, norm_weight, scale, of_inputs)
-        cast = (gradient.to(dtype) for gradient, dtype in zip(of_weights, ctx.dtypes, strict=True))
-        return of_x.view(ctx.shape), of_norm, None, None, *cast
+        return of_x.view(ctx.shape), of_norm, None, None, *(gradient.to(down.dtype) for gradient in of_weights)
 
 
 __all__ = ["NormedMLP", "fits_normed_mlp", "mlp_of_norm"]
