@@ -3,8 +3,8 @@
     python benchmarks/run.py lm_step lm_memory char_step
     python -m benchmarks.steps --profile ours         # where a step's time goes (torch.profiler)
 
-A step is forward, backward, clipping and the optimizer in bf16 autocast.  Each contestant has a process of its own,
-with what its users get: our loop keeps freed memory in huge pages, the others leave that to the system.  They take turns.
+A step is forward, backward, clipping and the optimizer in bf16 autocast.  The contestants take turns, each in a
+process of its own with what its users get: our loop keeps freed memory, in huge pages; the others have the system's.
 
     ours       the project's loop (bmtk/training/updates.py)
     bare       the same model and optimizer in the shortest loop
