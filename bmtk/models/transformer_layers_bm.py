@@ -181,7 +181,7 @@ def norm_of_sublayer(config) -> nn.Module:
 
 def added(hidden_states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     """The sum.  An update of fewer bits than the residual stream is cast, and the stream added to it in place."""
-    if torch.result_type(hidden_states, update) == update.dtype:
+    if torch.promote_types(hidden_states.dtype, update.dtype) == update.dtype:
         return hidden_states + update
     return update.to(hidden_states.dtype).add_(hidden_states)
 

@@ -179,7 +179,7 @@ class LoopArguments(SharedArguments):
     batch_size: int = _shared("batch_size", 32)
     micro_batch_size: int = _shared("micro_batch_size", 0)
 
-    optimizer: str = _setting("adamw", "adamw, sgd, or muon (hidden matrices and filters by Muon, the rest by AdamW)")
+    optimizer: str = _setting("adamw", "adamw, sgd, or muon (hidden matrices and filters; AdamW for the rest)")
     learning_rate: float = _setting(1e-3, "peak learning rate of AdamW or SGD")
     weight_decay: float = _setting(0.1, "decoupled weight decay of matrices, times the learning rate at each step")
     adam_beta1: float = _setting(0.9, "decay of AdamW's mean of gradients")

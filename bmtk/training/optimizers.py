@@ -145,7 +145,7 @@ class Muon(torch.optim.Muon):
     The filters of a convolution (outputs, inputs, height, width) are a matrix of `outputs` rows.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], *, lr: float, momentum: float, weight_decay: float):
+    def __init__(self, parameters: list[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95):
         matrix = parameters[0].new_empty(0, 0)  # torch refuses filters, whose update it does not know
         super().__init__([matrix], lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.param_groups.clear()
