@@ -1,6 +1,6 @@
 """Columns of tables that stay where they are: in a file that is mapped into memory, or in a selection of its rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -46,3 +46,10 @@ def first_missing(rows: datasets.Dataset, column: str) -> int | None:
         is_missing = is_missing.take(rows._indices.column(0))
     place = is_missing.index(True).as_py()
     return None if place < 0 else int(place)
+
+
+def cells(rows: datasets.Dataset, column: str) -> Iterator[Any]:
+    """The values of a column, read some rows at a time (iterating over the column itself takes ten times as long)."""
+    rows = rows.select_columns(column)
+    for batch in rows.iter(batch_size=max(1, rows_at_once(rows) // 4)):
+        yield from batch[column]

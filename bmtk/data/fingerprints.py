@@ -11,6 +11,7 @@ from datasets import Dataset
 from bmtk.files import read_json, sha256, write_json
 
 from .archives import member_bytes
+from .columns import cells
 
 MARK_BYTES = 6  # of a row in the record of a run: two rows are taken for the same in one of 3e14 cases
 
@@ -19,8 +20,7 @@ Marks = Mapping[str, Sequence[str]]  # split -> a mark of each row or file, whic
 
 def fingerprints(rows: Dataset, columns: Sequence[str]) -> list[bytes]:
     """A hash of each row's values in `columns`; files are read, so a copy under another name counts as the same."""
-    values = (rows[column] for column in columns)
-    return [_hash(row) for row in zip(*values, strict=True)]
+    return [_hash(row) for row in zip(*(cells(rows, column) for column in columns), strict=True)]
 
 
 def _hash(values: Sequence[object]) -> bytes:

@@ -4,7 +4,7 @@ For data sets of examples (a text and its label); corpora of documents are read 
 is read: in CSV every cell is a text, in JSON a string stays a string and whole numbers keep their digits.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,13 +234,6 @@ def encoded_rows(
     """`rows` with what `encode` makes of at most `most` of them at a time; made anew each time, as `changed_rows`."""
     size = min(most, rows_at_once(rows))
     return rows.map(encode, batched=True, batch_size=size, load_from_cache_file=False, **options)
-
-
-def cells(rows: datasets.Dataset, column: str) -> Iterator[Any]:
-    """The values of a column, read some rows at a time."""
-    rows = rows.select_columns(column)
-    for batch in rows.iter(batch_size=rows_at_once(rows)):
-        yield from batch[column]
 
 
 def as_text(value: object, where: str) -> str:

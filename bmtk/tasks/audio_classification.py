@@ -59,7 +59,7 @@ class AudioClassificationObjective(RecordingObjective):
 
     def encode(self, rows: Dataset, where: str) -> RecordingRows:
         if "label" in rows.column_names:
-            labels = self.labels.targets(rows["label"], where)
+            labels = self.labels.targets(rows["label"][:], where)
             rows = with_columns(rows.remove_columns("label"), {"labels": labels})
         return self.recording_rows(rows, where)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from bmtk.data.columns import cells
 from bmtk.data.labels import in_order, some
 from bmtk.errors import UserError
 from bmtk.settings import fact, setting
@@ -72,7 +73,7 @@ class Labels:
         if self.names:
             return
         sources = [rows["train"]] if "train" in rows else rows.values()
-        self.names = in_order({name for split in sources for name in self.kind.names_in(split["label"])})
+        self.names = in_order({name for split in sources for name in self.kind.names_in(cells(split, "label"))})
         if "train" in rows and len(self.names) < self.kind.min_labels:
             found = repr(self.names[0]) if self.names else "no label"
             raise UserError(f"label_column={self.args.label_column!r} holds {found} in all training rows")
@@ -83,7 +84,7 @@ class Labels:
         A classifier that knows the labels of the data (`known`), by name or by number, keeps its own order of them.
         Raises: UserError if a validation or test label is unknown.
         """
-        found = {name for split in rows.values() for name in self.kind.names_in(split["label"])}
+        found = {name for split in rows.values() for name in self.kind.names_in(cells(split, "label"))}
         names, ids = self.kind.agreed_labels(found, known, self.names, is_trained="train" in rows)
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}

@@ -18,8 +18,9 @@ import torch
 from datasets import Dataset, List, Value
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 
+from bmtk.data.columns import cells
 from bmtk.data.squad import flattened, is_nested
-from bmtk.data.tables import TextColumn, cells, changed_rows, check_column, encoded_rows, text_rows
+from bmtk.data.tables import TextColumn, changed_rows, check_column, encoded_rows, text_rows
 from bmtk.errors import UserError
 from bmtk.metrics.answers import agreement, best_sentence, is_chinese
 from bmtk.settings import fact, setting

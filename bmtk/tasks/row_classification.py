@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset
 
+from bmtk.data.columns import cells
 from bmtk.data.labels import note_blanks
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
@@ -56,7 +57,7 @@ class RowLabels(Labels):
         """Each row's label (a name, names or a number); None if all of them are secret."""
         name = self.args.label_column
         check_column(table, name, option="label_column", where=where)
-        feature, values = table.features[name], list(table[name])
+        feature, values = table.features[name], list(cells(table, name))
         if isinstance(feature, ClassLabel) and set(values) == {-1}:  # how the Hub marks secret labels
             notes.append(f"the {where} rows have no labels and are not used")
             return None

@@ -7,8 +7,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
-from bmtk.data.columns import with_columns
-from bmtk.data.tables import TextColumn, cells, encoded_rows, note_printed, text_rows
+from bmtk.data.columns import cells, with_columns
+from bmtk.data.tables import TextColumn, encoded_rows, note_printed, text_rows
 from bmtk.settings import fact
 
 from .label_types import LabelType
@@ -87,7 +87,7 @@ class SequenceClassificationObjective(TextObjective):
             encoded = tokenizer(batch["text"], truncation=True, max_length=longest)
             return {**encoded, "length": list(map(len, whole))}
 
-        labels = self.labels.targets(rows["label"], where) if "label" in rows.column_names else None
+        labels = self.labels.targets(rows["label"][:], where) if "label" in rows.column_names else None
         encoded = encoded_rows(rows, encode, remove_columns=rows.column_names)
         self.note_cut_texts(encoded["length"], where)
         encoded = encoded.remove_columns("length")

@@ -293,7 +293,7 @@ class TaskData:
             raise UserError(f"{len(groups)} {kind} are too few to hold out {share:.0%} of them")
         parts = Dataset.from_dict({"group": range(len(groups))}).train_test_split(count, seed=self.seed)
         names = {"train": "train", "validation": "test"}
-        found = {split: [groups[group] for group in parts[part]["group"]] for split, part in names.items()}
+        found = {split: [groups[group] for group in parts[part]["group"][:]] for split, part in names.items()}
         tables = {split: table.select(np.concatenate(rows)) for split, rows in found.items()}
         together = f", the rows of {count:,} {kind}" if column else ""
         self.notes.append(

@@ -16,10 +16,11 @@ from datasets import ClassLabel, Dataset, List, Value
 from torch.nn import functional as F
 from transformers import AutoModelForTokenClassification, PreTrainedConfig
 
+from bmtk.data.columns import cells
 from bmtk.data.labels import label_name, note_blanks
 from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.printed import looks_printed
-from bmtk.data.tables import cells, changed_rows, check_column, encoded_rows
+from bmtk.data.tables import changed_rows, check_column, encoded_rows
 from bmtk.errors import UserError
 from bmtk.metrics.entities import Entity, agreement, entities, is_scheme, single_words
 from bmtk.settings import fact, setting

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from bmtk.data.columns import cells
 from bmtk.data.packing import IGNORE_INDEX
-from bmtk.data.tables import TextColumn, cells, encoded_rows, text_rows
+from bmtk.data.tables import TextColumn, encoded_rows, text_rows
 from bmtk.errors import UserError
 from bmtk.metrics.texts import perplexity, sentence_chrf, translation_scores
 from bmtk.settings import fact, setting
