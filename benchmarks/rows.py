@@ -15,11 +15,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,35 @@ def take_turns(
         for name in contestants if turn % 2 == 0 else reversed(list(contestants)):
             found[name].append(contestants[name]())
     return found
+
+
+@contextmanager
+def in_a_process(make: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Callable[[], Any]]:
+    """A function that returns the next value of `make(*arguments)`, which runs in a process of its own meanwhile."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_answer, args=(there, make, arguments))
+    process.start()
+    there.close()
+
+    def ask() -> Any:
+        here.send(None)
+        return here.recv()
+
+    try:
+        yield ask
+    finally:
+        here.close()
+        process.join()
+
+
+def _answer(pipe: Connection, make: Callable[..., Iterator[Any]], arguments: Sequence[Any]) -> None:
+    """Send a value whenever the other end asks for one, until it is closed."""
+    values = make(*arguments)
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            pipe.recv()
+            pipe.send(next(values))
 
 
 def timed(command: Sequence[str], *, cwd: Path = ROOT, settings: Settings) -> tuple[str, float]:

@@ -18,10 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +31,7 @@ from torch.utils.benchmark import Timer
 from transformers import AutoModelForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import bmtk  # noqa: F401 - registers the families
-from benchmarks.rows import ROOT, Line, Settings, Target, at_least, at_most, row, take_turns
+from benchmarks.rows import ROOT, Line, Settings, Target, at_least, at_most, in_a_process, row, take_turns
 from bmtk.hub.convert import converted
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.training.allocation import keep_freed_memory
@@ -162,41 +160,12 @@ def step_lines(work: str, shape: Shape, settings: Settings, *, least: float = 1.
 def tokens_per_second(names: tuple[str, ...], shape: Shape, settings: Settings) -> dict[str, list[float]]:
     """Tokens per second of each, over turns of one step; two steps of each warm up."""
     with ExitStack() as running:
-        clocks = {name: running.enter_context(apart(name, shape, settings)) for name in names}
+        clocks = {name: running.enter_context(in_a_process(contestant, name, shape, settings.now)) for name in names}
         for clock in clocks.values():
             clock()
         return take_turns(
             {name: lambda clock=clock: shape.tokens / clock() for name, clock in clocks.items()}, settings.turns
         )
-
-
-@contextmanager
-def apart(name: str, shape: Shape, settings: Settings) -> Iterator[Callable[[], float]]:
-    """Seconds of one step after another of a contestant in a process of its own, as its users have it."""
-    context = get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=answer, args=(there, name, shape, settings))
-    process.start()
-    there.close()
-
-    def seconds() -> float:
-        here.send(None)
-        return here.recv()
-
-    try:
-        yield seconds
-    finally:
-        here.close()
-        process.join()
-
-
-def answer(pipe: Connection, name: str, shape: Shape, settings: Settings) -> None:
-    """Make a step whenever the other end asks for one, until it is closed."""
-    clock = contestant(name, shape, settings.now)
-    with suppress(EOFError):
-        while True:
-            pipe.recv()
-            pipe.send(next(clock))
 
 
 def mfu(rates: dict[str, list[float]], shape: Shape) -> float:
@@ -221,8 +190,9 @@ def peak_line(name: str, dtype: torch.dtype, settings: Settings, device: str = "
 
 def matmul_rate(size: int, dtype: torch.dtype, device: str) -> float:
     """The best of a tenth of a second, by torch's own stop watch."""
-    left, right = torch.randn(2, size, size, device=device).to(dtype)
-    timer = Timer("torch.mm(left, right)", globals={"left": left, "right": right}, num_threads=torch.get_num_threads())
+    left, right, product = torch.randn(3, size, size, device=device).to(dtype)
+    names = {"left": left, "right": right, "product": product}
+    timer = Timer("torch.mm(left, right, out=product)", globals=names, num_threads=torch.get_num_threads())
     return 2.0 * size**3 / min(timer.blocked_autorange(min_run_time=0.1).times)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from .eager_cpu_bm import is_eager_on_cpu
 
 LEVELS = 2**15  # probabilities are multiples of 1 / LEVELS
+PIECE = 2**18  # numbers at a time, a multiple of 4
 INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # of as many bits
 
 
@@ -22,36 +23,42 @@ class BmDropout(nn.Dropout):
         # Nothing here may depend on whether gradients are recorded: activation checkpointing draws twice.
         if self.inplace or x.dtype not in INTEGERS or not is_eager_on_cpu(x):
             return super().forward(x)
-        dropped = min(round(self.p * LEVELS), LEVELS - 1)
-        return KeepSome.apply(x, kept(x, dropped), LEVELS / (LEVELS - dropped))
-
-
-def kept(x: torch.Tensor, dropped: int) -> torch.Tensor:
-    """A mask like x of integers as wide as its numbers: 0 with the probability dropped / LEVELS, else all bits set."""
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all bits of a word are random
-    draws = words.view(torch.int16)[: x.numel()].view(x.shape)
-    draws.bitwise_and_(LEVELS - 1)  # 0 to LEVELS - 1
-    # The sign bit of `dropped - 1 - draw`, copied to all bits by the shift.
-    return draws.neg_().add_(dropped - 1).bitwise_right_shift_(15).to(INTEGERS[x.dtype])
+        return KeepSome.apply(x, min(round(self.p * LEVELS), LEVELS - 1))
 
 
 class KeepSome(torch.autograd.Function):
-    """x where the bits of the mask are set, times `scale`; else 0."""
+    """x, in which each number is 0 with the probability dropped / LEVELS, over the probability that it is not.
+
+    Computed in pieces that fit the cache; what is drawn does not depend on their size.
+    """
 
     @staticmethod
-    def forward(ctx, x, mask, scale: float) -> torch.Tensor:
+    def forward(ctx, x, dropped: int) -> torch.Tensor:
+        mask = torch.empty(-(-x.numel() // 4) * 4, dtype=torch.int16)
+        for words in mask.view(torch.int64).split(PIECE // 4):
+            words.random_(-(2**63), None)  # all bits of a word are random
+            draws = words.view(torch.int16).bitwise_and_(LEVELS - 1)
+            # The sign bit of `dropped - 1 - draw`, copied to all bits by the shift: all are set where it is kept.
+            draws.neg_().add_(dropped - 1).bitwise_right_shift_(15)
+        ctx.scale = LEVELS / (LEVELS - dropped)
         ctx.save_for_backward(mask)
-        ctx.scale = scale
-        return masked(x, mask, scale)
+        return masked(x, mask, ctx.scale)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, of_output):
-        (mask,) = ctx.saved_tensors
-        return masked(of_output, mask, ctx.scale), None, None
+        return masked(of_output, *ctx.saved_tensors, ctx.scale), None
 
 
 def masked(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    return (x * scale).view(mask.dtype).bitwise_and_(mask).view(x.dtype)
+    """x (N numbers) times `scale` where the bits of the mask (N or more) are set, else 0."""
+    output = torch.empty(x.shape, dtype=x.dtype)
+    for part, found, kept in zip(
+        x.reshape(-1).split(PIECE), output.view(-1).split(PIECE), mask.split(PIECE), strict=True
+    ):
+        bits = torch.mul(part, scale, out=found).view(INTEGERS[x.dtype])
+        bits.bitwise_and_(kept[: len(bits)].to(bits.dtype))
+    return output
 
 
 __all__ = ["BmDropout"]

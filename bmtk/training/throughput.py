@@ -95,11 +95,11 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0
     """
     best = 0.0
     for size in (384, 512, 1024, 2048) if device.type == "cpu" else (8192,):
-        left, right = torch.ones(2, size, size, dtype=dtype, device=device)
+        left, right, product = torch.ones(3, size, size, dtype=dtype, device=device)
         deadline, rounds, elapsed = time.perf_counter() + seconds, 0, float("inf")
         while rounds < 3 or time.perf_counter() < deadline:
             started = time.perf_counter()
-            torch.mm(left, right)
+            torch.mm(left, right, out=product)  # new memory would take time, too
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             elapsed, rounds = min(elapsed, time.perf_counter() - started), rounds + 1

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bmtk.models import norms_bm, rotary_bm, token_loss_bm
+from bmtk.models import dropout_bm, norms_bm, rotary_bm, token_loss_bm
 from bmtk.models.attention_bm import CPUAttention, fits_cpu_attention
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.models.dropout_bm import BmDropout
@@ -262,6 +262,18 @@ def test_dropout_drops_what_it_should_and_scales_the_rest_by_it(dtype, probabili
     kept = 1 - round(probability * 2**15) / 2**15  # the probability that can be drawn
     assert y.unique().tolist() == [0.0, torch.tensor(1 / kept, dtype=dtype).item()]
     assert torch.equal(x.grad, y.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_dropped_does_not_depend_on_the_size_of_the_pieces(monkeypatch, dtype):
+    x, found = torch.randn(7, 13, dtype=dtype).T, []
+    for size in (8, 2**18):
+        monkeypatch.setattr(dropout_bm, "PIECE", size)
+        torch.manual_seed(0)
+        found.append(BmDropout(0.5)(x))
+    assert torch.equal(*found)
+    assert 20 < (found[0] == 0).sum() < 71
+    assert torch.equal(found[0][found[0] != 0], (2 * x)[found[0] != 0])
 
 
 def test_dropout_is_a_function_of_the_generator_and_moves_it_on():
