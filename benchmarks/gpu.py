@@ -23,7 +23,7 @@ from benchmarks.time_to_loss import CHARACTERS, data_folder, recipe_lap
 
 BABY = (
     "--hidden_size 384 --num_hidden_layers 6 --num_attention_heads 6 --context_length 256 --hidden_dropout 0.2 "
-    "--batch_size 64 --sample_tokens 0"
+    "--batch_size 64 --sample_tokens 0 --learning_rate 3e-3 --muon_momentum 0.95"
 ).split()
 BABY_STEPS, BABY_LOSS = 1000, 1.4697  # loss: nanoGPT's README, after 5,000 steps and 3 minutes on an A100
 MINUTES = 10  # all together

@@ -227,8 +227,13 @@ def in_a_process(make: Callable[..., Iterator[Any]], *arguments: Any) -> Iterato
     there.close()
 
     def ask() -> Any:
-        here.send(None)
-        return here.recv()
+        time.sleep(0.01)  # threads of the process that had its turn before may still be waiting for work
+        try:
+            here.send(None)
+            return here.recv()
+        except (EOFError, BrokenPipeError) as error:
+            process.join()
+            raise RuntimeError(f"{make.__name__}{arguments[:1]} ended with {process.exitcode}") from error
 
     try:
         yield ask

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from functools import cache
+from functools import lru_cache
 
 import accelerate
 import onnxruntime
@@ -72,7 +72,7 @@ def more_rows(inputs: dict) -> dict:
     return {name: torch.cat((value, value.flip(0), value)) for name, value in inputs.items()}
 
 
-@cache
+@lru_cache(maxsize=8)
 def exported(case: Case) -> tuple[PreTrainedModel, dict, torch.export.ExportedProgram]:
     """A model, rows of its, and its graph: traced once, which takes seconds, for the tests of both formats."""
     model = spread(case)

@@ -7,10 +7,9 @@ They come from torch's own generator: a step repeats with the generator's state,
 import torch
 from torch import nn
 
-from .eager_cpu_bm import is_eager_on_cpu
+from .eager_cpu_bm import is_eager_on_cpu, numbers_at_once
 
 LEVELS = 2**15  # probabilities are multiples of 1 / LEVELS
-PIECE = 2**18  # numbers at a time, a multiple of 4
 INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # of as many bits
 
 
@@ -35,7 +34,7 @@ class KeepSome(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dropped: int) -> torch.Tensor:
         mask = torch.empty(-(-x.numel() // 4) * 4, dtype=torch.int16)
-        for words in mask.view(torch.int64).split(PIECE // 4):
+        for words in mask.view(torch.int64).split(numbers_at_once() // 4):
             words.random_(-(2**63), None)  # all bits of a word are random
             draws = words.view(torch.int16).bitwise_and_(LEVELS - 1)
             # The sign bit of `dropped - 1 - draw`, copied to all bits by the shift: all are set where it is kept.
@@ -53,9 +52,8 @@ class KeepSome(torch.autograd.Function):
 def masked(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """x (N numbers) times `scale` where the bits of the mask (N or more) are set, else 0."""
     output = torch.empty(x.shape, dtype=x.dtype)
-    for part, found, kept in zip(
-        x.reshape(-1).split(PIECE), output.view(-1).split(PIECE), mask.split(PIECE), strict=True
-    ):
+    pieces = (whole.split(numbers_at_once()) for whole in (x.reshape(-1), output.view(-1), mask))
+    for part, found, kept in zip(*pieces, strict=True):
         bits = torch.mul(part, scale, out=found).view(INTEGERS[x.dtype])
         bits.bitwise_and_(kept[: len(bits)].to(bits.dtype))
     return output

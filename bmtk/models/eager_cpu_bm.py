@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+PIECE = 2**17  # numbers of a thread: half a megabyte in float32
+
 
 def is_eager_on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether these plain tensors are computed with now, on a CPU: nothing is compiled, exported or traced."""
@@ -17,12 +19,17 @@ def is_eager_on_cpu(*tensors: torch.Tensor) -> bool:
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling the module runs the forward of its class, and nothing else."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return "forward" not in vars(module) and not any(hooks)
+    return "forward" not in vars(module) and not any(hooks) and not nn.modules.module._has_any_global_hook()
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether calling the layer is `x @ weight.T + bias` and nothing else: no adapter, hook or quantization."""
     return type(layer).forward is nn.Linear.forward and is_unhooked(layer)
+
+
+def numbers_at_once() -> int:
+    """How many numbers an operation of several passes has in hand, so that all of them stay in the caches."""
+    return PIECE * torch.get_num_threads()
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -45,4 +52,11 @@ def float32_products_of_bfloat16() -> Iterator[None]:
         setting.fp32_precision = before
 
 
-__all__ = ["float32_products_of_bfloat16", "is_eager_on_cpu", "is_plain_linear", "is_unhooked", "product_dtype"]
+__all__ = [
+    "float32_products_of_bfloat16",
+    "is_eager_on_cpu",
+    "is_plain_linear",
+    "is_unhooked",
+    "numbers_at_once",
+    "product_dtype",
+]

@@ -10,11 +10,11 @@ class SwiGLU:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
 
     @staticmethod
-    def of(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def again(gate: torch.Tensor, up: torch.Tensor, of_product: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def recompute(gate: torch.Tensor, up: torch.Tensor, of_product: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The product, and the gradients of gate and up."""
         activated = F.silu(gate)
         of_up = of_product * activated
@@ -25,11 +25,11 @@ class SquaredReLU:
     """relu(hidden)^2 (So et al. 2021, arXiv:2109.08668)."""
 
     @staticmethod
-    def of(hidden: torch.Tensor) -> torch.Tensor:
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
         return F.relu(hidden).square_()
 
     @staticmethod
-    def again(hidden: torch.Tensor, of_product: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def recompute(hidden: torch.Tensor, of_product: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The square, and the gradient of hidden."""
         positive = F.relu(hidden)
         return positive.square(), positive.mul_(of_product).mul_(2)
@@ -48,12 +48,13 @@ class GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return SwiGLU.of(gate, up)
+        return SwiGLU.forward(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_output):
-        return SwiGLU.again(*ctx.saved_tensors, of_output)[1:]
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(of_output * up, gate), F.silu(gate).mul_(of_output)
 
 
 __all__ = ["SquaredReLU", "SwiGLU", "gated_product"]

@@ -45,11 +45,6 @@ def build_norm(config, channels: int) -> nn.Module:
     return NORMS[config.norm_type](channels, eps=config.norm_eps)
 
 
-def build_act(config) -> nn.Module:
-    """The activation after a norm, convolution or sum, whose gradients do not read the result: ReLU overwrites it."""
-    return nn.ReLU(inplace=True) if config.hidden_act == "relu" else ACT2FN[config.hidden_act]
-
-
 class ConvNormAct(nn.Sequential):
     """Convolution (biased unless batch norm follows), norm, and unless `act` is False the activation.
 
@@ -64,7 +59,7 @@ class ConvNormAct(nn.Sequential):
         super().__init__(
             nn.Conv2d(inputs, outputs, kernel_size, stride=1 if skips else stride, padding=padding, bias=bias),
             build_norm(config, outputs),
-            build_act(config) if act else nn.Identity(),
+            ACT2FN[config.hidden_act] if act else nn.Identity(),
         )
         self.every = stride if skips else 1
 
@@ -106,7 +101,7 @@ class ResidualBlock(GradientCheckpointingLayer):
         self.shortcut = nn.Identity()
         if inputs != outputs or stride != 1:
             self.shortcut = ConvNormAct(config, inputs, outputs, kernel_size=1, stride=stride, act=False)
-        self.act = build_act(config)
+        self.act = ACT2FN[config.hidden_act]
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ It keeps its input and the outputs of the first projections, and computes the no
 the backward pass: two thirds of the memory that the single operations keep.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -11,20 +13,11 @@ from .eager_cpu_bm import is_eager_on_cpu, is_plain_linear, is_unhooked, product
 from .norms_bm import DTYPES, BmRMSNorm, gradients_of_norm, normed, scale_of
 
 
-def mlp_of_norm(mlp: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`mlp(norm(x))`."""
-    if not fits_normed_mlp(mlp, norm, x):
-        return mlp(norm(x))
-    weights = [layer.weight for layer in (mlp.down_proj, *mlp.projections())]
-    return NormedMLP.apply(x, norm.weight, norm.eps, mlp.activation, *weights)
-
-
-def fits_normed_mlp(mlp: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
-    """Whether NormedMLP computes `mlp(norm(x))`: in training of all weights, without bias, adapter or hook."""
-    if mlp.activation is None or type(norm) is not BmRMSNorm or not torch.is_grad_enabled():
+def fits_normed_mlp(x: torch.Tensor, norm: nn.Module, layers: Sequence[nn.Module]) -> bool:
+    """Whether NormedMLP computes what these modules do: in training of all weights, without bias, adapter or hook."""
+    if type(norm) is not BmRMSNorm or not is_unhooked(norm) or not torch.is_grad_enabled():
         return False
-    layers = (mlp.down_proj, *mlp.projections())
-    if not (is_unhooked(mlp) and is_unhooked(norm) and all(is_plain_linear(x) and x.bias is None for x in layers)):
+    if not all(is_plain_linear(layer) and layer.bias is None for layer in layers):
         return False
     weights = [norm.weight, *(layer.weight for layer in layers)]
     dtypes = {tensor.dtype for tensor in (x, *weights)}
@@ -46,15 +39,16 @@ class NormedMLP(torch.autograd.Function):
         hidden = [inputs @ weight.to(dtype).T for weight in projections]
         ctx.save_for_backward(rows, norm_weight, scale, *weights, *hidden)
         ctx.activation, ctx.shape = activation, x.shape
-        return (activation.of(*hidden) @ down.to(dtype).T).view(x.shape)
+        return (activation.forward(*hidden) @ down.to(dtype).T).view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, of_output):
         rows, norm_weight, scale, down, *others = ctx.saved_tensors
         projections, hidden = others[: len(others) // 2], others[len(others) // 2 :]
         of_output, dtype = of_output.flatten(0, -2), hidden[0].dtype
-        product, *of_hidden = ctx.activation.again(*hidden, of_output @ down.to(dtype))
+        product, *of_hidden = ctx.activation.recompute(*hidden, of_output @ down.to(dtype))
         of_weights = [of_output.T @ product]
         del product
         inputs = normed(rows, norm_weight, scale, dtype)
@@ -66,4 +60,4 @@ class NormedMLP(torch.autograd.Function):
         return of_x.view(ctx.shape), of_norm, None, None, *(gradient.to(down.dtype) for gradient in of_weights)
 
 
-__all__ = ["NormedMLP", "fits_normed_mlp", "mlp_of_norm"]
+__all__ = ["NormedMLP", "fits_normed_mlp"]

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .eager_cpu_bm import is_eager_on_cpu, product_dtype
+from .eager_cpu_bm import is_eager_on_cpu, numbers_at_once, product_dtype
 
 DTYPES = (torch.float32, torch.bfloat16)
-PIECE = 2**18  # numbers at a time: 1 MB in float32
 
 
 class BmRMSNorm(nn.RMSNorm):
@@ -63,7 +62,7 @@ def normed(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: to
 def gradients_of_norm(x, weight, scale, of_output, needed=(True, True)) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x (..., D) and of the norm's weight (D,) that are needed, else None."""
     of_x = torch.empty(x.shape, dtype=x.dtype) if needed[0] else None
-    of_weight = torch.zeros(weight.shape) if needed[1] else None
+    of_weight = torch.zeros(weight.shape, dtype=torch.float32) if needed[1] else None
     wide_weight = weight.float()
     for part, of_part, output, found in in_pieces(x, scale, of_output, of_x):
         unit, output = part.float() * of_part, output.float()
@@ -79,7 +78,7 @@ def gradients_of_norm(x, weight, scale, of_output, needed=(True, True)) -> tuple
 def in_pieces(*tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
     """Some rows at a time of tensors (..., D), so that what is computed of them stays in the cache."""
     flat = [None if x is None else x.reshape(-1, x.shape[-1]) for x in tensors]
-    rows = max(1, PIECE // flat[0].shape[-1])
+    rows = max(1, numbers_at_once() // max(1, flat[0].shape[-1]))
     for start in range(0, len(flat[0]), rows):
         yield tuple(None if x is None else x[start : start + rows] for x in flat)
 

@@ -2,10 +2,9 @@
 
 import torch
 
-from .eager_cpu_bm import is_eager_on_cpu
+from .eager_cpu_bm import is_eager_on_cpu, numbers_at_once
 
 DTYPES = (torch.float32, torch.bfloat16)
-PIECE = 2**18  # numbers at a time: 1 MB in float32
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -39,7 +38,7 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     """The rotation in float32; (B, L, H, d) in memory, as the projections before and after it read and write."""
     x = x.transpose(1, 2)
     output = torch.empty(x.shape, dtype=x.dtype)
-    rows = max(1, PIECE // x[0].numel())
+    rows = max(1, numbers_at_once() // max(1, x.shape[1:].numel()))
     # Repeated for the heads, because a loop over the numbers of one head alone is too short to be fast.
     cos, sin = (angles.transpose(1, 2).float().expand(-1, -1, *x.shape[2:]).contiguous() for angles in (cos, sin))
     for start in range(0, len(x), rows):

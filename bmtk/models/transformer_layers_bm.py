@@ -7,7 +7,7 @@ Ainslie et al. 2023.
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, ReLUSquaredActivation
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -15,9 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_bm import CPUAttention, fits_cpu_attention
 from .dropout_bm import BmDropout
-from .eager_cpu_bm import is_eager_on_cpu
+from .eager_cpu_bm import is_eager_on_cpu, is_unhooked
 from .gated_product_bm import SquaredReLU, SwiGLU, gated_product
-from .normed_mlp_bm import mlp_of_norm
+from .normed_mlp_bm import NormedMLP, fits_normed_mlp
 from .norms_bm import NORMS, BmRMSNorm
 from .rotary_bm import rotate
 
@@ -140,8 +140,6 @@ class BmTransformerCrossAttention(BmTransformerAttention):
 class GatedMLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    activation = SwiGLU
-
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -150,9 +148,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x)))
-
-    def projections(self) -> tuple[nn.Linear, ...]:
-        return self.gate_proj, self.up_proj
 
 
 class PlainMLP(nn.Module):
@@ -163,13 +158,22 @@ class PlainMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act = ACT2FN[config.hidden_act]
-        self.activation = SquaredReLU if config.hidden_act == "relu2" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act(self.up_proj(x)))
 
-    def projections(self) -> tuple[nn.Linear, ...]:
-        return (self.up_proj,)
+
+def mlp_of_norm(mlp: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`mlp(norm(x))`."""
+    if type(mlp) is GatedMLP:
+        activation, layers, others = SwiGLU, (mlp.down_proj, mlp.gate_proj, mlp.up_proj), (mlp,)
+    elif type(mlp) is PlainMLP and type(mlp.act) is ReLUSquaredActivation:
+        activation, layers, others = SquaredReLU, (mlp.down_proj, mlp.up_proj), (mlp, mlp.act)
+    else:
+        return mlp(norm(x))
+    if not (all(map(is_unhooked, others)) and fits_normed_mlp(x, norm, layers)):
+        return mlp(norm(x))
+    return NormedMLP.apply(x, norm.weight, norm.eps, activation, *(layer.weight for layer in layers))
 
 
 def norm_of_sublayer(config) -> nn.Module:
@@ -180,10 +184,11 @@ def norm_of_sublayer(config) -> nn.Module:
 
 
 def added(hidden_states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """The sum.  An update of fewer bits than the residual stream is cast, and the stream added to it in place."""
-    if torch.promote_types(hidden_states.dtype, update.dtype) == update.dtype:
-        return hidden_states + update
-    return update.to(hidden_states.dtype).add_(hidden_states)
+    """The sum.  On a CPU torch would first make a copy of an update of 16 bits, to which the stream is added here."""
+    dtypes = hidden_states.dtype, update.dtype
+    if dtypes == (torch.float32, torch.bfloat16) and is_eager_on_cpu(hidden_states, update):
+        return update.float().add_(hidden_states)
+    return hidden_states + update
 
 
 class BmTransformerLayer(GradientCheckpointingLayer):

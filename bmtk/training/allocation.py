@@ -11,6 +11,7 @@ import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 LARGEST = 2**31 - 1  # what an int holds
+LARGEST_BEFORE = 2**25  # what older versions take
 NEVER = -1  # as a TRIM_THRESHOLD
 PART = 2**30  # bytes
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # 2: memory that is asked for counts as used
@@ -24,13 +25,28 @@ def keep_freed_memory(device: torch.device) -> None:
     """
     if device.type != "cpu" or sys.platform != "linux":
         return
-    libc = ctypes.CDLL(None, use_errno=False)
-    if getattr(libc, "mallopt", None) is None:  # another C library than glibc
+    libc = glibc()
+    if libc is None:
         return
-    libc.mallopt(MMAP_THRESHOLD, LARGEST)
+    bears_large_blocks = libc.mallopt(MMAP_THRESHOLD, LARGEST)
+    if not bears_large_blocks:  # glibc before 2.35
+        libc.mallopt(MMAP_THRESHOLD, LARGEST_BEFORE)
     libc.mallopt(TRIM_THRESHOLD, NEVER)
-    if addresses_are_free():
+    if bears_large_blocks and addresses_are_free():
         ask_for_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)
+
+
+def glibc() -> ctypes.CDLL | None:
+    """The C library, if it is glibc and its malloc is the one of this process (no other was preloaded)."""
+    process = ctypes.CDLL(None)
+    if getattr(process, "mallopt", None) is None:
+        return None
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return None
+    ours, own = (ctypes.cast(library.malloc, ctypes.c_void_p).value for library in (process, libc))
+    return libc if ours == own else None
 
 
 def addresses_are_free() -> bool:

@@ -271,13 +271,14 @@ def _muon(parameters: list[nn.Parameter], args: OptimizerSettings) -> Muon:
 def _hidden_matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     """Weights of linear layers and filters in the trunk: no head, no lookup table, no table shared with a head.
 
-    The filters that read the pixels have few inputs, and those of a depthwise convolution one: they are no matrices.
+    The filters that read the pixels have few inputs, and those of different groups read different ones: they are no
+    matrices.
     """
     head = model.get_output_embeddings()
     apart = _tables(model) if head is None else _tables(model) | {head.weight}
     for module in model.base_model.modules():
         is_matrix = isinstance(module, nn.Linear | Conv1D)
-        is_matrix |= isinstance(module, nn.Conv2d) and module.in_channels // module.groups >= MIN_INPUTS
+        is_matrix |= isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels >= MIN_INPUTS
         if is_matrix and module.weight not in apart:
             yield cast(nn.Parameter, module.weight)
 

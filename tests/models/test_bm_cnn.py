@@ -221,37 +221,6 @@ def test_a_stem_that_pools_first_normalizes_what_is_left(kernel_size, record_pro
         check(record_property, trunk.stem(pixels), expected)
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck", "plain"])
-def test_relu_overwrites_no_input_and_nothing_that_a_gradient_reads(kind):
-    torch.manual_seed(0)
-    fields = {
-        "hidden_sizes": [8, 8],
-        "depths": [2, 1],
-        "norm_type": "batch_norm",
-        "stem_type": "conv",
-        "stem_width": 8,
-    }
-    model = BmCnnModel(BmCnnConfig(block_type=kind, **fields)).double().train()
-    pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
-    before, (found, expected) = (
-        pixels.detach().clone(),
-        (grads_of(model, pixels, inplace) for inplace in (True, False)),
-    )
-    assert torch.equal(pixels, before)
-    for ours, oracle in zip(found, expected, strict=True):
-        assert torch.equal(ours, oracle)
-
-
-def grads_of(model: nn.Module, pixels: torch.Tensor, inplace: bool) -> list[torch.Tensor]:
-    activations = [module for module in model.modules() if isinstance(module, nn.ReLU)]
-    assert activations
-    for module in activations:
-        module.inplace = inplace
-    outputs = model(pixels)
-    loss = sum((x**2).sum() for x in outputs.feature_maps) + outputs.pooler_output.sum()
-    return [*outputs.feature_maps, *torch.autograd.grad(loss, [pixels, *model.parameters()])]
-
-
 def test_dropped_paths_drop_whole_images_and_keep_the_mean():
     config = BmCnnConfig(drop_path_rate=0.5, **TINY)
     block = BmCnnModel(config).stages[1].blocks[1]

@@ -13,11 +13,10 @@ from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.models.dropout_bm import BmDropout
 from bmtk.models.eager_cpu_bm import is_eager_on_cpu, is_plain_linear
 from bmtk.models.gated_product_bm import gated_product
-from bmtk.models.normed_mlp_bm import fits_normed_mlp, mlp_of_norm
 from bmtk.models.norms_bm import BmRMSNorm
 from bmtk.models.rotary_bm import rotate
 from bmtk.models.token_loss_bm import ChunkedLoss, can_score_in_chunks, token_loss, token_losses
-from bmtk.models.transformer_layers_bm import GatedMLP, PlainMLP, added, norm_of_sublayer
+from bmtk.models.transformer_layers_bm import GatedMLP, PlainMLP, added, mlp_of_norm, norm_of_sublayer
 
 
 def results(function, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -167,7 +166,7 @@ def test_a_norm_before_products_casts_for_all_of_them():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3])  # whose angles are given
 def test_pairs_are_rotated_by_their_angles(monkeypatch, draw, dtype, rows):
-    monkeypatch.setattr(rotary_bm, "PIECE", 160)  # two of three rows at a time
+    monkeypatch.setattr(rotary_bm, "numbers_at_once", lambda: 160)  # two of three rows at a time
     x, angles = draw(3, 5, 2, 8).transpose(1, 2), draw(rows, 1, 5, 4)
 
     def plain(x):
@@ -200,14 +199,14 @@ def normed_mlp(hidden_act: str) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("is_autocast", [False, True])
 @pytest.mark.parametrize("hidden_act", ["swiglu", "relu2"])
 def test_norm_and_mlp_in_one_function_are_the_modules_one_after_the_other(monkeypatch, draw, hidden_act, is_autocast):
-    monkeypatch.setattr(norms_bm, "PIECE", 24)  # three rows at a time
+    monkeypatch.setattr(norms_bm, "numbers_at_once", lambda: 24)  # three rows at a time
     (mlp, norm), x = normed_mlp(hidden_act), draw(2, 5, 8)
     wide_mlp, wide_norm = deepcopy(mlp).double(), deepcopy(norm).double()
 
     def ours(x):
-        assert fits_normed_mlp(mlp, norm, x)
         with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
             output = mlp_of_norm(mlp, norm, x)
+        assert output.grad_fn.name() == "NormedMLPBackward"
         assert output.dtype == (torch.bfloat16 if is_autocast else torch.float32)
         return output
 
@@ -217,6 +216,14 @@ def test_norm_and_mlp_in_one_function_are_the_modules_one_after_the_other(monkey
     assert_same(found, expected, 2e-2 if is_autocast else 1e-6)
 
 
+def doubled(mlp: nn.Module) -> nn.Module:
+    """An MLP of a subclass, which computes something else."""
+    kind = type(mlp)
+    mlp.__class__ = type("Doubled", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    return mlp
+
+
+@pytest.mark.parametrize("hidden_act", ["swiglu", "relu2"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -225,19 +232,50 @@ def test_norm_and_mlp_in_one_function_are_the_modules_one_after_the_other(monkey
         lambda mlp, norm: mlp.register_forward_hook(lambda *_: None),
         lambda mlp, norm: norm.register_forward_pre_hook(lambda *_: None),
         lambda mlp, norm: setattr(mlp.down_proj, "bias", nn.Parameter(torch.ones(8))),
-        lambda mlp, norm: setattr(mlp, "gate_proj", nn.Sequential(mlp.gate_proj)),
-        lambda mlp, norm: setattr(mlp, "activation", None),
-        lambda mlp, norm: norm.double(),
+        lambda mlp, norm: setattr(mlp, "up_proj", nn.Sequential(mlp.up_proj)),
+        lambda mlp, norm: doubled(mlp),
     ],
-    ids=["frozen", "hook", "hook of the MLP", "hook of the norm", "bias", "another layer", "activation", "float64"],
+    ids=["frozen", "hook", "hook of the MLP", "hook of the norm", "bias", "another layer", "subclass"],
 )
-def test_a_norm_and_mlp_that_are_not_plain_run_as_modules(change):
-    mlp, norm = normed_mlp("swiglu")
-    assert fits_normed_mlp(mlp, norm, torch.ones(1, 8))
+def test_a_norm_and_mlp_that_are_not_plain_run_as_modules(hidden_act, change):
+    (mlp, norm), x = normed_mlp(hidden_act), torch.ones(1, 8)
+    assert not mlp_of_norm(nn.Identity(), norm, x).isnan().any()
     with torch.no_grad():
-        assert not fits_normed_mlp(mlp, norm, torch.ones(1, 8))
+        assert torch.equal(mlp_of_norm(mlp, norm, x), mlp(norm(x)))
     change(mlp, norm)
-    assert not fits_normed_mlp(mlp, norm, torch.ones(1, 8))
+    output = mlp_of_norm(mlp, norm, x)
+    assert output.grad_fn.name() != "NormedMLPBackward"
+    assert torch.equal(output, mlp(norm(x)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mlp: setattr(mlp, "act", nn.GELU()),
+        lambda mlp: mlp.act.register_forward_hook(lambda *_: None),
+        lambda mlp: nn.modules.module.register_module_forward_hook(lambda *_: None),
+    ],
+    ids=["another activation", "hook of the activation", "hook of all modules"],
+)
+def test_an_activation_that_is_not_plain_runs_as_a_module(change):
+    mlp, norm = normed_mlp("relu2")
+    handle = change(mlp)
+    try:
+        assert mlp_of_norm(mlp, norm, torch.ones(1, 8)).grad_fn.name() != "NormedMLPBackward"
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
+def test_no_rows_are_no_error(shape):
+    mlp, norm = normed_mlp("swiglu")
+    x = torch.ones(shape, requires_grad=True)
+    heads, angles = torch.ones(shape).view(*shape[:2], 2, 4).transpose(1, 2), torch.ones(1, 1, shape[1], 4)
+    found = mlp_of_norm(mlp, norm, x), BmDropout(0.5)(x), rotate(heads, angles, angles)
+    assert [one.numel() for one in found] == [0, 0, 0]
+    sum(one.sum() for one in found).backward()
+    assert x.grad.shape == shape
 
 
 @pytest.mark.parametrize("update", [torch.float32, torch.bfloat16])
@@ -268,7 +306,7 @@ def test_dropout_drops_what_it_should_and_scales_the_rest_by_it(dtype, probabili
 def test_what_is_dropped_does_not_depend_on_the_size_of_the_pieces(monkeypatch, dtype):
     x, found = torch.randn(7, 13, dtype=dtype).T, []
     for size in (8, 2**18):
-        monkeypatch.setattr(dropout_bm, "PIECE", size)
+        monkeypatch.setattr(dropout_bm, "numbers_at_once", lambda size=size: size)
         torch.manual_seed(0)
         found.append(BmDropout(0.5)(x))
     assert torch.equal(*found)

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from bmtk.training.allocation import addresses_are_free
+from bmtk.training.memory import available_memory
+
 CHOICE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 
@@ -46,6 +49,7 @@ def test_a_freed_block_is_kept_where_a_cpu_trains_and_given_back_elsewhere(sizes
 
 
 @pytest.mark.skipif(not CHOICE.exists() or "[never]" in CHOICE.read_text(), reason="this kernel grants none")
+@pytest.mark.skipif(not addresses_are_free() or available_memory() < 2**31, reason="no room for them")
 def test_blocks_lie_in_huge_pages_where_a_cpu_trains_and_none_is_taken_in_advance(sizes):
     taken, _, huge = sizes["cpu"]
     assert huge > 200

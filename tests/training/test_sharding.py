@@ -13,6 +13,8 @@ from forked import forked
 from safetensors.torch import load_file, save_file
 from sharded_processes import CASES, LAYOUTS, RESUMED, fits, model_of, run_cases, train
 from tiny_run import arguments, read_history, tiny_model
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from bmtk.errors import UserError
@@ -93,6 +95,33 @@ def test_one_process_resumes_what_several_have_saved(folder, layout, tmp_path):
     stopped_half_way(folder / f"{layout}-untied", tmp_path / "run")
     train(tmp_path / "run", "untied")
     same(folder / "one-untied", tmp_path / "run")
+
+
+def moved_filters(*, is_sharded: bool) -> list[torch.Tensor]:
+    """Filters of 8, 6 and 5 rows after three steps of Muon."""
+    torch.manual_seed(0)
+    model, pixels = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 5, 1)), torch.randn(4, 8, 9, 9)
+    if is_sharded:
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    filters = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+    muon = optimizers.Muon(filters, lr=0.02, weight_decay=0.1)
+    for _ in range(3):
+        model(pixels).square().mean().backward()
+        muon.step()
+        model.zero_grad()
+    return [one.full_tensor() if is_sharded else one for one in filters]
+
+
+def compare_filters() -> None:
+    torch.distributed.init_process_group("gloo")
+    optimizers.multiplies_bfloat16_fast = lambda *_: False
+    for one, other in zip(moved_filters(is_sharded=True), moved_filters(is_sharded=False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_muon_moves_sharded_filters_as_whole_ones():
+    assert forked(lambda rank: compare_filters()) == [0, 0]
 
 
 @pytest.mark.parametrize(("layout", "name"), [("fsdp 4", "untied"), ("tp 2", "tied"), ("fsdp 2", "lstm")])
