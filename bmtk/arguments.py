@@ -245,6 +245,11 @@ def resolved_config(*instances: Any) -> dict[str, object]:
     return resolved
 
 
+def default_keys(*instances: Any) -> frozenset[str]:
+    """Names of the settings in `resolved_config` that have their default values."""
+    return frozenset(resolved_config(*instances).keys() - changed_settings(*instances).keys())
+
+
 def changed_settings(*instances: Any) -> dict[str, object]:
     """The values of `resolved_config` that are not the default: the content of an equivalent config file."""
     defaults = {f.name: _default(f) for instance in instances for f in dataclasses.fields(instance) if f.init}

@@ -102,6 +102,7 @@ def main(argv: list[str]) -> None:
         "overwrite": args.overwrite_output_dir,
         "resume": args.may_resume,
         "free_keys": finetuning_arguments.FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys,
+        "default_keys": arguments.default_keys(*groups),
     }
     with held(folder, settings, is_main=is_main, **check):
         with args.main_process_first():  # before the others look at the folder

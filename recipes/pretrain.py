@@ -99,6 +99,7 @@ def main(argv: list[str]) -> None:
     check = {
         "overwrite": args.overwrite_output_dir,
         "free_keys": FREE_KEYS | arguments.FREE_RUN_KEYS | data_args.free_keys,
+        "default_keys": arguments.default_keys(*groups),
     }
     if accelerator.is_main_process:
         check_publishing(run, log=print)

@@ -20,6 +20,7 @@ from bmtk.arguments import (
     RunConfig,
     changed_settings,
     chosen_fields,
+    default_keys,
     field_help,
     model_fields,
     model_type_of,
@@ -331,6 +332,13 @@ def test_the_first_screen_shows_the_options_that_people_change(recipe, help_of):
     assert [name for name, help in options.items() if "default: " not in help] == []
     assert text.splitlines()[-2].startswith("--help all shows all ")
     assert text.splitlines()[-1].startswith("--help GROUP shows one group: ")
+
+
+def test_settings_that_were_not_changed_have_their_defaults():
+    args = LoopArguments(output_dir="x", learning_rate=0.5, sgd_momentum=0.9)
+    keys = default_keys(args)
+    assert {"sgd_momentum", "muon_momentum"} <= keys
+    assert not {"output_dir", "learning_rate"} & keys
 
 
 def test_help_is_shown_for_another_model_type_than_the_default_configs(help_of):

@@ -51,12 +51,14 @@ def check_output_dir(
     overwrite: bool,
     resume: bool = True,
     free_keys: Collection[str] = FREE_KEYS,
+    default_keys: Collection[str] = (),
 ) -> None:
     """Make sure that `directory` is new, or holds the very run that `config` describes; then note `config` in it.
 
-    free_keys may differ, because they do not change what is learned.  overwrite deletes the former run's checkpoints,
-    weights and history first, and no other file.  Only the main process calls this, inside `locked`, so that a run
-    which is still going on is never deleted.
+    free_keys may differ, because they do not change what is learned; default_keys have their default values now, and
+    may be absent from the record of a former version, which did not know them.  overwrite deletes the former run's
+    checkpoints, weights and history first, and no other file.  Only the main process calls this, inside `locked`, so
+    that a run which is still going on is never deleted.
 
     Raises: UserError if the folder holds another run or another model (or any, and `resume` is False), if `config`
     names something in it that would be deleted, or if it cannot be written.
@@ -82,7 +84,7 @@ def check_output_dir(
                 "another output_dir"
             )
         else:
-            _refuse_another_run(directory, config, free_keys)
+            _refuse_another_run(directory, config, free_keys, default_keys)
         write_json(directory / RUN_CONFIG, config, indent=1, ensure_ascii=True)
 
 
@@ -96,7 +98,9 @@ def _as_user_error(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _refuse_another_run(directory: Path, config: Mapping[str, object], free_keys: Collection[str]) -> None:
+def _refuse_another_run(
+    directory: Path, config: Mapping[str, object], free_keys: Collection[str], default_keys: Collection[str]
+) -> None:
     try:
         former = json.loads((directory / RUN_CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -107,7 +111,8 @@ def _refuse_another_run(directory: Path, config: Mapping[str, object], free_keys
     lines = {
         key: f"{key}: {former.get(key, absent)!r} there, {config.get(key, absent)!r} now"
         for key in sorted(former.keys() | config.keys())
-        if key not in free_keys and former.get(key) != config.get(key)  # a newer version knows more keys, all unset
+        if key not in free_keys and former.get(key) != config.get(key)
+        if key in former or key not in default_keys  # a newer version knows more keys
     }
     if not lines:
         return

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 
+from bmtk.errors import UserError
 from bmtk.training.history import History
 from bmtk.training.run_folder import check_output_dir, held, locked
 
@@ -44,6 +45,12 @@ def test_a_run_comes_back_to_a_version_that_knows_more_settings(tmp_path):
     check_output_dir(tmp_path, CONFIG, overwrite=False)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     check_output_dir(tmp_path, CONFIG | {"a_new_setting": None}, overwrite=False)
+    new = CONFIG | {"a_new_setting": None, "momentum": 0.95}
+    with pytest.raises(UserError, match=r"momentum: .\(absent\). there, 0\.95 now"):
+        check_output_dir(tmp_path, new, overwrite=False)
+    with pytest.raises(UserError, match="learning_rate"):
+        check_output_dir(tmp_path, new | {"learning_rate": 0.2}, overwrite=False, default_keys=new)
+    check_output_dir(tmp_path, new, overwrite=False, default_keys={"momentum"})
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_gives_way_to_mended_settings(tmp_path):
