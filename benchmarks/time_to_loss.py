@@ -64,9 +64,10 @@ def lm_pretrain(settings: Settings) -> Line:
     if not before:
         return not_run("make pretrain", f"needs a clone with the commit {BEFORE[:7]}", at_most(0.5))
     contestants = {"ours": pretraining(ROOT), "peer": pretraining(before)}
-    laps = turns_of(contestants, replace(settings, repeats=min(FEW, settings.repeats)))
+    turns = min(FEW, settings.turns)
+    laps = turns_of(contestants, replace(settings, repeats=turns))
     line = training_line("make pretrain, training", laps, "peer", f"commit {BEFORE[:7]}", 0.5, goal=3.72)
-    return replace(line, note=f"{FEW} turns, as one takes minutes{'; ' if line.note else ''}{line.note}")
+    return replace(line, note=f"turns: {turns}, as one takes minutes{'; ' if line.note else ''}{line.note}")
 
 
 @row
