@@ -1,6 +1,6 @@
 """Pretrain a new model, or continue with a pretrained one, and save a Hugging Face repository with a report.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py       # tiny Shakespeare, a minute or two
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py       # tiny Shakespeare, 2 minutes
     accelerate launch recipes/pretrain.py --preset smoke                                  # takes seconds
     accelerate launch recipes/pretrain.py --config my.yaml --learning_rate 1e-3
     accelerate launch recipes/pretrain.py --config my.yaml --dry_run                      # plan only
