@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+DTYPES = (torch.float32, torch.bfloat16)  # that these ways compute in
 PIECE = 2**17  # numbers of a thread: half a megabyte in float32
 
 
@@ -53,6 +54,7 @@ def float32_products_of_bfloat16() -> Iterator[None]:
 
 
 __all__ = [
+    "DTYPES",
     "float32_products_of_bfloat16",
     "is_eager_on_cpu",
     "is_plain_linear",

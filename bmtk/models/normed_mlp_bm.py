@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .eager_cpu_bm import is_eager_on_cpu, is_plain_linear, is_unhooked, product_dtype
-from .norms_bm import DTYPES, BmRMSNorm, gradients_of_norm, normed, scale_of
+from .eager_cpu_bm import DTYPES, is_eager_on_cpu, is_plain_linear, is_unhooked, product_dtype
+from .norms_bm import BmRMSNorm, gradients_of_norm, normed, scale_of
 
 
 def fits_normed_mlp(x: torch.Tensor, norm: nn.Module, layers: Sequence[nn.Module]) -> bool:
@@ -27,7 +27,7 @@ def fits_normed_mlp(x: torch.Tensor, norm: nn.Module, layers: Sequence[nn.Module
 class NormedMLP(torch.autograd.Function):
     """x (..., D), the norm's weight (D,), down (D, I), one or two projections (I, D) -> (..., D).
 
-    `activation` is a class of gated_product_bm, whose inputs are the projections' outputs.
+    `activation` is a class of recomputed_activations_bm, whose inputs are the projections' outputs.
     """
 
     @staticmethod

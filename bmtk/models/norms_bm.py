@@ -5,9 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .eager_cpu_bm import is_eager_on_cpu, numbers_at_once, product_dtype
-
-DTYPES = (torch.float32, torch.bfloat16)
+from .eager_cpu_bm import DTYPES, is_eager_on_cpu, numbers_at_once, product_dtype
 
 
 class BmRMSNorm(nn.RMSNorm):
@@ -78,7 +76,7 @@ def gradients_of_norm(x, weight, scale, of_output, needed=(True, True)) -> tuple
 def in_pieces(*tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
     """Some rows at a time of tensors (..., D), so that what is computed of them stays in the cache."""
     flat = [None if x is None else x.reshape(-1, x.shape[-1]) for x in tensors]
-    rows = max(1, numbers_at_once() // max(1, flat[0].shape[-1]))
+    rows = max(1, numbers_at_once() // flat[0].shape[-1])
     for start in range(0, len(flat[0]), rows):
         yield tuple(None if x is None else x[start : start + rows] for x in flat)
 

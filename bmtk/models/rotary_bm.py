@@ -2,9 +2,7 @@
 
 import torch
 
-from .eager_cpu_bm import is_eager_on_cpu, numbers_at_once
-
-DTYPES = (torch.float32, torch.bfloat16)
+from .eager_cpu_bm import DTYPES, is_eager_on_cpu, numbers_at_once
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

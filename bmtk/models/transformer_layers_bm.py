@@ -16,9 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_bm import CPUAttention, fits_cpu_attention
 from .dropout_bm import BmDropout
 from .eager_cpu_bm import is_eager_on_cpu, is_unhooked
-from .gated_product_bm import SquaredReLU, SwiGLU, gated_product
 from .normed_mlp_bm import NormedMLP, fits_normed_mlp
 from .norms_bm import NORMS, BmRMSNorm
+from .recomputed_activations_bm import SquaredReLU, SwiGLU, gated_product
 from .rotary_bm import rotate
 
 

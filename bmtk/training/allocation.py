@@ -28,11 +28,11 @@ def keep_freed_memory(device: torch.device) -> None:
     libc = glibc()
     if libc is None:
         return
-    bears_large_blocks = libc.mallopt(MMAP_THRESHOLD, LARGEST)
-    if not bears_large_blocks:  # glibc before 2.35
+    accepts_large = libc.mallopt(MMAP_THRESHOLD, LARGEST)
+    if not accepts_large:  # glibc before 2.35
         libc.mallopt(MMAP_THRESHOLD, LARGEST_BEFORE)
     libc.mallopt(TRIM_THRESHOLD, NEVER)
-    if bears_large_blocks and addresses_are_free():
+    if accepts_large and addresses_are_free():
         ask_for_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)
 
 

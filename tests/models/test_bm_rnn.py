@@ -23,9 +23,10 @@ from transformers import (
 import bmtk  # noqa: F401  (registers the families)
 from bmtk.models import recurrence_bm
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
-from bmtk.models.recurrence_bm import Documents, GatedScan, LinearScan, MinGRU, TorchRecurrence, scan
+from bmtk.models.recurrence_bm import Documents, MinGRU, TorchRecurrence
 from bmtk.models.recurrent_state_bm import RecurrentState
 from bmtk.models.rnn_stems_bm import LockedDropout
+from bmtk.models.scans_bm import GatedScan, LinearScan, scan
 
 TOLERANCE = 1e-6
 VOCAB = 29

@@ -12,8 +12,8 @@ from bmtk.models.attention_bm import CPUAttention, fits_cpu_attention
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.models.dropout_bm import BmDropout
 from bmtk.models.eager_cpu_bm import is_eager_on_cpu, is_plain_linear
-from bmtk.models.gated_product_bm import gated_product
 from bmtk.models.norms_bm import BmRMSNorm
+from bmtk.models.recomputed_activations_bm import gated_product
 from bmtk.models.rotary_bm import rotate
 from bmtk.models.token_loss_bm import ChunkedLoss, can_score_in_chunks, token_loss, token_losses
 from bmtk.models.transformer_layers_bm import GatedMLP, PlainMLP, added, mlp_of_norm, norm_of_sublayer

@@ -1,5 +1,7 @@
 """FLOPs of a token counted by hand, peaks of known and unknown devices, and a clock that leaves pauses out."""
 
+import itertools
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -53,6 +55,13 @@ def test_the_peak_of_an_unknown_device_is_measured(monkeypatch):
 def test_the_measured_peak_of_this_cpu_is_not_below_what_a_product_reaches():
     measured = throughput._measured_flops(torch.device("cpu"), torch.float32, seconds=0.05)
     assert 1e8 < measured < 1e15
+
+
+def test_the_measured_peak_counts_two_operations_for_each_product_of_numbers(monkeypatch):
+    """By a clock that moves by a second when it is read, the smallest product takes one; larger ones are not tried."""
+    clock = itertools.count()
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(clock)))
+    assert throughput._measured_flops(torch.device("cpu"), torch.float32) == 2 * 384**3
 
 
 def test_the_meter_leaves_pauses_out(monkeypatch):
