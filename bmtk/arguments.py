@@ -129,10 +129,13 @@ class RunConfig:
         self.cli_values = dict(_cli_pairs(self.argv))
         self.file_values = {key: _at_home(value) for key, value in file_values.items() if key not in unset}
         self.derived: dict[str, object] = {}  # values that follow from others, where neither of them has one
+        self.remarks: list[str] = []  # on what was left out of the file
 
     @classmethod
     def read(cls, argv: list[str], *, configs: Path, default: str) -> "RunConfig":
         """Read `--config FILE`, or `--preset NAME` beside the task's configs, or `configs/<default>.yaml` of its task.
+
+        Of another family than the default's, `--model_type bm_rnn` reads `configs/<default>_rnn.yaml`, if it is there.
 
         Raises: FileNotFoundError for a missing file (listing those there are), UserError for one that is not flat.
         """
@@ -146,25 +149,33 @@ class RunConfig:
             task = str(cli.get("task", default_task))
             if task != default_task and "preset" not in cli:
                 return cls({}, argv)  # the default file is for another task
+            family = str(cli.get("model_type", RunArguments.model_type))
+            of_family = configs / task / f"{default_name}_{family.removeprefix('bm_')}.yaml"
             path = configs / task / f"{cli.get('preset', default_name)}.yaml"
+            if "preset" not in cli and family != RunArguments.model_type and of_family.is_file():
+                path = of_family
         values = with_shipped_data(read_yaml(path), configs.parent)
         return cls(values, argv, path)
 
-    def drop_facts_of_other_data(self, facts: Collection[str]) -> tuple[list[str], list[str]]:
+    def drop_facts_of_other_data(self, facts: Collection[str]) -> list[str]:
         """Leave out what a config file says of its own data, where the command line names others.
 
         facts: settings that are about data.  Names of columns stay, for other data may have them too.
-        Returns: remarks on it, and the settings of columns that stay.
+        Returns: the settings of columns that stay.
         """
         if not SOURCE_KEYS & self.cli_values.keys() or not SOURCE_KEYS & self.file_values.keys():
-            return [], []
+            return []
         of_file = [key for key in self.file_values if key in facts and key not in self.cli_values]
         columns = [key for key in of_file if key.endswith("_column")]
         dropped = [key for key in of_file if key not in (*columns, *NAMES_OF_SOURCES)]
         without = SOURCE_KEYS | NAMES_OF_SOURCES | set(dropped)
-        self.file_values = {key: value for key, value in self.file_values.items() if key not in without}
-        remark = f"{self.path} is about other data; not used of it: {', '.join(dropped)}"
-        return [remark] if dropped else [], columns
+        self._drop(without)
+        if dropped:
+            self.remarks.append(f"{self.path} is about other data; not used of it: {', '.join(dropped)}")
+        return columns
+
+    def _drop(self, keys: Collection[str]) -> None:
+        self.file_values = {key: value for key, value in self.file_values.items() if key not in keys}
 
     @property
     def given(self) -> dict[str, object]:
@@ -209,8 +220,17 @@ class RunConfig:
         )
         if (topic := help_topic(self.argv)) is not None:
             parser.show_help(topic, FIRST_SCREEN)
-        self._refuse_unknown([f for cls in classes for f in dataclasses.fields(cls)])
+        fields = [f for cls in classes for f in dataclasses.fields(cls)]
+        self._drop_sizes_of_other_model({f.name for f in fields})
+        self._refuse_unknown(fields)
         return parser
+
+    def _drop_sizes_of_other_model(self, known: Collection[str]) -> None:
+        """Leave out what the recipe's own file, which nobody named, says of another model than the command line's."""
+        unknown = [key for key in self.file_values if key not in known]
+        if unknown and self.names_no_file and {"model_type", "preset_model"} & self.cli_values.keys():
+            self._drop(unknown)
+            self.remarks.append(f"{self.path} is about another model; not used of it: {', '.join(unknown)}")
 
     def _refuse_unknown(self, fields: list[dataclasses.Field[Any]]) -> None:
         known = {f.name for f in fields if f.init}

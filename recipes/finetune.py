@@ -63,13 +63,13 @@ def read_arguments(argv: list[str]) -> list[Any]:
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="sequence_classification/sst2")
     values.file_values = without_replaced(values.file_values, values.cli_values)
     task = task_named(values.get("task", "sequence_classification"))
-    remarks, columns = values.drop_facts_of_other_data(about_data(task.arguments))
+    columns = values.drop_facts_of_other_data(about_data(task.arguments))
     model_type = arguments.model_type_of(values)
     architecture = arguments.model_fields(model_type)
     groups = [arguments.RunArguments, task.arguments, FineTuningArguments, AdapterArguments]
     bound = values.bind([*groups, SearchArguments, architecture], description=__doc__)
     bound[0].task, bound[0].model_type = task.name, model_type
-    bound[1].remarks, bound[1].borrowed_columns = remarks, columns
+    bound[1].remarks, bound[1].borrowed_columns = values.remarks, columns
     return bound
 
 

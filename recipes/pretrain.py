@@ -68,7 +68,7 @@ def read_arguments(argv: list[str]) -> list[Any]:
     """The settings of config file and command line: run, data, loop and architecture of a new model."""
     values = arguments.RunConfig.read(argv, configs=CONFIGS, default="causal_lm/tiny_shakespeare")
     task = task_named(values.get("task", "causal_lm"))
-    remarks, columns = values.drop_facts_of_other_data(about_data(task.arguments))
+    columns = values.drop_facts_of_other_data(about_data(task.arguments))
     model_type = arguments.model_type_of(values)
     fill_by_size(values, model_type, task.arguments)
     bound = values.bind(
@@ -79,7 +79,7 @@ def read_arguments(argv: list[str]) -> list[Any]:
         description=__doc__,
     )
     bound[0].task, bound[0].model_type = task.name, model_type
-    bound[1].remarks, bound[1].borrowed_columns, bound[3].given = remarks, columns, values.given
+    bound[1].remarks, bound[1].borrowed_columns, bound[3].given = values.remarks, columns, values.given
     return bound
 
 

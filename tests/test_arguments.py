@@ -112,16 +112,49 @@ def test_own_data_replace_what_a_file_says_of_its_own(tmp_path):
 
     def read(*argv):
         values = RunConfig.read(argv, configs=tmp_path, default="task/first")
-        return values.drop_facts_of_other_data(facts), values.file_values
+        return values.drop_facts_of_other_data(facts), values.remarks, values.file_values
 
     for which in ([], ["--config", str(path)], ["--preset", "first"]):
-        (remarks, columns), left = read(*which, "--dataset", "mine")
+        columns, remarks, left = read(*which, "--dataset", "mine")
         assert remarks == [f"{path} is about other data; not used of it: label_names"]
         assert columns == ["text_column"]
         assert left == {"text_column": "sentence", "num_steps": 1}
-    assert read("--num_steps", "2") == (([], []), read_yaml(path))  # the data are those of the file
+    assert read("--num_steps", "2") == ([], [], read_yaml(path))  # the data are those of the file
     path.write_text("{label_names: [bad, good]}")
-    assert read("--dataset", "mine") == (([], []), {"label_names": ["bad", "good"]})  # the file is about any data
+    assert read("--dataset", "mine") == ([], [], {"label_names": ["bad", "good"]})  # the file is about any data
+
+
+def test_the_default_file_is_that_of_the_family_that_is_named(tmp_path):
+    (tmp_path / "task").mkdir()
+    for name in ("first", "first_rnn", "first_transformer"):
+        (tmp_path / "task" / f"{name}.yaml").write_text("num_steps: 1")
+
+    def file_of(*argv):
+        path = RunConfig.read(argv, configs=tmp_path, default="task/first").path
+        return path and path.stem
+
+    assert file_of("--model_type", "bm_rnn") == "first_rnn"
+    assert file_of("--model_type", "bm_transformer") == file_of("--model_type", "bm_cnn") == file_of() == "first"
+    assert file_of("--model_type", "bm_rnn", "--preset", "first") == "first"  # named
+    assert file_of("--model_type", "bm_rnn", "--task", "another") is None
+
+
+@pytest.mark.parametrize("named", [[], ["--preset", "first"]])
+def test_the_default_file_may_be_about_another_model_and_one_that_is_named_may_not(tmp_path, named):
+    (tmp_path / "task").mkdir()
+    path = tmp_path / "task" / "first.yaml"
+    path.write_text("{num_steps: 3, qk_norm: true, num_heads: 2}")
+    argv = [*named, "--model_type", "llama"]
+    values = RunConfig.read(argv, configs=tmp_path, default="task/first")
+    if named:
+        with pytest.raises(UserError, match=r"first.yaml: unknown key 'qk_norm'"):
+            values.bind([RunArguments, Training], description="")
+    else:
+        assert values.bind([RunArguments, Training], description="")[1].num_steps == 3
+        assert values.remarks == [f"{path} is about another model; not used of it: qk_norm, num_heads"]
+    own = RunConfig.read(named, configs=tmp_path, default="task/first")
+    with pytest.raises(UserError, match="unknown key 'qk_norm'"):
+        own.bind([RunArguments, Training], description="")  # of the family that it is about
 
 
 @pytest.mark.parametrize("argv", [["--size", "null"], ["--size=null"]])

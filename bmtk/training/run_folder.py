@@ -242,14 +242,27 @@ def held(
 ) -> Iterator[None]:
     """Lock `directory` and check that it is this run's, as long as the body runs; only the main process does.
 
+    A folder that is made here is deleted again if the body fails before anything else is in it.
     `options` and errors are those of `check_output_dir`.
     """
     if not is_main:
         yield
         return
+    is_new = not Path(directory).exists()
     with locked(directory):
         check_output_dir(directory, config, **options)
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                _delete_if_empty(Path(directory))
+            raise
+
+
+def _delete_if_empty(directory: Path) -> None:
+    """Delete the folder of a run that has not begun."""
+    if {path.name for path in directory.iterdir()} <= {LOCK, RUN_CONFIG}:
+        shutil.rmtree(directory)
 
 
 @contextmanager

@@ -27,6 +27,21 @@ def test_the_main_process_holds_the_folder_and_no_other_touches_it(tmp_path):
     assert (tmp_path / "run" / ".lock").read_text() == ""
 
 
+def test_a_run_that_never_begins_leaves_no_folder_and_takes_none_away(tmp_path):
+    def fail(directory, leaving=None):
+        with pytest.raises(KeyboardInterrupt), held(directory, CONFIG, overwrite=False):
+            if leaving:
+                (directory / leaving).write_text("made")
+            raise KeyboardInterrupt
+        return sorted(path.name for path in directory.glob("*"))
+
+    fail(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert fail(tmp_path / "begun", "data_marks.json") == [".lock", "data_marks.json", "run_config.json"]
+    (tmp_path / "mine").mkdir()
+    assert fail(tmp_path / "mine") == [".lock", "run_config.json"]
+
+
 def test_another_run_is_refused_with_the_keys_that_differ(tmp_path):
     check_output_dir(tmp_path, CONFIG, overwrite=False)
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
