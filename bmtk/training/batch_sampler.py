@@ -4,8 +4,24 @@ from collections.abc import Iterable, Iterator, Sized
 from itertools import pairwise
 from typing import Any, cast
 
+import pyarrow
+import pyarrow.compute
 import torch
+from datasets import Dataset
 from torch.utils.data import BatchSampler, Sampler
+
+
+def lengths_of(rows: Any, name: str) -> list[int] | None:
+    """How long the lists of the column `name` are, without making them; None if the rows are of no table that has it.
+
+    `rows` are a data set, or hold one as their `rows`.
+    """
+    table = getattr(rows, "rows", rows)
+    if not isinstance(table, Dataset) or name not in table.column_names:
+        return None
+    column: Any = table.select_columns(name).with_format("arrow")[:][name]
+    is_list = pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type)
+    return pyarrow.compute.list_value_length(column).to_pylist() if is_list and not column.null_count else None
 
 
 class EpochSampler(Sampler[int]):

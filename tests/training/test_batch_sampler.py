@@ -1,14 +1,16 @@
 """Shares of a batch: processes together see what one process would, whatever is left at the end of an epoch."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from datasets import Dataset
 from torch.utils.data import BatchSampler, RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
-from bmtk.training.batch_sampler import EpochSampler, EvenBatchSampler
+from bmtk.training.batch_sampler import EpochSampler, EvenBatchSampler, lengths_of
 
 LENGTHS = [row * 7 % 12 for row in range(30)]
 
@@ -47,6 +49,25 @@ def test_each_row_of_an_accumulated_step_weighs_the_same(batch_size, num_process
             rows = sorted(itertools.chain(*part))
             assert rows == (step if len(step) >= num_processes else sorted(step * num_processes))
             assert all(part)
+
+
+def test_the_lengths_of_texts_are_those_of_their_lists():
+    lists = [list(range(length)) for length in LENGTHS]
+    table = Dataset.from_dict({"input_ids": lists, "labels": LENGTHS})
+    chosen = table.select([3, 0, 3])
+    assert lengths_of(table, "input_ids") == LENGTHS
+    assert lengths_of(chosen, "input_ids") == [LENGTHS[3], LENGTHS[0], LENGTHS[3]]
+    assert lengths_of(SimpleNamespace(rows=chosen), "input_ids") == [LENGTHS[3], LENGTHS[0], LENGTHS[3]]
+    nested = Dataset.from_dict({"input_ids": [[[1, 2], [3]], [[4]]]})
+    assert lengths_of(nested, "input_ids") == [2, 1]
+    missing = Dataset.from_dict({"input_ids": [[1], None]})
+    for rows, name in (
+        (table, "labels"),
+        (table, "absent"),
+        (missing, "input_ids"),
+        ([{"input_ids": [1]}], "input_ids"),
+    ):
+        assert lengths_of(rows, name) is None
 
 
 def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch_whatever_was_drawn_before():

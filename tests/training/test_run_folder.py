@@ -28,11 +28,15 @@ def test_the_main_process_holds_the_folder_and_no_other_touches_it(tmp_path):
 
 
 def test_a_run_that_never_begins_leaves_no_folder_and_takes_none_away(tmp_path):
-    def fail(directory, leaving=None):
-        with pytest.raises(KeyboardInterrupt), held(directory, CONFIG, overwrite=False):
+    def begin(directory, leaving):
+        with held(directory, CONFIG, overwrite=False):
             if leaving:
                 (directory / leaving).write_text("made")
             raise KeyboardInterrupt
+
+    def fail(directory, leaving=None):
+        with pytest.raises(KeyboardInterrupt):
+            begin(directory, leaving)
         return sorted(path.name for path in directory.glob("*"))
 
     fail(tmp_path / "new")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler, skip_first_batches
+from datasets import Dataset
 from tiny_run import rows, tiny_model
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -79,6 +80,25 @@ def test_trainer_groups_rows_by_length_in_an_order_of_the_processs_own_generator
     assert list(patched) == list(patched)
     patched.set_epoch(1)
     assert list(patched) == list(EpochSampler(RandomSampler(range(8)), 4)), "rows of one length are in random order"
+
+
+def test_trainer_reads_every_row_for_its_length(tmp_path, monkeypatch):
+    texts = Dataset.from_dict({"input_ids": [[0] * (row % 5 + 1) for row in range(40)]})
+    read = []
+    monkeypatch.setattr(Dataset, "__iter__", lambda self: (read.append(row) or self[row] for row in range(len(self))))
+    orders = []
+    for trainer_class in (Trainer, Counting):
+        trainer = plain(tmp_path, trainer_class, train_sampling_strategy="group_by_length", seed=3)
+        trainer.train_dataset, trainer.model.main_input_name = texts, "input_ids"
+        torch.manual_seed(0)
+        sampler = trainer._get_train_sampler()
+        orders.append(sampler if trainer_class is Trainer else sampler.sampler)
+        if trainer_class is Trainer:
+            assert read, no_longer_needed("transformers", "PatchedTrainer._grouped_by_length")
+            read.clear()
+    assert not read
+    assert orders[0].lengths == orders[1].lengths
+    assert orders[0].batch_size == orders[1].batch_size
 
 
 def test_accelerate_resumes_an_epoch_on_several_processes_in_the_order_of_the_first():
