@@ -6,10 +6,11 @@ export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: pretrain test gpu lint clean
 
-# Without OMP_NUM_THREADS accelerate sets it to the same number, and says so at length.
+# Without OMP_NUM_THREADS accelerate sets it to the same number, and says so at length; without --quiet it puts a traceback
+# of its own below an error of the recipe.
 pretrain: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 pretrain: .venv/.installed
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py $(ARGS)
+	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py $(ARGS)
 
 # A file of tests stays on one core, so that its fixtures are made once; files with slow tests come first (conftest.py),
 # which are few tests each: xdist would begin with the files that have most.

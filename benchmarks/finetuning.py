@@ -2,9 +2,11 @@
 
 An epoch is its training steps and one evaluation.  The loop has its batches ready as tensors: no reading, decoding,
 augmentation, collation, metrics, logging or guard; its evaluation is a forward pass over the same rows.  It runs
-twice: in a process of its own, as anybody would write it, and in ours, where freed memory is kept in huge pages; the
-ratio to the second is all that the path adds.  All train in the precision of the recipe, take turns epoch by epoch,
-and start from the same weights.  The data have the shape of known sets (sizes, lengths, labels) and are made here.
+three times: in a process of its own, as anybody would write it; in ours, where freed memory is kept in huge pages, so
+that the ratio is all that the path adds; and there with batches that it reads, augments and collates in each epoch, so
+that the ratio is what Trainer, guard, metrics and logging add.  All train in the precision of the recipe, take turns
+epoch by epoch, and start from the same weights.  The data have the shape of known sets (sizes, lengths, labels) and
+are made here.
 """
 
 import io
@@ -12,6 +14,7 @@ import json
 import wave
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +81,7 @@ def speech_recognition(settings: Settings) -> list[Line]:
 
 
 class Epochs(TrainerCallback):
-    """Epochs of the recipe's path; before each, one of the loop in a process of its own, and one of it in ours."""
+    """Epochs of the recipe's path; before each, one of the loop in a process of its own, and two of it in ours."""
 
     def __init__(
         self, config: str, files: Mapping[str, Path], loss: Loss, settings: Settings, facts: Sequence[str] = ()
@@ -94,24 +97,29 @@ class Epochs(TrainerCallback):
         self.words = words  # one epoch more than there are turns, which warms up
         self.loops: dict[str, Callable[[], tuple[float, float]]] = {}
         self.started = 0.0
-        self.whole: dict[str, list[float]] = {"ours": [], "bare": [], "kept": []}
-        self.steps: dict[str, list[float]] = {"ours": [], "bare": [], "kept": []}
+        names = ("ours", "bare", "kept", "reading")
+        self.whole: dict[str, list[float]] = {name: [] for name in names}
+        self.steps: dict[str, list[float]] = {name: [] for name in names}
 
     def lines(self, work: str) -> list[Line]:
-        """Seconds of an epoch beside the loop by itself, and beside the loop with our allocator."""
+        """Seconds of an epoch beside the loop by itself, with our allocator, and with reading, too."""
         trainer = trainer_of(self.words, self.folder)
         keep_freed_memory(trainer.args.device)  # as `train` does
         trainer.add_callback(self)
-        kept = Bare(trainer, self.loss)
+        kept, reading = Bare(trainer, self.loss), Bare(trainer, self.loss, reads=True)
         with in_a_process(bare_epochs, self.words, self.folder, self.loss, self.settings) as ask:
-            self.loops = {"bare": ask, "kept": lambda: kept.epoch(self.settings.now)}
+            own = {"kept": kept, "reading": reading}
+            self.loops = {"bare": ask} | {name: partial(loop.epoch, self.settings.now) for name, loop in own.items()}
             trainer.train()
         for found in (self.whole, self.steps):
             for laps in found.values():
                 del laps[0]
-        ours, bare, same = (self.whole[name] for name in ("ours", "bare", "kept"))
-        beside = Line(f"{work}, memory kept by both", "s", ours, same, "bare loop")
-        return [Line(work, "s", ours, bare, "bare loop", at_most(1.1)), beside]
+        ours, bare, same, read = self.whole.values()
+        return [
+            Line(work, "s", ours, bare, "bare loop", at_most(1.1)),
+            Line(f"{work}, memory kept by both", "s", ours, same, "bare loop"),
+            Line(f"{work}, memory kept and rows read by both", "s", ours, read, "bare loop"),
+        ]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         generator = torch.get_rng_state()
@@ -154,12 +162,12 @@ def prepared(words: list[str]) -> tuple[Objective, torch.nn.Module, Any]:
 
 
 class Bare:
-    """The shortest loop: a copy of the model, batches that are ready, the fused optimizer, clipping."""
+    """The shortest loop: a copy of the model, batches that are ready or `reads`, the fused optimizer, clipping."""
 
-    def __init__(self, trainer: TaskTrainer, loss: Loss):
+    def __init__(self, trainer: TaskTrainer, loss: Loss, *, reads: bool = False):
         self.model, self.loss, args = deepcopy(trainer.model), loss, trainer.args
-        self.batches = list(trainer.get_train_dataloader())
-        self.evaluated = list(trainer.get_eval_dataloader())
+        loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
+        self.batches, self.evaluated = loaders if reads else map(list, loaders)
         self.max_norm = args.max_grad_norm
         self.autocast = trainer.accelerator.autocast
         rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}

@@ -164,12 +164,18 @@ def _entered(measure: Measure, *, is_gpu: bool) -> Measure:
 
 
 def measured(
-    chosen: Sequence[Row], settings: Settings, *, minutes: float = math.inf, apart: bool = False
+    chosen: Sequence[Row],
+    settings: Settings,
+    *,
+    minutes: float = math.inf,
+    apart: bool = False,
+    keep: Callable[[dict[str, list[Line]]], None] = lambda found: None,
 ) -> dict[str, list[Line]]:
     """The lines of each row; one that fails is a line that says so, and the others go on.
 
     No row begins when more than `minutes` are over.  `apart`: each in a process of its own, so that what one leaves
-    behind (settings of the allocator, precision, memory) does not meet the next.
+    behind (settings of the allocator, precision, memory) does not meet the next.  `keep` gets what there is after
+    each row.
     """
     begun = time.perf_counter()
     found: dict[str, list[Line]] = {}
@@ -187,6 +193,7 @@ def measured(
         for line in found[one.name]:
             print(f"    {'  |  '.join(line.cells())}", file=sys.stderr, flush=True)
         print(f"    took {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        keep(found)
     return found
 
 
@@ -253,12 +260,18 @@ def _answer(pipe: Connection, make: Callable[..., Iterator[Any]], arguments: Seq
 
 def timed(command: Sequence[str], *, cwd: Path = ROOT, settings: Settings) -> tuple[str, float]:
     """What a command prints, and its seconds.  Exits with its output if it fails."""
-    environment = {**os.environ, "PYTHONPATH": str(cwd), "HF_HUB_OFFLINE": "1"}
     started = settings.now()
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
-    return done.stdout, settings.now() - started
+    with started_command(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        printed, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{printed[-1000:]}{errors[-2000:]}")
+    return printed, settings.now() - started
+
+
+def started_command(command: Sequence[str], *, cwd: Path, **streams: Any) -> "subprocess.Popen[str]":
+    """A process that imports the project in `cwd`, and reaches no Hub."""
+    environment = {**os.environ, "PYTHONPATH": str(cwd), "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, cwd=cwd, env=environment, text=True, **streams)
 
 
 # ------------------------------------------------------------------------------------------------------------- results

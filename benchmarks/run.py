@@ -28,7 +28,7 @@ from benchmarks import (  # noqa: F401 - enter their rows
     time_to_loss,
 )
 from benchmarks.plot import draw
-from benchmarks.rows import ROWS, Settings, hardware_line, measured, show, write_json
+from benchmarks.rows import ROWS, Line, Settings, hardware_line, measured, record, show, write_json
 
 
 def main(argv: list[str]) -> None:
@@ -57,10 +57,13 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = [path and path.resolve() for path in (args.data, args.nanogpt)]  # children have other folders
         settings = Settings(Path(folder), args.repeats, args.quick, args.clock, *paths)
-        found = measured(chosen, settings, apart=len(chosen) > 1)
+        args.output.mkdir(parents=True, exist_ok=True)
+
+        def keep(found: dict[str, list[Line]]) -> None:
+            write_json(args.output / "speed.json", record(found, settings))
+
+        found = measured(chosen, settings, apart=len(chosen) > 1, keep=keep)
     facts = show(found, settings)
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_json(args.output / "speed.json", facts)
     draw(found, args.output / "speed.png", title=hardware_line(facts["machine"]))
     print(f"\nwritten: {args.output / 'speed.json'}, {args.output / 'speed.png'}")
 

@@ -13,12 +13,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import ROOT, Line, Settings, at_most, not_run, row, timed
+from benchmarks.rows import ROOT, Line, Settings, at_most, not_run, row, started_command, timed
 
 TEXT = ROOT / "recipes" / "data" / "tiny_shakespeare"
 CHARACTERS = "recipes/configs/causal_lm/tiny_shakespeare_char.yaml"
@@ -273,21 +274,46 @@ def small_images(root: Path, data: Path) -> Contestant:
         words = ["--config", config, "--dataset", str(data), "--horizontal_flip", "true"]
         words += ["--num_train_epochs", str(SMALL_IMAGE_EPOCHS)] if root == ROOT else []
         words += ["--num_train_steps", "2"] if settings.quick else []
-        metric = "validation/accuracy"
-        lap = recipe_lap("finetune", words, folder / "run", settings, metric=metric, root=root)
-        return first_at(folder / "run" / "history.jsonl", metric, 0.70, lap)
+        return lap_until(0.70, "validation/accuracy", recipe_command("finetune", words, folder / "run"), root)
 
     return run
 
 
-def first_at(history: Path, metric: str, goal: float, lap: Lap) -> Lap:
-    """The lap with the seconds until `metric` was at `goal`; as it is where that never was."""
+def lap_until(goal: float, metric: str, command: Sequence[str], root: Path) -> Lap:
+    """A run up to the evaluation whose `metric` is `goal` or more, and no further; whole, where none is.
+
+    `command` ends with the folder of the run.
+    """
+    folder, started = Path(command[-1]), time.perf_counter()
+    with (
+        tempfile.TemporaryFile("w+") as printed,  # a pipe that nobody reads would fill up
+        started_command(command, cwd=root, stdout=printed, stderr=printed) as process,
+    ):
+        while process.poll() is None:
+            if found := first_at(goal, metric, folder / "history.jsonl"):
+                process.kill()
+                return Lap(time.perf_counter() - started, *found)
+            time.sleep(0.2)
+        if process.returncode:
+            printed.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{printed.read()[-2000:]}")
+    return finished_lap(folder, metric, time.perf_counter() - started)
+
+
+def first_at(goal: float, metric: str, history: Path) -> tuple[float, float] | None:
+    """Seconds of training until `metric` was `goal` or more, and what it was; None if it was not yet."""
+    lines = history.read_text(encoding="utf-8").splitlines(keepends=True) if history.is_file() else []
     seconds = 0.0
-    for line in map(json.loads, history.read_text(encoding="utf-8").splitlines()):
+    for line in (json.loads(line) for line in lines if line.endswith("\n")):  # the last one may be half written
         seconds = line.get("seconds", seconds)
         if line.get(metric, 0.0) >= goal:
-            return replace(lap, training=seconds, reached=line[metric])
-    return lap
+            return seconds, line[metric]
+    return None
+
+
+def recipe_command(recipe: str, words: Sequence[str], folder: Path, launcher: Sequence[str] = ()) -> list[str]:
+    """`launcher` is what Python runs in place of the recipe."""
+    return [sys.executable, *launcher, f"recipes/{recipe}.py", *words, "--output_dir", str(folder)]
 
 
 def recipe_lap(
@@ -300,9 +326,12 @@ def recipe_lap(
     root: Path = ROOT,
     launcher: Sequence[str] = (),
 ) -> Lap:
-    """A run of one of the recipes of the project in `root`; `launcher` is what Python runs in place of the recipe."""
-    command = [sys.executable, *launcher, f"recipes/{recipe}.py", *words, "--output_dir", str(folder)]
-    _, whole = timed(command, cwd=root, settings=settings)
+    """A run of one of the recipes of the project in `root`, to its end."""
+    _, whole = timed(recipe_command(recipe, words, folder, launcher), cwd=root, settings=settings)
+    return finished_lap(folder, metric, whole)
+
+
+def finished_lap(folder: Path, metric: str, whole: float) -> Lap:
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return Lap(whole, run["train_seconds"], run["metrics"][metric])
 

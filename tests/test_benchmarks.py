@@ -2,12 +2,13 @@
 
 import json
 import statistics
+import sys
 
 import PIL.Image
 import pytest
 import torch
 
-from benchmarks import gpu, rows, run
+from benchmarks import gpu, rows, run, time_to_loss
 from benchmarks.rows import Line, Settings, at_least, at_most
 
 
@@ -49,6 +50,34 @@ def test_a_row_that_fails_is_a_line_and_the_others_go_on(tmp_path, capsys):
     assert found["two"][0].ours == [1.0]
     late = rows.measured(chosen[1:], Settings(tmp_path), minutes=-1)
     assert late["two"][0].note.startswith("not run: ")
+
+
+def test_a_long_table_is_kept_after_each_row(tmp_path):
+    chosen = [rows.Row(name, lambda settings, name=name: Line(name, "s", [1.0]), "") for name in ("one", "two")]
+    kept = []
+    rows.measured(chosen, Settings(tmp_path), keep=lambda found: kept.append(list(found)))
+    assert kept == [["one"], ["one", "two"]]
+
+
+def test_a_run_has_got_there_at_its_first_whole_line_that_has(tmp_path):
+    history = tmp_path / "history.jsonl"
+    assert time_to_loss.first_at(0.7, "accuracy", history) is None
+    lines = [{"seconds": 2.0}, {"accuracy": 0.6}, {"seconds": 3.5}, {"accuracy": 0.71}, {"accuracy": 0.9}]
+    texts = [json.dumps(line) + "\n" for line in lines]
+    history.write_text("".join(texts[:3]) + texts[3][:-1])
+    assert time_to_loss.first_at(0.7, "accuracy", history) is None  # half a line
+    history.write_text("".join(texts))
+    assert time_to_loss.first_at(0.7, "accuracy", history) == (3.5, 0.71)
+
+
+def test_a_run_is_ended_when_it_has_got_there(tmp_path):
+    code = "import json, pathlib, sys, time\n"
+    code += "line = json.dumps({'seconds': 1.5, 'accuracy': 0.8}) + chr(10)\n"
+    code += "pathlib.Path(sys.argv[-1], 'history.jsonl').write_text(line)\ntime.sleep(600)"
+    lap = time_to_loss.lap_until(0.7, "accuracy", [sys.executable, "-c", code, str(tmp_path)], tmp_path)
+    assert (lap.training, lap.reached) == (1.5, 0.8)
+    with pytest.raises(SystemExit, match="no such luck"):
+        time_to_loss.lap_until(0.7, "x", [sys.executable, "-c", "exit('no such luck')", str(tmp_path)], tmp_path)
 
 
 def test_the_list_names_every_row(capsys):

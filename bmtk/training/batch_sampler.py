@@ -9,6 +9,8 @@ import pyarrow.compute
 import torch
 from datasets import Dataset
 from torch.utils.data import BatchSampler, Sampler
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 def lengths_of(rows: Any, name: str) -> list[int] | None:
@@ -22,6 +24,16 @@ def lengths_of(rows: Any, name: str) -> list[int] | None:
     column: Any = table.select_columns(name).with_format("arrow")[:][name]
     is_list = pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type)
     return pyarrow.compute.list_value_length(column).to_pylist() if is_list and not column.null_count else None
+
+
+def grouped_by_length(rows: Any, model: Any, args: TrainingArguments) -> LengthGroupedSampler | None:
+    """The sampler of texts that are grouped by length; None if they are not, or have a column of lengths."""
+    is_asked = args.train_sampling_strategy == "group_by_length"
+    if not is_asked or args.length_column_name in getattr(rows, "column_names", ()):
+        return None
+    lengths = lengths_of(rows, getattr(model, "main_input_name", "input_ids"))
+    size = args.train_batch_size * args.gradient_accumulation_steps
+    return LengthGroupedSampler(size, lengths=lengths) if lengths else None
 
 
 class EpochSampler(Sampler[int]):

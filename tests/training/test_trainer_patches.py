@@ -94,7 +94,7 @@ def test_trainer_reads_every_row_for_its_length(tmp_path, monkeypatch):
         sampler = trainer._get_train_sampler()
         orders.append(sampler if trainer_class is Trainer else sampler.sampler)
         if trainer_class is Trainer:
-            assert read, no_longer_needed("transformers", "PatchedTrainer._grouped_by_length")
+            assert read, no_longer_needed("transformers", "grouped_by_length")
             read.clear()
     assert not read
     assert orders[0].lengths == orders[1].lengths
