@@ -202,6 +202,7 @@ TURNS = {
         "strides": Turn([1, 1], "outputs", head="ImageClassification", base=PIXELS),
         "pool_sizes": Turn([3, 2], "outputs", head="ImageClassification", base=PLAIN),
         "pool_stride": Turn(1, "outputs", head="ImageClassification", base=PLAIN),
+        "pools_first": Turn(True, "outputs", head="ImageClassification", base=PLAIN),
         "pooling_type": Turn("avg", "outputs", head="ImageClassification", base=PLAIN),
         "expansion": Turn(2, "shapes", head="ImageClassification", base=CONVNEXT_PIXELS),
         "downsample_in_bottleneck": Turn(True, "outputs", head="ImageClassification",
