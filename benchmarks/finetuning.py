@@ -33,6 +33,7 @@ from bmtk.tasks.objective import Objective
 from bmtk.training.allocation import keep_freed_memory
 from bmtk.training.callbacks import RecordHistory
 from bmtk.training.finetuning_arguments import resolve_defaults
+from bmtk.training.optimizers import build_optimizer
 from bmtk.training.trainer import TaskTrainer, build_trainer
 from recipes import finetune
 
@@ -171,7 +172,11 @@ class Bare:
         self.max_norm = args.max_grad_norm
         self.autocast = trainer.accelerator.autocast
         rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **rates)
+        self.optimizer = (
+            build_optimizer(self.model, args)
+            if args.optimizer
+            else torch.optim.AdamW(self.model.parameters(), **rates)
+        )
 
     def epoch(self, now: Callable[[], float]) -> tuple[float, float]:
         """Seconds of its steps, and with its evaluation."""

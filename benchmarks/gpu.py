@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.rows import ROOT, ROWS, Line, Settings, at_least, at_most, gpu_row, measured, not_run, show, write_json
 from benchmarks.steps import QUICK, Shape, mfu, peak_line, step_lines, tokens_per_second
-from benchmarks.time_to_loss import CHARACTERS, data_folder, recipe_lap
+from benchmarks.time_to_loss import CHARACTERS, FEW_EPOCHS, data_folder, recipe_lap
 
 BABY = (
     "--hidden_size 384 --num_hidden_layers 6 --num_attention_heads 6 --context_length 256 --hidden_dropout 0.2 "
@@ -93,7 +93,7 @@ def gpu_images(settings: Settings) -> Line:
         return not_run("CIFAR-10 to 0.94", "needs --data DIR with cifar10", at_most(2.6))
     config = "recipes/configs/image_classification/cifar10_mini.yaml"
     words = ["--config", config, "--dataset", str(folder), "--horizontal_flip", "true", "--num_train_epochs", "12"]
-    words += ["--batch_size", "512", "--num_train_steps", "2"] if settings.quick else ["--batch_size", "512"]
+    words += ["--batch_size", "512", *FEW_EPOCHS, *(["--num_train_steps", "2"] if settings.quick else [])]
     lap = recipe_lap("finetune", words, settings.folder / "cifar10", settings, metric="test/accuracy")
     note, missed = f"1 turn, reached {lap.reached:.3f}", lap.reached < 0.94
     return Line("CIFAR-10 to 0.94", "s", [lap.training], target=at_most(2.6), note=note, did_not_get_there=missed)

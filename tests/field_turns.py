@@ -202,6 +202,8 @@ TURNS = {
         "strides": Turn([1, 1], "outputs", head="ImageClassification", base=PIXELS),
         "pool_sizes": Turn([3, 2], "outputs", head="ImageClassification", base=PLAIN),
         "pool_stride": Turn(1, "outputs", head="ImageClassification", base=PLAIN),
+        # A maximum is the same before ReLU and after it; an average is not.
+        "pools_first": Turn(True, "outputs", head="ImageClassification", base={**PLAIN, "pooling_type": "avg"}),
         "pooling_type": Turn("avg", "outputs", head="ImageClassification", base=PLAIN),
         "expansion": Turn(2, "shapes", head="ImageClassification", base=CONVNEXT_PIXELS),
         "downsample_in_bottleneck": Turn(True, "outputs", head="ImageClassification",

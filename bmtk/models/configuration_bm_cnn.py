@@ -152,6 +152,11 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
         None, "pooling window after each stage, pixels; 1: no pooling; default: 2 for plain blocks, else 1"
     )
     pool_stride: int = described(2, "stride of the pooling after a stage, pixels")
+    pools_first: bool = described(
+        False,
+        "plain blocks pool between the last convolution of a stage and its norm, which then has a quarter of the "
+        "positions to compute",
+    )
     pooling_type: Literal["max", "avg"] = described("max", "pooling after the stages and in the stem")
     expansion: int = described(
         4, "outer width / inner width of a bottleneck block; inner width / outer width of a convnext block"
@@ -339,6 +344,10 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
             raise ValueError(
                 f"stem_pools_first is for stem_type='conv' with stem_pooling; this has stem_type={self.stem_type!r}, "
                 f"stem_pooling={self.stem_pooling}"
+            )
+        if self.pools_first and self.block_type != "plain":
+            raise ValueError(
+                f"pools_first is for block_type='plain', with one convolution a block; this is {self.block_type!r}"
             )
         for name in ("depths", "kernel_sizes", "paddings", "strides", "pool_sizes"):
             if len(getattr(self, name)) != len(self.hidden_sizes):

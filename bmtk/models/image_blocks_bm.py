@@ -173,6 +173,9 @@ class ImageStage(TrunkLayer):
             inputs, stride = outputs, 1
         pool = config.pool_sizes[index]
         self.pool = POOLS[config.pooling_type](pool, stride=config.pool_stride) if pool > 1 else nn.Identity()
+        if config.pools_first:
+            self.blocks[-1].conv.insert(1, self.pool)
+            self.pool = nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.downsample(x)

@@ -78,6 +78,12 @@ class BmImageProcessor(PilBackend):
         grey = np.tensordot(LUMINANCE, image[:3], axes=1)[None]
         return (grey.round() if np.issubdtype(image.dtype, np.integer) else grey).astype(image.dtype)
 
+    def resize(self, image: np.ndarray, size, *args, **kwargs) -> np.ndarray:
+        """Keep an image of 8 bits (C, H, W) that has its size already: Pillow would make a copy of it."""
+        if image.dtype == np.uint8 and image.shape[-2:] == (size.height, size.width):
+            return image
+        return super().resize(image, size, *args, **kwargs)
+
     def preprocess(self, images, annotations=None, **kwargs) -> BatchFeature:
         """`pixel_values`, and from `annotations` the `labels` of a detector.
 

@@ -129,8 +129,10 @@ class ImageObjective(Objective):
         """(B, C, H, W), uint8: what the processor makes of decoded images before it rescales and normalises them.
 
         Images are converted to colour first, as pipelines do: most processors leave a greyscale image one channel.
+        One that makes them grey again gets the same values without it.
         """
-        images = [in_colour(image) for image in images]
+        is_grey = getattr(self.image_processor, "do_convert_grayscale", False)
+        images = [image if is_grey and image.mode == "L" else in_colour(image) for image in images]
         found = self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="np")
         pixels: np.ndarray = found["pixel_values"]
         return pixels

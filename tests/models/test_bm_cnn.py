@@ -221,6 +221,18 @@ def test_a_stem_that_pools_first_normalizes_what_is_left(kernel_size, record_pro
         check(record_property, trunk.stem(pixels), expected)
 
 
+def test_a_stage_that_pools_first_normalizes_what_is_left(record_property):
+    fields = {"block_type": "plain", "hidden_sizes": [4], "depths": [2], "norm_type": "batch_norm"}
+    torch.manual_seed(0)
+    trunk = BmCnnModel(BmCnnConfig(pools_first=True, **fields)).train()
+    pixels, (first, last) = torch.randn(2, 3, 8, 8), trunk.stages[0].blocks
+    with torch.no_grad():
+        pooled = F.max_pool2d(last.conv[0](first(pixels)), 2)
+        variance, mean = torch.var_mean(pooled, (0, 2, 3), correction=0, keepdim=True)
+        expected = ((pooled - mean) / (variance + 1e-5).sqrt()).clamp(min=0)
+        check(record_property, trunk(pixels).feature_maps[-1], expected)
+
+
 def test_dropped_paths_drop_whole_images_and_keep_the_mean():
     config = BmCnnConfig(drop_path_rate=0.5, **TINY)
     block = BmCnnModel(config).stages[1].blocks[1]
@@ -310,6 +322,7 @@ def test_the_backbone_serves_a_segmentation_model():
         ({"hidden_act": "relu7"}, "hidden_act"),
         ({"stem_pools_first": True}, "this has stem_type='none', stem_pooling=True"),
         ({"stem_type": "conv", "stem_pooling": False, "stem_pools_first": True}, "stem_pooling=False"),
+        ({"pools_first": True}, "for block_type='plain', with one convolution a block; this is 'basic'"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

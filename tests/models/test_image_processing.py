@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForObjectDetection, pipeline
 from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import SizeDict
 
 import bmtk  # noqa: F401  (registers the families)
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
@@ -26,6 +27,13 @@ def test_pixels_are_resized_scaled_and_normalised(picture):
     expected = torch.tensor(resized).permute(2, 0, 1)[None] / 255 * 2 - 1
     assert pixels.dtype == torch.float32
     assert (pixels - expected).abs().max() < 1e-6
+
+
+def test_an_image_of_eight_bits_that_has_its_size_is_kept():
+    pixels, size = np.zeros((3, 20, 30), np.uint8), SizeDict(height=20, width=30)
+    assert BmImageProcessor().resize(pixels, size) is pixels
+    assert BmImageProcessor().resize(pixels, SizeDict(height=30, width=20)).shape == (3, 30, 20)
+    assert BmImageProcessor().resize(pixels, SizeDict(shortest_edge=10)).shape == (3, 10, 15)
 
 
 def test_the_middle_is_cropped(picture):
