@@ -166,15 +166,20 @@ class RunConfig:
         remark = f"{self.path} is about other data; not used of it: {', '.join(dropped)}"
         return [remark] if dropped else [], columns
 
+    def keep_data_of_default_file(self, of_task: Any) -> None:
+        """Leave out what the recipe's own default file says of model and training, which follow from a size instead.
+
+        of_task: the dataclass of the task's data.  A file that the command line names stays as it is.
+        """
+        if {"config", "preset"} & self.cli_values.keys():
+            return
+        kept = {f.name for f in dataclasses.fields(of_task)} - {"vocab_size", "context_length"} | {"task"}
+        self.file_values = {key: value for key, value in self.file_values.items() if key in kept}
+
     @property
     def given(self) -> dict[str, object]:
         """The raw values that the file and the command line have."""
         return {**self.file_values, **self.cli_values}
-
-    @property
-    def names_no_file(self) -> bool:
-        """Whether the file is the recipe's own default."""
-        return not {"config", "preset"} & self.cli_values.keys()
 
     def get(self, key: str, default: object = None) -> object:
         """The raw value of `key`: from the command line, else from the file, else `default`."""
