@@ -1,8 +1,8 @@
 """Waveforms to log-mel frames, with numpy only.  N samples, T frames, F mel bands.
 
 Frames of `frame_length` samples every `hop_length`, a Hann window, power spectrum, mel bands (O'Shaughnessy 1987, the
-scale of HTK), natural logarithm; then a recording is scaled to mean 0 and variance 1: all of it, so that how loud it is
-does not matter, or band by band, which takes away how its spectrum is coloured, too, by a microphone or by a vowel.
+scale of HTK), natural logarithm; then a recording is scaled to mean 0 and variance 1: all of it, so that its loudness
+does not matter, or band by band, which takes away the colour of its spectrum, too, be it a microphone's or a vowel's.
 """
 
 import numpy as np
