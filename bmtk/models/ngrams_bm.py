@@ -16,13 +16,13 @@ PRIME, FACTOR = 2**31 - 1, 1_103_515_245  # their products stay below 2^63
 # A weight moves by about the learning rate in a step, and that of a rare n-gram in few of them: without a factor they
 # would hardly leave 0 at the rates that suit a network.
 SCALE = 30.0
-SPELLING_SCALE = 1.0
+SPELLING = 1 / 3  # share of the characters in the mean: they are several times as many, and all move alike
 
 
 class NgramReader(StartsAtZero, nn.Module):
     """Token ids (B, L) -> outputs (B, K): the rows of all n-grams, summed and divided by the root of their number.
 
-    Those of tokens and those of characters are two such sums, which are added.
+    Those of tokens and those of characters are two such sums; the outputs are a weighted mean of these.
     """
 
     def __init__(self, sizes: list[int], buckets: int, outputs: int, *, tokens: int = 0, spelling: int = 0):
@@ -41,14 +41,16 @@ class NgramReader(StartsAtZero, nn.Module):
         sums = sum(self.table(bucket_of(tokens, size, self.table.num_embeddings)) for size in self.sizes)
         count = len(self.sizes) * real.sum(1, keepdim=True).clamp(min=1)
         outputs = (sums * real[..., None]).sum(1) / count.sqrt()
-        return SCALE * (outputs if self.spelling is None else outputs + self.read_spelling(input_ids * real, real))
+        if self.spelling is not None:
+            outputs = outputs.lerp(self.read_spelling(input_ids * real, real), SPELLING)
+        return SCALE * outputs
 
     def read_spelling(self, input_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """The same of n-grams of characters; `real` (B, L) is 0 at padding."""
         rows = self.spelling[input_ids] * real[..., None]  # (B, L, n-grams of a token)
         is_ngram = rows > 0
         sums = (self.table((rows - 1).clamp(min=0)) * is_ngram[..., None]).sum((1, 2))
-        return SPELLING_SCALE * sums / is_ngram.sum((1, 2)).clamp(min=1)[:, None].sqrt()
+        return sums / is_ngram.sum((1, 2)).clamp(min=1)[:, None].sqrt()
 
 
 def bucket_of(tokens: torch.Tensor, size: int, buckets: int) -> torch.Tensor:

@@ -92,7 +92,8 @@ def test_short_silent_and_wrong_recordings():
     extractor = BmFeatureExtractor(feature_size=8)
     assert extractor.frames(recording(10)).shape == (1, 8)
     assert np.isfinite(extractor.frames(np.zeros(4000))).all()
-    assert not BmFeatureExtractor(feature_size=8, normalize_each_band=False).frames(np.zeros(4000)).any()
+    whole = BmFeatureExtractor(feature_size=8, normalize_each_band=False)
+    assert np.abs(whole.frames(np.zeros(4000))).max() < 1e-6
     with pytest.raises(ValueError, match="has 8000 Hz, this model reads 16000 Hz; resample it"):
         extractor(recording(4000), sampling_rate=8000)
     with pytest.raises(ValueError, match=r"shape \(2, 4000\); it must be \(samples,\)"):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
-from bmtk.models.ngrams_bm import FACTOR, PRIME, SCALE, NgramReader, bucket_of
+from bmtk.models.ngrams_bm import FACTOR, PRIME, SCALE, SPELLING, NgramReader, bucket_of
 from bmtk.tasks.classification import LabelSet
 from bmtk.tasks.label_types import OneLabel
 from bmtk.tasks.sequence_classification import SequenceClassificationArguments
@@ -67,11 +67,11 @@ def test_a_reader_adds_the_rows_of_the_characters_of_real_tokens():
     reader = NgramReader([1], buckets=50, outputs=4, tokens=10, spelling=3)
     ids, mask = torch.tensor([[3, 9, 4], [5, 6, 2]]), padding((3, 2), 3)
     of_tokens = torch.stack([read_by_hand(row, reader.table.weight, [1]) for row in ([3, 9, 4], [5, 6])])
-    torch.testing.assert_close(reader(ids, mask), of_tokens)  # nobody has written how they are spelled
+    torch.testing.assert_close(reader(ids, mask), (1 - SPELLING) * of_tokens)  # nobody has written any spelling
     reader.spelling[torch.tensor([3, 4, 5, 2])] = torch.tensor([[1, 50, 0], [7, 7, 9], [8, 0, 0], [2, 3, 4]]).int()
     rows, table = ([0, 49, 6, 6, 8], [7]), reader.table.weight
     of_characters = torch.stack([SCALE * table[row].sum(0) / len(row) ** 0.5 for row in rows])
-    torch.testing.assert_close(reader(ids, mask), of_tokens + of_characters)
+    torch.testing.assert_close(reader(ids, mask), (1 - SPELLING) * of_tokens + SPELLING * of_characters)
     assert reader(ids, torch.zeros_like(mask)).abs().sum() == 0
 
 

@@ -78,7 +78,7 @@ def test_a_new_model_reads_ngrams_and_the_more_labels_there_are_the_fewer(tmp_pa
 
 def test_a_new_model_reads_how_its_tokens_are_spelled(tmp_path):
     data = read_data(tmp_path, tokenizer="uncased_word", vocab_size=20)
-    objective = data.bind(data.new_config("bm_cnn", {"hidden_size": 8}))
+    objective = data.bind(data.new_config("bm_cnn", {"input_type": "tokens", "hidden_size": 8}))
     model = AutoModelForSequenceClassification.from_config(objective.config)
     objective.prepare_to_save(model)
     spelling, token = model.ngrams.spelling, data.tokenizer.convert_tokens_to_ids
