@@ -42,7 +42,7 @@ class NgramReader(StartsAtZero, nn.Module):
         count = len(self.sizes) * real.sum(1, keepdim=True).clamp(min=1)
         outputs = (sums * real[..., None]).sum(1) / count.sqrt()
         if self.spelling is not None:
-            outputs = outputs.lerp(self.read_spelling(input_ids * real, real), SPELLING)
+            outputs = outputs.lerp(self.read_spelling(input_ids, real), SPELLING)
         return SCALE * outputs
 
     def read_spelling(self, input_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
