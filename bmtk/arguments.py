@@ -177,6 +177,16 @@ class RunConfig:
     def _drop(self, keys: Collection[str]) -> None:
         self.file_values = {key: value for key, value in self.file_values.items() if key not in keys}
 
+    def keep_data_of_default_file(self, of_task: Any) -> None:
+        """Leave out what the recipe's own default file says of model and training, which follow from a size instead.
+
+        of_task: the dataclass of the task's data.  A file that the command line names stays as it is.
+        """
+        if not self.names_no_file:
+            return
+        kept = {f.name for f in dataclasses.fields(of_task)} - {"vocab_size", "context_length"} | {"task"}
+        self.file_values = {key: value for key, value in self.file_values.items() if key in kept}
+
     @property
     def given(self) -> dict[str, object]:
         """The raw values that the file and the command line have."""

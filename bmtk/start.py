@@ -146,9 +146,11 @@ def read_training(recipe: Path, argv: list[str]) -> tuple[arguments.RunConfig, l
     task, config_class = check_task(values.get("task", default.split("/")[0])), configuration(values)
     if config_class is None:
         return values, []
-    architecture = arguments.fields_of_configuration(config_class)
+    of_task, architecture = task_arguments(task), arguments.fields_of_configuration(config_class)
+    if values.get("size") is not None:
+        values.keep_data_of_default_file(of_task)
     own = [declared(*setting) for setting in settings]
-    return values, [arguments.RunArguments, task_arguments(task), *own, architecture]
+    return values, [arguments.RunArguments, of_task, *own, architecture]
 
 
 def read_serving(recipe: Path, argv: list[str]) -> tuple[arguments.RunConfig, list[Any]]:

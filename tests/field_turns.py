@@ -17,9 +17,9 @@ from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 class Turn:
     """Another value of a config field, and what must change with it.
 
-    `effect`: "shapes" of the parameters; "weights" (equal shapes, other initial values); "outputs" (equal weights,
-    other outputs in eval mode); "training" (equal outputs in eval mode, others in train mode); "loss" (equal outputs,
-    another loss); "gradients" (equal outputs, other gradients);
+    `effect`: "shapes" of the parameters; "buffers" (equal outputs, other shapes of buffers); "weights" (equal shapes,
+    other initial values); "outputs" (equal weights, other outputs in eval mode); "training" (equal outputs in eval
+    mode, others in train mode); "loss" (equal outputs, another loss); "gradients" (equal outputs, other gradients);
     "penalty" (an equal loss in eval mode, another in train mode); "cache"; "tie"; "generation" (other
     generated tokens); "serves" (without it, the head refuses); "processor" (what makes pixels of pictures); "times"
     (of what pipelines transcribe).
@@ -91,6 +91,7 @@ TURNS = {
         "classifier_pooling": Turn("mean", "outputs", head="SequenceClassification"),
         "ngram_buckets": Turn(64, "shapes", head="SequenceClassification", base=NGRAMS),
         "ngram_sizes": Turn([1, 3], "gradients", head="SequenceClassification", base=NGRAMS),
+        "ngram_spelling": Turn(4, "buffers", head="SequenceClassification", base=NGRAMS),
         "initializer_range": Turn(0.1, "weights"),
         "use_cache": Turn(False, "cache"),
         "pad_token_id": Turn(5, "generation", base={"eos_token_id": list(range(2, VOCAB, 2))}),
@@ -152,6 +153,7 @@ TURNS = {
         "classifier_pooling": Turn("mean", "outputs", head="SequenceClassification"),
         "ngram_buckets": Turn(64, "shapes", head="SequenceClassification", base=NGRAMS),
         "ngram_sizes": Turn([1, 3], "gradients", head="SequenceClassification", base=NGRAMS),
+        "ngram_spelling": Turn(4, "buffers", head="SequenceClassification", base=NGRAMS),
         "initializer_range": Turn(0.1, "weights"),
         "use_cache": Turn(False, "cache"),
         "is_encoder_decoder": Turn(True, "serves", head="Seq2SeqLM"),
@@ -247,6 +249,7 @@ TURNS = {
         "classifier_pooling": Turn("mean", "outputs", head="SequenceClassification"),
         "ngram_buckets": Turn(64, "shapes", head="SequenceClassification", base=NGRAMS),
         "ngram_sizes": Turn([1, 3], "gradients", head="SequenceClassification", base=NGRAMS),
+        "ngram_spelling": Turn(4, "buffers", head="SequenceClassification", base=NGRAMS),
         "initializer_range": Turn(0.1, "weights"),
     }),
 }  # fmt: skip

@@ -45,6 +45,7 @@ def behaviour(model: nn.Module, effect: str, head: str):
         return {
             "shapes": lambda: {name: value.shape for name, value in model.named_parameters()},
             "weights": lambda: {name: value.tolist() for name, value in model.named_parameters()},
+            "buffers": lambda: {name: value.shape for name, value in model.named_buffers()},
             "outputs": lambda: output_of(model.eval()(**inputs)).tolist(),
             "training": lambda: output_of(model.train()(**inputs)).tolist(),
             "loss": lambda: model.eval()(**inputs, **answers).loss.item(),
@@ -60,6 +61,7 @@ def behaviour(model: nn.Module, effect: str, head: str):
 
 EQUAL_BESIDE = {"outputs": ["shapes", "weights"], "training": ["weights", "outputs"], "weights": ["shapes"],
                 "loss": ["weights", "outputs"], "gradients": ["weights", "outputs"],
+                "buffers": ["weights", "outputs"],
                 "penalty": ["weights", "outputs", "loss"],
                 "processor": ["weights"], "times": ["weights", "outputs"]}  # fmt: skip
 

@@ -241,6 +241,9 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
     ngram_buckets: int = described(
         0, "rows of the table in which these n-grams have their weights, found by a hash; 0: none are read"
     )
+    ngram_spelling: int = described(
+        0, "n-grams of characters of each token that are read beside those of tokens, at most; 0: none"
+    )
     initializer_range: int | float = described(
         0.02, "standard deviation of initial linear layers and embeddings; convolutions: Kaiming initialization"
     )
@@ -361,7 +364,7 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be multiples of expansion={self.expansion}")
 
     def validate_ngrams(self):
-        check_ngrams(self.ngram_sizes, self.ngram_buckets)
+        check_ngrams(self.ngram_sizes, self.ngram_buckets, self.ngram_spelling)
 
     def validate_probabilities(self):
         for name in ("embedding_dropout", "hidden_dropout", "classifier_dropout", "drop_path_rate"):

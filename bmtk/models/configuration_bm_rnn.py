@@ -114,6 +114,9 @@ class BmRnnConfig(AudioTimes, PresetMixin, PreTrainedConfig):
     ngram_buckets: int = described(
         0, "rows of the table in which these n-grams have their weights, found by a hash; 0: none are read"
     )
+    ngram_spelling: int = described(
+        0, "n-grams of characters of each token that are read beside those of tokens, at most; 0: none"
+    )
     initializer_range: int | float = described(0.05, "standard deviation of initial embeddings and linear layers")
     use_cache: bool = described(True, "keep keys, values or states between steps of generation")
     is_encoder_decoder: bool = described(False, "an encoder for the source text and a causal decoder for the target")
@@ -207,7 +210,7 @@ class BmRnnConfig(AudioTimes, PresetMixin, PreTrainedConfig):
             )
 
     def validate_ngrams(self):
-        check_ngrams(self.ngram_sizes, self.ngram_buckets)
+        check_ngrams(self.ngram_sizes, self.ngram_buckets, self.ngram_spelling)
 
     def validate_probabilities(self):
         names = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_drop")

@@ -135,6 +135,9 @@ class BmTransformerConfig(AudioTimes, PresetMixin, PreTrainedConfig):
     ngram_buckets: int = described(
         0, "rows of the table in which these n-grams have their weights, found by a hash; 0: none are read"
     )
+    ngram_spelling: int = described(
+        0, "n-grams of characters of each token that are read beside those of tokens, at most; 0: none"
+    )
     with_pooler: bool = described(False, "dense layer and tanh on the pooled position, as in BERT")
     initializer_range: int | float = described(
         0.02,
@@ -277,7 +280,7 @@ class BmTransformerConfig(AudioTimes, PresetMixin, PreTrainedConfig):
             )
 
     def validate_ngrams(self):
-        check_ngrams(self.ngram_sizes, self.ngram_buckets)
+        check_ngrams(self.ngram_sizes, self.ngram_buckets, self.ngram_spelling)
 
     def validate_probabilities(self):
         for name in ("embedding_dropout", "hidden_dropout", "attention_dropout", "classifier_dropout"):

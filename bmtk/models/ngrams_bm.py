@@ -1,29 +1,38 @@
-"""Hashed n-grams: what a linear model reads of a text.  B rows, L positions, K outputs.
+"""Hashed n-grams: what a linear model reads of a text.  B rows, L positions, K outputs, V tokens.
 
 An n-gram of token ids is a row of one table, found by a hash; those that share a row share its weights.  Sources: bags
 of hashed n-grams, Joulin et al. 2016, arXiv:1607.01759, here with one weight per output as in a linear model; beside
-a network, Cheng et al. 2016, arXiv:1606.07792 (wide and deep).
+a network, Cheng et al. 2016, arXiv:1606.07792 (wide and deep); with those of characters, Bojanowski et al. 2017,
+arXiv:1607.04606.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .zero_start_bm import ZeroEmbedding
+from .zero_start_bm import StartsAtZero, ZeroEmbedding
 
 PRIME, FACTOR = 2**31 - 1, 1_103_515_245  # their products stay below 2^63
 # A weight moves by about the learning rate in a step, and that of a rare n-gram in few of them: without a factor they
 # would hardly leave 0 at the rates that suit a network.
 SCALE = 30.0
+SPELLING = 1 / 3  # share of the characters in the mean: they are several times as many, and all move alike
 
 
-class NgramReader(nn.Module):
-    """Token ids (B, L) -> outputs (B, K): the rows of all n-grams, summed and divided by the root of their number."""
+class NgramReader(StartsAtZero, nn.Module):
+    """Token ids (B, L) -> outputs (B, K): the rows of all n-grams, summed and divided by the root of their number.
 
-    def __init__(self, sizes: list[int], buckets: int, outputs: int):
+    Those of tokens and those of characters are two such sums; the outputs are a weighted mean of these.
+    """
+
+    def __init__(self, sizes: list[int], buckets: int, outputs: int, *, tokens: int = 0, spelling: int = 0):
+        """`spelling` is how many n-grams of characters each of the `tokens` of the vocabulary has, at most."""
         super().__init__()
         self.sizes = list(sizes)
         self.table = ZeroEmbedding(buckets, outputs)  # n-grams that training does not see change nothing
+        # Rows of the table, counted from 1, of a token's n-grams of characters; 0: none.  Whoever has the words of the
+        # vocabulary writes them.
+        self.register_buffer("spelling", torch.zeros(tokens, spelling, dtype=torch.int32) if spelling else None)
 
     def forward(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """`mask` (B, L) is 0 at padding, which is like what lies before the row; None: every position is real."""
@@ -31,7 +40,17 @@ class NgramReader(nn.Module):
         tokens = (input_ids + 1) * real  # 0: no token
         sums = sum(self.table(bucket_of(tokens, size, self.table.num_embeddings)) for size in self.sizes)
         count = len(self.sizes) * real.sum(1, keepdim=True).clamp(min=1)
-        return SCALE * (sums * real[..., None]).sum(1) / count.sqrt()
+        outputs = (sums * real[..., None]).sum(1) / count.sqrt()
+        if self.spelling is not None:
+            outputs = outputs.lerp(self.read_spelling(input_ids, real), SPELLING)
+        return SCALE * outputs
+
+    def read_spelling(self, input_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """The same of n-grams of characters; `real` (B, L) is 0 at padding."""
+        rows = self.spelling[input_ids] * real[..., None]  # (B, L, n-grams of a token)
+        is_ngram = rows > 0
+        sums = (self.table((rows - 1).clamp(min=0)) * is_ngram[..., None]).sum((1, 2))
+        return sums / is_ngram.sum((1, 2)).clamp(min=1)[:, None].sqrt()
 
 
 def bucket_of(tokens: torch.Tensor, size: int, buckets: int) -> torch.Tensor:

@@ -94,8 +94,8 @@ class EmbeddingInStem:
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, StartsAtZero):
-            for parameter in module.parameters():
-                init.zeros_(parameter)
+            for tensor in (*module.parameters(), *module.buffers()):
+                init.zeros_(tensor)
 
     def init_parallel_plans(self) -> None:
         """The plans of the configuration, for the modules that this model has: an encoder has no cross-attention."""

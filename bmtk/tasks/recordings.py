@@ -39,6 +39,11 @@ class RecordingArguments(AudioAugmentationArguments):
     )
     frame_ms: float = setting(25.0, "milliseconds of sound that a frame of a new model holds")
     hop_ms: float = setting(10.0, "milliseconds from frame to frame of a new model")
+    normalize_each_band: bool = setting(
+        False,
+        "a new model reads every mel band of a recording with mean 0 and variance 1, instead of all bands together: "
+        "without the colour of the microphone, but in short recordings also without that of the sound",
+    )
     on_corrupt: str = setting(
         "stop", "recordings that cannot be read: stop; or skip, for which all are decoded once beforehand"
     )
@@ -140,6 +145,7 @@ def extractor_for(config: PreTrainedConfig, data: RecordingData) -> Any:
             "feature_size": config.num_mel_bins,
             "frame_length": round(args.sampling_rate * args.frame_ms / 1000),
             "hop_length": round(args.sampling_rate * args.hop_ms / 1000),
+            "normalize_each_band": args.normalize_each_band,
         }
     extractor_class: Any = FEATURE_EXTRACTOR_MAPPING[type(config)]
     return extractor_class(**options)

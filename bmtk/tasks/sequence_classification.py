@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from bmtk.data.columns import cells, with_columns
+from bmtk.data.spelling import spelling_table
 from bmtk.data.tables import TextColumn, encoded_rows, note_printed, text_rows
 from bmtk.settings import fact
 
@@ -32,6 +34,7 @@ class SequenceClassificationArguments(TextArguments, RowClassificationArguments)
 
 NGRAM_WEIGHTS = 2**20  # of a new model's n-grams at most, over all labels
 NGRAM_BUCKETS = 131_072  # and rows of their table
+NGRAM_SPELLING = 32  # n-grams of characters of a token, at most: all of a word of nine letters
 
 
 class SequenceClassificationData(TextData):
@@ -63,7 +66,7 @@ class SequenceClassificationData(TextData):
     def config_fields(self) -> dict[str, object]:
         """A new model of the project's families reads n-grams, too."""
         buckets = min(NGRAM_BUCKETS, max(1, NGRAM_WEIGHTS // max(1, len(self.labels.names))))
-        return {**super().config_fields, "ngram_buckets": buckets}
+        return {**super().config_fields, "ngram_buckets": buckets, "ngram_spelling": NGRAM_SPELLING}
 
     @property
     def label_type(self) -> LabelType:
@@ -92,6 +95,17 @@ class SequenceClassificationObjective(TextObjective):
         self.note_cut_texts(encoded["length"], where)
         encoded = encoded.remove_columns("length")
         return encoded if labels is None else encoded.add_column("labels", labels)
+
+    def prepare_to_save(self, model: PreTrainedModel) -> None:
+        """Write how tokens are spelled into a model that reads it."""
+        ngrams: Any = getattr(model, "ngrams", None)  # models of transformers have none
+        if ngrams is None or ngrams.spelling is None:
+            return
+        tokenizer, special = self.tokenizer, set(self.tokenizer.all_special_tokens)
+        tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        texts = [None if token in special else token for token in tokens]
+        table = spelling_table(texts, ngrams.spelling.shape[1], ngrams.table.num_embeddings)
+        ngrams.spelling[: len(table)] = torch.from_numpy(table)
 
     def num_items(self, batch: Mapping[str, Any]) -> int:
         """Rows, or of several labels each row's every label."""

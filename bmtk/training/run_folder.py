@@ -26,6 +26,8 @@ LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 READS_A_MODEL = ("model", "tokenizer")
 LENGTH = {"num_train_epochs", "num_train_steps", "max_steps"}  # over which the learning rate decays
+# What a run did whose version did not know a setting, where that differs from what the default does now.
+BEFORE_IT_WAS_KNOWN = {"normalize_each_band": True}
 FROM_A_RUN = (
     CHECKPOINTS,
     "history.jsonl",
@@ -108,6 +110,7 @@ def _refuse_another_run(
             f"{directory / RUN_CONFIG} cannot be read ({error}); set overwrite_output_dir to start anew"
         ) from None
     absent = "(absent)"
+    former = {**{key: value for key, value in BEFORE_IT_WAS_KNOWN.items() if key in config}, **former}
     lines = {
         key: f"{key}: {former.get(key, absent)!r} there, {config.get(key, absent)!r} now"
         for key in sorted(former.keys() | config.keys())

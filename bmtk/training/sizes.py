@@ -207,14 +207,12 @@ def shown_count(number: float) -> str:
 class Values(Protocol):
     """What is read of the values of file and command line."""
 
-    file_values: dict[str, object]
     derived: dict[str, object]
 
     @property
     def given(self) -> Mapping[str, object]: ...
 
-    @property
-    def names_no_file(self) -> bool: ...
+    def keep_data_of_default_file(self, of_task: Any) -> None: ...
 
     def get(self, key: str, default: object = None) -> object: ...
 
@@ -234,9 +232,7 @@ def fill_by_size(values: Values, model_type: str, of_task: Any) -> None:
     if parameters is None:
         return
     _check_new_language_model(values, model_type, of_task)
-    if values.names_no_file:
-        kept = {f.name for f in dataclasses.fields(of_task)} - {"vocab_size", "context_length"} | {"task"}
-        values.file_values = {key: value for key, value in values.file_values.items() if key in kept}
+    values.keep_data_of_default_file(of_task)
     name = f"outputs/{model_type}-{values.get('size')}"
     values.derived = {"context_length": context_for(parameters), "output_dir": name}
 

@@ -79,10 +79,21 @@ def test_normalised_features_ignore_padding_and_loudness():
     assert np.abs(extractor.frames(3 * short) - alone).max() < 1e-3
 
 
+def test_normalised_as_a_whole_features_ignore_loudness_and_keep_which_bands_are_loud():
+    extractor = BmFeatureExtractor(feature_size=8, normalize_each_band=False)
+    raw = BmFeatureExtractor(feature_size=8, do_normalize=False)
+    samples = recording(4000)
+    found, power = extractor.frames(samples), raw.frames(samples).astype(np.float64)
+    assert np.abs(found - (power - power.mean()) / power.std()).max() < 1e-4
+    assert np.abs(extractor.frames(3 * samples) - found).max() < 1e-3
+
+
 def test_short_silent_and_wrong_recordings():
     extractor = BmFeatureExtractor(feature_size=8)
     assert extractor.frames(recording(10)).shape == (1, 8)
     assert np.isfinite(extractor.frames(np.zeros(4000))).all()
+    whole = BmFeatureExtractor(feature_size=8, normalize_each_band=False)
+    assert np.abs(whole.frames(np.zeros(4000))).max() < 1e-6
     with pytest.raises(ValueError, match="has 8000 Hz, this model reads 16000 Hz; resample it"):
         extractor(recording(4000), sampling_rate=8000)
     with pytest.raises(ValueError, match=r"shape \(2, 4000\); it must be \(samples,\)"):

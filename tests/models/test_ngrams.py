@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
-from bmtk.models.ngrams_bm import FACTOR, PRIME, SCALE, NgramReader, bucket_of
+from bmtk.models.ngrams_bm import FACTOR, PRIME, SCALE, SPELLING, NgramReader, bucket_of
 from bmtk.tasks.classification import LabelSet
 from bmtk.tasks.label_types import OneLabel
 from bmtk.tasks.sequence_classification import SequenceClassificationArguments
@@ -61,6 +61,31 @@ def test_a_reader_sums_the_rows_of_real_ngrams_on_either_side_of_padding():
     torch.testing.assert_close(reader(torch.tensor([[0, 8, 5, 6]]), torch.tensor([[0, 0, 1, 1]])), expected[1:])
     torch.testing.assert_close(reader(ids[:1], None), expected[:1])
     assert reader(ids, torch.zeros_like(mask)).abs().sum() == 0
+
+
+def test_a_reader_adds_the_rows_of_the_characters_of_real_tokens():
+    reader = NgramReader([1], buckets=50, outputs=4, tokens=10, spelling=3)
+    ids, mask = torch.tensor([[3, 9, 4], [5, 6, 2]]), padding((3, 2), 3)
+    of_tokens = torch.stack([read_by_hand(row, reader.table.weight, [1]) for row in ([3, 9, 4], [5, 6])])
+    torch.testing.assert_close(reader(ids, mask), (1 - SPELLING) * of_tokens)  # nobody has written any spelling
+    reader.spelling[torch.tensor([3, 4, 5, 2])] = torch.tensor([[1, 50, 0], [7, 7, 9], [8, 0, 0], [2, 3, 4]]).int()
+    rows, table = ([0, 49, 6, 6, 8], [7]), reader.table.weight
+    of_characters = torch.stack([SCALE * table[row].sum(0) / len(row) ** 0.5 for row in rows])
+    torch.testing.assert_close(reader(ids, mask), (1 - SPELLING) * of_tokens + SPELLING * of_characters)
+    assert reader(ids, torch.zeros_like(mask)).abs().sum() == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_how_tokens_are_spelled_is_saved_with_the_model(family, tmp_path):
+    config = FAMILIES[family](ngram_buckets=64, ngram_spelling=5, num_labels=3)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.ngrams.spelling.random_(65)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.ngrams.spelling.shape == (config.vocab_size, 5)
+    assert torch.equal(loaded.ngrams.spelling, model.ngrams.spelling)
+    model.model.save_pretrained(tmp_path / "trunk")
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "trunk").ngrams.spelling.abs().max() == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,7 +139,9 @@ def test_a_stored_configuration_without_ngrams_means_none(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("wrong", [{"ngram_buckets": -1}, {"ngram_sizes": [0]}, {"ngram_sizes": []}])
+@pytest.mark.parametrize(
+    "wrong", [{"ngram_buckets": -1}, {"ngram_sizes": [0]}, {"ngram_sizes": []}, {"ngram_spelling": -1}]
+)
 def test_impossible_ngrams_are_refused(family, wrong):
     with pytest.raises(StrictDataclassClassValidationError, match=f"{next(iter(wrong))}=.* must"):
         FAMILIES[family](**{"ngram_buckets": 8, **wrong})

@@ -117,6 +117,13 @@ def test_wrong_settings_are_one_clear_error(settings, message):
         AudioClassificationArguments(**{"sampling_rate": RATE, **settings})
 
 
+def test_a_new_model_reads_frames_as_the_settings_say(tmp_path):
+    extractor = bound(folder_of(tmp_path), frame_ms=20, hop_ms=5).extractor
+    assert (extractor.feature_size, extractor.frame_length, extractor.hop_length) == (12, 160, 40)
+    assert not extractor.normalize_each_band
+    assert bound(tmp_path, normalize_each_band=True).extractor.normalize_each_band
+
+
 # ------------------------------------------------------------------------------------ changes
 
 

@@ -17,6 +17,7 @@ from sklearn.metrics import (
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, LlamaConfig
 
+from bmtk.data.spelling import spelling_table
 from bmtk.data.tokenizers import train_tokenizer
 from bmtk.metrics.labels import scores_by_label
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
@@ -73,6 +74,19 @@ def test_a_new_model_reads_ngrams_and_the_more_labels_there_are_the_fewer(tmp_pa
     assert many.new_config("bm_rnn", {}).ngram_buckets == 2**20 // 64
     assert data.new_config("bm_transformer", {"ngram_buckets": 0}).ngram_buckets == 0
     assert not hasattr(data.new_config("bert", {}), "ngram_buckets")
+
+
+def test_a_new_model_reads_how_its_tokens_are_spelled(tmp_path):
+    data = read_data(tmp_path, tokenizer="uncased_word", vocab_size=20)
+    objective = data.bind(data.new_config("bm_cnn", {"input_type": "tokens", "hidden_size": 8}))
+    model = AutoModelForSequenceClassification.from_config(objective.config)
+    objective.prepare_to_save(model)
+    spelling, token = model.ngrams.spelling, data.tokenizer.convert_tokens_to_ids
+    assert spelling.shape == (len(data.tokenizer), 32)
+    assert np.array_equal(spelling[token("soup")], spelling_table(["soup"], 32, 131_072)[0])
+    assert not spelling[data.tokenizer.all_special_ids].any()
+    without = AutoModelForSequenceClassification.from_config(bound(data, ngram_buckets=0).config)
+    objective.prepare_to_save(without)  # nothing to write into
 
 
 def test_rows_are_what_the_tokenizer_makes_of_the_texts(tmp_path):

@@ -72,6 +72,17 @@ def test_a_run_comes_back_to_a_version_that_knows_more_settings(tmp_path):
     check_output_dir(tmp_path, new, overwrite=False, default_keys={"momentum"})
 
 
+def test_a_run_comes_back_to_a_version_whose_default_does_something_else(tmp_path):
+    check_output_dir(tmp_path, CONFIG, overwrite=False)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    new, keys = CONFIG | {"normalize_each_band": False}, {"normalize_each_band"}
+    with pytest.raises(UserError, match="normalize_each_band: True there, False now"):
+        check_output_dir(tmp_path, new, overwrite=False, default_keys=keys)
+    check_output_dir(tmp_path, CONFIG, overwrite=False, default_keys=keys)  # of a task without recordings
+    check_output_dir(tmp_path, CONFIG | {"normalize_each_band": True}, overwrite=False)
+    check_output_dir(tmp_path, CONFIG | {"normalize_each_band": True}, overwrite=False)
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_gives_way_to_mended_settings(tmp_path):
     check_output_dir(tmp_path, CONFIG, overwrite=False)
     (tmp_path / "checkpoints").mkdir()
