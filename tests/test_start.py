@@ -210,8 +210,9 @@ def test_what_only_the_libraries_know_is_left_to_them():
 def test_with_a_size_the_model_of_the_default_file_is_no_mistake():
     pretrain = ROOT / "recipes" / "pretrain.py"
     start.answer(pretrain, "", ["--size", "1M", "--model_type", "bm_rnn"])  # nothing is raised
+    named = ["--config", str(ROOT / "recipes" / "configs" / "causal_lm" / "tiny_shakespeare.yaml")]
     with pytest.raises(UserError, match=r"tiny_shakespeare\.yaml: unknown key 'num_attention_heads'"):
-        start.answer(pretrain, "", ["--model_type", "bm_rnn"])
+        start.answer(pretrain, "", [*named, "--model_type", "bm_rnn"])
 
 
 def test_garbage_is_collected_again_when_all_is_imported():
