@@ -236,9 +236,17 @@ class RunConfig:
         return parser
 
     def _drop_sizes_of_other_model(self, known: Collection[str]) -> None:
-        """Leave out what the recipe's own file, which nobody named, says of another model than the command line's."""
+        """Leave out what the recipe's own file, which nobody named, says of another model than the command line's.
+
+        A model that has not even its width gets nothing of it: the rates would be those of another size.
+        """
         unknown = [key for key in self.file_values if key not in known]
-        if unknown and self.names_no_file and {"model_type", "preset_model"} & self.cli_values.keys():
+        if (
+            unknown
+            and "hidden_size" in known
+            and self.names_no_file
+            and {"model_type", "preset_model"} & self.cli_values.keys()
+        ):
             self._drop(unknown)
             self.remarks.append(f"{self.path} is about another model; not used of it: {', '.join(unknown)}")
 

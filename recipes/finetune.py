@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
         with args.main_process_first():  # before the others look at the folder
             check_data(folder, data, is_main=is_main)
             check_tokenizer(folder, data, is_main=is_main)
-            finished_before = is_finished(folder, {**settings, **objective.decided_settings})
+            finished_before = is_finished(folder, {**settings, **objective.decided_settings}, check["default_keys"])
         if finished_before:
             return show_finished(folder, run=run, objective=objective, log=print) if is_main else None
         history = RecordHistory(folder, unit=objective.unit)

@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
         check_shared(accelerator, folder)
         objective, model = start(accelerator, *groups)
         settings = redact_settings(arguments.resolved_config(*groups))  # with what the start has derived
-        if is_finished(folder, {**settings, **objective.decided_settings}):
+        if is_finished(folder, {**settings, **objective.decided_settings}, check["default_keys"]):
             return accelerator.on_main_process(show_finished)(folder, run=run, objective=objective, log=print)
         prepared, state, results, speeds = fit(model, objective, args, settings, accelerator)
         save_model(folder, prepared, objective.processor)

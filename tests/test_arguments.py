@@ -44,6 +44,11 @@ class Training:
     files: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Width:
+    hidden_size: int = 8
+
+
 def bind(file_values, argv, classes=(Training,)):
     return RunConfig(file_values, argv).bind(list(classes), description="test")
 
@@ -150,7 +155,9 @@ def test_the_default_file_may_be_about_another_model_and_one_that_is_named_may_n
         with pytest.raises(UserError, match=r"first.yaml: unknown key 'qk_norm'"):
             values.bind([RunArguments, Training], description="")
     else:
-        assert values.bind([RunArguments, Training], description="")[1].num_steps == 3
+        with pytest.raises(UserError, match="unknown key 'qk_norm'"):  # of a model that has not even its width
+            values.bind([RunArguments, Training], description="")
+        assert values.bind([RunArguments, Training, Width], description="")[1].num_steps == 3
         assert values.remarks == [f"{path} is about another model; not used of it: qk_norm, num_heads"]
     own = RunConfig.read(named, configs=tmp_path, default="task/first")
     with pytest.raises(UserError, match="unknown key 'qk_norm'"):

@@ -8,8 +8,26 @@ from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+# A change of these, or of the hash, changes what saved models read when they are trained on.
 SIZES = range(3, 7)  # characters
+
+
+def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """The text of each token, with what marks a part of a word (## of WordPiece, the space of byte-level BPE).
+
+    Special tokens have none.
+    """
+    special = set(tokenizer.all_special_tokens)
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [None if token in special else tokenizer.convert_tokens_to_string([token]) for token in tokens]
+
+
+def most_ngrams(tokens: Sequence[str | None]) -> int:
+    """How many n-grams of characters the token has that has most."""
+    longest = max((len(token) + 2 for token in tokens if token is not None), default=0)
+    return sum(max(0, longest - size + 1) for size in SIZES)
 
 
 def spelling_table(tokens: Sequence[str | None], width: int, buckets: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,14 +109,18 @@ class FinishedRun:
     results: FinalResults
 
 
-def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether `folder` holds model, record and report of the run with just these settings."""
+def is_finished(folder: Path, config: Mapping[str, Any], default_keys: Collection[str] = ()) -> bool:
+    """Whether `folder` holds model, record and report of the run with just these settings.
+
+    `default_keys` have their default values, and may be absent from the record of a version that did not know them.
+    """
     record = read_json(folder / RUN_RECORD)
     has_model = any((folder / name).is_file() for name in MODELS) and any(folder.glob("*.safetensors"))
     if not isinstance(record, dict) or not has_model or not (folder / "report.html").is_file():
         return False
     former, now = record.get("config", {}), json.loads(json.dumps(scrub(dict(config))))
-    return all(former.get(key) == value for key, value in now.items() if key not in OF_PUBLISHING)
+    unknown = {*default_keys} - former.keys()
+    return all(former.get(key) == value for key, value in now.items() if key not in {*OF_PUBLISHING, *unknown})
 
 
 def show_finished(

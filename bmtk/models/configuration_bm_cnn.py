@@ -154,8 +154,8 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
     pool_stride: int = described(2, "stride of the pooling after a stage, pixels")
     pools_first: bool = described(
         False,
-        "plain blocks pool between the last convolution of a stage and its norm, which then has a quarter of the "
-        "positions to compute",
+        "plain blocks pool between the last convolution of a stage and its norm, which then has as few "
+        "positions to compute as the next stage",
     )
     pooling_type: Literal["max", "avg"] = described("max", "pooling after the stages and in the stem")
     expansion: int = described(

@@ -2,7 +2,7 @@
 
 Frames of `frame_length` samples every `hop_length`, a Hann window, power spectrum, mel bands (O'Shaughnessy 1987, the
 scale of HTK), natural logarithm; then a recording is scaled to mean 0 and variance 1: all of it, so that its loudness
-does not matter, or band by band, which takes away the colour of its spectrum, too, be it a microphone's or a vowel's.
+does not matter, or band by band, which removes its mean spectrum, too: that of the microphone, and of a short vowel.
 """
 
 import numpy as np

@@ -243,6 +243,14 @@ class SequenceClassificationHead:
             attentions=outputs.attentions,
         )
 
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        """New tokens have no n-grams of characters."""
+        embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.ngrams is not None and self.ngrams.spelling is not None:
+            rows = embeddings.num_embeddings - len(self.ngrams.spelling)
+            self.ngrams.spelling = F.pad(self.ngrams.spelling, (0, 0, 0, rows))  # fewer than 0 are cut off
+        return embeddings
+
     def read_ngrams(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor:
         if input_ids is None:
             raise ValueError("pass input_ids, not inputs_embeds: this model has ngram_buckets, and n-grams are of ids")

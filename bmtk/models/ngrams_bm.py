@@ -25,6 +25,8 @@ class NgramReader(StartsAtZero, nn.Module):
     Those of tokens and those of characters are two such sums; the outputs are a weighted mean of these.
     """
 
+    constant_buffers = frozenset(("spelling",))  # which no forward pass changes
+
     def __init__(self, sizes: list[int], buckets: int, outputs: int, *, tokens: int = 0, spelling: int = 0):
         """`spelling` is how many n-grams of characters each of the `tokens` of the vocabulary has, at most."""
         super().__init__()
@@ -47,10 +49,11 @@ class NgramReader(StartsAtZero, nn.Module):
 
     def read_spelling(self, input_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """The same of n-grams of characters; `real` (B, L) is 0 at padding."""
-        rows = self.spelling[input_ids] * real[..., None]  # (B, L, n-grams of a token)
-        is_ngram = rows > 0
-        sums = (self.table((rows - 1).clamp(min=0)) * is_ngram[..., None]).sum((1, 2))
-        return sums / is_ngram.sum((1, 2)).clamp(min=1)[:, None].sqrt()
+        rows = (self.spelling[input_ids] * real[..., None]).flatten(1)  # (B, L x n-grams of a token)
+        is_ngram, table = rows > 0, self.table.weight
+        # All rows are never in memory at once.
+        sums = F.embedding_bag((rows - 1).clamp(min=0), table, mode="sum", per_sample_weights=is_ngram.to(table.dtype))
+        return sums / is_ngram.sum(1, keepdim=True).clamp(min=1).sqrt()
 
 
 def bucket_of(tokens: torch.Tensor, size: int, buckets: int) -> torch.Tensor:

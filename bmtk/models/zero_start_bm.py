@@ -4,7 +4,7 @@ from torch import nn
 
 
 class StartsAtZero:
-    """Precedes a layer of torch in the bases; the roots of the families set its parameters to 0."""
+    """Stands first among the bases of a layer; the roots of the families set its parameters and buffers to 0."""
 
 
 class ZeroLinear(StartsAtZero, nn.Linear):

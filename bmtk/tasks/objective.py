@@ -132,7 +132,7 @@ class Objective:
         return 1.0
 
     def prepare_to_save(self, model: PreTrainedModel) -> None:
-        """Set what is saved with the weights: how `generate()` writes by default."""
+        """Set what is saved with the weights and not learned: how `generate()` writes, how tokens are spelled."""
 
     # ------------------------------------------------------------------------------------------------ in words
 

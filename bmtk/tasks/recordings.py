@@ -42,7 +42,7 @@ class RecordingArguments(AudioAugmentationArguments):
     normalize_each_band: bool = setting(
         False,
         "a new model reads every mel band of a recording with mean 0 and variance 1, instead of all bands together: "
-        "without the colour of the microphone, but in short recordings also without that of the sound",
+        "this removes the mean spectrum: that of the microphone, but in short recordings also that of the sound",
     )
     on_corrupt: str = setting(
         "stop", "recordings that cannot be read: stop; or skip, for which all are decoded once beforehand"

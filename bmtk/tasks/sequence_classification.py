@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from bmtk.data.columns import cells, with_columns
-from bmtk.data.spelling import spelling_table
+from bmtk.data.spelling import most_ngrams, spelled_tokens, spelling_table
 from bmtk.data.tables import TextColumn, encoded_rows, note_printed, text_rows
 from bmtk.settings import fact
 
@@ -66,7 +66,8 @@ class SequenceClassificationData(TextData):
     def config_fields(self) -> dict[str, object]:
         """A new model of the project's families reads n-grams, too."""
         buckets = min(NGRAM_BUCKETS, max(1, NGRAM_WEIGHTS // max(1, len(self.labels.names))))
-        return {**super().config_fields, "ngram_buckets": buckets, "ngram_spelling": NGRAM_SPELLING}
+        spelling = min(NGRAM_SPELLING, most_ngrams(spelled_tokens(self.tokenizer)))
+        return {**super().config_fields, "ngram_buckets": buckets, "ngram_spelling": spelling}
 
     @property
     def label_type(self) -> LabelType:
@@ -101,10 +102,7 @@ class SequenceClassificationObjective(TextObjective):
         ngrams: Any = getattr(model, "ngrams", None)  # models of transformers have none
         if ngrams is None or ngrams.spelling is None:
             return
-        tokenizer, special = self.tokenizer, set(self.tokenizer.all_special_tokens)
-        tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        texts = [None if token in special else token for token in tokens]
-        table = spelling_table(texts, ngrams.spelling.shape[1], ngrams.table.num_embeddings)
+        table = spelling_table(spelled_tokens(self.tokenizer), ngrams.spelling.shape[1], ngrams.table.num_embeddings)
         ngrams.spelling[: len(table)] = torch.from_numpy(table)
 
     def num_items(self, batch: Mapping[str, Any]) -> int:

@@ -53,13 +53,17 @@ def is_broken(value: torch.Tensor) -> bool:
 
 
 class SavedBuffers:
-    """A copy of a model's buffers, such as the statistics of BatchNorm, which a forward pass changes."""
+    """A copy of a model's buffers, such as the statistics of BatchNorm, which a forward pass changes.
+
+    A module names those that it never changes as its `constant_buffers`.
+    """
 
     def __init__(self, model: nn.Module):
         self.kept = [
             (module, name, buffer, buffer.detach().clone())
             for module in model.modules()
             for name, buffer in module.named_buffers(recurse=False)
+            if name not in getattr(module, "constant_buffers", ())
         ]
 
     @torch.no_grad()

@@ -137,7 +137,7 @@ class TrainingObjective(Protocol):
         """Mean number of `unit`s in a row of a split."""
 
     def prepare_to_save(self, model: PreTrainedModel) -> None:
-        """Set what is saved with the weights: how `generate()` writes by default."""
+        """Set what is saved with the weights and not learned: how `generate()` writes, how tokens are spelled."""
 
 
 class BindableData(Protocol):

@@ -26,8 +26,13 @@ LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 READS_A_MODEL = ("model", "tokenizer")
 LENGTH = {"num_train_epochs", "num_train_steps", "max_steps"}  # over which the learning rate decays
-# What a run did whose version did not know a setting, where that differs from what the default does now.
-BEFORE_IT_WAS_KNOWN = {"normalize_each_band": True}
+# Setting -> the tasks in which its default does something else than a version that did not know it, and what that did.
+CHANGED_DEFAULTS: dict[str, tuple[tuple[str, ...], object]] = {
+    "normalize_each_band": (("audio_classification", "speech_recognition"), True),
+    "ngram_buckets": (("sequence_classification",), 0),
+    "ngram_spelling": (("sequence_classification",), 0),
+    "linear_forecast": (("time_series_forecasting",), False),
+}
 FROM_A_RUN = (
     CHECKPOINTS,
     "history.jsonl",
@@ -110,7 +115,7 @@ def _refuse_another_run(
             f"{directory / RUN_CONFIG} cannot be read ({error}); set overwrite_output_dir to start anew"
         ) from None
     absent = "(absent)"
-    former = {**{key: value for key, value in BEFORE_IT_WAS_KNOWN.items() if key in config}, **former}
+    former = {**_former_defaults(config), **former}
     lines = {
         key: f"{key}: {former.get(key, absent)!r} there, {config.get(key, absent)!r} now"
         for key in sorted(former.keys() | config.keys())
@@ -128,6 +133,18 @@ def _refuse_another_run(
         + f"\nchoose {another}; give the settings of the run that is there to resume it; or set overwrite_output_dir "
         "to delete it"
     )
+
+
+def _former_defaults(config: Mapping[str, object]) -> dict[str, object]:
+    """What a run like `config` did in a version that did not know a setting; it is refused, and says how to go on."""
+    if config.get("model") is not None:
+        return {}  # which decides these itself
+    unread = {"ngram_spelling"} if config.get("ngram_buckets") == 0 else set()
+    return {
+        key: value
+        for key, (tasks, value) in CHANGED_DEFAULTS.items()
+        if key in config and config.get("task") in tasks and key not in unread
+    }
 
 
 def _newest_model(directory: Path) -> Path:
@@ -257,15 +274,9 @@ def held(
         try:
             yield
         except BaseException:
-            if is_new:
-                _delete_if_empty(Path(directory))
+            if is_new and {path.name for path in Path(directory).glob("*")} <= {LOCK, RUN_CONFIG}:
+                shutil.rmtree(directory, ignore_errors=True)  # the run has not begun
             raise
-
-
-def _delete_if_empty(directory: Path) -> None:
-    """Delete the folder of a run that has not begun."""
-    if {path.name for path in directory.iterdir()} <= {LOCK, RUN_CONFIG}:
-        shutil.rmtree(directory)
 
 
 @contextmanager

@@ -92,7 +92,8 @@ class PatchedTrainer(Trainer):
         """
         args = self.args
         try:
-            sampler: Any = grouped_by_length(self.train_dataset, self.model, args)
+            rows = self.train_dataset if train_dataset is None else train_dataset
+            sampler: Any = grouped_by_length(rows, self.model, args)
             sampler = sampler or super()._get_train_sampler(train_dataset)
         except ValueError as error:
             raise UserError(

@@ -7,7 +7,7 @@ import pytest
 
 from bmtk.errors import UserError
 from bmtk.hub import finalize
-from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run
+from bmtk.hub.finalize import FinishedRun, check_publishing, finalize_run, is_finished
 from bmtk.hub.run_record import ModelRecord, RunRecord, TaskDescription
 
 MODEL = ModelRecord("BertModel", "bert", 10, "google-bert/bert-base-uncased", "lora", "adapter")
@@ -179,3 +179,13 @@ def test_a_finished_run_is_published_where_its_settings_ask_for_it(tmp_path, mon
     run = Settings(push_to_hub="user/name")
     finalize_run(tmp_path, run=run, objective=Objective(), finished=finished(), log=str)
     assert asked == [((tmp_path, "user/name"), True)]
+
+
+def test_a_finished_run_of_a_former_version_is_finished_where_new_settings_have_their_defaults(tmp_path):
+    for name in ("config.json", "model.safetensors", "report.html"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"learning_rate": 0.1}}))
+    now = {"learning_rate": 0.1, "momentum": 0.95}
+    assert is_finished(tmp_path, now, {"momentum"})
+    assert not is_finished(tmp_path, now)
+    assert not is_finished(tmp_path, now | {"learning_rate": 0.2}, {"momentum", "learning_rate"})

@@ -14,6 +14,7 @@ from bmtk.models.ngrams_bm import FACTOR, PRIME, SCALE, SPELLING, NgramReader, b
 from bmtk.tasks.classification import LabelSet
 from bmtk.tasks.label_types import OneLabel
 from bmtk.tasks.sequence_classification import SequenceClassificationArguments
+from bmtk.training.guards import SavedBuffers
 
 FAMILIES = {
     "transformer": lambda **fields: BmTransformerConfig(**{**BERT, **fields}),
@@ -73,6 +74,25 @@ def test_a_reader_adds_the_rows_of_the_characters_of_real_tokens():
     of_characters = torch.stack([SCALE * table[row].sum(0) / len(row) ** 0.5 for row in rows])
     torch.testing.assert_close(reader(ids, mask), (1 - SPELLING) * of_tokens + SPELLING * of_characters)
     assert reader(ids, torch.zeros_like(mask)).abs().sum() == 0
+
+
+@pytest.mark.parametrize("change", [5, -5])
+def test_tokens_that_are_added_have_no_spelling(change, tmp_path):
+    config = FAMILIES["rnn"](vocab_size=20, ngram_buckets=64, ngram_spelling=5, num_labels=3)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    before = model.ngrams.spelling.random_(1, 65).clone()
+    model.resize_token_embeddings(20 + change)
+    assert torch.equal(model.ngrams.spelling[:20], before[: 20 + change])
+    assert not model.ngrams.spelling[20:].any()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    ids = torch.tensor([[1, 14, 19 + change]])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_step_that_may_be_undone_copies_no_spelling():
+    assert not SavedBuffers(NgramReader([1], buckets=50, outputs=4, tokens=10, spelling=3)).kept
+    assert len(SavedBuffers(torch.nn.BatchNorm1d(2)).kept) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,6 @@
 """A run folder holds one run, one process trains in it, and whoever comes second is told what to do."""
 
+import json
 import os
 import signal
 import warnings
@@ -75,12 +76,23 @@ def test_a_run_comes_back_to_a_version_that_knows_more_settings(tmp_path):
 def test_a_run_comes_back_to_a_version_whose_default_does_something_else(tmp_path):
     check_output_dir(tmp_path, CONFIG, overwrite=False)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    new, keys = CONFIG | {"normalize_each_band": False}, {"normalize_each_band"}
+
+    def check(settings, defaults, record=CONFIG):
+        (tmp_path / "run_config.json").write_text(json.dumps(record))
+        check_output_dir(tmp_path, CONFIG | settings, overwrite=False, default_keys=defaults | {"task", "model"})
+
+    recordings = {"task": "audio_classification", "normalize_each_band": False}
     with pytest.raises(UserError, match="normalize_each_band: True there, False now"):
-        check_output_dir(tmp_path, new, overwrite=False, default_keys=keys)
-    check_output_dir(tmp_path, CONFIG, overwrite=False, default_keys=keys)  # of a task without recordings
-    check_output_dir(tmp_path, CONFIG | {"normalize_each_band": True}, overwrite=False)
-    check_output_dir(tmp_path, CONFIG | {"normalize_each_band": True}, overwrite=False)
+        check(recordings, {"normalize_each_band"})
+    check(recordings | {"normalize_each_band": True}, set())
+    check(recordings | {"model": "a/model"}, {"normalize_each_band"})  # which decides that itself
+    check(recordings, {"normalize_each_band"}, record=CONFIG | recordings)
+    texts = {"task": "sequence_classification", "ngram_spelling": None}
+    with pytest.raises(UserError, match="ngram_spelling: 0 there, None now"):
+        check(texts, {"ngram_spelling"})
+    check(texts | {"ngram_spelling": 0}, set())
+    check(texts | {"ngram_buckets": 0}, {"ngram_spelling"})  # reads none either way
+    check(texts | {"task": "causal_lm"}, {"ngram_spelling"})
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_gives_way_to_mended_settings(tmp_path):
