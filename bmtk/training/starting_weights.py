@@ -102,9 +102,9 @@ def _weight_notes(model: PreTrainedModel, name: str, info: Mapping[str, Any]) ->
     missing = sorted(info["missing_keys"])
     if len(missing) == len(model.state_dict()):
         raise UserError(f"none of the weights in {name} belongs to a {type(model).__name__}; is it another model?")
-    notes = []
-    if missing:
-        notes.append(f"NEWLY INITIALISED, to be learned from these data: {', '.join(missing)} (not in {name})")
+    notes, parameters = [], dict(model.named_parameters())
+    if learned := [key for key in missing if key in parameters]:
+        notes.append(f"NEWLY INITIALISED, to be learned from these data: {', '.join(learned)} (not in {name})")
     if wrong:
         shapes = "; ".join(f"{key} was {there}, is {here}" for key, there, here in wrong)
         notes.append(f"NEWLY INITIALISED, because {name} was trained for another number of labels: {shapes}")
