@@ -182,10 +182,9 @@ class RunConfig:
 
         of_task: the dataclass of the task's data.  A file that the command line names stays as it is.
         """
-        if not self.names_no_file:
-            return
-        kept = {f.name for f in dataclasses.fields(of_task)} - {"vocab_size", "context_length"} | {"task"}
-        self.file_values = {key: value for key, value in self.file_values.items() if key in kept}
+        if self.names_no_file:
+            kept = {f.name for f in dataclasses.fields(of_task)} - {"vocab_size", "context_length"} | {"task"}
+            self._drop(self.file_values.keys() - kept)
 
     @property
     def given(self) -> dict[str, object]:
@@ -241,12 +240,8 @@ class RunConfig:
         A model that has not even its width gets nothing of it: the rates would be those of another size.
         """
         unknown = [key for key in self.file_values if key not in known]
-        if (
-            unknown
-            and "hidden_size" in known
-            and self.names_no_file
-            and {"model_type", "preset_model"} & self.cli_values.keys()
-        ):
+        is_another = self.names_no_file and {"model_type", "preset_model"} & self.cli_values.keys()
+        if unknown and is_another and "hidden_size" in known:
             self._drop(unknown)
             self.remarks.append(f"{self.path} is about another model; not used of it: {', '.join(unknown)}")
 
