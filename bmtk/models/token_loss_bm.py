@@ -6,13 +6,17 @@ time, while these are in the cache; the gradients wait for the backward pass, as
 2024, arXiv:2411.09009) and liger-kernel (Hsu et al. 2024, arXiv:2410.10989).
 """
 
-from contextlib import nullcontext
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .eager_cpu_bm import float32_products_of_bfloat16, is_eager_on_cpu, is_plain_linear, product_dtype
+from .eager_cpu_bm import (
+    casts_before_products,
+    float32_products_of_bfloat16,
+    is_eager_on_cpu,
+    is_plain_linear,
+    product_dtype,
+)
 
 IGNORED = -100  # label of a position that is not predicted
 CHUNK = 2**22  # logits at a time: 16 MB in float32
@@ -71,10 +75,12 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, count: float, with_gradients: bool) -> torch.Tensor:
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        # Products of numbers that are rounded to bfloat16 stay in float32: half the time of casting there and back.
-        products = float32_products_of_bfloat16 if product_dtype(hidden) == torch.bfloat16 else nullcontext
-        with products():
-            loss, gradients = loss_and_gradients(hidden, weight, bias, labels, count, wanted)
+        of_products = product_dtype(hidden)
+        if of_products == torch.bfloat16 and not casts_before_products():
+            with float32_products_of_bfloat16():
+                loss, gradients = loss_and_gradients(hidden, weight, bias, labels, count, wanted, torch.float32)
+        else:
+            loss, gradients = loss_and_gradients(hidden, weight, bias, labels, count, wanted, of_products)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
         return loss
@@ -90,9 +96,12 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 @torch.autocast("cpu", enabled=False)
-def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[bool]):
-    """The loss of ChunkedLoss, and the gradients of hidden, weight and bias that are `wanted`, else None."""
-    matrix, vector = weight.float(), None if bias is None else bias.float()
+def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[bool], dtype: torch.dtype):
+    """The loss of ChunkedLoss, and the gradients of hidden, weight and bias that are `wanted`, else None.
+
+    Matrices are multiplied in `dtype`; all else is float32.
+    """
+    matrix, vector = weight.to(dtype), None if bias is None else bias.float()
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
     # In float32, because a sum of chunks that are rounded to 16 bits loses digits with each of them.
     of_weight, of_bias = (
@@ -103,8 +112,8 @@ def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[
     buffer = hidden.new_empty((rows_at_once(*weight.shape), len(weight)), dtype=torch.float32)
     for start in range(0, len(hidden), len(buffer)):
         rows = slice(start, start + len(buffer))
-        inputs, targets = hidden[rows].float(), labels[rows, None]
-        scores = torch.mm(inputs, matrix.T, out=buffer[: len(inputs)])
+        inputs, targets = hidden[rows].to(dtype), labels[rows, None]
+        scores = write_product(inputs, matrix.T, buffer[: len(inputs)])
         if vector is not None:
             scores.add_(vector)
         torch.log_softmax(scores, -1, out=scores)
@@ -112,13 +121,27 @@ def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[
         if not any(wanted):
             continue
         scores.exp_().scatter_add_(1, targets, scores.new_full(targets.shape, -1.0))
-        if of_hidden is not None:
-            of_hidden[rows] = (scores @ matrix).div_(count)
-        if of_weight is not None:
-            of_weight.addmm_(scores.T, inputs, alpha=1 / count)
         if of_bias is not None:
             of_bias.add_(scores.sum(0), alpha=1 / count)
-    return total / count, (of_hidden, of_weight, of_bias)
+        of_scores = scores.to(dtype)
+        if of_hidden is not None:
+            of_hidden[rows] = of_scores @ matrix
+        if of_weight is not None:
+            add_product(of_weight, of_scores.T, inputs, 1 / count)
+    return total / count, (None if of_hidden is None else of_hidden.div_(count), of_weight, of_bias)
+
+
+def write_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out` (n, m), float32, which holds a @ b now."""
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(a @ b)
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: float) -> None:
+    """Add factor * a @ b to the float32 matrix `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, alpha=factor)
+    else:
+        total.add_(a @ b, alpha=factor)
 
 
 def rows_at_once(num_tokens: int, width: int) -> int:

@@ -97,15 +97,35 @@ def test_an_output_layer_that_does_more_than_multiply_is_called():
     assert not can_score_in_chunks(hidden.double(), nn.Linear(4, 9).double())
 
 
-def test_under_autocast_the_loss_in_chunks_is_as_exact_as_the_logits_allow(draw):
-    layer, hidden, labels = nn.Linear(64, 300, bias=False), draw(40, 64), torch.arange(40)
-    weight = layer.weight.detach().bfloat16().double()
-    expected = results(lambda x: F.cross_entropy(F.linear(x, weight), labels)[None], hidden)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("casts", [False, True])
+def test_under_autocast_the_loss_in_chunks_is_as_exact_as_the_logits_allow(monkeypatch, draw, has_bias, casts):
+    monkeypatch.setattr(token_loss_bm, "casts_before_products", lambda: casts)
+    monkeypatch.setattr(token_loss_bm, "CHUNK", 64)  # chunks of 64 and 36 rows
+    layer, hidden, labels = nn.Linear(64, 300, bias=has_bias), draw(100, 64), torch.arange(100)
+    weight = layer.weight.detach().bfloat16().double().requires_grad_()
+    bias = layer.bias.detach().double().requires_grad_() if has_bias else None
+    expected = results(lambda x: F.cross_entropy(F.linear(x, weight, bias), labels)[None], hidden)
     with torch.autocast("cpu", torch.bfloat16):
         found = results(lambda x: token_loss(x, labels, layer)[None], hidden.float())
-    assert type(token_loss(hidden.float().requires_grad_(), labels, layer).grad_fn) is not None
-    assert found[1].dtype == torch.float32
-    assert_same(found, expected, 1e-2)
+    pairs = ((layer.weight, weight), (layer.bias, bias))[: 1 + has_bias]
+    gradients = [[module.grad for module, _ in pairs], [plain.grad for _, plain in pairs]]
+    assert {x.dtype for x in found + gradients[0]} == {torch.float32}
+    assert_same(found + gradients[0], expected + gradients[1], 5e-3)
+    assert_same(found[:1], expected[:1], 2e-4)  # computed in float32 from the logits on
+
+
+@pytest.mark.parametrize(("casts", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_the_processor_decides_in_which_dtype_the_loss_in_chunks_multiplies(monkeypatch, casts, dtype):
+    seen = []
+    computed = token_loss_bm.loss_and_gradients
+    monkeypatch.setattr(token_loss_bm, "casts_before_products", lambda: casts)
+    monkeypatch.setattr(token_loss_bm, "loss_and_gradients", lambda *args: seen.append(args[-1]) or computed(*args))
+    hidden, labels, layer = torch.randn(3, 8), torch.arange(3), nn.Linear(8, 5)
+    token_loss(hidden, labels, layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        token_loss(hidden, labels, layer)
+    assert seen == [torch.float32, dtype]
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
