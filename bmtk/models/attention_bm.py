@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .eager_cpu_bm import float32_products_of_bfloat16, is_eager_on_cpu
+from .eager_cpu_bm import is_eager_on_cpu
+from .products_bm import float32_products_of_bfloat16
 
 BLOCK = 2**20  # scores at a time: 4 MB in float32, which fits into the caches of two cores
 LONGEST = 256  # positions; torch is as fast beyond, as it leaves out what lies in the future

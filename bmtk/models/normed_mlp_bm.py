@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .eager_cpu_bm import DTYPES, is_eager_on_cpu, is_plain_linear, is_unhooked, product_dtype
+from .eager_cpu_bm import DTYPES, is_eager_on_cpu, is_plain_linear, is_unhooked
 from .norms_bm import BmRMSNorm, gradients_of_norm, normed, scale_of
+from .products_bm import add_product, product, product_dtype
 
 
 def fits_normed_mlp(x: torch.Tensor, norm: nn.Module, layers: Sequence[nn.Module]) -> bool:
@@ -36,10 +37,10 @@ class NormedMLP(torch.autograd.Function):
         scale = scale_of(rows, eps)
         inputs = normed(rows, norm_weight, scale, dtype)
         down, *projections = weights
-        hidden = [inputs @ weight.to(dtype).T for weight in projections]
+        hidden = [product(inputs, weight.to(dtype).T) for weight in projections]
         ctx.save_for_backward(rows, norm_weight, scale, *weights, *hidden)
         ctx.activation, ctx.shape = activation, x.shape
-        return (activation.forward(*hidden) @ down.to(dtype).T).view(x.shape)
+        return product(activation.forward(*hidden), down.to(dtype).T).view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -48,14 +49,14 @@ class NormedMLP(torch.autograd.Function):
         rows, norm_weight, scale, down, *others = ctx.saved_tensors
         projections, hidden = others[: len(others) // 2], others[len(others) // 2 :]
         of_output, dtype = of_output.flatten(0, -2), hidden[0].dtype
-        product, *of_hidden = ctx.activation.recompute(*hidden, of_output @ down.to(dtype))
-        of_weights = [of_output.T @ product]
-        del product
+        activated, *of_hidden = ctx.activation.recompute(*hidden, product(of_output, down.to(dtype)))
+        of_weights = [product(of_output.T, activated)]
+        del activated
         inputs = normed(rows, norm_weight, scale, dtype)
-        of_weights += [gradient.T @ inputs for gradient in of_hidden]
-        of_inputs = of_hidden[0] @ projections[0].to(dtype)
+        of_weights += [product(gradient.T, inputs) for gradient in of_hidden]
+        of_inputs = product(of_hidden[0], projections[0].to(dtype))
         for gradient, weight in zip(of_hidden[1:], projections[1:], strict=True):
-            of_inputs.addmm_(gradient, weight.to(dtype))
+            add_product(of_inputs, gradient, weight.to(dtype))
         of_x, of_norm = gradients_of_norm(rows, norm_weight, scale, of_inputs)
         return of_x.view(ctx.shape), of_norm, None, None, *(gradient.to(down.dtype) for gradient in of_weights)
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .eager_cpu_bm import DTYPES, is_eager_on_cpu, numbers_at_once, product_dtype
+from .eager_cpu_bm import DTYPES, is_eager_on_cpu, numbers_at_once
+from .products_bm import product_dtype
 
 
 class BmRMSNorm(nn.RMSNorm):

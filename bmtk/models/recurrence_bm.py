@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from .eager_cpu_bm import is_eager_on_cpu
+from .products_bm import project
 from .scans_bm import GatedScan, LinearScan
 
 MOST_PADDING = 4  # largest size of padded documents, in multiples of their tokens
@@ -344,7 +345,7 @@ class MinGRU(nn.Module):
 
     def forward(self, x: torch.Tensor, state=None, documents: Documents | None = None):
         """x (B, L, D), state ((B, U), (B, 0)) -> y (B, L, U), state after the last real token of each row."""
-        projected = self.in_proj(x)
+        projected = project(self.in_proj, x)
         # In float32: 16 bits would round the state at every position, and the errors add up.
         projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
         directions = projected.chunk(self.num_directions, dim=-1)

@@ -1,15 +1,20 @@
 """Linear recurrences over positions, as MinGRU computes its states.  B rows, L positions, U units."""
 
+from collections.abc import Iterable
+from itertools import islice
+from math import isqrt
+
 import torch
 from torch.nn import functional as F
 
+FEW = 2**12  # numbers of a position: computing these takes less time than calling the operation
 BLOCK = 16  # positions of a block of the scan, which are computed sequentially
 
 
 class GatedScan(torch.autograd.Function):
     """All states (B, L, U) of a MinGRU of values and gates (B, L, 2 U) from `start` (B, U), or 0, on a CPU.
 
-    Position by position, in place: fewer passes over memory than the blocks of `scan`, and over what surrounds them.
+    In place: fewer passes over memory than `scan`, and over what surrounds it.
     """
 
     @staticmethod
@@ -20,9 +25,7 @@ class GatedScan(torch.autograd.Function):
         h = takes * candidates
         if start is not None:
             h[:, 0].addcmul_(keeps[:, 0], start)
-        states, factors = h.unbind(1), keeps.unbind(1)
-        for t in range(1, len(states)):
-            states[t].addcmul_(factors[t], states[t - 1])
+        recur(h[:, 1:], keeps[:, 1:], h[:, 0])
         ctx.save_for_backward(takes, keeps, candidates, h, start)
         return h
 
@@ -31,9 +34,7 @@ class GatedScan(torch.autograd.Function):
     def backward(ctx, of_h: torch.Tensor):
         takes, keeps, candidates, h, start = ctx.saved_tensors
         of_new = of_h.clone(memory_format=torch.contiguous_format)  # z g, as h without what is kept
-        sums, factors = of_new.unbind(1), keeps.unbind(1)
-        for t in reversed(range(len(sums) - 1)):
-            sums[t].addcmul_(factors[t + 1], sums[t + 1])
+        recur(of_new[:, :-1], keeps[:, 1:], of_new[:, -1], order=-1)
         found = of_new.new_empty(*of_new.shape[:2], 2 * of_new.shape[2])
         of_values, of_gates = found.chunk(2, dim=-1)
         of_start = of_new[:, 0] * keeps[:, 0] if ctx.needs_input_grad[1] else None
@@ -46,6 +47,39 @@ class GatedScan(torch.autograd.Function):
         slopes = torch.addcmul(below, below, below, value=-1).add_(is_above, alpha=0.75)
         torch.mul(of_candidates, slopes, out=of_values)
         return found, of_start
+
+
+def recur(h: torch.Tensor, a: torch.Tensor, before: torch.Tensor, order: int = 1) -> None:
+    """h_t += a_t h_{t-1} in place for all t of (B, L, U); `before` (B, U) the first.  Backwards if `order` is -1.
+
+    Where positions are small, in about sqrt(L) blocks side by side: the ends of the blocks without what comes before
+    them, then the states at these ends, then all states.
+    """
+    length = h.shape[1]
+    size = isqrt(length // 3)  # with which the calls, 3 `size` + L / `size`, are fewest
+    if size < 3 or before.numel() > FEW:
+        step_by_step(h.unbind(1)[::order], a.unbind(1)[::order], before)
+        return
+    whole = length - length % size
+    in_blocks, others = (slice(whole), slice(whole, None)) if order == 1 else (slice(-whole, None), slice(-whole))
+    blocks = [x[:, in_blocks].unflatten(1, (-1, size)).unbind(2)[::order] for x in (h, a)]  # each (B, blocks, U)
+    ends, decays = blocks[0][0].clone(), blocks[1][0].clone()
+    for new, factor in islice(zip(*blocks, strict=True), 1, None):
+        torch.addcmul(new, factor, ends, out=ends)
+        decays.mul_(factor)
+    last = step_by_step(ends.unbind(1)[::order], decays.unbind(1)[::order], before)
+    starts = (before[:, None], ends[:, :-1]) if order == 1 else (ends[:, 1:], before[:, None])
+    step_by_step(*blocks, torch.cat(starts, dim=1))
+    step_by_step(h[:, others].unbind(1)[::order], a[:, others].unbind(1)[::order], last)
+
+
+def step_by_step(
+    states: Iterable[torch.Tensor], factors: Iterable[torch.Tensor], before: torch.Tensor
+) -> torch.Tensor:
+    """Add to each of the states, in place, its factor times the state before; returns the last."""
+    for state, factor in zip(states, factors, strict=True):
+        before = state.addcmul_(factor, before)
+    return before
 
 
 class LinearScan(torch.autograd.Function):

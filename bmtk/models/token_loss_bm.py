@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .eager_cpu_bm import (
+from .eager_cpu_bm import is_eager_on_cpu, is_plain_linear
+from .products_bm import (
+    add_product,
     casts_before_products,
+    float32_product,
     float32_products_of_bfloat16,
-    is_eager_on_cpu,
-    is_plain_linear,
+    product,
     product_dtype,
 )
 
@@ -113,7 +115,7 @@ def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[
     for start in range(0, len(hidden), len(buffer)):
         rows = slice(start, start + len(buffer))
         inputs, targets = hidden[rows].to(dtype), labels[rows, None]
-        scores = write_product(inputs, matrix.T, buffer[: len(inputs)])
+        scores = float32_product(inputs, matrix.T, buffer[: len(inputs)])
         if vector is not None:
             scores.add_(vector)
         torch.log_softmax(scores, -1, out=scores)
@@ -125,23 +127,10 @@ def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[
             of_bias.add_(scores.sum(0), alpha=1 / count)
         of_scores = scores.to(dtype)
         if of_hidden is not None:
-            of_hidden[rows] = of_scores @ matrix
+            of_hidden[rows] = product(of_scores, matrix)
         if of_weight is not None:
             add_product(of_weight, of_scores.T, inputs, 1 / count)
     return total / count, (None if of_hidden is None else of_hidden.div_(count), of_weight, of_bias)
-
-
-def write_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`out` (n, m), float32, which holds a @ b now."""
-    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(a @ b)
-
-
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: float) -> None:
-    """Add factor * a @ b to the float32 matrix `total`."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, alpha=factor)
-    else:
-        total.add_(a @ b, alpha=factor)
 
 
 def rows_at_once(num_tokens: int, width: int) -> int:

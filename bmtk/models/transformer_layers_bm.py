@@ -18,6 +18,7 @@ from .dropout_bm import BmDropout
 from .eager_cpu_bm import is_eager_on_cpu, is_unhooked
 from .normed_mlp_bm import NormedMLP, fits_normed_mlp
 from .norms_bm import NORMS, BmRMSNorm
+from .products_bm import project
 from .recomputed_activations_bm import SquaredReLU, SwiGLU, gated_product
 from .rotary_bm import rotate
 
@@ -99,11 +100,11 @@ class BmTransformerAttention(nn.Module):
         return self.attend(query, key, value, attention_mask, **kwargs)
 
     def query(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.q_norm(self.split(self.q_proj(hidden_states))).transpose(1, 2)  # (B, H, L, d)
+        return self.q_norm(self.split(project(self.q_proj, hidden_states))).transpose(1, 2)  # (B, H, L, d)
 
     def key_and_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        key = self.k_norm(self.split(self.k_proj(hidden_states)))
-        return key.transpose(1, 2), self.split(self.v_proj(hidden_states)).transpose(1, 2)  # (B, G, L, d)
+        key = self.k_norm(self.split(project(self.k_proj, hidden_states)))
+        return key.transpose(1, 2), self.split(project(self.v_proj, hidden_states)).transpose(1, 2)  # (B, G, L, d)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim)
@@ -113,12 +114,12 @@ class BmTransformerAttention(nn.Module):
         is_fused = self.config._attn_implementation == "sdpa"
         if is_fused and fits_cpu_attention(query, key, value, attention_mask, dropout):
             output = CPUAttention.apply(query, key, value, self.is_causal, self.scaling)
-            return self.o_proj(output.transpose(1, 2).flatten(2)), None
+            return project(self.o_proj, output.transpose(1, 2).flatten(2)), None
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = function(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.flatten(2)), weights
+        return project(self.o_proj, output.flatten(2)), weights
 
 
 class BmTransformerCrossAttention(BmTransformerAttention):
@@ -147,7 +148,7 @@ class GatedMLP(nn.Module):
         self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x)))
+        return project(self.down_proj, gated_product(project(self.gate_proj, x), project(self.up_proj, x)))
 
 
 class PlainMLP(nn.Module):
@@ -160,7 +161,7 @@ class PlainMLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act(self.up_proj(x)))
+        return project(self.down_proj, self.act(project(self.up_proj, x)))
 
 
 def mlp_of_norm(mlp: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

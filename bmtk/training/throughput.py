@@ -76,8 +76,8 @@ def _attention_width(config: Any) -> int:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that one device can do in matrix products of `dtype`.
 
-    16-bit types on a CUDA device of a known name: the data sheet.  Everything else is measured (about 0.3 s): the best
-    of many products of two matrices of several sizes, with the threads that torch uses in this process.
+    16-bit types on a CUDA device of a known name: the data sheet.  Everything else is measured (about half a second):
+    the best of many products of two matrices of several sizes, with the threads that torch uses in this process.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
@@ -93,13 +93,26 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0
     Which size is fastest differs between CPUs, types and numbers of threads; short products miss, now and then, what
     else the machine does.
     """
+    return max(_flops_of(multiply, device, dtype, seconds) for multiply in _products(device, dtype))
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> list[Callable[..., Any]]:
+    """Ways to multiply two matrices into a third: new memory would take time, too."""
+    ways: list[Callable[..., Any]] = [lambda left, right, out: torch.mm(left, right, out=out)]
+    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # oneDNN, by which models multiply where MKL, which torch calls, is slower; it always takes new memory.
+        ways.append(lambda left, right, out: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
+    return ways
+
+
+def _flops_of(multiply: Callable[..., Any], device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     best = 0.0
     for size in (384, 512, 1024, 2048) if device.type == "cpu" else (8192,):
-        left, right, product = torch.ones(3, size, size, dtype=dtype, device=device)
+        left, right, found = torch.ones(3, size, size, dtype=dtype, device=device)
         deadline, rounds, elapsed = time.perf_counter() + seconds, 0, float("inf")
         while rounds < 3 or time.perf_counter() < deadline:
             started = time.perf_counter()
-            torch.mm(left, right, out=product)  # new memory would take time, too
+            multiply(left, right, found)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             elapsed, rounds = min(elapsed, time.perf_counter() - started), rounds + 1

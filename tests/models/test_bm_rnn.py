@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import bmtk  # noqa: F401  (registers the families)
-from bmtk.models import recurrence_bm
+from bmtk.models import recurrence_bm, scans_bm
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.recurrence_bm import Documents, MinGRU, TorchRecurrence
 from bmtk.models.recurrent_state_bm import RecurrentState
@@ -181,9 +181,11 @@ def test_the_scan_has_second_derivatives():
     assert torch.autograd.gradgradcheck(LinearScan.apply, (a, b))
 
 
-@pytest.mark.parametrize("length", [1, 2, 19])
+@pytest.mark.parametrize("length", [1, 2, 19, 49, 131])  # 0, 1, 18, 12 x 4 and 21 x 6 + 4 positions after the first
 @pytest.mark.parametrize("has_start", [True, False])
-def test_the_gated_scan_and_its_gradients_equal_a_loop(length, has_start):
+@pytest.mark.parametrize("few", [0, 2**12])
+def test_the_gated_scan_and_its_gradients_equal_a_loop(monkeypatch, length, has_start, few):
+    monkeypatch.setattr(scans_bm, "FEW", few)
     inputs = [torch.randn(3, length, 8, dtype=torch.float64, requires_grad=True)]
     inputs += [torch.randn(3, 4, dtype=torch.float64, requires_grad=True)] if has_start else []
 
