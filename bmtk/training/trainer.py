@@ -41,7 +41,7 @@ from .micro_batches import (
 from .optimizers import NamedOptimizer, OptimizerSettings, build_optimizer, trained_parameters
 from .protocols import Batch, Prediction, TrainingObjective
 from .resume import checkpoint_to_resume, step_of
-from .rng_state import set_rng_state
+from .rng_state import RngState, set_rng_state
 from .run_folder import CHECKPOINTS
 from .signals import deferred_signals
 from .trainer_guard import GoBack, Guard, refuse_broken_weights
@@ -55,7 +55,7 @@ class BegunStep:
     """The micro-batches of an optimizer step so far, and what was before it, so that it can be begun again."""
 
     buffers: SavedBuffers
-    randomness: dict[str, torch.Tensor]
+    randomness: RngState
     batches: list[Batch] = field(default_factory=list)
 
     def undo(self, model: torch.nn.Module) -> None:

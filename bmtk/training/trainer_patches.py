@@ -7,7 +7,7 @@ and fails as soon as an installed version no longer has a fault: then its patch 
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -39,6 +39,7 @@ from .early_stopping import is_better, is_exhausted
 from .gradients import gradient_norm
 from .manifest import damages, dump_json, written_whole
 from .protocols import Batch
+from .read_ahead import ReadAhead
 from .resume import BATCH, PREFIX, batch_facts, check_best, delete_older
 from .rng_state import seed_process
 from .rollback import data_step
@@ -61,6 +62,7 @@ class PatchedTrainer(Trainer):
     average: WeightAverage | None = None
     grad_norm: float | torch.Tensor | None = None  # of the last step, before clipping
     size: int = 0  # of the model, embeddings left out, once it was counted
+    reading: ReadAhead | None = None  # the batches of this epoch
     train_sampler: Any = None  # the order of the rows: a function of seed and epoch
     loss_before: torch.Tensor  # summed for the next line of the log, before the step that is being made
 
@@ -73,15 +75,25 @@ class PatchedTrainer(Trainer):
         """How many losses of this process's `batches` are summed, and how many units of throughput they hold."""
         raise NotImplementedError
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | int | None]:
+        """Small batches are made several in a row, which is faster; of what they hold, nothing changes."""
+        if self.reading is None or self.reading.source is not epoch_iterator:
+            self.reading = ReadAhead(epoch_iterator)
+        reading = self.reading if device.type == "cpu" else epoch_iterator
+        return super().get_batch_samples(reading, num_batches, device)
+
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
         """Fault (transformers 5.23): counts labels that are one tensor, and nothing where a model has other ones.
 
         It also counts nothing for a model that does not take the count, whose loss is then a mean of means.
         """
-        totals = torch.tensor(self.count_items_and_units(batch_samples), device=device)
-        totals = self.accelerator.reduce(totals) if self.args.world_size > 1 else totals
-        self.state.num_input_tokens_seen += int(totals[1])  # the one counter of units that a checkpoint keeps
-        return totals[0].clamp(min=1)
+        items, units = self.count_items_and_units(batch_samples)
+        if self.args.world_size > 1:
+            items, units = self.accelerator.reduce(torch.tensor([items, units], device=device)).tolist()
+        self.state.num_input_tokens_seen += units  # the one counter of units that a checkpoint keeps
+        return torch.tensor(max(1, items), device=device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Fault (transformers 5.23): groups rows by length in an order that the process's own generator draws.
@@ -195,11 +207,16 @@ class PatchedTrainer(Trainer):
         is_plain = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
         if not is_plain or self.args.device.type != "cpu" or self.accelerator.scaler is not None:
             return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        parameters = [parameter for parameter in self.parameters if parameter.grad is not None]
         norm = gradient_norm(parameter.grad for parameter in parameters)
         if not norm <= self.args.max_grad_norm:  # also where it is not a number
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
+
+    @functools.cached_property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All of the model's, in its order; a look through its modules in every step would take time."""
+        return list(cast(torch.nn.Module, self.model).parameters())
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Fault (transformers 5.23): counts the parameters of the model anew in every step."""
