@@ -1,8 +1,8 @@
 """Small batches made several in a row, so that the code that makes them is in the processor's caches."""
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from .protocols import Batch
 
 MOST, MOST_BYTES = 8, 2**22  # batches that wait, and how much they hold altogether
+MOST_SECONDS = 0.05  # after which no further one is made in a row: a request to stop waits for it
 
 
 class ReadAhead(Iterator[Batch]):
@@ -24,11 +25,18 @@ class ReadAhead(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if not self.waiting:
-            self.waiting.extend(islice(self.source, self.at_once))
-            if not self.waiting:
-                raise StopIteration
-            self.at_once = min(MOST, max(1, MOST_BYTES // max(1, num_bytes(self.waiting[0]))))
+            self._read()
         return self.waiting.popleft()
+
+    def _read(self) -> None:
+        """Raises: StopIteration where no batch is left."""
+        until = time.monotonic() + MOST_SECONDS
+        self.waiting.append(next(self.source))
+        while len(self.waiting) < self.at_once and time.monotonic() < until:
+            if (batch := next(self.source, None)) is None:
+                break
+            self.waiting.append(batch)
+        self.at_once = min(MOST, max(1, MOST_BYTES // max(1, num_bytes(self.waiting[0]))))
 
 
 def num_bytes(batch: Any) -> int:

@@ -144,7 +144,8 @@ class TaskTrainer(ShardedTrainer):
         assert isinstance(num_items_in_batch, torch.Tensor)
         self.loss.model = model  # wrapped for several devices
         items = self.counts.pop(0) if self.counts else int(self.objective.num_items(inputs))
-        return self.loss(inputs, items, num_items_in_batch) * self.args.world_size
+        loss = self.loss(inputs, items, num_items_in_batch)
+        return loss * self.args.world_size if self.args.world_size > 1 else loss
 
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None

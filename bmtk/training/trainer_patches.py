@@ -7,7 +7,7 @@ and fails as soon as an installed version no longer has a fault: then its patch 
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -15,12 +15,10 @@ from typing import Any, cast
 
 import accelerate
 import torch
-from accelerate import DistributedType
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -36,14 +34,13 @@ from .averaging import WeightAverage
 from .batch_sampler import EpochSampler, EvenBatchSampler, grouped_by_length
 from .disk_space import checkpoint_bytes
 from .early_stopping import is_better, is_exhausted
-from .gradients import gradient_norm
 from .manifest import damages, dump_json, written_whole
 from .protocols import Batch
-from .read_ahead import ReadAhead
 from .resume import BATCH, PREFIX, batch_facts, check_best, delete_older
 from .rng_state import seed_process
 from .rollback import data_step
 from .trainer_guard import refuse_broken_weights
+from .trainer_steps import LeanTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ def look_for_lomo_once() -> None:
     cast(Any, accelerate.optimizer).is_lomo_available = functools.cache(accelerate.utils.is_lomo_available)
 
 
-class PatchedTrainer(Trainer):
+class PatchedTrainer(LeanTrainer):
     """`transformers.Trainer` that counts, resumes, ends and shares out rows as the project's own loop does.
 
     A subclass says what is counted, and sets `average` where one is kept.
@@ -61,8 +58,6 @@ class PatchedTrainer(Trainer):
 
     average: WeightAverage | None = None
     grad_norm: float | torch.Tensor | None = None  # of the last step, before clipping
-    size: int = 0  # of the model, embeddings left out, once it was counted
-    reading: ReadAhead | None = None  # the batches of this epoch
     train_sampler: Any = None  # the order of the rows: a function of seed and epoch
     loss_before: torch.Tensor  # summed for the next line of the log, before the step that is being made
 
@@ -74,15 +69,6 @@ class PatchedTrainer(Trainer):
     def count_items_and_units(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """How many losses of this process's `batches` are summed, and how many units of throughput they hold."""
         raise NotImplementedError
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor | int | None]:
-        """Small batches are made several in a row, which is faster; of what they hold, nothing changes."""
-        if self.reading is None or self.reading.source is not epoch_iterator:
-            self.reading = ReadAhead(epoch_iterator)
-        reading = self.reading if device.type == "cpu" else epoch_iterator
-        return super().get_batch_samples(reading, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
         """Fault (transformers 5.23): counts labels that are one tensor, and nothing where a model has other ones.
@@ -198,34 +184,6 @@ class PatchedTrainer(Trainer):
         """Leave the step that is being made out of the mean loss that is logged next: it was not applied."""
         self._tr_loss.copy_(self.loss_before)
         self._globalstep_last_logged += 1
-
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        """Fault (torch 2.13): multiplies every gradient by 1 where their norm is below the limit.
-
-        On a GPU the host would have to wait for the norm in order to see that.
-        """
-        is_plain = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
-        if not is_plain or self.args.device.type != "cpu" or self.accelerator.scaler is not None:
-            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        parameters = [parameter for parameter in self.parameters if parameter.grad is not None]
-        norm = gradient_norm(parameter.grad for parameter in parameters)
-        if not norm <= self.args.max_grad_norm:  # also where it is not a number
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
-        return norm
-
-    @functools.cached_property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """All of the model's, in its order; a look through its modules in every step would take time."""
-        return list(cast(torch.nn.Module, self.model).parameters())
-
-    def floating_point_ops(self, inputs: Batch) -> int:
-        """Fault (transformers 5.23): counts the parameters of the model anew in every step."""
-        model: Any = self.model
-        name = getattr(model, "main_input_name", "input_ids")
-        if name not in inputs or not hasattr(model, "num_parameters"):
-            return 0
-        self.size = self.size or int(model.num_parameters(exclude_embeddings=True))
-        return 6 * inputs[name].numel() * self.size
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Fault (transformers 5.23): keeps the norm before clipping from callbacks, which see the clipped gradient.

@@ -2,6 +2,7 @@
 
 import torch
 
+from bmtk.training import read_ahead
 from bmtk.training.read_ahead import MOST, MOST_BYTES, ReadAhead, num_bytes
 
 
@@ -29,6 +30,15 @@ def test_large_batches_are_made_one_by_one_and_others_while_they_fit():
         reading = ReadAhead(source(9, size, made))
         next(reading), next(reading)
         assert len(made) == 1 + at_once
+
+
+def test_batches_that_take_long_are_made_one_by_one(monkeypatch):
+    monkeypatch.setattr(read_ahead, "MOST_SECONDS", 0)
+    made: list[int] = []
+    assert len(list(ReadAhead(source(4, 3, made)))) == 4
+    reading = ReadAhead(source(9, 3, made := []))
+    next(reading), next(reading)
+    assert len(made) == 2
 
 
 def test_tensors_are_counted_wherever_they_are_in_a_batch():
