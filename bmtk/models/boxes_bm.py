@@ -27,36 +27,35 @@ def grid_locations(
 
 
 def side_distances(points: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Distances (..., Q, N, 4) from locations (Q, 2) to the sides of boxes (..., N, 4); all positive inside a box."""
+    """Distances (Q, N, 4) from locations (Q, 2) to the sides of boxes (N, 4); all positive inside a box."""
     return torch.stack(distances_by_side(points, boxes), dim=-1)
 
 
 def distances_by_side(points: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The same side by side, (..., Q, N) each: a side in one piece is faster than every fourth number of a tensor."""
-    (x, y), (left, top, right, bottom) = points.T[..., None], boxes.unsqueeze(-3).unbind(-1)
+    """The same side by side, (Q, N) each: a side in one piece is faster than every fourth number of one tensor."""
+    (x, y), (left, top, right, bottom) = points.T[..., None], boxes.T
     return x - left, y - top, right - x, bottom - y
 
 
 def assign_boxes(
     points: torch.Tensor, strides: torch.Tensor, ranges: torch.Tensor, boxes: torch.Tensor, *, radius: float
 ) -> torch.Tensor:
-    """The index (..., Q) of the box that each location predicts, -1 for background (FCOS, sections 3.1 and 3.2).
+    """The index (Q,) of the box that each location predicts, -1 for background (FCOS, sections 3.1 and 3.2).
 
     A location predicts a box if it lies inside, less than `radius` strides (Q,) from the centre along each axis (0:
-    anywhere inside), and the distance to its farthest side is in the range (Q, 2) of its level; of several boxes
-    (..., N, 4), the smallest.  No location predicts a box of NaN, which fills up images with fewer boxes than others.
+    anywhere inside), and the distance to its farthest side is in the range (Q, 2) of its level; of several boxes, the
+    smallest.
     """
-    if boxes.shape[-2] == 0:
-        return torch.full((*boxes.shape[:-2], len(points)), -1, device=points.device)
+    if len(boxes) == 0:
+        return torch.full((len(points),), -1, device=points.device)
     sides = distances_by_side(points, boxes)
     taken = reduce(torch.minimum, sides) > 0
     if radius > 0:
-        (x, y), middles = points.T[..., None], (boxes[..., :2] + boxes[..., 2:]) / 2
-        across, along = middles.unsqueeze(-3).unbind(-1)
+        (x, y), (across, along) = points.T[..., None], ((boxes[:, :2] + boxes[:, 2:]) / 2).T
         taken &= torch.maximum((x - across).abs(), (y - along).abs()) < radius * strides[:, None]
     farthest = reduce(torch.maximum, sides)
     taken &= (farthest >= ranges[:, :1]) & (farthest <= ranges[:, 1:])
-    areas = (boxes[..., 2:] - boxes[..., :2]).prod(-1).unsqueeze(-2).expand_as(taken).masked_fill(~taken, torch.inf)
+    areas = ((boxes[:, 2:] - boxes[:, :2]).prod(-1)).expand(len(points), -1).masked_fill(~taken, torch.inf)
     least, index = areas.min(-1)
     return index.masked_fill(least.isinf(), -1)
 

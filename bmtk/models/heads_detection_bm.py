@@ -15,7 +15,6 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -155,7 +154,8 @@ class ObjectDetectionHead:
         size = image_size(pixel_values)
         loss = terms = row_losses = row_items = None
         if labels is not None:
-            classes, target_distances = self.targets(points, strides, ranges, labels, size)
+            targets = [self.targets(points, strides, ranges, label, size) for label in labels]
+            classes, target_distances = (torch.stack(x) for x in zip(*targets, strict=True))
             terms = self.loss_terms(logits, distances, centre_logits, classes, target_distances, num_items_in_batch)
             loss = sum(terms.values())
             if output_row_losses:
@@ -183,27 +183,23 @@ class ObjectDetectionHead:
         ranges = torch.tensor(list(pairwise(limits)), device=device)
         return points, torch.tensor(self.strides, device=device, dtype=torch.float32)[levels], ranges[levels]
 
-    def targets(self, points, strides, ranges, labels, size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Targets of B images: the class of each location (B, Q), K for background, and its distances (B, Q, 4)."""
-        classes = [label["class_labels"].to(points.device) for label in labels]
-        found = torch.cat(classes)
-        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.config.num_labels:
+    def targets(self, points, strides, ranges, label, size) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets of one image: the class of each location (Q,), K for background, and its distances (Q, 4)."""
+        classes = label["class_labels"].to(points.device)
+        if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < self.config.num_labels:
             raise ValueError(
-                f"class_labels hold {int(found.min())} to {int(found.max())}; num_labels={self.config.num_labels} "
+                f"class_labels hold {int(classes.min())} to {int(classes.max())}; num_labels={self.config.num_labels} "
                 f"allows 0 to {self.config.num_labels - 1}"
             )
-        boxes = [label["boxes"].to(points.device, torch.float32).view(-1, 4) for label in labels]
-        boxes = pad_sequence(boxes, batch_first=True, padding_value=math.nan)  # (B, N, 4)
-        boxes = corners(boxes) * size.repeat(2)
-        index = assign_boxes(points, strides, ranges, boxes, radius=self.config.center_sampling_radius)  # (B, Q)
+        boxes = corners(label["boxes"].to(points.device, torch.float32).view(-1, 4)) * size.repeat(2)
+        index = assign_boxes(points, strides, ranges, boxes, radius=self.config.center_sampling_radius)
         background = torch.full_like(index, self.config.num_labels)
-        if not found.numel():
-            return background, points.new_zeros(*index.shape, 4)
+        if len(boxes) == 0:
+            return background, points.new_zeros(len(points), 4)
         index, is_background = index.clamp(min=0), index < 0
-        nearest = boxes.gather(1, index[..., None].expand(-1, -1, 4))  # (B, Q, 4)
-        distances = torch.cat((points - nearest[..., :2], nearest[..., 2:] - points), dim=-1)
-        classes = pad_sequence(classes, batch_first=True).gather(1, index)
-        return torch.where(is_background, background, classes), distances
+        nearest = boxes[index]  # (Q, 4)
+        distances = torch.cat((points - nearest[:, :2], nearest[:, 2:] - points), dim=-1)
+        return torch.where(is_background, background, classes[index]), distances
 
     def loss_terms(self, logits, distances, centre_logits, classes, target_distances, num_items) -> dict:
         """Focal loss of all locations, GIoU (or IoU) and centre-ness losses of the positive ones, over `num_items`."""
@@ -226,8 +222,8 @@ class ObjectDetectionHead:
         shapes = self.level_shapes(pixel_values.shape[-2:])
         points, strides, ranges = self.locations(shapes, pixel_values.device)
         size = image_size(pixel_values)
-        classes, _ = self.targets(points, strides, ranges, labels, size)
-        return (classes < self.config.num_labels).sum()
+        classes = [self.targets(points, strides, ranges, label, size)[0] for label in labels]
+        return (torch.stack(classes) < self.config.num_labels).sum()
 
     def level_shapes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Rows and columns of every level for images of this size, from a run on the meta device; cached."""

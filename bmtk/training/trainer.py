@@ -182,7 +182,7 @@ class TaskTrainer(ShardedTrainer):
                     losses.append(super().training_step(model, part, num_items))
             losses.append(super().training_step(model, parts[-1][-1], num_items))
             self.losses += losses
-            return torch.stack(losses[-len(parts[-1]) :]).sum()
+            return sum_of(losses[-len(parts[-1]) :])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -221,7 +221,7 @@ class TaskTrainer(ShardedTrainer):
 
     def loss_of_step(self) -> torch.Tensor:
         """The loss of the last optimizer step, of all processes together; nan or infinite if one of them has such."""
-        loss, self.losses = torch.stack(self.losses).sum(), []
+        loss, self.losses = sum_of(self.losses), []
         return self.accelerator.reduce(loss, "mean") if self.args.world_size > 1 else loss
 
     @property
@@ -333,6 +333,11 @@ class TaskTrainer(ShardedTrainer):
         metrics = self.objective.scorer.score(predictions, rows)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(cast(Any, predictions), label_ids=None, metrics=named, num_samples=len(rows))
+
+
+def sum_of(losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of 0-dim tensors; mostly there is one."""
+    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum()
 
 
 def _all_rows(dataloader: DataLoader[Any]) -> Any:

@@ -35,8 +35,10 @@ class LeanTrainer(Trainer):
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether a backward pass of one process on a CPU is all there is to a micro-batch."""
+        """Whether a backward pass of one process on a CPU is all there is to a micro-batch, whose loss is scaled."""
         accelerator, args = self.accelerator, self.args
+        if not self.loss_is_scaled_for_ga:
+            return False
         is_alone = accelerator.distributed_type == DistributedType.NO and accelerator.gradient_accumulation_steps == 1
         uses = accelerator.scaler, accelerator.parallelism_config, args.torch_empty_cache_steps
         own_backward = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)

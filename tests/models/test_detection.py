@@ -78,16 +78,6 @@ def test_assignment_equals_a_loop_over_locations_and_boxes(count, radius):
         assert -1 in assigned
 
 
-def test_boxes_of_several_images_are_assigned_as_those_of_each():
-    points, levels = grid_locations([(12, 10), (6, 5)], [8, 16])
-    strides, ranges = torch.tensor([8.0, 16.0])[levels], torch.tensor([[0, 24], [24, math.inf]])[levels]
-    images = [random_boxes(count, 90.0).float() for count in (5, 0, 12)]
-    together = torch.nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=math.nan)
-    found = assign_boxes(points, strides, ranges, together, radius=1.5)
-    alone = [assign_boxes(points, strides, ranges, boxes, radius=1.5) for boxes in images]
-    assert torch.equal(found, torch.stack(alone))
-
-
 def test_locations_are_the_middles_of_cells_row_by_row():
     points, levels = grid_locations([(1, 2), (1, 1)], [8, 16])
     assert points.tolist() == [[4, 4], [12, 4], [8, 8]]
