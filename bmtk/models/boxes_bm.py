@@ -40,14 +40,23 @@ def distances_by_side(points: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.
 def assign_boxes(
     points: torch.Tensor, strides: torch.Tensor, ranges: torch.Tensor, boxes: torch.Tensor, *, radius: float
 ) -> torch.Tensor:
-    """The index (Q,) of the box that each location predicts, -1 for background (FCOS, sections 3.1 and 3.2).
-
-    A location predicts a box if it lies inside, less than `radius` strides (Q,) from the centre along each axis (0:
-    anywhere inside), and the distance to its farthest side is in the range (Q, 2) of its level; of several boxes, the
-    smallest.
-    """
+    """The index (Q,) of the box that each location predicts, -1 for background: of several boxes, the smallest."""
     if len(boxes) == 0:
         return torch.full((len(points),), -1, device=points.device)
+    taken = may_predict(points, strides, ranges, boxes, radius=radius)
+    areas = ((boxes[:, 2:] - boxes[:, :2]).prod(-1)).expand(len(points), -1).masked_fill(~taken, torch.inf)
+    least, index = areas.min(-1)
+    return index.masked_fill(least.isinf(), -1)
+
+
+def may_predict(
+    points: torch.Tensor, strides: torch.Tensor, ranges: torch.Tensor, boxes: torch.Tensor, *, radius: float
+) -> torch.Tensor:
+    """Whether each location may predict each box (Q, N) (FCOS, sections 3.1 and 3.2).
+
+    It has to lie inside, less than `radius` strides (Q,) from the centre along each axis (0: anywhere inside), and the
+    distance to its farthest side has to be in the range (Q, 2) of its level.
+    """
     sides = distances_by_side(points, boxes)
     taken = reduce(torch.minimum, sides) > 0
     if radius > 0:
@@ -55,9 +64,7 @@ def assign_boxes(
         taken &= torch.maximum((x - across).abs(), (y - along).abs()) < radius * strides[:, None]
     farthest = reduce(torch.maximum, sides)
     taken &= (farthest >= ranges[:, :1]) & (farthest <= ranges[:, 1:])
-    areas = ((boxes[:, 2:] - boxes[:, :2]).prod(-1)).expand(len(points), -1).masked_fill(~taken, torch.inf)
-    least, index = areas.min(-1)
-    return index.masked_fill(least.isinf(), -1)
+    return taken
 
 
 def centerness(distances: torch.Tensor) -> torch.Tensor:
@@ -152,6 +159,7 @@ __all__ = [
     "corners",
     "distances_by_side",
     "grid_locations",
+    "may_predict",
     "non_maximum_suppression",
     "overlap_of_distances",
     "overlaps_of_one",

@@ -365,7 +365,7 @@ def fixed_size(processor: Any) -> tuple[int, int] | None:
 
 def true_boxes(rows: DetectionRows) -> list[Boxes]:
     """The boxes and labels of each image as the data have them, without augmentation."""
-    boxes, labels = list(rows.rows["boxes"]), list(rows.rows["labels"])
+    boxes, labels = rows.others["boxes"], rows.others["labels"]
     return [{"boxes": of_image, "labels": ids} for of_image, ids in zip(boxes, labels, strict=True)]
 
 

@@ -231,11 +231,17 @@ class ByTrainer(Scaled):
     is_plain = False
 
 
+class Evaluates(TrainerCallback):
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == 2:
+            model.eval()
+
+
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
 def test_trainer_sets_all_modules_to_training_in_every_step(tmp_path, monkeypatch, settings):
     found = {}
     for kind in (ByTrainer, Scaled):
-        trainer, calls = plain(tmp_path, kind, eval_strategy="steps", eval_steps=2, **settings), []
+        trainer, calls = plain(tmp_path, kind, callbacks=[Evaluates()], **settings), []
         monkeypatch.setattr(
             trainer.model, "train", lambda *mode, of=trainer.model.train, to=calls: to.append(1) or of(*mode)
         )
