@@ -4,6 +4,7 @@ As in `image_transforms`, a row depends on nothing but what the caller seeds the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -56,12 +57,15 @@ class BoxAugmentation:
 
     `flip` is none, horizontal or both (also upside down); `scale` s zooms by 1 / (1 + s) to 1 + s, to a random part
     of the image or with a border of its mean colour; `colour` c changes brightness, contrast and saturation by
-    factors of 1 - c to 1 + c.
+    factors of 1 - c to 1 + c.  A view has `size` (width, height), if it is given, made by `resample`: a reader of
+    small images then mirrors and colours no pixels that it does not read.
     """
 
     flip: str
     scale: float
     colour: float
+    size: tuple[int, int] | None = None
+    resample: Resampling = Resampling.BILINEAR
 
     def __call__(
         self, image: PIL.Image.Image, boxes: np.ndarray, draw: np.random.Generator
@@ -79,21 +83,33 @@ class BoxAugmentation:
     def _zoom(
         self, image: PIL.Image.Image, boxes: np.ndarray, draw: np.random.Generator
     ) -> tuple[PIL.Image.Image, np.ndarray, np.ndarray]:
-        if not self.scale:
-            return image, boxes, np.ones(len(boxes), dtype=bool)
-        limit = np.log1p(self.scale)
-        size = np.maximum(1, np.round(np.array(image.size) / np.exp(draw.uniform(-limit, limit)))).astype(int)
-        spare = np.array(image.size) - size
-        corner = np.round(draw.uniform(np.minimum(spare, 0), np.maximum(spare, 0))).astype(int)
-        if (spare >= 0).all():  # no border, whose colour would take as long as the rest
-            view = image.crop((*corner.tolist(), *(corner + size).tolist()))
+        whole, corner = np.array(image.size), np.zeros(2, dtype=int)
+        part = whole  # of the image, or more than it
+        if self.scale:
+            limit = np.log1p(self.scale)
+            part = np.maximum(1, np.round(whole / np.exp(draw.uniform(-limit, limit)))).astype(int)
+            spare = whole - part
+            corner = np.round(draw.uniform(np.minimum(spare, 0), np.maximum(spare, 0))).astype(int)
+        size = part if self.size is None else np.array(self.size)
+        first, last = -corner * size / part, (whole - corner) * size / part  # corners of the image in the view
+        if (part <= whole).all():  # no border, whose colour would take as long as the rest
+            view = self._resized(image, size, (*corner.tolist(), *(corner + part).tolist()))
         else:
-            mean = image.resize((1, 1), Resampling.BOX).getpixel((0, 0))
+            first, last = np.round(first), np.maximum(np.round(last), np.round(first) + 1)
+            inner = self._resized(image, (last - first).astype(int), (0, 0, *image.size))
+            mean = inner.resize((1, 1), Resampling.BOX).getpixel((0, 0))
             view = PIL.Image.new(image.mode, tuple(size.tolist()), mean)
-            view.paste(image, tuple((-corner).tolist()))
-        moved = boxes - np.concatenate((corner, [0, 0]))
+            view.paste(inner, tuple(first.astype(int).tolist()))
+        moved = boxes * np.tile((last - first) / whole, 2) + np.concatenate((first, [0, 0]))
         seen = clip_boxes(moved, *size)
         return view, seen, seen[:, 2:].prod(1) >= LEAST_VISIBLE * moved[:, 2:].prod(1)
+
+    def _resized(self, image: PIL.Image.Image, size: np.ndarray, part: Any) -> PIL.Image.Image:
+        """A part of an image (left, top, right, bottom) as an image of this size (width, height)."""
+        left, top, right, bottom = part
+        if (right - left, bottom - top) == tuple(size.tolist()):
+            return image.crop(part)  # which resizing would only take longer for
+        return image.resize(tuple(size.tolist()), self.resample, box=part)
 
     def _recolour(self, image: PIL.Image.Image, draw: np.random.Generator) -> PIL.Image.Image:
         if not self.colour:

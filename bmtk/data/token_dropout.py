@@ -3,14 +3,17 @@
 Source: Iyyer et al. 2015, "Deep unordered composition rivals syntactic methods" (word dropout).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from .epoch_dataset import EpochDataset
-from .number_rows import NumberRows
+from .number_rows import NumberBatch, NumberLists, NumberRows
+from .row_draws import row_draws
 
 
 @dataclass
@@ -27,7 +30,7 @@ class TokenDropout(EpochDataset):
     seed: int
 
     def __post_init__(self) -> None:
-        self.as_they_are = NumberRows(self.rows)
+        self.as_they_are, self.kept_ids = NumberRows(self.rows), np.array(sorted(self.kept), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -35,18 +38,23 @@ class TokenDropout(EpochDataset):
     def __getitem__(self, row: int) -> dict[str, Any]:
         return self.__getitems__([row])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         rows = self.as_they_are.__getitems__(indices)
+        if isinstance(rows, NumberBatch) and isinstance(ids := rows.columns["input_ids"], NumberLists):
+            return NumberBatch({**rows.columns, "input_ids": self._hidden(ids, indices)})
         return [self._hide(index, row) for index, row in zip(indices, rows, strict=True)]
 
     def _hide(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
-        draw = np.random.default_rng([self.seed, self.epoch, index])
         ids = row["input_ids"]
-        is_nested = bool(ids) and isinstance(ids[0], list)
-        return {**row, "input_ids": [self._hidden(one, draw) for one in ids] if is_nested else self._hidden(ids, draw)}
+        if not ids or not isinstance(ids[0], list):
+            return {**row, "input_ids": self._hidden(NumberLists.of([ids]), [index])[0]}
+        found = iter(self._hidden(NumberLists.of([list(chain.from_iterable(ids))]), [index])[0])
+        return {**row, "input_ids": [list(islice(found, len(one))) for one in ids]}
 
-    def _hidden(self, ids: list[int], draw: np.random.Generator) -> list[int]:
-        hides = (draw.random(len(ids)) < self.share).tolist()
-        return [
-            self.hidden if hide and token not in self.kept else token for token, hide in zip(ids, hides, strict=True)
-        ]
+    def _hidden(self, ids: NumberLists, indices: Sequence[int]) -> NumberLists:
+        """The `ids` of the rows `indices`, with some hidden."""
+        ends = ids.lengths.cumsum()
+        places = np.arange(len(ids.numbers)) - (ends - ids.lengths).repeat(ids.lengths)
+        draws = row_draws(self.seed, self.epoch, np.asarray(indices).repeat(ids.lengths), places)
+        hides = (draws < self.share) & ~np.isin(ids.numbers, self.kept_ids)
+        return NumberLists(np.where(hides, self.hidden, ids.numbers), ids.lengths)

@@ -21,13 +21,35 @@ def average_precisions(
     Source: pycocotools; an AP is the mean precision at the recalls 0, 0.01, ..., 1.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        measured = COCOeval(_coco(truth, num_labels), _coco(predictions, num_labels), "bbox")
+        measured = Matching(_coco(truth, num_labels), _coco(predictions, num_labels), "bbox")
         measured.params.areaRng, measured.params.areaRngLbl = [[0, 1e10]], ["all"]
         measured.params.maxDets = [MOST_FOUND]
         measured.evaluate()
         measured.accumulate()
     precision = measured.eval["precision"][..., 0, 0]  # (T, recalls, K), -1 for a label that no image holds
     return np.where(precision[:, 0] < 0, np.nan, precision.mean(1))
+
+
+class Matching(COCOeval):
+    """COCO's evaluation, with the boxes of an image matched at all overlaps at once; none is a crowd or ignored."""
+
+    def evaluateImg(self, image: int, label: int, area_range: Any, most: int) -> dict[str, Any] | None:
+        """Which of the boxes found, best first, match a true one that no better box has matched."""
+        truth, found = self._gts[image, label], self._dts[image, label]
+        if not truth and not found:
+            return None
+        scores = np.array([box["score"] for box in found])
+        scores = scores[np.argsort(-scores, kind="mergesort")][:most]
+        overlaps, limits = self.ious[image, label], np.minimum(self.params.iouThrs, 1 - 1e-10)
+        matches, is_free = np.zeros((len(limits), len(scores))), np.ones((len(limits), len(truth)), dtype=bool)
+        candidates: Any = np.flatnonzero(overlaps.max(1) >= limits[0]) if truth and found else []
+        for number in candidates:
+            allowed = np.where(is_free, overlaps[number], -1.0)  # (T, true boxes)
+            best = len(truth) - 1 - allowed[:, ::-1].argmax(1)  # of equal ones the last
+            hits = np.flatnonzero(allowed.max(1) >= limits)
+            matches[hits, number], is_free[hits, best[hits]] = 1, False
+        ignored = {"gtIgnore": np.zeros(len(truth)), "dtIgnore": np.zeros_like(matches)}
+        return {"dtScores": scores, "dtMatches": matches, **ignored}
 
 
 def _coco(images: Sequence[dict[str, Any]], num_labels: int) -> COCO:

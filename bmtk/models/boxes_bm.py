@@ -10,6 +10,8 @@ from functools import reduce
 import numpy as np
 import torch
 
+BLOCK = 32  # boxes that suppression compares at once with all that are left
+
 
 def grid_locations(
     shapes: list[tuple[int, int]], strides: list[int], device=None
@@ -38,14 +40,23 @@ def distances_by_side(points: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.
 def assign_boxes(
     points: torch.Tensor, strides: torch.Tensor, ranges: torch.Tensor, boxes: torch.Tensor, *, radius: float
 ) -> torch.Tensor:
-    """The index (Q,) of the box that each location predicts, -1 for background (FCOS, sections 3.1 and 3.2).
-
-    A location predicts a box if it lies inside, less than `radius` strides (Q,) from the centre along each axis (0:
-    anywhere inside), and the distance to its farthest side is in the range (Q, 2) of its level; of several boxes, the
-    smallest.
-    """
+    """The index (Q,) of the box that each location predicts, -1 for background: of several boxes, the smallest."""
     if len(boxes) == 0:
         return torch.full((len(points),), -1, device=points.device)
+    taken = may_predict(points, strides, ranges, boxes, radius=radius)
+    areas = ((boxes[:, 2:] - boxes[:, :2]).prod(-1)).expand(len(points), -1).masked_fill(~taken, torch.inf)
+    least, index = areas.min(-1)
+    return index.masked_fill(least.isinf(), -1)
+
+
+def may_predict(
+    points: torch.Tensor, strides: torch.Tensor, ranges: torch.Tensor, boxes: torch.Tensor, *, radius: float
+) -> torch.Tensor:
+    """Whether each location may predict each box (Q, N) (FCOS, sections 3.1 and 3.2).
+
+    It has to lie inside, less than `radius` strides (Q,) from the centre along each axis (0: anywhere inside), and the
+    distance to its farthest side has to be in the range (Q, 2) of its level.
+    """
     sides = distances_by_side(points, boxes)
     taken = reduce(torch.minimum, sides) > 0
     if radius > 0:
@@ -53,9 +64,7 @@ def assign_boxes(
         taken &= torch.maximum((x - across).abs(), (y - along).abs()) < radius * strides[:, None]
     farthest = reduce(torch.maximum, sides)
     taken &= (farthest >= ranges[:, :1]) & (farthest <= ranges[:, 1:])
-    areas = ((boxes[:, 2:] - boxes[:, :2]).prod(-1)).expand(len(points), -1).masked_fill(~taken, torch.inf)
-    least, index = areas.min(-1)
-    return index.masked_fill(least.isinf(), -1)
+    return taken
 
 
 def centerness(distances: torch.Tensor) -> torch.Tensor:
@@ -112,26 +121,29 @@ def non_maximum_suppression(
 ) -> torch.Tensor:
     """Indices of the kept boxes, best first; those that overlap a better one of their class by more are removed.
 
-    At most `limit` are kept.  A box that is kept is compared with those after it; no other pairs are, which are most
-    of them where boxes crowd.
+    At most `limit` are kept.  The next BLOCK boxes are compared with those after them; no other pairs are, which are
+    most of them where boxes crowd.
     """
     order = scores.argsort(descending=True, stable=True)
     sides = boxes[order].float().T.contiguous().cpu().numpy()  # left, top, right and bottom, (N,) each
     kinds, stays = labels[order].cpu().numpy(), np.ones(len(order), dtype=bool)
     kept: list[int] = []
-    for index in range(len(stays)):
-        if len(kept) == limit:
+    for start in range(0, len(stays), BLOCK):
+        block = start + np.flatnonzero(stays[start : start + BLOCK])
+        after = slice(start, None)
+        overlaps = overlaps_of_one(sides[:, block, None], sides[:, None, after])  # (block, N - start)
+        is_spared = ~((overlaps > iou_threshold) & (kinds[block, None] == kinds[after]))
+        for index, spared in zip(block.tolist(), is_spared, strict=True):
+            if stays[index]:
+                kept.append(index)
+                stays[after] &= spared
+        if limit is not None and len(kept) >= limit:
             break
-        if stays[index]:
-            kept.append(index)
-            after = slice(index + 1, None)
-            overlaps = overlaps_of_one(sides[:, index], sides[:, after])
-            stays[after] &= ~((overlaps > iou_threshold) & (kinds[after] == kinds[index]))
-    return order[torch.tensor(kept, dtype=torch.long, device=order.device)]
+    return order[torch.tensor(kept[:limit], dtype=torch.long, device=order.device)]
 
 
 def overlaps_of_one(box: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Intersection over union (N,) of a box (4,) with others (4, N), as `pairwise_iou`."""
+    """Intersection over union (N,) of a box (4,) with others (4, N), as `pairwise_iou`; or of several, by shape."""
     left, top, right, bottom = others
     shared = np.maximum(np.minimum(box[2], right) - np.maximum(box[0], left), 0)
     shared *= np.maximum(np.minimum(box[3], bottom) - np.maximum(box[1], top), 0)
@@ -147,6 +159,7 @@ __all__ = [
     "corners",
     "distances_by_side",
     "grid_locations",
+    "may_predict",
     "non_maximum_suppression",
     "overlap_of_distances",
     "overlaps_of_one",

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .boxes_bm import assign_boxes, centerness, centres, corners, grid_locations, overlap_of_distances
+from .boxes_bm import assign_boxes, centerness, centres, corners, grid_locations, may_predict, overlap_of_distances
 from .heads_bm import check_input
 
 NUM_TRUNK_LEVELS = 3  # the paper's C3, C4 and C5
@@ -191,7 +191,7 @@ class ObjectDetectionHead:
                 f"class_labels hold {int(classes.min())} to {int(classes.max())}; num_labels={self.config.num_labels} "
                 f"allows 0 to {self.config.num_labels - 1}"
             )
-        boxes = corners(label["boxes"].to(points.device, torch.float32).view(-1, 4)) * size.repeat(2)
+        boxes = self.boxes_in_pixels(label, size, points.device)
         index = assign_boxes(points, strides, ranges, boxes, radius=self.config.center_sampling_radius)
         background = torch.full_like(index, self.config.num_labels)
         if len(boxes) == 0:
@@ -222,8 +222,16 @@ class ObjectDetectionHead:
         shapes = self.level_shapes(pixel_values.shape[-2:])
         points, strides, ranges = self.locations(shapes, pixel_values.device)
         size = image_size(pixel_values)
-        classes = [self.targets(points, strides, ranges, label, size)[0] for label in labels]
-        return (torch.stack(classes) < self.config.num_labels).sum()
+        radius, total = self.config.center_sampling_radius, torch.zeros((), dtype=torch.long, device=points.device)
+        for label in labels:
+            boxes = self.boxes_in_pixels(label, size, points.device)
+            total += may_predict(points, strides, ranges, boxes, radius=radius).any(-1).sum()
+        return total
+
+    @staticmethod
+    def boxes_in_pixels(label, size, device) -> torch.Tensor:
+        """Boxes (N, 4) of a label as (left, top, right, bottom)."""
+        return corners(label["boxes"].to(device, torch.float32).view(-1, 4)) * size.repeat(2)
 
     def level_shapes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Rows and columns of every level for images of this size, from a run on the meta device; cached."""

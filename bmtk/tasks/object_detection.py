@@ -82,7 +82,8 @@ class DetectionRows(EpochDataset, ImageRows):
     """Rows {"image", "annotations"}, annotations as in COCO.
 
     From the first `set_epoch` on, which training alone calls, an image is augmented as a function of seed, epoch and
-    row.
+    row.  Where the augmentation knows the size that the model reads, images have it; those that are not augmented are
+    resized once, and their annotations say the "size" (height, width) that boxes are in pixels of.
     """
 
     first_epoch = -1
@@ -99,6 +100,7 @@ class DetectionRows(EpochDataset, ImageRows):
     ):
         super().__init__(rows, where, image_range, limit=limit)
         self.augmentation, self.seed = augmentation, seed
+        self.fitted: dict[int, PIL.Image.Image] = {}  # images of the size that the model reads
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         return side_by_side(self.view, super().__getitems__(indices), indices)
@@ -107,7 +109,10 @@ class DetectionRows(EpochDataset, ImageRows):
         if "boxes" not in row:
             return row
         image, boxes, labels = row["image"], np.array(row["boxes"]).reshape(-1, 4), np.array(row["labels"], dtype=int)
-        if self.epoch >= 0:
+        size = {} if self.epoch >= 0 else {"size": (image.height, image.width)}
+        if self.epoch < 0:
+            image = self.of_size(image, index)
+        else:
             draw = np.random.default_rng([self.seed, self.epoch, index])
             image, boxes, visible = self.augmentation(image, boxes, draw)
             boxes, labels = boxes[visible], labels[visible]
@@ -115,7 +120,18 @@ class DetectionRows(EpochDataset, ImageRows):
             {"bbox": box, "category_id": label, "area": box[2] * box[3], "iscrowd": 0}
             for box, label in zip(boxes.tolist(), labels.tolist(), strict=True)
         ]
-        return {"image": image, "annotations": {"image_id": index, "annotations": objects}}
+        return {"image": image, "annotations": {"image_id": index, "annotations": objects, **size}}
+
+    def of_size(self, image: PIL.Image.Image, index: int) -> PIL.Image.Image:
+        """The image of a row as the model reads it, if that is known; kept as decoded ones are."""
+        size, is_plain = self.augmentation.size, image.mode in ("RGB", "L") and not image.has_transparency_data
+        if index in self.fitted or size is None or not is_plain:
+            return self.fitted.get(index, image)
+        found = image.resize(size, self.augmentation.resample)
+        num_bytes = found.width * found.height * len(found.getbands())
+        if num_bytes <= self.bytes_left:
+            self.fitted[index], self.bytes_left = found, self.bytes_left - num_bytes
+        return found
 
 
 class ObjectDetectionData(ImageData):
@@ -168,7 +184,8 @@ class ObjectDetectionObjective(ImageObjective):
             labels = [self._ids_of(names, f"{where} row {row}") for row, names in enumerate(rows["names"], 1)]
             rows = with_columns(rows.remove_columns("names"), {"labels": labels})
         args = self.args
-        augmentation = BoxAugmentation(args.flip, args.scale_jitter, args.colour_jitter)
+        size = fixed_size(self.processor)
+        augmentation = BoxAugmentation(args.flip, args.scale_jitter, args.colour_jitter, size, self.processor.resample)
         options: Any = {"augmentation": augmentation, "seed": self.data.seed, "image_range": self.image_range}
         # Rows to be predicted are read once.
         limit = 0 if where == "input" else args.cache_megabytes * 10**6
@@ -295,7 +312,7 @@ class ObjectDetectionScorer(Scorer):
         }
 
     def annotated_image(self, prediction: Prediction, index: int, rows: DetectionRows) -> PIL.Image.Image:
-        image = rows.__getitems__([index])[0]["image"]
+        image = rows.images([index])[0]["image"]
         return image_with_boxes(image, self._above_threshold(prediction), self.labels)
 
     def samples(self, predictions: Sequence[Prediction], rows: DetectionRows, count: int = 4) -> list[dict[str, str]]:
@@ -309,7 +326,7 @@ class ObjectDetectionScorer(Scorer):
         chosen = spread_and_worst(predictions, PICTURED)
         captions = [f"image {row + 1}" for row in chosen]
         captions[PICTURED:] = [f"{caption}, of the largest loss" for caption in captions[PICTURED:]]
-        truth, images = true_boxes(rows), [row["image"] for row in rows.__getitems__(chosen)]
+        truth, images = true_boxes(rows), [row["image"] for row in rows.images(chosen)]
         found = [self._above_threshold(predictions[row]) for row in chosen]
         return [images_with_boxes(images, [truth[row] for row in chosen], found, self.labels, captions)]
 
@@ -340,9 +357,15 @@ class ObjectDetectionScorer(Scorer):
         return _counted(predicted) if predicted == true else f"{_counted(predicted)} (the data: {_counted(true)})"
 
 
+def fixed_size(processor: Any) -> tuple[int, int] | None:
+    """Width and height that an image processor of the project resizes every image to; None for others."""
+    is_plain = hasattr(processor, "for_config") and processor.do_resize and not processor.do_center_crop
+    return (processor.size["width"], processor.size["height"]) if is_plain else None
+
+
 def true_boxes(rows: DetectionRows) -> list[Boxes]:
     """The boxes and labels of each image as the data have them, without augmentation."""
-    boxes, labels = list(rows.rows["boxes"]), list(rows.rows["labels"])
+    boxes, labels = rows.others["boxes"], rows.others["labels"]
     return [{"boxes": of_image, "labels": ids} for of_image, ids in zip(boxes, labels, strict=True)]
 
 

@@ -11,12 +11,12 @@ import jiwer
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCTC, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Wav2Vec2Processor
 
 from bmtk.data.columns import with_columns
 from bmtk.data.labels import some
 from bmtk.data.media import ON_CORRUPT
+from bmtk.data.number_rows import NumberLists
 from bmtk.data.packing import IGNORE_INDEX
 from bmtk.data.tables import text_cells
 from bmtk.errors import UserError
@@ -206,8 +206,8 @@ class SpeechRecognitionObjective(RecordingObjective):
         def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             batch = self.padded(rows)
             if "labels" in rows[0]:
-                labels = [torch.tensor(row["labels"]) for row in rows]
-                batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+                labels = NumberLists.of([row["labels"] for row in rows])
+                batch["labels"] = torch.from_numpy(labels.padded(IGNORE_INDEX))
             return batch
 
         return collate

@@ -1,14 +1,16 @@
 """What the tasks that read texts share: a tokenizer, and how much of a text is read."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from bmtk.data.number_rows import NumberBatch, NumberLists
 from bmtk.data.token_dropout import TokenDropout
 from bmtk.data.tokenizers import KINDS, load_tokenizer, train_tokenizer
 from bmtk.errors import UserError
@@ -169,27 +171,33 @@ def pad_texts(
 
     As `tokenizer.pad` gives them, which takes several times as long and is called for tokenizers that have their own.
     """
-    longest = max(1, *(len(row["input_ids"]) for row in rows))
     if type(tokenizer)._pad is not PreTrainedTokenizerBase._pad:
         pad: Any = tokenizer.pad  # whose annotation knows only some of what it takes
+        longest = max(1, *(len(row["input_ids"]) for row in rows))
         options = {"padding_side": padding_side, "return_attention_mask": return_attention_mask}
-        return dict(pad(rows, padding="max_length", max_length=longest, return_tensors="pt", **options))
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    marks = "attention_mask" in tokenizer.model_input_names if return_attention_mask is None else return_attention_mask
-    if marks and "attention_mask" not in columns:
-        columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
+        return dict(pad(list(rows), padding="max_length", max_length=longest, return_tensors="pt", **options))
     fills = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     fills |= {"special_tokens_mask": 1, "attention_mask": 0}
-    on_left = (padding_side or tokenizer.padding_side) == "left"
+    columns: dict[str, Any] = dict(rows.columns) if isinstance(rows, NumberBatch) else by_column(rows, lists=fills)
+    ids: NumberLists = columns["input_ids"]
+    marks = "attention_mask" in tokenizer.model_input_names if return_attention_mask is None else return_attention_mask
+    if marks and "attention_mask" not in columns:
+        columns["attention_mask"] = NumberLists(np.ones_like(ids.numbers), ids.lengths)
+    width, on_left = max(1, int(ids.lengths.max())), (padding_side or tokenizer.padding_side) == "left"
     return {
-        name: padded(values, fills[name], width=longest, on_left=on_left) if name in fills else torch.tensor(values)
+        name: torch.from_numpy(values.padded(fills[name], width=width, on_left=on_left))
+        if name in fills
+        else torch.as_tensor(values)
         for name, values in columns.items()
     }
 
 
-def padded(rows: Sequence[Sequence[int]], value: int, *, width: int = 0, on_left: bool = False) -> torch.Tensor:
+def by_column(rows: Sequence[Mapping[str, Any]], *, lists: Collection[str]) -> dict[str, Any]:
+    """The columns of rows; those named in `lists` as NumberLists."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: NumberLists.of(values) if name in lists else values for name, values in columns.items()}
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """Rows of whole numbers as one tensor, filled up with `value`."""
-    width = max(width, *map(len, rows))
-    fills = [[value] * (width - len(row)) for row in rows]
-    pairs = zip(fills, rows, strict=True) if on_left else zip(rows, fills, strict=True)
-    return torch.tensor([[*first, *last] for first, last in pairs])
+    return torch.from_numpy(NumberLists.of(rows).padded(value))

@@ -42,7 +42,7 @@ from .manifest import damages, dump_json, facts_of, written_whole
 from .optimizers import NamedOptimizer
 from .prepared import Prepared
 from .resume import check_best, delete_older, newest_whole, step_of
-from .rng_state import rng_state
+from .rng_state import RngState
 from .run_folder import CHECKPOINTS
 from .sharding import plain_class, whole
 from .snapshot import Connections, Snapshot, has_memory, stored_weights
@@ -405,5 +405,5 @@ def load_parts(folder: Path, model: PreTrainedModel) -> None:
 
 def _rng_states_of_all(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """Generators of all processes, stacked: (processes, ...)."""
-    own = {name: value[None].to(accelerator.device) for name, value in rng_state().items()}
+    own = {name: value[None].to(accelerator.device) for name, value in RngState().items()}
     return {name: accelerator.gather(value).cpu() for name, value in own.items()}

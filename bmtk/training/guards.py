@@ -4,7 +4,7 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -53,17 +53,18 @@ def is_broken(value: torch.Tensor) -> bool:
 
 
 class SavedBuffers:
-    """A copy of a model's buffers, such as the statistics of BatchNorm, which a forward pass changes.
+    """A copy of the buffers of modules, such as the statistics of BatchNorm, which a forward pass changes.
 
     A module names those that it never changes as its `constant_buffers`.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, modules: Iterable[nn.Module]):
+        """`modules` are all of a model's: walking through them in every step takes longer than the copies."""
         self.kept = [
             (module, name, buffer, buffer.detach().clone())
-            for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if name not in getattr(module, "constant_buffers", ())
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in getattr(module, "constant_buffers", ())
         ]
 
     @torch.no_grad()

@@ -159,7 +159,7 @@ def on_all(fitted: bool, accelerator: Accelerator) -> bool:
 
 def fits(model: torch.nn.Module, batch: Batch, losses: Losses, accelerator: Accelerator) -> bool:
     """Whether forward and backward over a batch fit into memory; weights, buffers and generators stay as they are."""
-    buffers, one = SavedBuffers(model), torch.ones((), dtype=torch.int64, device=accelerator.device)
+    buffers, one = SavedBuffers(model.modules()), torch.ones((), dtype=torch.int64, device=accelerator.device)
     loss_sum = LossSum(model, cast(Any, model), accelerator.device, losses)
     with preserved_rng_state():
         try:

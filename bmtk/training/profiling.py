@@ -67,7 +67,7 @@ def rehearse(
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model = model.to(accelerator.device)
-    buffers, was_training = SavedBuffers(model), model.training
+    buffers, was_training = SavedBuffers(model.modules()), model.training
     optimizer = build_optimizer(model.train(), replace(args, learning_rate=0.0, muon_learning_rate=0.0))
     state = tbptt_state(batches)
     prepared = Prepared(model, optimizer, accelerator)

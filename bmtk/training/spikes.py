@@ -36,11 +36,11 @@ class SpikeDetector:
 
     def host_sees_spike(self, loss: float, norm: float, *, bad: bool = False) -> bool:
         """The same with plain numbers, in a fifth of the time: tensors of two numbers are slow."""
-        window, step = self.window.numpy(), np.array([loss, norm])
-        if bad or not np.isfinite(step).all():
+        if bad or not (math.isfinite(loss) and math.isfinite(norm)):
             return False
+        window, step = self.window.numpy(), np.array([loss, norm])
         recent = window[np.isfinite(window[:, 0])]
-        if len(recent) >= FEWEST:
+        if len(recent) >= FEWEST and (2 * (recent < step).sum(axis=0) >= len(recent)).all():  # else below a median
             middle = _host_median(recent)
             deviation = np.maximum(GAUSSIAN * _host_median(np.abs(recent - middle)), SMALLEST * np.abs(middle))
             if ((step > middle + self.sigma * deviation) & (deviation > 0)).all():

@@ -41,7 +41,7 @@ from .micro_batches import (
 from .optimizers import NamedOptimizer, OptimizerSettings, build_optimizer, trained_parameters
 from .protocols import Batch, Prediction, TrainingObjective
 from .resume import checkpoint_to_resume, step_of
-from .rng_state import set_rng_state
+from .rng_state import RngState, set_rng_state
 from .run_folder import CHECKPOINTS
 from .signals import deferred_signals
 from .trainer_guard import GoBack, Guard, refuse_broken_weights
@@ -55,7 +55,7 @@ class BegunStep:
     """The micro-batches of an optimizer step so far, and what was before it, so that it can be begun again."""
 
     buffers: SavedBuffers
-    randomness: dict[str, torch.Tensor]
+    randomness: RngState
     batches: list[Batch] = field(default_factory=list)
 
     def undo(self, model: torch.nn.Module) -> None:
@@ -144,7 +144,8 @@ class TaskTrainer(ShardedTrainer):
         assert isinstance(num_items_in_batch, torch.Tensor)
         self.loss.model = model  # wrapped for several devices
         items = self.counts.pop(0) if self.counts else int(self.objective.num_items(inputs))
-        return self.loss(inputs, items, num_items_in_batch) * self.args.world_size
+        loss = self.loss(inputs, items, num_items_in_batch)
+        return loss * self.args.world_size if self.args.world_size > 1 else loss
 
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
@@ -181,7 +182,7 @@ class TaskTrainer(ShardedTrainer):
                     losses.append(super().training_step(model, part, num_items))
             losses.append(super().training_step(model, parts[-1][-1], num_items))
             self.losses += losses
-            return torch.stack(losses[-len(parts[-1]) :]).sum()
+            return sum_of(losses[-len(parts[-1]) :])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -220,7 +221,7 @@ class TaskTrainer(ShardedTrainer):
 
     def loss_of_step(self) -> torch.Tensor:
         """The loss of the last optimizer step, of all processes together; nan or infinite if one of them has such."""
-        loss, self.losses = torch.stack(self.losses).sum(), []
+        loss, self.losses = sum_of(self.losses), []
         return self.accelerator.reduce(loss, "mean") if self.args.world_size > 1 else loss
 
     @property
@@ -332,6 +333,11 @@ class TaskTrainer(ShardedTrainer):
         metrics = self.objective.scorer.score(predictions, rows)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(cast(Any, predictions), label_ids=None, metrics=named, num_samples=len(rows))
+
+
+def sum_of(losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of 0-dim tensors; mostly there is one."""
+    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum()
 
 
 def _all_rows(dataloader: DataLoader[Any]) -> Any:

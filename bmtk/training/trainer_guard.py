@@ -19,7 +19,7 @@ from .bad_steps import AFTER_CHANGES, BadSteps
 from .guards import GuardState, SavedBuffers, SpikeWatch, broken_weights, is_sound
 from .manifest import dump_json
 from .resume import PREFIX, step_of
-from .rng_state import rng_state, set_rng_state
+from .rng_state import RngState, set_rng_state
 from .rollback import checkpoint_between, delete_later
 from .spikes import SpikeDetector
 from .updates import Before
@@ -85,10 +85,11 @@ class Guard(TrainerCallback):
         self.detector = SpikeDetector(self.args.spike_sigma, torch.device("cpu")) if watches else None
         self.first_step = 0  # of this process, counted from 0
         # Generators before the epoch's loader has drawn from them.
-        self.of_epoch: dict[str, torch.Tensor] | None = None
-        self.randomness = rng_state()  # before the step, after its batches were made
+        self.of_epoch: RngState | None = None
+        self.randomness = RngState()  # before the step, after its batches were made
         self.before = Before(self.randomness)  # the step
-        self.buffers = SavedBuffers(trainer.model)  # before the step
+        self.modules = list(trainer.model.modules())
+        self.buffers = SavedBuffers(self.modules)  # before the step
         self.scale = 1.0  # of the scaler, before the step
         self.num_units = 0  # before the batches of the step were counted
         self.is_bad = False  # whether the step has been skipped
@@ -113,21 +114,21 @@ class Guard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.first_step, self.num_units = state.global_step, state.num_input_tokens_seen
-        self.of_epoch, self.is_bad = None, False
+        self.of_epoch, self.is_bad, self.modules = None, False, list(self.trainer.model.modules())
         self.bad_steps.batches = self.trainer if self.trainer.rows_are_known else None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.of_epoch = rng_state() if state.global_step > self.first_step else None
+        self.of_epoch = RngState() if state.global_step > self.first_step else None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         window = self.detector.window if self.detector else None
-        self.randomness = rng_state()
+        self.randomness = RngState()
         self.before, self.of_epoch = Before(self.of_epoch or self.randomness, window=window), None
-        self.buffers = SavedBuffers(self.trainer.model)
+        self.buffers = SavedBuffers(self.modules)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -15,12 +15,10 @@ from typing import Any, cast
 
 import accelerate
 import torch
-from accelerate import DistributedType
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -36,13 +34,13 @@ from .averaging import WeightAverage
 from .batch_sampler import EpochSampler, EvenBatchSampler, grouped_by_length
 from .disk_space import checkpoint_bytes
 from .early_stopping import is_better, is_exhausted
-from .gradients import gradient_norm
 from .manifest import damages, dump_json, written_whole
 from .protocols import Batch
 from .resume import BATCH, PREFIX, batch_facts, check_best, delete_older
 from .rng_state import seed_process
 from .rollback import data_step
 from .trainer_guard import refuse_broken_weights
+from .trainer_steps import LeanTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +50,7 @@ def look_for_lomo_once() -> None:
     cast(Any, accelerate.optimizer).is_lomo_available = functools.cache(accelerate.utils.is_lomo_available)
 
 
-class PatchedTrainer(Trainer):
+class PatchedTrainer(LeanTrainer):
     """`transformers.Trainer` that counts, resumes, ends and shares out rows as the project's own loop does.
 
     A subclass says what is counted, and sets `average` where one is kept.
@@ -60,7 +58,6 @@ class PatchedTrainer(Trainer):
 
     average: WeightAverage | None = None
     grad_norm: float | torch.Tensor | None = None  # of the last step, before clipping
-    size: int = 0  # of the model, embeddings left out, once it was counted
     train_sampler: Any = None  # the order of the rows: a function of seed and epoch
     loss_before: torch.Tensor  # summed for the next line of the log, before the step that is being made
 
@@ -78,10 +75,11 @@ class PatchedTrainer(Trainer):
 
         It also counts nothing for a model that does not take the count, whose loss is then a mean of means.
         """
-        totals = torch.tensor(self.count_items_and_units(batch_samples), device=device)
-        totals = self.accelerator.reduce(totals) if self.args.world_size > 1 else totals
-        self.state.num_input_tokens_seen += int(totals[1])  # the one counter of units that a checkpoint keeps
-        return totals[0].clamp(min=1)
+        items, units = self.count_items_and_units(batch_samples)
+        if self.args.world_size > 1:
+            items, units = self.accelerator.reduce(torch.tensor([items, units], device=device)).tolist()
+        self.state.num_input_tokens_seen += units  # the one counter of units that a checkpoint keeps
+        return torch.tensor(max(1, items), device=device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Fault (transformers 5.23): groups rows by length in an order that the process's own generator draws.
@@ -186,29 +184,6 @@ class PatchedTrainer(Trainer):
         """Leave the step that is being made out of the mean loss that is logged next: it was not applied."""
         self._tr_loss.copy_(self.loss_before)
         self._globalstep_last_logged += 1
-
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        """Fault (torch 2.13): multiplies every gradient by 1 where their norm is below the limit.
-
-        On a GPU the host would have to wait for the norm in order to see that.
-        """
-        is_plain = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
-        if not is_plain or self.args.device.type != "cpu" or self.accelerator.scaler is not None:
-            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = gradient_norm(parameter.grad for parameter in parameters)
-        if not norm <= self.args.max_grad_norm:  # also where it is not a number
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
-        return norm
-
-    def floating_point_ops(self, inputs: Batch) -> int:
-        """Fault (transformers 5.23): counts the parameters of the model anew in every step."""
-        model: Any = self.model
-        name = getattr(model, "main_input_name", "input_ids")
-        if name not in inputs or not hasattr(model, "num_parameters"):
-            return 0
-        self.size = self.size or int(model.num_parameters(exclude_embeddings=True))
-        return 6 * inputs[name].numel() * self.size
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Fault (transformers 5.23): keeps the norm before clipping from callbacks, which see the clipped gradient.

@@ -25,7 +25,7 @@ from .gradients import GradientRules, gradient_norm
 from .guards import SavedBuffers, sound_or_nan
 from .prepared import Prepared
 from .protocols import Batch, TrainingObjective
-from .rng_state import rng_state, set_rng_state
+from .rng_state import RngState, set_rng_state
 from .sharding import by_mesh
 from .spikes import SpikeDetector
 from .tbptt import TBPTTState, check_carries
@@ -61,7 +61,7 @@ class Losses:
 class Before:
     """What a step that is not applied has changed all the same, as it was before."""
 
-    randomness: dict[str, torch.Tensor]  # generators of this process
+    randomness: RngState  # generators of this process
     carried: torch.Tensor | None = None  # recurrent state of its rows, where the run ends with such a step
     window: torch.Tensor | None = None  # what the step is compared with, as in SpikeDetector
 
@@ -225,7 +225,7 @@ class Updater:
 
     def step(self, micro_batches: Sequence[Batch], number: int = 0, *, stop_requested: bool = False) -> Update:
         """Train on this process's micro-batches of optimizer step `number`, and drop the gradients afterwards."""
-        buffers, before = SavedBuffers(self.unwrapped), self._before()
+        buffers, before = SavedBuffers(self.unwrapped.modules()), self._before()
         counts, units = self.losses.counts(micro_batches)
         items, units_of_all, stop_requests = self._over_processes([sum(counts), units, int(stop_requested)])
         try:
@@ -258,7 +258,7 @@ class Updater:
 
     def _before(self) -> Before:
         carried = self.recurrent.rows if self.recurrent and self.stops else None
-        return Before(rng_state(), carried, self.spikes.window if self.spikes else None)
+        return Before(RngState(), carried, self.spikes.window if self.spikes else None)
 
     def _undo(self, buffers: SavedBuffers, before: Before) -> None:
         """Be as before a step whose memory was too little, so that it can be tried again."""

@@ -91,8 +91,8 @@ def test_tokens_that_are_added_have_no_spelling(change, tmp_path):
 
 
 def test_a_step_that_may_be_undone_copies_no_spelling():
-    assert not SavedBuffers(NgramReader([1], buckets=50, outputs=4, tokens=10, spelling=3)).kept
-    assert len(SavedBuffers(torch.nn.BatchNorm1d(2)).kept) == 3
+    assert not SavedBuffers(NgramReader([1], buckets=50, outputs=4, tokens=10, spelling=3).modules()).kept
+    assert len(SavedBuffers(torch.nn.BatchNorm1d(2).modules()).kept) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,11 +14,13 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL.ImageEnhance import Brightness, Color, Contrast
+from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, DetrConfig, pipeline
 
 from bmtk.data.box_transforms import BoxAugmentation, clip_boxes, likely_format
 from bmtk.data.media import decode_image
+from bmtk.metrics import boxes as box_metrics
 from bmtk.metrics.boxes import average_precisions
 from bmtk.models.boxes_bm import pairwise_iou
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
@@ -275,6 +277,33 @@ def test_boxes_move_with_their_image():
     assert min(width for width, _ in sizes) < 30 < 120 < max(width for width, _ in sizes)
 
 
+@pytest.mark.parametrize("size", [(30, 24), (90, 33)])
+def test_boxes_move_with_an_image_that_is_resized_in_its_view(size):
+    augment = BoxAugmentation(flip="both", scale=0.5, colour=0.1, size=size)
+    image = PIL.Image.new("RGB", (240, 192), "blue")
+    image.paste("red", (40, 24, 120, 144))
+    for number in range(40):
+        view, moved, _ = augment(image, np.array([[40.0, 24.0, 80.0, 120.0]]), np.random.default_rng(number))
+        assert view.size == size
+        assert np.abs(moved[0] - red_box(view)).max() <= 1  # a pixel that is partly red counts as one or none
+
+
+def test_images_that_are_measured_are_resized_once_and_keep_the_boxes_of_their_own_size(tmp_path):
+    objective = bound(read_data(tmp_path))
+    rows, whole = objective.rows["validation"], objective.rows["validation"].images([0])[0]["image"]
+    first, again = rows[0], rows[0]
+    assert first["image"] is again["image"]
+    assert first["image"].size == (objective.config.image_size,) * 2 != whole.size
+    boxes = [entry["bbox"] for entry in first["annotations"]["annotations"]]
+    annotations = {"image_id": 0, "annotations": first["annotations"]["annotations"]}
+    expected = objective.processor([whole], annotations=[annotations], return_tensors="pt")
+    found = objective.collator()([first])
+    assert boxes == OBJECTS["bbox"]
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    for name, value in expected["labels"][0].items():
+        assert torch.equal(found["labels"][0][name], value)
+
+
 def test_without_augmentation_nothing_changes():
     image, boxes = marked()
     view, moved, visible = BoxAugmentation("none", 0, 0)(image, boxes, np.random.default_rng(0))
@@ -312,10 +341,10 @@ def test_workers_that_outlive_an_epoch_know_of_the_next(tmp_path):
     rows = bound(read_data(tmp_path, scale_jitter=0.5)).rows["train"]
     loader = DataLoader(rows, 2, collate_fn=list, num_workers=1, persistent_workers=True)
     loader = prepare_data_loader(loader, device=torch.device("cpu"), put_on_device=False, rng_types=[])
-    sizes = [[row["image"].size for batch in loader for row in batch] for _ in range(2)]
-    assert sizes[0] != sizes[1]
+    seen = [[row["annotations"] for batch in loader for row in batch] for _ in range(2)]
+    assert seen[0] != seen[1]
     rows.set_epoch(1)
-    assert [row["image"].size for row in rows.__getitems__([0, 1])] == sizes[1]
+    assert [row["annotations"] for row in rows.__getitems__([0, 1])] == seen[1]
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -595,6 +624,22 @@ def test_average_precision_equals_a_loop_over_ranked_predictions():
         assert result[place].tolist() == pytest.approx(expected, abs=1e-9)
         assert 0.05 < min(expected) < max(expected) < 0.95
     assert average_precisions(truth, [{"boxes": [], "labels": [], "scores": []}] * 12, 3).max() == 0
+
+
+def test_average_precisions_are_the_very_ones_of_pycocotools(monkeypatch):
+    draw = np.random.default_rng(1)
+    truth, found = [], []
+    for _ in range(15):
+        true = draw.integers(1, 9, (int(draw.integers(0, 8)), 4))
+        seen = np.concatenate([true + draw.integers(0, most, true.shape) for most in (1, 2, 2, 3)])  # ties all over
+        labels = draw.integers(0, 2, len(true))
+        truth.append({"boxes": true.tolist(), "labels": labels.tolist()})
+        scores = draw.integers(1, 9, len(seen)).tolist()
+        found.append({"boxes": seen.tolist(), "labels": np.tile(labels, 4).tolist(), "scores": scores})
+    ours = average_precisions(truth, found, 2)
+    monkeypatch.setattr(box_metrics, "Matching", COCOeval)
+    assert np.array_equal(ours, average_precisions(truth, found, 2))
+    assert 0.05 < ours.mean() < 0.95
 
 
 def test_metrics_are_means_over_labels_and_nothing_is_printed(tmp_path, capsys):

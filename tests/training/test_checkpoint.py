@@ -27,7 +27,7 @@ from bmtk.training.arguments import LoopArguments
 from bmtk.training.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint, save_model
 from bmtk.training.manifest import damages
 from bmtk.training.prepared import prepare
-from bmtk.training.rng_state import preserved_rng_state, rng_state, set_rng_state
+from bmtk.training.rng_state import RngState, preserved_rng_state, set_rng_state
 
 WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 
@@ -304,7 +304,7 @@ def draw() -> list[float]:
 
 def test_generators_of_python_numpy_and_torch_go_on_where_they_were():
     random.gauss(0, 1), np.random.randn()  # each keeps half of a pair for the next call
-    state = {name: value.clone() for name, value in rng_state().items()}
+    state = {name: value.clone() for name, value in RngState().items()}
     expected = draw()
     set_rng_state(state)
     assert draw() == expected

@@ -15,7 +15,7 @@ from bmtk.training import dial
 from bmtk.training.arguments import LoopArguments
 from bmtk.training.dial import TrainingDerivation, num_trunk_parameters, shape_of
 from bmtk.training.profiling import Rehearsal, kept_for_backward, rehearse
-from bmtk.training.rng_state import rng_state
+from bmtk.training.rng_state import RngState
 from bmtk.training.sizes import (
     SizeArguments,
     batch_for,
@@ -219,12 +219,12 @@ def test_a_budget_makes_a_size_train_on_fewer_tokens_with_a_batch_for_these(monk
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_a_rehearsal_leaves_weights_and_random_numbers_as_they_were(optimizer):
     model = tiny_model(dropout=0.1)
-    before, randomness = {k: v.clone() for k, v in model.state_dict().items()}, rng_state()
+    before, randomness = {k: v.clone() for k, v in model.state_dict().items()}, RngState()
     args = LoopArguments(optimizer=optimizer)
     found = rehearse(model, TinyBatches(0), Accelerator(cpu=True), Losses(num_items), args)
     assert found.seconds > 0
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(torch.equal(randomness[name], value) for name, value in rng_state().items())
+    assert all(torch.equal(randomness[name], value) for name, value in RngState().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert "forward" not in vars(model)
     states = {"adamw": 2, "sgd": 1}.get(optimizer)

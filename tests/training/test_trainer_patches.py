@@ -1,4 +1,4 @@
-"""The faults of transformers and accelerate that trainer_patches.py mends: each is still there in plain Trainer.
+"""The faults that trainer_patches.py and trainer_steps.py mend: each is still there in plain Trainer.
 
 A test that fails here brings good news: upstream has mended the fault, and the patch that it names is to be deleted.
 """
@@ -200,7 +200,7 @@ def test_torch_multiplies_gradients_by_one(kind, tmp_path):
             assert torch.allclose(parameter.grad, gradient * size * min(1.0, 2.0 / whole), rtol=1e-5)
         after = [parameter.grad._version for parameter in trainer.model.parameters()]
         if size == 1e-3:
-            assert (after == before) == (kind is Counting), no_longer_needed("torch", "PatchedTrainer._clip_grad_norm")
+            assert (after == before) == (kind is Counting), no_longer_needed("torch", "LeanTrainer._clip_grad_norm")
     parameter.grad.fill_(math.nan)
     assert math.isnan(trainer._clip_grad_norm(trainer.model))
 
@@ -217,7 +217,53 @@ def test_trainer_counts_the_parameters_in_every_step(tmp_path, monkeypatch):
         found[kind] = numbers, len(calls)
     assert found[Trainer][0] == found[Counting][0]
     assert found[Counting][1] == 1
-    assert found[Trainer][1] > 1, no_longer_needed("transformers", "PatchedTrainer.floating_point_ops")
+    assert found[Trainer][1] > 1, no_longer_needed("transformers", "LeanTrainer.floating_point_ops")
+
+
+class Scaled(Counting):
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss
+
+
+class ByTrainer(Scaled):
+    is_plain = False
+
+
+class Evaluates(TrainerCallback):
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == 2:
+            model.eval()
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
+def test_trainer_sets_all_modules_to_training_in_every_step(tmp_path, monkeypatch, settings):
+    found = {}
+    for kind in (ByTrainer, Scaled):
+        trainer, calls = plain(tmp_path, kind, callbacks=[Evaluates()], **settings), []
+        monkeypatch.setattr(
+            trainer.model, "train", lambda *mode, of=trainer.model.train, to=calls: to.append(1) or of(*mode)
+        )
+        trainer.train()
+        weights = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
+        found[kind] = len(calls), weights, trainer.model.training
+    (by_trainer, theirs, _), (ours, same, is_training) = found.values()
+    assert torch.equal(theirs, same)
+    assert is_training
+    assert by_trainer > ours, no_longer_needed("transformers", "LeanTrainer.training_step")
+
+
+def test_trainer_makes_each_batch_after_a_step(tmp_path):
+    made = {}
+    for kind in (Trainer, Counting):
+        trainer, seen = plain(tmp_path, kind), []
+        batches = iter({"labels": torch.zeros(1), "seen": seen.append(number)} for number in range(6))
+        for _ in range(2):
+            trainer.get_batch_samples(batches, 1, trainer.args.device)
+        made[kind] = len(seen)
+    assert made[Trainer] == 2, no_longer_needed("transformers", "LeanTrainer.get_batch_samples")
+    assert made[Counting] == 6
 
 
 def test_accelerate_does_not_see_that_fused_adamw_has_skipped():
