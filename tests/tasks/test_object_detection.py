@@ -629,8 +629,8 @@ def test_average_precision_equals_a_loop_over_ranked_predictions():
 def test_average_precisions_are_the_very_ones_of_pycocotools(monkeypatch):
     draw = np.random.default_rng(1)
     truth, found = [], []
-    for _ in range(15):
-        true = draw.integers(1, 9, (int(draw.integers(0, 8)), 4))
+    for _ in range(40):
+        true = draw.integers(1, 5, (int(draw.integers(0, 8)), 4))
         seen = np.concatenate([true + draw.integers(0, most, true.shape) for most in (1, 2, 2, 3)])  # ties all over
         labels = draw.integers(0, 2, len(true))
         truth.append({"boxes": true.tolist(), "labels": labels.tolist()})
