@@ -34,7 +34,6 @@ class SequenceClassificationArguments(TextArguments, RowClassificationArguments)
 
 NGRAM_WEIGHTS = 2**20  # of a new model's n-grams at most, over all labels
 NGRAM_BUCKETS = 131_072  # and rows of their table
-NGRAM_SKIP = 2  # tokens between those of a pair, at most: "what ... city"
 NGRAM_SPELLING = 32  # n-grams of characters of a token, at most: all of a word of nine letters
 
 
@@ -68,8 +67,7 @@ class SequenceClassificationData(TextData):
         """A new model of the project's families reads n-grams, too."""
         buckets = min(NGRAM_BUCKETS, max(1, NGRAM_WEIGHTS // max(1, len(self.labels.names))))
         spelling = min(NGRAM_SPELLING, most_ngrams(spelled_tokens(self.tokenizer)))
-        ngrams = {"ngram_skip": NGRAM_SKIP, "ngram_buckets": buckets, "ngram_spelling": spelling}
-        return {**super().config_fields, **ngrams}
+        return {**super().config_fields, "ngram_buckets": buckets, "ngram_spelling": spelling}
 
     @property
     def label_type(self) -> LabelType:

@@ -30,7 +30,6 @@ LENGTH = {"num_train_epochs", "num_train_steps", "max_steps"}  # over which the 
 CHANGED_DEFAULTS: dict[str, tuple[tuple[str, ...], object]] = {
     "normalize_each_band": (("audio_classification", "speech_recognition"), True),
     "ngram_buckets": (("sequence_classification",), 0),
-    "ngram_skip": (("sequence_classification",), 0),
     "ngram_spelling": (("sequence_classification",), 0),
     "linear_forecast": (("time_series_forecasting",), False),
 }
@@ -140,7 +139,7 @@ def _former_defaults(config: Mapping[str, object]) -> dict[str, object]:
     """What a run like `config` did in a version that did not know a setting; it is refused, and says how to go on."""
     if config.get("model") is not None:
         return {}  # which decides these itself
-    unread = {"ngram_skip", "ngram_spelling"} if config.get("ngram_buckets") == 0 else set()
+    unread = {"ngram_spelling"} if config.get("ngram_buckets") == 0 else set()
     return {
         key: value
         for key, (tasks, value) in CHANGED_DEFAULTS.items()

@@ -73,7 +73,6 @@ def test_a_new_model_reads_ngrams_and_the_more_labels_there_are_the_fewer(tmp_pa
     assert data.new_config("bm_cnn", {"input_type": "tokens"}).ngram_buckets == 131_072
     assert many.new_config("bm_rnn", {}).ngram_buckets == 2**20 // 64
     assert data.new_config("bm_transformer", {"ngram_buckets": 0}).ngram_buckets == 0
-    assert data.new_config("bm_transformer", {}).ngram_skip == 2
     assert not hasattr(data.new_config("bert", {}), "ngram_buckets")
 
 
