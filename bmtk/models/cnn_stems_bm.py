@@ -12,16 +12,23 @@ from .stems_audio_bm import AudioStem
 from .stems_bm import AddPositions, TokenStem
 from .stems_image_bm import PixelStem
 from .stems_series_bm import SeriesStem
+from .zero_start_bm import ZeroEmbedding
 
 logger = logging.get_logger(__name__)
 
 
-class ConvolutionalTokenStem(TokenStem):
+class ConvolutionalPositions(AddPositions):
+    """Learned positions start at 0: filters know which position follows which, so where it matters is learned."""
+
+    positions_class = ZeroEmbedding
+
+
+class ConvolutionalTokenStem(ConvolutionalPositions, TokenStem):
     def read(self, inputs: dict, attention_mask):
         return self.embed(inputs["input_ids"]), attention_mask
 
 
-class ConvolutionalAudioStem(AddPositions, AudioStem):
+class ConvolutionalAudioStem(ConvolutionalPositions, AudioStem):
     def __init__(self, config):
         super().__init__(config)
         self.build_positions(config, config.max_position_embeddings)
@@ -30,7 +37,7 @@ class ConvolutionalAudioStem(AddPositions, AudioStem):
         return self.embed(**inputs, attention_mask=attention_mask)
 
 
-class ConvolutionalSeriesStem(AddPositions, SeriesStem):
+class ConvolutionalSeriesStem(ConvolutionalPositions, SeriesStem):
     def __init__(self, config):
         super().__init__(config)
         self.build_positions(config, self.num_positions)

@@ -198,7 +198,9 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
         None, "no position reads a later one; default: true for tokens, unless block_type=multi_width"
     )
     position_embedding_type: Literal["none", "sinusoidal", "learned"] = described(
-        "none", "what is added to embeddings to encode positions; convolutions encode relative positions without it"
+        "none",
+        "what is added to embeddings to encode positions; convolutions encode relative positions without it, and "
+        "learned ones start at 0",
     )
     max_position_embeddings: int = described(2048, "longest row for learned positions, in positions")
     embedding_dropout: int | float = described(0.0, "dropout probability, on embeddings")
@@ -237,6 +239,9 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
     )
     ngram_sizes: list[int] | tuple[int, ...] = described(
         (1, 2), "lengths of the n-grams of tokens that a text classifier reads beside the network"
+    )
+    ngram_skip: int = described(
+        0, "tokens between those of further pairs that it reads, at most: 2 adds pairs with one and with two between"
     )
     ngram_buckets: int = described(
         0, "rows of the table in which these n-grams have their weights, found by a hash; 0: none are read"
@@ -364,7 +369,7 @@ class BmCnnConfig(AudioTimes, PresetMixin, BackboneConfigMixin, PreTrainedConfig
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be multiples of expansion={self.expansion}")
 
     def validate_ngrams(self):
-        check_ngrams(self.ngram_sizes, self.ngram_buckets, self.ngram_spelling)
+        check_ngrams(self.ngram_sizes, self.ngram_skip, self.ngram_buckets, self.ngram_spelling)
 
     def validate_probabilities(self):
         for name in ("embedding_dropout", "hidden_dropout", "classifier_dropout", "drop_path_rate"):

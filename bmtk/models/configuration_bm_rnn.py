@@ -111,6 +111,9 @@ class BmRnnConfig(AudioTimes, PresetMixin, PreTrainedConfig):
     ngram_sizes: list[int] | tuple[int, ...] = described(
         (1, 2), "lengths of the n-grams of tokens that a text classifier reads beside the network"
     )
+    ngram_skip: int = described(
+        0, "tokens between those of further pairs that it reads, at most: 2 adds pairs with one and with two between"
+    )
     ngram_buckets: int = described(
         0, "rows of the table in which these n-grams have their weights, found by a hash; 0: none are read"
     )
@@ -210,7 +213,7 @@ class BmRnnConfig(AudioTimes, PresetMixin, PreTrainedConfig):
             )
 
     def validate_ngrams(self):
-        check_ngrams(self.ngram_sizes, self.ngram_buckets, self.ngram_spelling)
+        check_ngrams(self.ngram_sizes, self.ngram_skip, self.ngram_buckets, self.ngram_spelling)
 
     def validate_probabilities(self):
         names = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_drop")

@@ -21,10 +21,12 @@ class AudioTimes:
         return 4 * self.hop_length
 
 
-def check_ngrams(sizes: list[int], buckets: int, spelling: int) -> None:
+def check_ngrams(sizes: list[int], skip: int, buckets: int, spelling: int) -> None:
     """Raise ValueError for n-grams of no token, or a table of a negative size."""
     if not sizes or min(sizes) < 1:
         raise ValueError(f"ngram_sizes={sizes} must be numbers of at least 1 token, and one at least")
+    if skip < 0:
+        raise ValueError(f"ngram_skip={skip} must be at least 0, which is no token between those of a pair")
     if buckets < 0:
         raise ValueError(f"ngram_buckets={buckets} must be at least 0, which is no table")
     if spelling < 0:

@@ -195,8 +195,8 @@ class SequenceClassificationHead:
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         shape = config.ngram_sizes, config.ngram_buckets, config.num_labels
-        spelled = {"tokens": config.vocab_size, "spelling": config.ngram_spelling}
-        self.ngrams = NgramReader(*shape, **spelled) if config.ngram_buckets else None
+        more = {"skip": config.ngram_skip, "tokens": config.vocab_size, "spelling": config.ngram_spelling}
+        self.ngrams = NgramReader(*shape, **more) if config.ngram_buckets else None
         self.post_init()
 
     @can_return_tuple

@@ -36,12 +36,13 @@ class SinusoidalPositions(nn.Module):
 class AddPositions:
     """The second half of a stem: learned, sinusoidal or no absolute positions are added, then dropout."""
 
+    positions_class: type[nn.Embedding] = nn.Embedding  # of learned ones
     embed_positions: nn.Module | None
     dropout: nn.Dropout
 
     def build_positions(self, config, num_positions: int) -> None:
         self.embed_positions = {
-            "learned": lambda: nn.Embedding(num_positions, config.hidden_size),
+            "learned": lambda: self.positions_class(num_positions, config.hidden_size),
             "sinusoidal": lambda: SinusoidalPositions(config.hidden_size),
         }.get(config.position_embedding_type, lambda: None)()
         self.dropout = BmDropout(config.embedding_dropout)

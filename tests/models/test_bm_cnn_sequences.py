@@ -153,6 +153,14 @@ def test_kims_classifier_reads_the_largest_value_of_each_filter_over_time():
     assert (model(ids).logits - expected).abs().max() <= TOLERANCE
 
 
+@torch.no_grad()
+def test_learned_positions_say_nothing_before_they_have_learned():
+    model = AutoModel.from_config(config("multi_width", position_embedding_type="learned"))
+    ids = torch.randint(0, VOCAB, (2, 15))
+    assert model.stem.embed_positions.weight.shape == (2048, 12)
+    assert torch.equal(model.stem(model.stem.embed_tokens(ids), torch.arange(15)[None]), model.stem.embed_tokens(ids))
+
+
 def padded(side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows of 14, 9 and 1 tokens; their mask; and position_ids as transformers' generate() derives them."""
     ids, steps = torch.randint(1, VOCAB, (3, 14)), torch.arange(14)[None]

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
-from bmtk.models.ngrams_bm import FACTOR, PRIME, SCALE, SPELLING, NgramReader, bucket_of
+from bmtk.models.ngrams_bm import FACTOR, GAP, PRIME, SCALE, SPELLING, NgramReader, bucket_of
 from bmtk.tasks.classification import LabelSet
 from bmtk.tasks.label_types import OneLabel
 from bmtk.tasks.sequence_classification import SequenceClassificationArguments
@@ -23,16 +23,19 @@ FAMILIES = {
 }
 
 
-def bucket_by_hand(ngram: list[int], buckets: int) -> int:
-    """Of token ids counted from 1, 0 where there is no token."""
-    key = len(ngram)
+def bucket_by_hand(ngram: list[int], buckets: int, skipped: int = 0) -> int:
+    """Of token ids counted from 1, 0 where there is no token; `skipped` have been left out between two of them."""
+    key = len(ngram) + GAP * skipped
     for token in ngram:
         key = (key * FACTOR + token + 1) % PRIME
     return key % buckets
 
 
-def read_by_hand(ids: list[int], table: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+def read_by_hand(ids: list[int], table: torch.Tensor, sizes: list[int], skip: int = 0) -> torch.Tensor:
     rows = []
+    for gap in range(1, skip + 1):
+        before = [0] * (gap + 1) + [token + 1 for token in ids]
+        rows += [bucket_by_hand([before[i], ids[i] + 1], len(table), gap) for i in range(len(ids))]
     for size in sizes:
         shifted = [0] * (size - 1) + [token + 1 for token in ids]
         rows += [bucket_by_hand(shifted[end : end + size], len(table)) for end in range(len(ids))]
@@ -62,6 +65,22 @@ def test_a_reader_sums_the_rows_of_real_ngrams_on_either_side_of_padding():
     torch.testing.assert_close(reader(torch.tensor([[0, 8, 5, 6]]), torch.tensor([[0, 0, 1, 1]])), expected[1:])
     torch.testing.assert_close(reader(ids[:1], None), expected[:1])
     assert reader(ids, torch.zeros_like(mask)).abs().sum() == 0
+
+
+def test_pairs_with_other_numbers_of_tokens_between_have_buckets_of_their_own():
+    tokens = torch.tensor([[7, 7, 7, 7]])
+    last = [bucket_of(tokens, 2, 10**6, skipped=skipped)[0, -1].item() for skipped in range(3)]
+    assert last == [bucket_by_hand([7, 7], 10**6, skipped) for skipped in range(3)]
+    assert len(set(last)) == 3
+
+
+def test_a_reader_also_sums_the_pairs_with_tokens_between():
+    reader = NgramReader([1, 2], buckets=50, outputs=4, skip=2)
+    torch.nn.init.normal_(reader.table.weight)
+    ids, mask = torch.tensor([[3, 9, 4, 1, 7], [5, 6, 2, 2, 2]]), padding((5, 2), 5)
+    rows = ([3, 9, 4, 1, 7], [5, 6])
+    expected = torch.stack([read_by_hand(row, reader.table.weight, [1, 2], skip=2) for row in rows])
+    torch.testing.assert_close(reader(ids, mask), expected)
 
 
 def test_a_reader_adds_the_rows_of_the_characters_of_real_tokens():
@@ -160,7 +179,8 @@ def test_a_stored_configuration_without_ngrams_means_none(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "wrong", [{"ngram_buckets": -1}, {"ngram_sizes": [0]}, {"ngram_sizes": []}, {"ngram_spelling": -1}]
+    "wrong",
+    [{"ngram_buckets": -1}, {"ngram_sizes": [0]}, {"ngram_sizes": []}, {"ngram_skip": -1}, {"ngram_spelling": -1}],
 )
 def test_impossible_ngrams_are_refused(family, wrong):
     with pytest.raises(StrictDataclassClassValidationError, match=f"{next(iter(wrong))}=.* must"):
