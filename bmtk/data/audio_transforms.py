@@ -75,31 +75,21 @@ def with_noise(samples: np.ndarray, ratio: float, draw: np.random.Generator) -> 
     return samples + draw.standard_normal(len(samples)) * np.sqrt(power)
 
 
-def drawn_masks(
-    lengths: np.ndarray, num_bands: int, args: AudioAugmentationArguments, draws: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """First and last frames, and bands, of the masks of B recordings of `lengths` (B,) frames: (B, masks, 2) each.
-
-    `draws` (B, masks of both kinds, 2) are numbers in [0, 1).
-    """
-    longest = np.minimum(args.time_mask_size, (lengths * LONGEST_TIME_MASK).astype(int))
-    in_time = _stretches(lengths[:, None], longest[:, None], draws[:, : args.time_masks])
-    bands = np.array([[num_bands]])
-    return in_time, _stretches(bands, bands.clip(max=args.frequency_mask_size), draws[:, args.time_masks :])
-
-
-def _stretches(lengths: np.ndarray, longest: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    sizes = (draws[..., 0] * (longest + 1)).astype(int)
-    firsts = (draws[..., 1] * (lengths - sizes + 1)).astype(int)
-    return np.stack((firsts, firsts + sizes), axis=-1)
-
-
-def masked_frames(frames: np.ndarray, in_time: np.ndarray, in_bands: np.ndarray) -> np.ndarray:
-    """A copy of (T, F) with stretches of time and ranges of bands (masks, 2) set to the mean of each band."""
+def masked_frames(frames: np.ndarray, args: AudioAugmentationArguments, draw: np.random.Generator) -> np.ndarray:
+    """A copy of (T, F) with stretches of time and ranges of bands set to the mean of each band."""
     mean = np.add.reduce(frames, axis=0) / len(frames)  # without the detours of `mean`, which take as long again
     frames = frames.copy()
-    for first, last in in_time.tolist():
+    longest = min(args.time_mask_size, int(len(frames) * LONGEST_TIME_MASK))
+    for _ in range(args.time_masks):
+        first, last = _stretch(len(frames), longest, draw)
         frames[first:last] = mean
-    for first, last in in_bands.tolist():
+    for _ in range(args.frequency_masks):
+        first, last = _stretch(frames.shape[1], min(args.frequency_mask_size, frames.shape[1]), draw)
         frames[:, first:last] = mean[first:last]
     return frames
+
+
+def _stretch(length: int, longest: int, draw: np.random.Generator) -> tuple[int, int]:
+    size = draw.integers(longest + 1)
+    first = draw.integers(length - size + 1)
+    return first, first + size

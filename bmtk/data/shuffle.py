@@ -52,21 +52,21 @@ def _feistel(x: np.ndarray, keys: np.ndarray, num_rows: int) -> np.ndarray:
     left, right = x % np.uint64(width), x // np.uint64(width)
     for i, key in enumerate(keys):
         if i % 2 == 0:
-            left = (left + mixed(right ^ key) % np.uint64(width)) % np.uint64(width)
+            left = (left + _mix(right ^ key) % np.uint64(width)) % np.uint64(width)
         else:
-            right = (right + mixed(left ^ key) % np.uint64(height)) % np.uint64(height)
+            right = (right + _mix(left ^ key) % np.uint64(height)) % np.uint64(height)
     return right * np.uint64(width) + left
 
 
 def _round_keys(seed: int, epoch: np.ndarray) -> np.ndarray:
     """Keys (NUM_ROUNDS, N) that differ in every bit between seeds, epochs and rounds."""
-    start = mixed(np.array([seed & WORD], np.uint64)) + epoch.astype(np.uint64) * np.uint64(GOLDEN)
+    start = _mix(np.array([seed & WORD], np.uint64)) + epoch.astype(np.uint64) * np.uint64(GOLDEN)
     rounds = np.array([i * GOLDEN & WORD for i in range(1, NUM_ROUNDS + 1)], np.uint64)
-    return mixed(mixed(start) + rounds[:, None])
+    return _mix(_mix(start) + rounds[:, None])
 
 
-def mixed(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 : each bit of `x` (uint64) changes half of the result.  Products wrap at 2**64."""
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64: each bit of `x` changes about half of the result.  Products wrap at 2**64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

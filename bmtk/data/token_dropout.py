@@ -13,7 +13,6 @@ from datasets import Dataset
 
 from .epoch_dataset import EpochDataset
 from .number_rows import NumberBatch, NumberLists, NumberRows
-from .row_draws import row_draws
 
 
 @dataclass
@@ -53,8 +52,7 @@ class TokenDropout(EpochDataset):
 
     def _hidden(self, ids: NumberLists, indices: Sequence[int]) -> NumberLists:
         """The `ids` of the rows `indices`, with some hidden."""
-        ends = ids.lengths.cumsum()
-        places = np.arange(len(ids.numbers)) - (ends - ids.lengths).repeat(ids.lengths)
-        draws = row_draws(self.seed, self.epoch, np.asarray(indices).repeat(ids.lengths), places)
-        hides = (draws < self.share) & ~np.isin(ids.numbers, self.kept_ids)
+        pairs = zip(indices, ids.lengths.tolist(), strict=True)
+        draws = [np.random.default_rng([self.seed, self.epoch, row]).random(length) for row, length in pairs]
+        hides = (np.concatenate(draws) < self.share) & ~np.isin(ids.numbers, self.kept_ids)
         return NumberLists(np.where(hides, self.hidden, ids.numbers), ids.lengths)

@@ -9,7 +9,9 @@ from torch import nn
 
 from .eager_cpu_bm import is_eager_on_cpu, is_plain_linear
 
-LEAST_WORK = 2**25  # floating-point operations: oneDNN takes a millisecond to write the code for a new shape
+# Floating-point operations of a product.  oneDNN writes code for each new shape, which takes up to a millisecond, and
+# keeps it for its last thousand shapes: about 0.6 MB each.
+LEAST_WORK = 2**27
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -20,19 +22,19 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
 @cache
 def casts_before_products() -> bool:
-    """Whether bfloat16 matrices are multiplied faster than float32 ones that are rounded within the product.
+    """Whether to multiply bfloat16 matrices and cast the product, instead of `float32_products_of_bfloat16`.
 
-    So it is with AVX-512 alone (half the time).  AMX multiplies in less time than a cast of its results takes.
+    With AVX-512 alone that takes half the time.  AMX multiplies in less time than a cast of its results takes.
     """
     processor = capabilities()
     return bool(processor.get("avx512_bf16") and not processor.get("amx_bf16"))
 
 
 @cache
-def has_slow_float32() -> bool:
-    """Whether torch's own products of float32 matrices are slower than oneDNN's.
+def has_slow_mkl() -> bool:
+    """Whether MKL, which computes torch's own products of float32 matrices, is slower than oneDNN.
 
-    MKL computes them, and has code with AVX-512 for Intel's processors only (2.2 times the time on an AMD EPYC 9005).
+    It has code with AVX-512 for Intel's processors only: 2.2 times the time on an AMD EPYC whose AVX-512 is as wide.
     """
     libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     processor = capabilities()
@@ -40,15 +42,16 @@ def has_slow_float32() -> bool:
 
 
 def capabilities() -> dict:
-    """What the processor can do, by the names of `torch.cpu.get_capabilities`, which torch 2.11 may lack."""
-    return dict(getattr(torch.cpu, "get_capabilities", dict)())
+    """What the processor can do, and, beside what torch documents, its name."""
+    return dict(torch.cpu.get_capabilities())
 
 
 @contextmanager
 def float32_products_of_bfloat16() -> Iterator[None]:
     """Let float32 matrices be multiplied by the processor's instructions for bfloat16.
 
-    They round their inputs, which changes nothing in those that held bfloat16 numbers, and sum in float32.
+    Where it has AMX they round their inputs, which changes nothing in those that held bfloat16 numbers, and sum in
+    float32; elsewhere the products are those of float32.
     """
     setting = torch.backends.mkldnn.matmul
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
@@ -58,55 +61,67 @@ def float32_products_of_bfloat16() -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a (n, k) @ b (k, m); plain tensors on a CPU, as in the other functions here."""
-    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "") if is_for_onednn(a, b) else a @ b
+def product(a: torch.Tensor, b: torch.Tensor, *, is_rare: bool = False) -> torch.Tensor:
+    """a (n, k) @ b (k, m), plain tensors on a CPU; without gradients, so inside of autograd functions alone.
+
+    `is_rare`: these shapes are not those of the next step, too, so that code for them would not pay.
+    """
+    return of_onednn(a, b) if is_for_onednn(a, b, is_rare) else a @ b
 
 
-def float32_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """a @ b (n, m) in float32; `out` has room for it, which is used where that saves time."""
-    if is_for_onednn(a, b):
-        return product(a, b)
-    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(product(a, b))
+def float32_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, is_rare: bool = False) -> torch.Tensor:
+    """As `product`, in float32; `out` (n, m) has room for it, which is used where that saves time."""
+    if is_for_onednn(a, b, is_rare):
+        return of_onednn(a, b)
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(a @ b)
 
 
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-    """`total` (n, m) with factor * a @ b added to it."""
-    if a.dtype == total.dtype and not is_for_onednn(a, b):
-        return total.addmm_(a, b, alpha=factor)
-    return total.add_(product(a, b), alpha=factor)
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: float = 1.0, *, is_rare=False) -> None:
+    """Add factor * a @ b to `total` (n, m)."""
+    if a.dtype == total.dtype and not is_for_onednn(a, b, is_rare):
+        total.addmm_(a, b, alpha=factor)
+    else:
+        total.add_(product(a, b, is_rare=is_rare), alpha=factor)
 
 
-def is_for_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
-    work = 2 * a.shape[0] * b.numel()
-    return a.dtype == b.dtype == torch.float32 and work >= LEAST_WORK and has_slow_float32()
+def is_for_onednn(a: torch.Tensor, b: torch.Tensor, is_rare: bool) -> bool:
+    if a.dtype != torch.float32 or b.dtype != torch.float32 or is_rare:
+        return False
+    return 2 * a.shape[0] * b.numel() >= LEAST_WORK and has_slow_mkl() and torch._C._get_mkldnn_enabled()
+
+
+def of_onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
 
 
 def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """layer(x) of x (..., D) and a linear layer, or a module in its place."""
-    if not (has_slow_float32() and is_plain_linear(layer) and is_eager_on_cpu(x, layer.weight)):
+    if not (is_eager_on_cpu(x) and x.ndim > 1 and has_slow_mkl() and is_plain_linear(layer)):
         return layer(x)
-    if product_dtype(x) != torch.float32 or not is_for_onednn(x.flatten(0, -2), layer.weight.T):
+    if 2 * x.numel() * layer.out_features < LEAST_WORK or product_dtype(x) != torch.float32:
         return layer(x)
-    return Projection.apply(x, layer.weight, layer.bias)
+    weight = layer.weight  # once, as a parametrization computes it each time
+    if not (is_eager_on_cpu(weight) and weight.dtype == x.dtype == torch.float32):
+        return layer(x)
+    return Projection.apply(x.flatten(0, -2), weight, layer.bias).unflatten(0, x.shape[:-1])
 
 
 class Projection(torch.autograd.Function):
-    """x (..., D), weight (U, D), bias (U,) or None -> (..., U)."""
+    """x (N, D), weight (U, D), bias (U,) or None -> (N, U).  Of it there are second derivatives, as of nn.Linear."""
 
     @staticmethod
     def forward(ctx, x, weight, bias) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        output = product(x.flatten(0, -2), weight.T)
-        return (output if bias is None else output.add_(bias)).unflatten(0, x.shape[:-1])
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        output = product(x, weight.T)
+        return output if bias is None else output.add_(bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, of_output):
         x, weight = ctx.saved_tensors
-        rows, of_output = x.flatten(0, -2), of_output.flatten(0, -2)
-        of_x = product(of_output, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        of_weight = product(of_output.T, rows) if ctx.needs_input_grad[1] else None
+        multiply = torch.matmul if torch.is_grad_enabled() else product
+        of_x = multiply(of_output, weight) if ctx.needs_input_grad[0] else None
+        of_weight = multiply(of_output.T, x) if ctx.needs_input_grad[1] else None
         return of_x, of_weight, of_output.sum(0) if ctx.needs_input_grad[2] else None
 
 

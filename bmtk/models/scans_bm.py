@@ -52,11 +52,11 @@ class GatedScan(torch.autograd.Function):
 def recur(h: torch.Tensor, a: torch.Tensor, before: torch.Tensor, order: int = 1) -> None:
     """h_t += a_t h_{t-1} in place for all t of (B, L, U); `before` (B, U) the first.  Backwards if `order` is -1.
 
-    Where positions are small, in about sqrt(L) blocks side by side: the ends of the blocks without what comes before
-    them, then the states at these ends, then all states.
+    Where positions are small, in blocks of about sqrt(L / 3) side by side: the ends of the blocks without what comes
+    before them, then the states at these ends, then all states.
     """
     length = h.shape[1]
-    size = isqrt(length // 3)  # with which the calls, 3 `size` + L / `size`, are fewest
+    size = isqrt(length // 3)  # with which the operations, 3 `size` + L / `size`, are fewest
     if size < 3 or before.numel() > FEW:
         step_by_step(h.unbind(1)[::order], a.unbind(1)[::order], before)
         return

@@ -6,6 +6,8 @@ time, while these are in the cache; the gradients wait for the backward pass, as
 2024, arXiv:2411.09009) and liger-kernel (Hsu et al. 2024, arXiv:2410.10989).
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -39,7 +41,8 @@ def token_loss(hidden: torch.Tensor, labels: torch.Tensor, layer: nn.Module, num
     if not is_eager_on_cpu(hidden, labels):  # a GPU's host would wait for the labels; graphs have shapes without data
         return label_loss(layer(hidden), labels, num_items_in_batch)
     is_scored = labels != IGNORED
-    if is_scored.all():
+    are_all_scored = bool(is_scored.all())
+    if are_all_scored:
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
     else:
         hidden, labels = hidden[is_scored], labels[is_scored]
@@ -47,7 +50,9 @@ def token_loss(hidden: torch.Tensor, labels: torch.Tensor, layer: nn.Module, num
         return label_loss(layer(hidden), labels, num_items_in_batch)
     count = max(1, len(labels)) if num_items_in_batch is None else num_items_in_batch
     with_gradients = torch.is_grad_enabled()
-    return ChunkedLoss.apply(hidden, layer.weight, layer.bias, labels, float(count), with_gradients)
+    return ChunkedLoss.apply(
+        hidden, layer.weight, layer.bias, labels, float(count), with_gradients, not are_all_scored
+    )
 
 
 @torch.no_grad()
@@ -71,18 +76,18 @@ def can_score_in_chunks(hidden: torch.Tensor, layer: nn.Module) -> bool:
 class ChunkedLoss(torch.autograd.Function):
     """hidden (N, D), weight (V, D), bias (V,) or None, labels (N,) -> the cross-entropies' sum over `count`.
 
-    The gradients are computed with the loss, as if its own gradient were 1, and multiplied by it later.
+    The gradients are computed with the loss, as if its own gradient were 1, and multiplied by it later.  `varies`: N
+    differs from step to step.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, count: float, with_gradients: bool) -> torch.Tensor:
+    def forward(ctx, hidden, weight, bias, labels, count: float, with_gradients: bool, varies: bool) -> torch.Tensor:
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        of_products = product_dtype(hidden)
-        if of_products == torch.bfloat16 and not casts_before_products():
-            with float32_products_of_bfloat16():
-                loss, gradients = loss_and_gradients(hidden, weight, bias, labels, count, wanted, torch.float32)
-        else:
-            loss, gradients = loss_and_gradients(hidden, weight, bias, labels, count, wanted, of_products)
+        dtype, products = product_dtype(hidden), nullcontext
+        if dtype == torch.bfloat16 and not casts_before_products():
+            dtype, products = torch.float32, float32_products_of_bfloat16
+        with products():
+            loss, gradients = loss_and_gradients(hidden, weight, bias, labels, count, wanted, dtype, varies)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
         return loss
@@ -94,14 +99,14 @@ class ChunkedLoss(torch.autograd.Function):
         if of_loss != 1:
             gradients = [None if gradient is None else gradient * of_loss for gradient in gradients]
         cast = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return *cast, None, None, None
+        return *cast, None, None, None, None
 
 
 @torch.autocast("cpu", enabled=False)
-def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[bool], dtype: torch.dtype):
+def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[bool], dtype, varies: bool):
     """The loss of ChunkedLoss, and the gradients of hidden, weight and bias that are `wanted`, else None.
 
-    Matrices are multiplied in `dtype`; all else is float32.
+    Matrices are multiplied in `dtype`, which the products have at first; all else is float32.
     """
     matrix, vector = weight.to(dtype), None if bias is None else bias.float()
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -115,7 +120,8 @@ def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[
     for start in range(0, len(hidden), len(buffer)):
         rows = slice(start, start + len(buffer))
         inputs, targets = hidden[rows].to(dtype), labels[rows, None]
-        scores = float32_product(inputs, matrix.T, buffer[: len(inputs)])
+        is_rare = varies and len(inputs) < len(buffer)
+        scores = float32_product(inputs, matrix.T, buffer[: len(inputs)], is_rare=is_rare)
         if vector is not None:
             scores.add_(vector)
         torch.log_softmax(scores, -1, out=scores)
@@ -125,11 +131,11 @@ def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[
         scores.exp_().scatter_add_(1, targets, scores.new_full(targets.shape, -1.0))
         if of_bias is not None:
             of_bias.add_(scores.sum(0), alpha=1 / count)
-        of_scores = scores.to(dtype)
+        of_scores = scores.to(dtype)  # probabilities, less 1 at the target: the gradient of their sum
         if of_hidden is not None:
-            of_hidden[rows] = product(of_scores, matrix)
+            of_hidden[rows] = product(of_scores, matrix, is_rare=is_rare)
         if of_weight is not None:
-            add_product(of_weight, of_scores.T, inputs, 1 / count)
+            add_product(of_weight, of_scores.T, inputs, 1 / count, is_rare=is_rare)
     return total / count, (None if of_hidden is None else of_hidden.div_(count), of_weight, of_bias)
 
 

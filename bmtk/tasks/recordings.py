@@ -13,11 +13,10 @@ from transformers import AutoFeatureExtractor, PreTrainedConfig
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
-from bmtk.data.audio_transforms import AudioAugmentationArguments, changed_samples, drawn_masks, masked_frames
+from bmtk.data.audio_transforms import AudioAugmentationArguments, changed_samples, masked_frames
 from bmtk.data.columns import with_columns
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.media import ON_CORRUPT, audio_seconds, decode_audio, media_column
-from bmtk.data.row_draws import row_draws
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.settings import fact, setting
@@ -205,13 +204,8 @@ class RecordingRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.recordings)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        features = self._changed([self.features(index) for index in indices], indices)
-        name = self.extractor.model_input_names[0]
-        others = ({key: values[index] for key, values in self.others.items()} for index in indices)
-        return [{**of_row, name: found} for of_row, found in zip(others, features, strict=True)]
+        others = {name: values[index] for name, values in self.others.items()}
+        return {**others, self.extractor.model_input_names[0]: self.features(index)}
 
     def recording(self, index: int) -> np.ndarray:
         """Samples (N,) as they are on disk, at the model's rate."""
@@ -219,31 +213,22 @@ class RecordingRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
         return decode_audio(self.recordings[index]["audio"], where, sampling_rate=self.extractor.sampling_rate)
 
     def features(self, index: int) -> np.ndarray:
-        """What the model reads, without masks: mostly frames (T, F)."""
-        if self.changes and self.changes.changes_samples:
-            draw = np.random.default_rng([self.seed, self.epoch, index])
-            return self._extracted(changed_samples(self.recording(index), self._rate, self.changes, draw))
-        if index in self.kept:
-            return self.kept[index]
-        found = self._extracted(self.recording(index))
-        if self.kept_bytes + found.nbytes <= CACHED_BYTES:
-            self.kept[index], self.kept_bytes = found, self.kept_bytes + found.nbytes
-        return found
-
-    def _changed(self, features: list[np.ndarray], indices: Sequence[int]) -> list[np.ndarray]:
-        """The features of the rows `indices`, with the masks of this epoch."""
-        changes = self.changes
+        """What the model reads: mostly frames (T, F)."""
+        changes, draw = self.changes, np.random.default_rng([self.seed, self.epoch, index])
+        if changes and changes.changes_samples:
+            found = self._extracted(changed_samples(self.recording(index), self._rate, changes, draw))
+        elif index in self.kept:
+            found = self.kept[index]
+        else:
+            found = self._extracted(self.recording(index))
+            if self.kept_bytes + found.nbytes <= CACHED_BYTES:
+                self.kept[index], self.kept_bytes = found, self.kept_bytes + found.nbytes
         if not changes or not changes.changes_frames:
-            return features
-        if features[0].ndim != 2:
+            return found
+        if found.ndim != 2:
             name = type(self.extractor).__name__
             raise UserError(f"time_masks and frequency_masks blank frames, and a {name} gives none; set them to 0")
-        shape = (len(indices), changes.time_masks + changes.frequency_masks, 2)
-        places = np.arange(shape[1] * 2)
-        draws = row_draws(self.seed, self.epoch, np.asarray(indices)[:, None], places).reshape(shape)
-        lengths = np.array([len(frames) for frames in features])
-        masks = drawn_masks(lengths, features[0].shape[1], changes, draws)
-        return [masked_frames(*of_row) for of_row in zip(features, *masks, strict=True)]
+        return masked_frames(found, changes, draw)
 
     @property
     def _rate(self) -> int:

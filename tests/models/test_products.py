@@ -1,13 +1,21 @@
 """Products of matrices on a CPU: the same numbers by whichever library, and the one that the processor asks for."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
-from bmtk.models import products_bm
+import bmtk  # noqa: F401 - registers the families
+from bmtk.models import products_bm, token_loss_bm
+from bmtk.models.configuration_bm_rnn import BmRnnConfig
+from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.models.products_bm import add_product, float32_product, product, project
+from bmtk.models.token_loss_bm import token_loss
 
 INTEL = {"cpu_name": "Intel Xeon", "avx512_f": True, "avx512_bf16": True}
 PROCESSORS = {  # whether bfloat16 is cast before products, and whether torch's float32 products are slow
@@ -16,13 +24,12 @@ PROCESSORS = {  # whether bfloat16 is cast before products, and whether torch's 
     "amd": (INTEL | {"cpu_name": "AMD EPYC"}, True, True),
     "amd of old": ({"cpu_name": "AMD EPYC", "avx512_f": False, "avx512_bf16": False}, False, False),
     "arm": ({"architecture": "aarch64", "bf16": True}, False, False),
-    "torch without the list": ({}, False, False),
 }
 
 
 @pytest.fixture(params=[False, True], ids=["torch", "onednn"])
 def uses_onednn(monkeypatch, request) -> bool:
-    monkeypatch.setattr(products_bm, "has_slow_float32", lambda: request.param)
+    monkeypatch.setattr(products_bm, "has_slow_mkl", lambda: request.param)
     monkeypatch.setattr(products_bm, "LEAST_WORK", 0)
     return request.param
 
@@ -39,13 +46,13 @@ def test_the_processor_decides_which_products_are_fast(monkeypatch, found, casts
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert products_bm.casts_before_products.__wrapped__() is casts
-    assert products_bm.has_slow_float32.__wrapped__() is is_slow
+    assert products_bm.has_slow_mkl.__wrapped__() is is_slow
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not products_bm.has_slow_float32.__wrapped__()
+    assert not products_bm.has_slow_mkl.__wrapped__()
 
 
 def test_what_this_processor_can_do_is_known():
-    assert products_bm.capabilities()["architecture"]
+    assert {"architecture", "cpu_name"} <= products_bm.capabilities().keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,16 +77,20 @@ def test_a_projection_has_the_value_and_gradients_of_its_layer(monkeypatch, uses
     monkeypatch.setattr(products_bm, "LEAST_WORK", 1)  # no rows are no work
     torch.manual_seed(0)
     layer, x = nn.Linear(8, 5, bias=has_bias), torch.randn(shape, requires_grad=True)
-    found = torch.autograd.grad(project(layer, x).sum(), [x, *layer.parameters()])  # a gradient of strides 0
-    expected = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
-    torch.testing.assert_close(project(layer, x), layer(x))
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(project(layer, x.detach().transpose(0, -2)), layer(x.detach().transpose(0, -2)))
+    output, expected, inputs = project(layer, x), layer(x), [x, *layer.parameters()]
+    torch.testing.assert_close(output, expected)
+    weights = torch.randn(output.shape)
+    for whole in (lambda y: (y * weights).sum(), torch.Tensor.sum):  # the second has a gradient of strides 0
+        found = torch.autograd.grad(whole(output), inputs, retain_graph=True)
+        torch.testing.assert_close(found, torch.autograd.grad(whole(expected), inputs, retain_graph=True))
+    strided = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    torch.testing.assert_close(project(layer, strided), layer(strided))
+    torch.testing.assert_close(project(layer, x).add_(1), expected + 1)
     assert calls_of_onednn(project, layer, x) == (uses_onednn and x.numel() > 0)
 
 
 def test_gradients_that_nobody_wants_are_not_computed(monkeypatch):
-    monkeypatch.setattr(products_bm, "has_slow_float32", lambda: True)
+    monkeypatch.setattr(products_bm, "has_slow_mkl", lambda: True)
     monkeypatch.setattr(products_bm, "LEAST_WORK", 0)
     layer, x = nn.Linear(8, 5).requires_grad_(False), torch.randn(3, 8, requires_grad=True)
     loss = project(layer, x).sum()
@@ -88,8 +99,103 @@ def test_gradients_that_nobody_wants_are_not_computed(monkeypatch):
     assert x.grad is not None
 
 
+def test_a_projection_has_second_derivatives(monkeypatch):
+    monkeypatch.setattr(products_bm, "has_slow_mkl", lambda: True)
+    monkeypatch.setattr(products_bm, "LEAST_WORK", 1)
+    layer, x, found = nn.Linear(8, 5), torch.randn(3, 8, requires_grad=True), []
+    for function in (layer, lambda x: project(layer, x)):
+        (slope,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), [x, layer.weight]))
+    torch.testing.assert_close(*found)
+
+
+def test_what_a_frozen_layer_does_not_need_is_not_kept(monkeypatch):
+    monkeypatch.setattr(products_bm, "has_slow_mkl", lambda: True)
+    monkeypatch.setattr(products_bm, "LEAST_WORK", 1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda tensor: tensor):
+        project(nn.Linear(8, 5).requires_grad_(False), torch.randn(3, 8, requires_grad=True))
+    assert kept == [(5, 8)]
+
+
+def test_a_parametrization_is_computed_once(monkeypatch):
+    monkeypatch.setattr(products_bm, "has_slow_mkl", lambda: True)
+    monkeypatch.setattr(products_bm, "LEAST_WORK", 1)
+    calls = []
+
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            calls.append(weight)
+            return weight * 2
+
+    layer, x = nn.Linear(8, 5), torch.randn(3, 8)
+    register_parametrization(layer, "weight", Doubled())
+    calls.clear()
+    found = project(layer, x)
+    assert len(calls) == 1
+    torch.testing.assert_close(found, layer(x))
+
+
+def test_shapes_of_one_step_get_no_code_of_their_own(uses_onednn):
+    a, b, total = torch.randn(5, 7), torch.randn(7, 3), torch.zeros(5, 3)
+    for function in (product, lambda a, b, **rare: float32_product(a, b, torch.empty(5, 3), **rare)):
+        assert calls_of_onednn(partial(function, is_rare=True), a, b) == 0
+        torch.testing.assert_close(function(a, b, is_rare=True), a @ b)
+    assert calls_of_onednn(partial(add_product, is_rare=True), total, a, b) == 0
+
+
+def test_onednn_can_be_switched_off(uses_onednn):
+    a, b = torch.randn(5, 7), torch.randn(7, 3)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert calls_of_onednn(product, a, b) == 0
+
+
+MODELS = {
+    "attention, norm and MLP": BmTransformerConfig(hidden_size=16, num_attention_heads=2, intermediate_size=24),
+    "attention and MLP": BmTransformerConfig(
+        hidden_size=16, num_attention_heads=2, intermediate_size=24, norm_type="layer_norm", hidden_act="gelu"
+    ),
+    "minGRU": BmRnnConfig(hidden_size=16, cell_type="mingru"),
+}
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_a_step_multiplies_by_onednn_with_the_same_loss_and_gradients(monkeypatch, config):
+    monkeypatch.setattr(products_bm, "LEAST_WORK", 1)
+    config.update({"vocab_size": 29, "num_hidden_layers": 1})
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).train(), torch.randint(29, (3, 40))
+    gradients, calls = [], []
+    for is_slow in (False, True):
+        monkeypatch.setattr(products_bm, "has_slow_mkl", lambda is_slow=is_slow: is_slow)
+        model.zero_grad()
+        calls.append(calls_of_onednn(lambda: model(ids, labels=ids, skip_logits=True).loss.backward()))
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert calls == [
+        0,
+        3 * (linear - 1),
+    ]  # all but the loss, whose 117 of 120 positions are another number in each step
+
+
+def test_the_loss_multiplies_by_onednn_where_all_positions_are_scored(monkeypatch):
+    monkeypatch.setattr(products_bm, "LEAST_WORK", 1)
+    monkeypatch.setattr(token_loss_bm, "CHUNK", 64)
+    layer, hidden, labels = nn.Linear(8, 29), torch.randn(20, 8, requires_grad=True), torch.randint(29, (20,))
+    found = []
+    for is_slow in (False, True):
+        monkeypatch.setattr(products_bm, "has_slow_mkl", lambda is_slow=is_slow: is_slow)
+        loss = token_loss(hidden, labels, layer)
+        found.append((loss, *torch.autograd.grad(loss, [hidden, *layer.parameters()])))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    assert calls_of_onednn(token_loss, hidden, labels, layer) == 9  # chunks of 8, 8 and 4 rows
+    labels[:2] = -100
+    assert calls_of_onednn(token_loss, hidden, labels, layer) == 6  # of 8, 8 and 2
+
+
 def test_small_products_other_types_and_other_layers_are_left_to_torch(monkeypatch):
-    monkeypatch.setattr(products_bm, "has_slow_float32", lambda: True)
+    monkeypatch.setattr(products_bm, "has_slow_mkl", lambda: True)
     layer, x = nn.Linear(8, 5), torch.randn(3, 8)
     assert calls_of_onednn(project, layer, x) == 0  # 240 operations
     monkeypatch.setattr(products_bm, "LEAST_WORK", 2 * 3 * 8 * 5)
@@ -103,7 +209,7 @@ def test_small_products_other_types_and_other_layers_are_left_to_torch(monkeypat
 
 
 def test_operations_are_counted_as_torch_counts_them(monkeypatch):
-    monkeypatch.setattr(products_bm, "has_slow_float32", lambda: True)
+    monkeypatch.setattr(products_bm, "has_slow_mkl", lambda: True)
     monkeypatch.setattr(products_bm, "LEAST_WORK", 0)
     layer, x = nn.Linear(8, 5), torch.randn(3, 8)
     with FlopCounterMode(display=False) as counter:

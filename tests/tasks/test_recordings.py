@@ -14,7 +14,6 @@ import bmtk  # noqa: F401  (registers the families)
 from bmtk.data.audio_transforms import (
     AudioAugmentationArguments,
     changed_samples,
-    drawn_masks,
     masked_frames,
     shifted,
     with_noise,
@@ -197,40 +196,30 @@ def test_only_training_rows_change_and_features_are_kept(tmp_path):
         rows[1]
 
 
-def masked(frames: np.ndarray, seed: int, **changes) -> np.ndarray:
-    args = AudioAugmentationArguments(**changes)
-    draws = np.random.default_rng(seed).random((1, args.time_masks + args.frequency_masks, 2))
-    in_time, in_bands = drawn_masks(np.array([len(frames)]), frames.shape[1], args, draws)
-    return masked_frames(frames, in_time[0], in_bands[0])
-
-
 def test_masks_are_bands_and_stretches_of_the_mean_no_larger_than_allowed():
     frames = np.random.default_rng(0).normal(size=(40, 12)).astype(np.float32)
+    args = AudioAugmentationArguments(time_masks=1, time_mask_size=7)
     sizes = set()
     for seed in range(60):
-        found = masked(frames, seed, time_masks=1, time_mask_size=7)
-        changed = np.flatnonzero((found != frames).any(axis=1))
+        masked = masked_frames(frames, args, np.random.default_rng(seed))
+        changed = np.flatnonzero((masked != frames).any(axis=1))
         sizes.add(len(changed))
         assert len(changed) == 0 or changed[-1] - changed[0] + 1 == len(changed)
-        assert np.allclose(found[changed], frames.mean(axis=0))
+        assert np.allclose(masked[changed], frames.mean(axis=0))
     assert sizes == set(range(8))
-    of_bands = {"frequency_masks": 1, "frequency_mask_size": 3}
-    widths = {int((masked(frames, seed, **of_bands) != frames).any(axis=0).sum()) for seed in range(60)}
+    args = AudioAugmentationArguments(frequency_masks=1, frequency_mask_size=3)
+    widths = {
+        int((masked_frames(frames, args, np.random.default_rng(seed)) != frames).any(axis=0).sum())
+        for seed in range(60)
+    }
     assert widths == {0, 1, 2, 3}
-    found = masked(frames, 1, **of_bands)
-    changed = np.flatnonzero((found != frames).any(axis=0))
+    masked = masked_frames(frames, args, np.random.default_rng(1))
+    changed = np.flatnonzero((masked != frames).any(axis=0))
     assert len(changed)
-    assert np.allclose(found[:, changed], frames.mean(axis=0)[changed])
-    draws = [masked(frames[:4], seed, time_masks=1, time_mask_size=50) for seed in range(20)]
+    assert np.allclose(masked[:, changed], frames.mean(axis=0)[changed])
+    wide = AudioAugmentationArguments(time_masks=1, time_mask_size=50)
+    draws = [masked_frames(frames[:4], wide, np.random.default_rng(seed)) for seed in range(20)]
     assert max((short != frames[:4]).any(axis=1).sum() for short in draws) == 2
-
-
-def test_masks_of_a_row_are_the_same_whatever_is_read_beside_it(tmp_path):
-    rows = rows_of(tmp_path, time_masks=2, time_mask_size=5, frequency_masks=1, frequency_mask_size=4)
-    alone, beside = rows[2]["input_features"], rows.__getitems__([3, 2, 0])[1]["input_features"]
-    assert np.array_equal(alone, beside)
-    rows.set_epoch(1)
-    assert not np.array_equal(rows[2]["input_features"], alone)
 
 
 def test_noise_has_the_ratio_that_is_asked_for_and_gain_its_decibels():
