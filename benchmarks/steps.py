@@ -191,9 +191,10 @@ def peak_line(name: str, dtype: torch.dtype, settings: Settings, device: str = "
 def matmul_rate(size: int, dtype: torch.dtype, device: str) -> float:
     """The best of a tenth of a second, by torch's own stop watch: of torch's product, and of oneDNN's in float32."""
     left, right, product = torch.randn(3, size, size, device=device).to(dtype)
-    names = {"left": left, "right": right, "product": product, "linear": torch.ops.mkldnn._linear_pointwise}
+    names = {"left": left, "right": right, "product": product}
     ways = ["torch.mm(left, right, out=product)"]
-    if device == "cpu" and dtype == torch.float32:
+    if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        names["linear"] = torch.ops.mkldnn._linear_pointwise
         ways.append("linear(left, right, None, 'none', [], '')")
     timers = [Timer(way, globals=names, num_threads=torch.get_num_threads()) for way in ways]
     return 2.0 * size**3 / min(min(timer.blocked_autorange(min_run_time=0.1).times) for timer in timers)

@@ -206,6 +206,14 @@ def test_the_gated_scan_and_its_gradients_equal_a_loop(monkeypatch, length, has_
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize(("rows", "operations"), [(2, 120), (2**11, 255)])
+def test_a_scan_of_small_positions_takes_fewer_operations(rows, operations):
+    x = torch.rand(rows, 256, 4 if rows == 2 else 6)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        GatedScan.apply(x, None)
+    assert sum(event.name in ("aten::addcmul_", "aten::addcmul") for event in profile.events()) <= operations
+
+
 def test_the_scan_stays_exact_over_long_rows():
     """The reason for not scanning logarithms: with them float32 is off by 7e-4 here."""
     z = torch.sigmoid(torch.randn(2, 4096, 8) * 2)

@@ -57,6 +57,21 @@ def test_the_measured_peak_of_this_cpu_is_not_below_what_a_product_reaches():
     assert 1e8 < measured < 1e15
 
 
+def test_the_measured_peak_of_a_cpu_is_the_best_of_both_libraries(monkeypatch):
+    rates = iter([2.0, 5.0])
+    monkeypatch.setattr(throughput, "_flops_of", lambda *args: next(rates))
+    assert throughput._measured_flops(torch.device("cpu"), torch.float32) == 5.0
+    monkeypatch.setattr(throughput, "_flops_of", lambda *args: 3.0)
+    assert throughput._measured_flops(torch.device("cuda"), torch.float32) == 3.0
+    left, right = torch.randn(2, 4, 4)
+    products = [
+        multiply(left, right, torch.empty(4, 4))
+        for multiply in throughput._products(torch.device("cpu"), torch.float32)
+    ]
+    assert len(products) == 2
+    torch.testing.assert_close(products, [left @ right, left @ right.T])
+
+
 def test_the_measured_peak_counts_two_operations_for_each_product_of_numbers(monkeypatch):
     """By a clock that moves by a second when it is read, the smallest product takes one; larger ones are not tried."""
     clock = itertools.count()
