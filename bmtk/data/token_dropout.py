@@ -54,5 +54,5 @@ class TokenDropout(EpochDataset):
         """The `ids` of the rows `indices`, with some hidden."""
         pairs = zip(indices, ids.lengths.tolist(), strict=True)
         draws = [np.random.default_rng([self.seed, self.epoch, row]).random(length) for row, length in pairs]
-        hides = (np.concatenate(draws) < self.share) & ~np.isin(ids.numbers, self.kept_ids)
+        hides = (np.concatenate(draws or [np.zeros(0)]) < self.share) & ~np.isin(ids.numbers, self.kept_ids)
         return NumberLists(np.where(hides, self.hidden, ids.numbers), ids.lengths)

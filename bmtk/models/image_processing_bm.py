@@ -88,9 +88,9 @@ class BmImageProcessor(PilBackend):
         """`pixel_values`, and from `annotations` the `labels` of a detector.
 
         An annotation is COCO's: {"image_id", "annotations": [{"bbox": [left, top, width, height] in pixels,
-        "category_id", "iscrowd"}]}; pixels are those of an image of its "size" (height, width), where an image comes
-        that was resized before.  A label is {"class_labels": (N,), "boxes": (N, 4)}, boxes as (centre x, centre y,
-        width, height) as fractions of the image size; crowds and empty boxes are omitted.
+        "category_id", "iscrowd"}]}; the pixels of an image that was resized before are those of its "boxes_size"
+        (height, width).  A label is {"class_labels": (N,), "boxes": (N, 4)}, boxes as (centre x, centre y, width,
+        height) as fractions of the image size; crowds and empty boxes are omitted.
         """
         annotations = [annotations] if isinstance(annotations, dict) else annotations
         return super().preprocess(images, annotations, **kwargs)
@@ -103,7 +103,7 @@ class BmImageProcessor(PilBackend):
             raise ValueError(f"{len(images)} images came with {len(annotations)} annotations; pass one for each")
         if kwargs.get("do_center_crop") or kwargs.get("do_pad"):
             raise ValueError("do_center_crop and do_pad would move boxes; with annotations set both to False")
-        sizes = [a.get("size", image.shape[-2:]) for a, image in zip(annotations, images, strict=True)]
+        sizes = [a.get("boxes_size", image.shape[-2:]) for a, image in zip(annotations, images, strict=True)]
         labels = [label_of(a, *size) for a, size in zip(annotations, sizes, strict=True)]
         features["labels"] = [BatchFeature(label, tensor_type=kwargs.get("return_tensors")) for label in labels]
         return features

@@ -83,7 +83,7 @@ class DetectionRows(EpochDataset, ImageRows):
 
     From the first `set_epoch` on, which training alone calls, an image is augmented as a function of seed, epoch and
     row.  Where the augmentation knows the size that the model reads, images have it; those that are not augmented are
-    resized once, and their annotations say the "size" (height, width) that boxes are in pixels of.
+    resized once, and their annotations say the "boxes_size" (height, width) that boxes are in pixels of.
     """
 
     first_epoch = -1
@@ -109,7 +109,7 @@ class DetectionRows(EpochDataset, ImageRows):
         if "boxes" not in row:
             return row
         image, boxes, labels = row["image"], np.array(row["boxes"]).reshape(-1, 4), np.array(row["labels"], dtype=int)
-        size = {} if self.epoch >= 0 else {"size": (image.height, image.width)}
+        size = {} if self.epoch >= 0 else {"boxes_size": (image.height, image.width)}
         if self.epoch < 0:
             image = self.of_size(image, index)
         else:
@@ -358,8 +358,9 @@ class ObjectDetectionScorer(Scorer):
 
 
 def fixed_size(processor: Any) -> tuple[int, int] | None:
-    """Width and height that an image processor of the project resizes every image to; None for others."""
+    """Width and height that an image processor of the project resizes every image to, at first; None for others."""
     is_plain = hasattr(processor, "for_config") and processor.do_resize and not processor.do_center_crop
+    is_plain = is_plain and not processor.do_convert_grayscale  # before it resizes
     return (processor.size["width"], processor.size["height"]) if is_plain else None
 
 

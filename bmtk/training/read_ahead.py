@@ -22,9 +22,12 @@ class ReadAhead(Iterator[Batch]):
 
     def __init__(self, source: Iterator[Batch]):
         self.source, self.waiting, self.at_once = source, deque[Batch](), 1
+        self.error: Exception | None = None  # of the batch after those that wait
 
     def __next__(self) -> Batch:
         if not self.waiting:
+            if self.error:
+                raise self.error
             self._read()
         return self.waiting.popleft()
 
@@ -33,9 +36,13 @@ class ReadAhead(Iterator[Batch]):
         until = time.monotonic() + MOST_SECONDS
         self.waiting.append(next(self.source))
         while len(self.waiting) < self.at_once and time.monotonic() < until:
-            if (batch := next(self.source, None)) is None:
+            try:
+                self.waiting.append(next(self.source))
+            except StopIteration:
                 break
-            self.waiting.append(batch)
+            except Exception as error:  # the steps before it come first, as without reading ahead
+                self.error = error
+                break
         self.at_once = min(MOST, max(1, MOST_BYTES // max(1, num_bytes(self.waiting[0]))))
 
 

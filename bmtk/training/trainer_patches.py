@@ -1,8 +1,9 @@
 """What transformers 5.23 and accelerate 1.15 do wrong for this project, mended in one place.
 
-Every private method of Trainer that is overridden, every change to accelerate's samplers, and every callback that
-mends another stands here with the fault behind it.  tests/training/test_trainer_patches.py runs the plain libraries,
-and fails as soon as an installed version no longer has a fault: then its patch is deleted.
+Every private method of Trainer that is overridden for what it computes, every change to accelerate's samplers, and
+every callback that mends another stands here with the fault behind it; `trainer_steps` has what shortens steps.
+tests/training/test_trainer_patches.py runs the plain libraries, and fails as soon as an installed version no longer
+has a fault: then its patch is deleted.
 """
 
 import functools

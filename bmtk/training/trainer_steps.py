@@ -22,16 +22,18 @@ class LeanTrainer(Trainer):
 
     reading: ReadAhead | None = None  # the batches of this epoch
     size: int = 0  # of the model, embeddings left out, once it was counted
+    _model_of_lists: torch.nn.Module | None = None  # whose modules and parameters are listed
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | int | None]:
         """Fault (transformers 5.23): makes a batch after each step, when its Python is in no cache; see ReadAhead."""
+        args = self.args
+        if device.type != "cpu" or args.dataloader_num_workers or args.world_size > 1:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.reading is None or self.reading.source is not epoch_iterator:
             self.reading = ReadAhead(epoch_iterator)
-        is_of_use = device.type == "cpu" and not self.args.dataloader_num_workers
-        reading = self.reading if is_of_use else epoch_iterator
-        return super().get_batch_samples(reading, num_batches, device)
+        return super().get_batch_samples(self.reading, num_batches, device)
 
     @cached_property
     def is_plain(self) -> bool:
@@ -47,13 +49,13 @@ class LeanTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Fault (transformers 5.23): walks through all modules to set them to training, in every micro-batch.
+        """Fault (transformers 5.23): sets all modules to training, one inside the other, in every micro-batch.
 
         It also enters contexts that nothing uses, and accelerate divides the loss by 1, for autograd to undo.
         """
         if not self.is_plain:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not model.training:
+        if not all(module.training for module in self.modules):  # also below a root that is: an adapter's is new
             model.train()
         if callable(getattr(self.optimizer, "train", None)):
             cast(Any, self.optimizer).train()
@@ -78,10 +80,21 @@ class LeanTrainer(Trainer):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
 
-    @cached_property
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """All of the model's, in its order; a walk through them in every step would take time."""
+        self._look_at_model()
+        return self._modules
+
+    @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """All of the model's, in its order; a look through its modules in every step would take time."""
-        return list(cast(torch.nn.Module, self.model).parameters())
+        self._look_at_model()
+        return self._parameters
+
+    def _look_at_model(self) -> None:
+        if self._model_of_lists is not self.model:
+            model = cast(torch.nn.Module, self.model)
+            self._model_of_lists, self._modules, self._parameters = model, [*model.modules()], [*model.parameters()]
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Fault (transformers 5.23): counts the parameters of the model anew in every step."""

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -22,6 +23,18 @@ def test_what_is_hidden_follows_from_seed_epoch_and_row_alone():
     one.set_epoch(0)
     assert one[2] == before
     assert dropout(rows, seed=6)[2] != before
+
+
+def test_each_row_has_a_generator_of_its_own():
+    """As published figures were made: other draws are other runs."""
+    rows = [{"input_ids": list(range(2, 50))}, {"input_ids": [list(range(2, 20)), list(range(2, 30))]}]
+    for row, lists in enumerate(([rows[0]["input_ids"]], rows[1]["input_ids"])):
+        draw = np.random.default_rng([5, 3, row])
+        expected = [np.where(draw.random(len(ids)) < 0.3, 1, ids).tolist() for ids in lists]
+        hidden = dropout(rows[row : row + 1] if row == 0 else [rows[1], rows[1]])
+        hidden.set_epoch(3)
+        assert hidden[row]["input_ids"] == (expected if row else expected[0])
+    assert list(dropout(rows[:1]).__getitems__([])) == []
 
 
 def test_the_share_of_tokens_is_hidden_and_the_rest_is_as_it_was():

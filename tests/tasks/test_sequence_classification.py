@@ -17,6 +17,7 @@ from sklearn.metrics import (
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, LlamaConfig
 
+from bmtk.data.number_rows import NumberBatch, NumberRows
 from bmtk.data.spelling import most_ngrams, spelled_tokens, spelling_table
 from bmtk.data.tokenizers import train_tokenizer
 from bmtk.metrics.labels import scores_by_label
@@ -285,6 +286,12 @@ def test_padded_texts_are_the_very_ones_of_the_tokenizer(names, side):
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype
         assert torch.equal(ours[name], value)
+    by_column = NumberRows(Dataset.from_list(rows[:2])).__getitems__([0, 1])
+    assert isinstance(by_column, NumberBatch)
+    theirs = tokenizer.pad(rows[:2], padding="max_length", max_length=7, return_tensors="pt")
+    assert {name: value.tolist() for name, value in pad_texts(tokenizer, by_column).items()} == {
+        name: value.tolist() for name, value in theirs.items()
+    }
     other = "left" if side == "right" else "right"
     options = {"padding_side": other, "return_attention_mask": "attention_mask" in names}
     theirs = tokenizer.pad(rows, padding="max_length", max_length=7, return_tensors="pt", **options)

@@ -1,5 +1,6 @@
 """Batches that are made several in a row are those of their source, in its order."""
 
+import pytest
 import torch
 
 from bmtk.training import read_ahead
@@ -39,6 +40,19 @@ def test_batches_that_take_long_are_made_one_by_one(monkeypatch):
     reading = ReadAhead(source(9, 3, made := []))
     next(reading), next(reading)
     assert len(made) == 2
+
+
+def test_an_error_comes_after_the_batches_before_it():
+    def broken():
+        for number in range(4):
+            yield {"input_ids": torch.tensor([number])}
+        raise ValueError("row 4 is broken")
+
+    reading = ReadAhead(broken())
+    assert [next(reading)["input_ids"].item() for _ in range(4)] == [0, 1, 2, 3]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="row 4 is broken"):
+            next(reading)
 
 
 def test_tensors_are_counted_wherever_they_are_in_a_batch():

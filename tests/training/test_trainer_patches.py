@@ -32,11 +32,11 @@ def no_longer_needed(library: str, patch: str) -> str:
 DATA = [{name: value[0] for name, value in rows([number]).items()} for number in range(8)]
 
 
-def plain(folder: Path, kind: type[Trainer] = Trainer, *, callbacks=(), **settings) -> Trainer:
+def plain(folder: Path, kind: type[Trainer] = Trainer, *, callbacks=(), dropout=0.0, **settings) -> Trainer:
     """A trainer of two steps an epoch."""
     settings = {"max_steps": 4, "save_strategy": "no", "report_to": "none", "disable_tqdm": True} | settings
     args = TrainingArguments(str(folder), per_device_train_batch_size=4, use_cpu=True, **settings)
-    return kind(tiny_model(), args, train_dataset=DATA, eval_dataset=DATA, callbacks=list(callbacks))
+    return kind(tiny_model(dropout=dropout), args, train_dataset=DATA, eval_dataset=DATA, callbacks=list(callbacks))
 
 
 class Counting(PatchedTrainer):
@@ -241,13 +241,14 @@ class Evaluates(TrainerCallback):
 def test_trainer_sets_all_modules_to_training_in_every_step(tmp_path, monkeypatch, settings):
     found = {}
     for kind in (ByTrainer, Scaled):
-        trainer, calls = plain(tmp_path, kind, callbacks=[Evaluates()], **settings), []
+        trainer, calls = plain(tmp_path, kind, callbacks=[Evaluates()], dropout=0.5, **settings), []
+        trainer.model.model.eval()  # below a root that is in training, as a loaded model is below a new adapter
         monkeypatch.setattr(
             trainer.model, "train", lambda *mode, of=trainer.model.train, to=calls: to.append(1) or of(*mode)
         )
         trainer.train()
         weights = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
-        found[kind] = len(calls), weights, trainer.model.training
+        found[kind] = len(calls), weights, all(module.training for module in trainer.model.modules())
     (by_trainer, theirs, _), (ours, same, is_training) = found.values()
     assert torch.equal(theirs, same)
     assert is_training
@@ -256,14 +257,15 @@ def test_trainer_sets_all_modules_to_training_in_every_step(tmp_path, monkeypatc
 
 def test_trainer_makes_each_batch_after_a_step(tmp_path):
     made = {}
-    for kind in (Trainer, Counting):
-        trainer, seen = plain(tmp_path, kind), []
+    for kind, workers in ((Trainer, 0), (Counting, 0), (Scaled, 2)):
+        trainer, seen = plain(tmp_path, kind, dataloader_num_workers=workers), []
         batches = iter({"labels": torch.zeros(1), "seen": seen.append(number)} for number in range(6))
         for _ in range(2):
             trainer.get_batch_samples(batches, 1, trainer.args.device)
         made[kind] = len(seen)
     assert made[Trainer] == 2, no_longer_needed("transformers", "LeanTrainer.get_batch_samples")
     assert made[Counting] == 6
+    assert made[Scaled] == 2  # workers make them anyway
 
 
 def test_accelerate_does_not_see_that_fused_adamw_has_skipped():
