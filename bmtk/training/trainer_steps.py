@@ -5,7 +5,7 @@ What is computed stays the same to the bit.  As in `trainer_patches`, each overr
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import DistributedType
@@ -17,12 +17,20 @@ from .protocols import Batch
 from .read_ahead import ReadAhead
 
 
+class OfModel(NamedTuple):
+    """All modules and parameters of a model, in its order."""
+
+    model: torch.nn.Module
+    modules: list[torch.nn.Module]
+    parameters: list[torch.nn.Parameter]
+
+
 class LeanTrainer(Trainer):
     """`transformers.Trainer` with shorter steps."""
 
     reading: ReadAhead | None = None  # the batches of this epoch
     size: int = 0  # of the model, embeddings left out, once it was counted
-    _model_of_lists: torch.nn.Module | None = None  # whose modules and parameters are listed
+    listed: OfModel | None = None  # once it was asked for
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -55,7 +63,9 @@ class LeanTrainer(Trainer):
         """
         if not self.is_plain:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not all(module.training for module in self.modules):  # also below a root that is: an adapter's is new
+        if not all(
+            module.training for module in self.of_model.modules
+        ):  # also below a root that is: an adapter's is new
             model.train()
         if callable(getattr(self.optimizer, "train", None)):
             cast(Any, self.optimizer).train()
@@ -74,27 +84,19 @@ class LeanTrainer(Trainer):
         is_plain = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
         if not is_plain or self.args.device.type != "cpu" or self.accelerator.scaler is not None:
             return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        parameters = [parameter for parameter in self.parameters if parameter.grad is not None]
+        parameters = [parameter for parameter in self.of_model.parameters if parameter.grad is not None]
         norm = gradient_norm(parameter.grad for parameter in parameters)
         if not norm <= self.args.max_grad_norm:  # also where it is not a number
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
 
     @property
-    def modules(self) -> list[torch.nn.Module]:
-        """All of the model's, in its order; a walk through them in every step would take time."""
-        self._look_at_model()
-        return self._modules
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        self._look_at_model()
-        return self._parameters
-
-    def _look_at_model(self) -> None:
-        if self._model_of_lists is not self.model:
+    def of_model(self) -> OfModel:
+        """A walk through the model in every step would take time."""
+        if self.listed is None or self.listed.model is not self.model:
             model = cast(torch.nn.Module, self.model)
-            self._model_of_lists, self._modules, self._parameters = model, [*model.modules()], [*model.parameters()]
+            self.listed = OfModel(model, list(model.modules()), list(model.parameters()))
+        return self.listed
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Fault (transformers 5.23): counts the parameters of the model anew in every step."""
