@@ -63,9 +63,8 @@ class LeanTrainer(Trainer):
         """
         if not self.is_plain:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not all(
-            module.training for module in self.of_model.modules
-        ):  # also below a root that is: an adapter's is new
+        # Also below a root that is in training, as that of a new adapter is.
+        if not all(module.training for module in self.of_model.modules):
             model.train()
         if callable(getattr(self.optimizer, "train", None)):
             cast(Any, self.optimizer).train()
