@@ -26,7 +26,7 @@ def casts_before_products() -> bool:
 
     With AVX-512 alone that takes half the time.  AMX multiplies in less time than a cast of its results takes.
     """
-    processor = capabilities()
+    processor = torch.cpu.get_capabilities()
     return bool(processor.get("avx512_bf16") and not processor.get("amx_bf16"))
 
 
@@ -37,13 +37,8 @@ def has_slow_mkl() -> bool:
     It has code with AVX-512 for Intel's processors only: 2.2 times the time on an AMD EPYC whose AVX-512 is as wide.
     """
     libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    processor = capabilities()
+    processor = torch.cpu.get_capabilities()  # which also have the name, as it happens
     return bool(libraries and processor.get("avx512_f") and "AMD" in processor.get("cpu_name", ""))
-
-
-def capabilities() -> dict:
-    """What the processor can do, and, beside what torch documents, its name."""
-    return dict(torch.cpu.get_capabilities())
 
 
 @contextmanager

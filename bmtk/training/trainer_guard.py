@@ -22,6 +22,7 @@ from .resume import PREFIX, step_of
 from .rng_state import RngState, set_rng_state
 from .rollback import checkpoint_between, delete_later
 from .spikes import SpikeDetector
+from .trainer_steps import OfModel
 from .updates import Before
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,10 @@ class Guarded(Protocol):
     grad_norm: float | torch.Tensor | None  # of the whole step, before clipping
     num_overflows: int
     was_skipped: bool  # whether the last step was not applied
+
+    @property
+    def of_model(self) -> OfModel:
+        """The parts of the model, which stay the same while it trains."""
 
     @property
     def can_skip(self) -> bool:
@@ -88,8 +93,7 @@ class Guard(TrainerCallback):
         self.of_epoch: RngState | None = None
         self.randomness = RngState()  # before the step, after its batches were made
         self.before = Before(self.randomness)  # the step
-        self.modules = list(trainer.model.modules())
-        self.buffers = SavedBuffers(self.modules)  # before the step
+        self.buffers = SavedBuffers(trainer.model.modules())  # before the step
         self.scale = 1.0  # of the scaler, before the step
         self.num_units = 0  # before the batches of the step were counted
         self.is_bad = False  # whether the step has been skipped
@@ -114,7 +118,7 @@ class Guard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.first_step, self.num_units = state.global_step, state.num_input_tokens_seen
-        self.of_epoch, self.is_bad, self.modules = None, False, list(self.trainer.model.modules())
+        self.of_epoch, self.is_bad = None, False
         self.bad_steps.batches = self.trainer if self.trainer.rows_are_known else None
 
     def on_epoch_begin(
@@ -128,7 +132,7 @@ class Guard(TrainerCallback):
         window = self.detector.window if self.detector else None
         self.randomness = RngState()
         self.before, self.of_epoch = Before(self.of_epoch or self.randomness, window=window), None
-        self.buffers = SavedBuffers(self.modules)
+        self.buffers = SavedBuffers(self.trainer.of_model.modules)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -68,8 +68,7 @@ def test_the_measured_peak_of_a_cpu_is_the_best_of_both_libraries(monkeypatch):
         multiply(left, right, torch.empty(4, 4))
         for multiply in throughput._products(torch.device("cpu"), torch.float32)
     ]
-    assert len(products) == 2
-    torch.testing.assert_close(products, [left @ right, left @ right.T])
+    torch.testing.assert_close(products, [left @ right, left @ right.T][: 1 + torch.backends.mkldnn.is_available()])
 
 
 def test_the_measured_peak_counts_two_operations_for_each_product_of_numbers(monkeypatch):
