@@ -10,11 +10,13 @@ import ast
 import dataclasses
 import sys
 from functools import cache
-from importlib.util import find_spec, resolve_name
+from importlib.util import find_spec, module_from_spec, resolve_name, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 READ = ("bmtk", "transformers")  # packages whose modules are read; a class of any other is `Absent`
+IMPORTED = {*sys.stdlib_module_names, "packaging"}  # what takes no time; transformers asks packaging for versions
 
 
 class _Anything(type):
@@ -39,14 +41,29 @@ def declared(module: str, name: str) -> Any:
     return source_of(module)[name]
 
 
+def module_alone(name: str) -> ModuleType:
+    """A module whose package is not imported with it; who imports it later gets the same one."""
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, path_of(name))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 @cache
 def source_of(module: str) -> "ModuleSource":
+    return ModuleSource(module, path_of(module))
+
+
+def path_of(module: str) -> Path:
     first, *rest = module.split(".")
     package = find_spec(first)
     assert package is not None
     assert package.submodule_search_locations is not None
     path = Path(package.submodule_search_locations[0], *rest)
-    return ModuleSource(module, path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 class ModuleSource:
@@ -55,7 +72,8 @@ class ModuleSource:
     def __init__(self, module: str, path: Path):
         self.package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         self.tree = ast.parse(path.read_text(encoding="utf-8"))
-        self.names: dict[str, Any] = {"__name__": module}
+        # transformers' functions that make a logger add a handler to it, as they do again once they are imported
+        self.names: dict[str, Any] = {"__name__": module, "logger": Absent}
         self.begun: set[ast.stmt] = set()  # a function may call itself
         self.statements = {name: node for node in _statements(self.tree.body) for name in _defined(node)}
 
@@ -67,6 +85,12 @@ class ModuleSource:
             else:
                 self._execute(node)
         return self.names[name]
+
+    def __getattr__(self, name: str) -> Any:
+        """A name, as it is asked for where the module is imported."""
+        if name in self.statements:
+            return self[name]
+        raise AttributeError(name)
 
     def keyword(self, name: str, argument: str) -> str:
         """The name that an argument of a call is given: C of `name = Call(argument=C)`."""
@@ -106,18 +130,22 @@ class ModuleSource:
             return _module(alias.name if alias.asname else name)
         module = resolve_name("." * node.level + (node.module or ""), self.package) if node.level else str(node.module)
         if (found := _module(module)) is not Absent:
+            if not hasattr(found, alias.name):  # a module of a package
+                exec(f"import {module}.{alias.name}")
             return getattr(found, alias.name)
-        if module.split(".")[0] in READ and alias.name in (there := source_of(module)).statements:
+        if module.split(".")[0] not in READ:
+            return Absent
+        if alias.name in (there := source_of(module)).statements:
             return there[alias.name]
-        return Absent
+        return source_of(whole) if path_of(whole := f"{module}.{alias.name}").exists() else Absent
 
 
 def _module(name: str) -> Any:
-    """A module of the standard library, or one that has been imported; else `Absent`.
+    """A module that is `IMPORTED`, or that has been imported; else `Absent`.
 
     The package transformers imports what it is asked for.
     """
-    if name.split(".")[0] in sys.stdlib_module_names:
+    if name.split(".")[0] in IMPORTED:
         exec(f"import {name}")
     return sys.modules.get(name, Absent) if name != "transformers" else Absent
 

@@ -8,10 +8,15 @@ import shutil
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import HfArgumentParser
-
+from bmtk.declarations import module_alone
 from bmtk.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+else:  # the rest of transformers takes half of the time that `--help` takes
+    HfArgumentParser = module_alone("transformers.hf_argparser").HfArgumentParser
 
 ALL = "all"
 WIDEST = 119  # columns; longer lines are hard to read

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers.utils import import_utils
-
 from bmtk import arguments
 from bmtk.declarations import ModuleSource, declared, source_of
 from bmtk.option_help import help_topic
@@ -58,13 +56,13 @@ def begin(recipe: str, description: str, argv: list[str]) -> None:
     look for them takes a fifth of the time.  `imported` turns that on again, and what Ctrl-C raises.
     """
     gc.disable()
-    read_models_once()
-    defer_scipy()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends an import without a traceback; status 130
     with clean_errors():
         answer(Path(recipe), description, argv)
     say("loading PyTorch and transformers ...")
+    read_models_once()
+    defer_scipy()
 
 
 def read_models_once() -> None:
@@ -73,6 +71,8 @@ def read_models_once() -> None:
     Each time takes 0.3 seconds.  Its cache has the whole under the path that was used first; of the folders inside it
     keeps the last 128, known by text.
     """
+    from transformers.utils import import_utils
+
     read = getattr(import_utils, "create_import_structure_from_path", None)
     if read is None:  # another version
         return

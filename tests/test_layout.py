@@ -30,7 +30,7 @@ ARROWS = {
     "files": set(),
     "settings": set(),
     "process": {"errors", "settings"},
-    "option_help": GROUND_FLOOR,
+    "option_help": {"declarations", *GROUND_FLOOR},
     "arguments": {"option_help", *GROUND_FLOOR},
     "declarations": GROUND_FLOOR,
     "start": {"arguments", "option_help", "declarations", "tasks", *GROUND_FLOOR},  # of tasks: their names

@@ -18,7 +18,10 @@ from bmtk.errors import UserError
 from bmtk.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW = ("torch", "peft", "accelerate", "sklearn", "scipy", "datasets", "pandas", "matplotlib", "optuna", "numpy.ma")
+SLOW = (
+    *("torch", "transformers", "peft", "accelerate", "sklearn", "scipy", "datasets", "pandas", "matplotlib"),
+    *("optuna", "numpy", "huggingface_hub.utils"),
+)
 RECIPES = ("pretrain", "finetune", "evaluate", "predict")
 
 
@@ -130,6 +133,27 @@ def test_the_early_help_is_that_of_the_classes_themselves(tmp_path, capsys, monk
 def in_any_order(text):
     """Choices sorted: for typing, Literal["a", "b"] is Literal["b", "a"], and `| None` gives the one it saw first."""
     return re.sub(r"\[([a-z0-9_|]+)\]", lambda found: "|".join(sorted(found[1].split("|"))), text)
+
+
+ALONE = """
+import json, logging, sys
+from bmtk.declarations import declared
+from bmtk.option_help import OptionParser
+read = declared("transformers.training_args", "TrainingArguments")
+is_alone = "transformers" not in sys.modules
+import transformers.hf_argparser
+from transformers import TrainingArguments
+same = [
+    module.HfArgumentParser is OptionParser.__mro__[1] for module in (transformers, transformers.hf_argparser)
+]
+optimizers = {str(cls.__dataclass_fields__["optim"].default) for cls in (read, TrainingArguments)}
+print(json.dumps([is_alone, same, len(optimizers), len(logging.getLogger("transformers").handlers)]))
+"""
+
+
+def test_transformers_is_the_same_when_it_is_imported_after_its_declarations_were_read():
+    assert child(ALONE) == [True, [True, True], 1, 1]
+    assert child(ALONE.replace("import json", "import json, transformers.trainer", 1)) == [False, [True, True], 1, 1]
 
 
 READ = """
@@ -248,6 +272,7 @@ def test_declarations_are_read_without_running_their_module(tmp_path):
         "@helper(CHOICES)\nclass Arguments(Base):\n    size: int = setting(3)\n    def __str__(self): pass\n"
         "    __repr__ = __str__\n    if LEAST:\n        from no_such_library import most\n        most_of_all = most\n"
         "    name: str = 'y'\nTASK = dict(arguments=Arguments)\n"
+        "from bmtk import process\nfrom packaging import version\nfrom importlib import metadata\n"
     )
     source = ModuleSource("module", path)
     declared = source[source.keyword("TASK", "arguments")]
