@@ -1,5 +1,6 @@
 """Products of matrices on a CPU, by the library that multiplies them fastest there."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,6 +13,7 @@ from .eager_cpu_bm import is_eager_on_cpu, is_plain_linear
 # Floating-point operations of a product.  oneDNN writes code for each new shape, which takes up to a millisecond, and
 # keeps it for its last thousand shapes: about 0.6 MB each.
 LEAST_WORK = 2**27
+LOG2_E = math.log2(math.e)  # e^x is 2^(x LOG2_E)
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -121,6 +123,7 @@ class Projection(torch.autograd.Function):
 
 
 __all__ = [
+    "LOG2_E",
     "add_product",
     "casts_before_products",
     "float32_product",

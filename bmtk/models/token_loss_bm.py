@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .eager_cpu_bm import is_eager_on_cpu, is_plain_linear
 from .products_bm import (
+    LOG2_E,
     add_product,
     casts_before_products,
     float32_product,
@@ -124,11 +125,10 @@ def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[
         scores = float32_product(inputs, matrix.T, buffer[: len(inputs)], is_rare=is_rare)
         if vector is not None:
             scores.add_(vector)
-        torch.log_softmax(scores, -1, out=scores)
-        total -= scores.gather(1, targets).sum()
+        total += replace_by_probabilities(scores, targets)
         if not any(wanted):
             continue
-        scores.exp_().scatter_add_(1, targets, scores.new_full(targets.shape, -1.0))
+        scores.scatter_add_(1, targets, scores.new_full(targets.shape, -1.0))
         if of_bias is not None:
             of_bias.add_(scores.sum(0), alpha=1 / count)
         of_scores = scores.to(dtype)  # probabilities, less 1 at the target: the gradient of their sum
@@ -137,6 +137,19 @@ def loss_and_gradients(hidden, weight, bias, labels, count: float, wanted: list[
         if of_weight is not None:
             add_product(of_weight, of_scores.T, inputs, 1 / count, is_rare=is_rare)
     return total / count, (None if of_hidden is None else of_hidden.div_(count), of_weight, of_bias)
+
+
+def replace_by_probabilities(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum of the cross-entropies of scores (n, V) and targets (n, 1); scores become their softmax, in place.
+
+    By powers of 2, as in attention: MKL's exp takes four times as long on an AMD processor.
+    """
+    of_targets = scores.gather(1, targets)
+    largest = scores.amax(-1, keepdim=True).mul_(LOG2_E)
+    torch.add(-largest, scores, alpha=LOG2_E, out=scores).exp2_()
+    sums = scores.sum(-1, keepdim=True)
+    scores.mul_(1 / sums)
+    return (sums.log2_().add_(largest).div_(LOG2_E) - of_targets).sum()
 
 
 def rows_at_once(num_tokens: int, width: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bmtk.models import dropout_bm, norms_bm, rotary_bm, token_loss_bm
+from bmtk.models import attention_bm, dropout_bm, norms_bm, rotary_bm, token_loss_bm
 from bmtk.models.attention_bm import CPUAttention, fits_cpu_attention
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
 from bmtk.models.dropout_bm import BmDropout
@@ -42,10 +42,11 @@ def draw():
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("ignored", [0, 3])
-def test_the_loss_in_chunks_has_the_value_and_gradients_of_the_plain_one(monkeypatch, draw, has_bias, ignored):
+@pytest.mark.parametrize("size", [1, 100])  # 100: powers of 2 and e of the scores themselves overflow
+def test_the_loss_in_chunks_has_the_value_and_gradients_of_the_plain_one(monkeypatch, draw, has_bias, ignored, size):
     monkeypatch.setattr(token_loss_bm, "CHUNK", 64)  # 5 rows of 29 positions at a time
     layer = nn.Linear(5, 37, bias=has_bias)
-    hidden, labels = draw(29, 5), torch.arange(29) % 37
+    hidden, labels = draw(29, 5) * size, torch.arange(29) % 37
     labels[:ignored] = -100
     expected_layer = nn.Linear(5, 37, bias=has_bias).double()
     expected_layer.load_state_dict(layer.state_dict())
@@ -130,10 +131,16 @@ def test_the_processor_decides_in_which_dtype_the_loss_in_chunks_multiplies(monk
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("key_heads", [4, 2])
-@pytest.mark.parametrize("block", [2**19, 2**9])  # all rows at once; single heads
-def test_attention_has_the_gradients_of_the_plain_formula(monkeypatch, draw, is_causal, key_heads, block):
-    monkeypatch.setattr("bmtk.models.attention_bm.BLOCK", block)
+@pytest.mark.parametrize("block", [2**19, 2**7])  # all rows at once; single heads
+@pytest.mark.parametrize("queries", [128, 8])  # all at once; eight at a time, and three
+@pytest.mark.parametrize("casts", [True, False])
+@pytest.mark.parametrize("size", [1, 30])  # 30: most weights are 0 or 1
+def test_attention_is_that_of_the_plain_formula(monkeypatch, draw, is_causal, key_heads, block, queries, casts, size):
+    monkeypatch.setattr(attention_bm, "BLOCK", block)
+    monkeypatch.setattr(attention_bm, "QUERIES", queries)
+    monkeypatch.setattr(attention_bm, "casts_before_products", lambda: casts)
     inputs = [draw(3, 19, heads, 16).transpose(1, 2) for heads in (4, key_heads, key_heads)]
+    inputs[0] = (inputs[0] * size).bfloat16().double()
 
     def plain(query, key, value):
         key, value = (x.repeat_interleave(4 // key_heads, dim=1) for x in (key, value))
@@ -145,10 +152,13 @@ def test_attention_has_the_gradients_of_the_plain_formula(monkeypatch, draw, is_
     assert_same(found, results(plain, *inputs), 6e-3)  # bfloat16 holds three digits
 
 
-def test_attention_of_its_own_is_for_whole_short_rows_in_training():
+@pytest.mark.parametrize(("casts", "longest"), [(True, 2048), (False, 256)])
+def test_attention_of_its_own_is_for_whole_rows_in_training(monkeypatch, casts, longest):
+    monkeypatch.setattr(attention_bm, "casts_before_products", lambda: casts)
     x = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16, requires_grad=True)
-    long = torch.randn(1, 2, 257, 16, dtype=torch.bfloat16, requires_grad=True)
+    long = torch.randn(1, 2, longest + 1, 16, dtype=torch.bfloat16, requires_grad=True)
     assert fits_cpu_attention(x, x, x, None, 0.0)
+    assert fits_cpu_attention(*3 * [long[:, :, 1:]], None, 0.0)
     assert not fits_cpu_attention(x, x, x, torch.ones(1, 1, 8, 8), 0.0)
     assert not fits_cpu_attention(x, x, x, None, 0.1)
     assert not fits_cpu_attention(x[:, :, :1], x, x, None, 0.0)
