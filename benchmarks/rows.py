@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "tokenizers")
-COLUMNS = ("work", "ours", "peer", "ratio (least to most)", "target", "reached", "note")
+COLUMNS = ("work", "ours", "peer", "ratio (least to most; turns)", "target", "reached", "note")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Line:
     peer_name: str = ""
     target: Target | None = None
     mfu: float | None = None  # of ours
-    note: str = ""  # what a reader has to know: fewer turns, a run that did not get there, why it was not run
+    note: str = ""  # what a reader has to know: a run that did not get there, why it was not run
     did_not_get_there: bool = False  # ours missed what the time is measured to
 
     @property
@@ -126,7 +126,7 @@ def number(value: float) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    return f"{number(statistics.median(values))} ({number(min(values))} to {number(max(values))})"
+    return f"{number(statistics.median(values))} ({number(min(values))} to {number(max(values))}; {len(values)})"
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -340,7 +340,7 @@ def show(found: Mapping[str, Sequence[Line]], settings: Settings) -> dict[str, A
     facts = record(found, settings)
     print(f"{hardware_line(facts['machine'])}\n{', '.join(f'{name} {of}' for name, of in facts['versions'].items())}")
     remark = "; quick: no figures to quote" if settings.quick else ""
-    print(f"{settings.turns} turns where a note says nothing else, {settings.clock} seconds{remark}\n\n{table(found)}")
+    print(f"{settings.clock} seconds{remark}\n\n{table(found)}")
     return facts
 
 

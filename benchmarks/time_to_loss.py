@@ -71,7 +71,7 @@ def lm_pretrain(settings: Settings) -> Line:
     turns = min(FEW, settings.turns)
     laps = turns_of(contestants, replace(settings, repeats=turns))
     line = training_line("make pretrain, training", laps, "peer", f"commit {BEFORE[:7]}", 0.5, goal=3.72)
-    return replace(line, note=f"turns: {turns}, as one takes minutes{'; ' if line.note else ''}{line.note}")
+    return replace(line, note=f"few turns, as one takes minutes{'; ' if line.note else ''}{line.note}")
 
 
 @row

@@ -36,6 +36,7 @@ class CPUAttention(torch.autograd.Function):
     """query (B, H, L, d), key, value (B, G, L, d) -> (B, H, L, d)."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # which would round scores
     def forward(ctx, query, key, value, is_causal: bool, scaling: float) -> torch.Tensor:
         attend = attended if casts_before_products() else attended_by_torch
         output, log_sums = attend(query, key, value, is_causal, scaling)
@@ -45,6 +46,7 @@ class CPUAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, of_output):
         query, key, value, log_sums = ctx.saved_tensors
         found = tuple(torch.empty_like(x) for x in (query, key, value))  # in memory like them: (B, L, H, d)

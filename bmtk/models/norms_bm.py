@@ -41,6 +41,7 @@ class RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, of_output):
         return *gradients_of_norm(*ctx.saved_tensors, of_output, ctx.needs_input_grad), None, None
 

@@ -152,6 +152,25 @@ def test_attention_is_that_of_the_plain_formula(monkeypatch, draw, is_causal, ke
     assert_same(found, results(plain, *inputs), 6e-3)  # bfloat16 holds three digits
 
 
+@pytest.mark.parametrize("casts", [True, False])
+def test_autocast_rounds_no_scores_of_attention(monkeypatch, draw, casts):
+    monkeypatch.setattr(attention_bm, "casts_before_products", lambda: casts)
+    inputs = [draw(2, 4, 9, 16).bfloat16() for _ in range(3)]
+    expected = results(lambda *x: CPUAttention.apply(*x, True, 0.25), *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(lambda *x: CPUAttention.apply(*x, True, 0.25), *inputs)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_autocast_rounds_no_gradients_of_the_norm(draw):
+    norm, x, gradients = BmRMSNorm(16, eps=1e-3), draw(3, 5, 16).float().requires_grad_(), draw(3, 5, 16).float()
+    norm(x).backward(gradients)
+    expected, x.grad = x.grad, None
+    with torch.autocast("cpu", torch.bfloat16):
+        norm(x).backward(gradients)
+    assert torch.equal(x.grad, expected)
+
+
 @pytest.mark.parametrize(("casts", "longest"), [(True, 2048), (False, 256)])
 def test_attention_of_its_own_is_for_whole_rows_in_training(monkeypatch, casts, longest):
     monkeypatch.setattr(attention_bm, "casts_before_products", lambda: casts)
