@@ -19,7 +19,7 @@ def test_a_ratio_is_of_one_turn_and_the_median_of_all_keeps_the_target():
     assert not Line("work", "s", line.ours, line.peer, target=at_most(1.9)).is_reached
     assert Line("work", "s", line.ours, line.peer, target=at_least(2.0)).is_reached
     assert not Line("work", "s", line.ours, line.peer, target=at_least(2.1)).is_reached
-    assert "2 (0.5 to 3)" in line.cells()
+    assert "2 (0.5 to 3; 3)" in line.cells()
 
 
 def test_without_a_peer_the_value_itself_keeps_the_target():
