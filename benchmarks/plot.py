@@ -35,7 +35,7 @@ def draw(found: Mapping[str, Sequence[Line]], path: Path, *, title: str) -> None
     axes.set_yticks(range(len(lines)), [label(line) for line in lines], fontsize=8)
     axes.set_ylim(-0.7, len(lines) - 0.3)
     axes.set_xlabel(
-        "ours / peer, of the same turn: median (least to most; turns); triangles: targets, pointing to where they hold",
+        "ours / peer of a turn: median (least to most; turns); triangles are targets and point to where they hold",
         fontsize=8,
     )
     axes.xaxis.set_major_formatter("{x:g}")
