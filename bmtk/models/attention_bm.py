@@ -15,8 +15,7 @@ from .products_bm import LOG2_E, casts_before_products, float32_products_of_bflo
 
 BLOCK = 2**20  # scores at a time: 4 MB in float32, which fits into the caches of two cores
 QUERIES = 128  # at a time in long rows: if attention is causal, keys in the future of all of them are left out
-LONGEST, LONGEST_WITH_AMX = 2048, 256  # positions; torch is as fast beyond
-NO_SUMMAND = torch.zeros(())
+LONGEST, LONGEST_ELSEWHERE = 2048, 256  # positions; torch is as fast beyond; elsewhere: its forward attends
 Block = tuple[slice, slice]  # rows, and heads of them
 
 
@@ -28,8 +27,8 @@ def fits_cpu_attention(query, key, value, attention_mask, dropout: float) -> boo
     if not (is_eager_on_cpu(*tensors) and any(x.requires_grad for x in tensors)):
         return False
     is_bfloat16 = all(x.dtype == torch.bfloat16 for x in tensors)
-    longest = LONGEST if casts_before_products() else LONGEST_WITH_AMX
-    return is_bfloat16 and query.shape[2] == key.shape[2] <= longest
+    longest = LONGEST if casts_before_products() else LONGEST_ELSEWHERE
+    return is_bfloat16 and 0 < query.shape[2] == key.shape[2] <= longest
 
 
 class CPUAttention(torch.autograd.Function):
@@ -161,7 +160,7 @@ def scores_of(query, key, future, scaling: float) -> torch.Tensor:
 def scaled_product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """a (N, l, d), b (N, s, d) -> (N, l, s)."""
     b = b.contiguous()  # else torch makes a copy that is turned
-    return torch.baddbmm(NO_SUMMAND, a, b.mT, beta=0, alpha=scaling)
+    return torch.baddbmm(a.new_zeros(()), a, b.mT, beta=0, alpha=scaling)  # 0: of no summand
 
 
 def turned_product(scores: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:

@@ -181,6 +181,7 @@ def test_attention_of_its_own_is_for_whole_rows_in_training(monkeypatch, casts, 
     assert not fits_cpu_attention(x, x, x, torch.ones(1, 1, 8, 8), 0.0)
     assert not fits_cpu_attention(x, x, x, None, 0.1)
     assert not fits_cpu_attention(x[:, :, :1], x, x, None, 0.0)
+    assert not fits_cpu_attention(*3 * [x[:, :, :0]], None, 0.0)
     assert not fits_cpu_attention(x.float(), x.float(), x.float(), None, 0.0)
     assert not fits_cpu_attention(long, long, long, None, 0.0)
     with torch.no_grad():
