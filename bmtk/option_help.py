@@ -152,4 +152,4 @@ def shown_default(default: object) -> str:
         return f"{default:g}"
     if isinstance(default, list | tuple):
         return " ".join(map(shown_default, default))
-    return str(default)
+    return f"'{default}'" if isinstance(default, str) and not default.strip() else str(default)

@@ -403,6 +403,13 @@ def test_help_with_a_group_shows_that_group_alone(help_of):
     assert not {"learning_rate", "hidden_size", "adapter"} & options.keys()
 
 
+def test_a_default_of_blanks_is_seen(help_of):
+    assert (
+        "(default: ' ')"
+        in help_by_option(help_of("finetune", "data", "--task", "token_classification"))["word_separator"]
+    )
+
+
 def test_the_fields_that_two_groups_share_stay_in_their_groups(help_of):
     assert "--help GROUP shows one group: run, data, training, adapter, search, architecture.\n" in help_of("finetune")
 

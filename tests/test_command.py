@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import bmtk_cli
 from bmtk.errors import UserError
@@ -34,6 +36,17 @@ def test_a_fault_of_ours_keeps_its_traceback(error, tmp_path, capsys, monkeypatc
     assert "in fails" in written
     assert "This is a fault of bmtk" in written
     assert "transformers" in written.splitlines()[-2]
+
+
+def test_info_counts_parameters_and_not_what_else_is_saved_with_them(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bm_cnn"}))
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    layer.register_buffer("spelling", torch.zeros(7, 2, dtype=torch.int32))
+    save_file(layer.state_dict(), tmp_path / "model.safetensors")
+    assert bmtk_cli.main(["info", str(tmp_path)]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["parameters"] == str(sum(parameter.numel() for parameter in layer.parameters()))
+    assert lines["stored"].split() == ["as", "F32"]
 
 
 def test_info_is_in_two_columns_whatever_the_names_are(tmp_path, capsys):

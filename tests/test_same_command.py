@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -157,12 +158,13 @@ def test_overwriting_deletes_no_input(key, tmp_path, monkeypatch):
 
 
 @RUNS
-def test_a_run_that_has_used_its_time_goes_on_to_the_very_same_weights(make, run, tmp_path, monkeypatch):
+def test_a_run_that_has_used_its_time_goes_on_to_the_very_same_weights(make, run, tmp_path, caplog):
     data = make(tmp_path / "data")
     whole, out = run(data, tmp_path / "whole"), tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
         run(data, out, "--max_minutes", "0.001")
     assert stopped.value.code == 124
+    assert re.search(r"stopped after step 1 of \d: saved; run the same command again to resume", caplog.text)
     assert len(list((out / "checkpoints").iterdir())) == 1
     assert not (out / "run.json").exists()
     run(data, out)

@@ -226,10 +226,12 @@ def scaling_of(
     Of the observed values in all (series, first, last).  The error is the scale of MASE (Hyndman & Koehler 2006); 0:
     unknown.
 
-    Raises: UserError for a column without numbers.
+    Raises: UserError for a column without numbers, or no row at all.
     """
     parts = [series.values[first:last] for series, first, last in ranges]
     values = np.concatenate(parts)
+    if not len(values):
+        raise UserError("the train rows: 0 rows are too few; give this part more rows (split_rows), or a longer table")
     if empty := [name for name, column in zip(columns, values.T, strict=True) if np.isnan(column).all()]:
         raise UserError(f"no training row has a number in {', '.join(empty)}; leave it out of target_columns")
     errors = np.concatenate([np.abs(part[season:] - part[:-season]) for part in parts])
@@ -239,6 +241,13 @@ def scaling_of(
         "std": np.where(std > 0, std, 1.0).tolist(),
         "seasonal_error": (np.nansum(errors, axis=0) / np.maximum((~np.isnan(errors)).sum(0), 1)).tolist(),
     }
+
+
+def constant_columns(ranges: Sequence[tuple[Series, int, int]], columns: Sequence[str]) -> list[str]:
+    """The columns whose observed values in all (series, first, last) are the same."""
+    values = np.concatenate([series.values[first:last] for series, first, last in ranges])
+    lows, highs = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+    return [name for name, low, high in zip(columns, lows, highs, strict=True) if low == high]
 
 
 def shared_steps(one: Sequence[tuple[Series, int, int]], others: Sequence[tuple[Series, int, int]]) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+ROUNDING = 1e-6  # of a value's size, by which one of 0 differs from it after standardising in float32
+
 
 def column_errors(forecast: np.ndarray, truth: np.ndarray, scaling: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Each (C,): squared and absolute errors, of standardised values and in units of the data; MASE.
@@ -49,15 +51,18 @@ def quantile_scores(
     """Pinball loss of `quantiles` (W, H, C, Q) and how often the truth lies within the outermost two.
 
     quantile_loss: mean over values and levels, standardised.  weighted_quantile_loss: in units of the data, twice the
-    sum over the sum of absolute values, mean over levels (Salinas et al. 2017, arXiv:1704.04110, section 4).
+    sum over the sum of absolute values, mean over levels (Salinas et al. 2017, arXiv:1704.04110, section 4); over the
+    number of values where all of them are 0.
     """
     std, mean = np.array(scaling["std"]), np.array(scaling["mean"])
     error, q = truth[..., None] - quantiles.astype(np.float64), np.array(levels)
     pinball = np.maximum(q * error, (q - 1) * error)
-    total = np.nansum(np.abs(truth * std + mean))
+    total, count = np.nansum(np.abs(truth * std + mean)), (~np.isnan(truth)).sum()
+    if total <= ROUNDING * count * (np.abs(mean) + std).mean():
+        total = count
     inside = (truth >= quantiles.min(-1)) & (truth <= quantiles.max(-1))
     return {
         "quantile_loss": float(np.nanmean(pinball)),
-        "weighted_quantile_loss": float(2 * np.nansum(pinball * std[:, None]) / len(q) / max(total, 1e-12)),
+        "weighted_quantile_loss": float(2 * np.nansum(pinball * std[:, None]) / len(q) / total),
         "coverage": float(inside[~np.isnan(truth)].mean()),
     }

@@ -89,8 +89,8 @@ class BmImageProcessor(PilBackend):
 
         An annotation is COCO's: {"image_id", "annotations": [{"bbox": [left, top, width, height] in pixels,
         "category_id", "iscrowd"}]}; the pixels of an image that was resized before are those of its "boxes_size"
-        (height, width).  A label is {"class_labels": (N,), "boxes": (N, 4)}, boxes as (centre x, centre y, width,
-        height) as fractions of the image size; crowds and empty boxes are omitted.
+        (height, width), if it has one.  A label is {"class_labels": (N,), "boxes": (N, 4)}, boxes as (centre x,
+        centre y, width, height) as fractions of the image size; crowds and empty boxes are omitted.
         """
         annotations = [annotations] if isinstance(annotations, dict) else annotations
         return super().preprocess(images, annotations, **kwargs)
@@ -103,8 +103,7 @@ class BmImageProcessor(PilBackend):
             raise ValueError(f"{len(images)} images came with {len(annotations)} annotations; pass one for each")
         if kwargs.get("do_center_crop") or kwargs.get("do_pad"):
             raise ValueError("do_center_crop and do_pad would move boxes; with annotations set both to False")
-        sizes = [a.get("boxes_size", image.shape[-2:]) for a, image in zip(annotations, images, strict=True)]
-        labels = [label_of(a, *size) for a, size in zip(annotations, sizes, strict=True)]
+        labels = [label_of(a, *boxes_size(a, image)) for a, image in zip(annotations, images, strict=True)]
         features["labels"] = [BatchFeature(label, tensor_type=kwargs.get("return_tensors")) for label in labels]
         return features
 
@@ -181,6 +180,17 @@ def best_boxes(scores, boxes, threshold: float, nms_threshold: float, max_detect
     limits = {"iou_threshold": nms_threshold, "limit": max_detections}
     kept = non_maximum_suppression(boxes[location], best, label, **limits)
     return {"scores": best[kept], "labels": label[kept], "boxes": boxes[location[kept]]}
+
+
+def boxes_size(annotation: dict, image: np.ndarray) -> tuple[int, int]:
+    """The (height, width) that boxes are in pixels of; for None, which tables fill in, the image's own."""
+    size = annotation.get("boxes_size")
+    height, width = image.shape[-2:] if size is None else size
+    if not (height > 0 and width > 0):
+        raise ValueError(
+            f"boxes_size={size} of an annotation is no size; give (height, width) in pixels, or leave it out"
+        )
+    return height, width
 
 
 def label_of(annotation: dict, height: int, width: int) -> dict[str, np.ndarray]:

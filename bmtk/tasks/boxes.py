@@ -43,10 +43,19 @@ def _objects(value: Any, place: str, names: Sequence[str] | None) -> Objects:
     if len(boxes) != len(labels):
         raise UserError(f"{place} has {len(boxes)} bbox and {len(labels)} {kinds}; give one for each object")
     for box in boxes:
-        if not isinstance(box, list | tuple) or len(box) != 4 or None in box:
+        if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(_is_number, box)):
             raise UserError(f"{place} has the bbox {box}; give {FORMATS['ltwh']}")
     named = [label_name(label, names if kinds == "category" else None, f"{kinds} of {place}") for label in labels]
     return np.array(boxes, dtype=float).reshape(-1, 4), named
+
+
+def _is_number(side: Any) -> bool:
+    """Also a number as text, which a column holds where another row has a text."""
+    try:
+        float(side)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _names_of_type(kind: Any) -> list[str] | None:

@@ -94,6 +94,7 @@ class CorpusData(TaskData):
     @property
     def config_fields(self) -> dict[str, object]:
         return {
+            "input_type": "tokens",
             "vocab_size": len(self.tokenizer),
             "max_position_embeddings": self.args.longest_row,
             "bos_token_id": self.tokenizer.bos_token_id,

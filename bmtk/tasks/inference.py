@@ -40,7 +40,8 @@ class PredictionFile:
     A CSV file has the columns of all rows: its lines are kept in a temporary file until the last is known.
     Opened as a context: what an error leaves unfinished is removed, and a former file stays as it was.
 
-    Raises: UserError for another kind of file, FileNotFoundError if its folder does not exist.
+    Raises: UserError for another kind of file or one that cannot be written, FileNotFoundError if its folder does not
+    exist.
     """
 
     def __init__(self, path: str, *, spreadsheet_safe: bool = False):
@@ -59,7 +60,11 @@ class PredictionFile:
 
     def __enter__(self) -> "PredictionFile":
         beside = self.opened.enter_context(replacing(self.path))
-        self.file = self.opened.enter_context(beside.open("w", encoding="utf-8", newline=""))
+        try:
+            self.file = self.opened.enter_context(beside.open("w", encoding="utf-8", newline=""))
+        except OSError as error:
+            place = f"output={str(self.path)!r} cannot be written ({error.strerror})"
+            raise UserError(f"{place}; choose a file that you may write") from error
         self.lines = self.file
         if self.suffix == ".csv":
             self.lines = self.opened.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n"))

@@ -25,6 +25,7 @@ from .task import Prediction
 TOP = 5  # labels that count as a hit of top5_accuracy
 SHOWN = 10  # labels of a note
 NOTHING = "nothing"
+FAR = 20.0  # from 0, for targets: a head learns an offset by its learning rate in a step
 ERRORS: dict[str, Any] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}  # losses of numbers
 
 
@@ -367,7 +368,10 @@ class Numbers(LabelType):
         low, high, mean, spread = min(values), max(values), np.mean(values), np.std(values)
         if low == high:
             raise UserError(f"label_column={self.args.label_column!r} holds {low:g} in all training rows")
-        return f"training targets: {low:.4g} to {high:.4g}, mean {mean:.4g}, standard deviation {spread:.4g}"
+        told = f"training targets: {low:.4g} to {high:.4g}, mean {mean:.4g}, standard deviation {spread:.4g}"
+        if max(abs(mean), spread) <= FAR:
+            return told
+        return f"{told}; a new head starts at 0 and may not come this far: subtract the mean, divide by the deviation"
 
     def targets(self, values: Sequence[float], ids: Mapping[str, int]) -> list[float]:
         return list(values)

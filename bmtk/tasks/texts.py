@@ -60,7 +60,7 @@ class TextData(TaskData):
     @property
     def config_fields(self) -> dict[str, object]:
         ends = {"bos_token_id": self.tokenizer.bos_token_id, "eos_token_id": self.tokenizer.eos_token_id}
-        return {**super().config_fields, "vocab_size": len(self.tokenizer), **ends}
+        return {**super().config_fields, "input_type": "tokens", "vocab_size": len(self.tokenizer), **ends}
 
     def keep_rows_with_text(self, rows: Dataset, texts: Iterable[str | None], *, option: str, where: str) -> Dataset:
         """`rows` without those whose text is missing or blank; a note counts them.  Raises: UserError if all are."""
@@ -97,6 +97,8 @@ class TextObjective(Objective):
     def __init__(self, data: TextData, config: PreTrainedConfig, *, labels: Sequence[str] = ()):
         super().__init__(data, config, labels=labels)
         self.tokenizer, of_texts = data.tokenizer, self.text_config
+        if (kind := getattr(of_texts, "input_type", "tokens")) != "tokens":
+            raise UserError(f"a {of_texts.model_type} of input_type={kind!r} reads no texts; it needs 'tokens'")
         if of_texts.pad_token_id is None:  # several models find a text's last token by it
             of_texts.pad_token_id = self.tokenizer.pad_token_id
         if len(self.tokenizer) > of_texts.vocab_size:

@@ -19,7 +19,7 @@ from scipy.special import stdtrit
 from transformers import AutoModelForTimeSeriesPrediction, PreTrainedConfig
 
 from bmtk.data.labels import some
-from bmtk.data.series import CALENDAR, numeric_columns, scaling_of, times_after, usual_season
+from bmtk.data.series import CALENDAR, constant_columns, numeric_columns, scaling_of, times_after, usual_season
 from bmtk.data.tables import one_table
 from bmtk.data.windows import ChangedWindows, Windows, windows_of
 from bmtk.errors import UserError
@@ -147,12 +147,15 @@ class TimeSeriesForecastingObjective(Objective):
         ranges = tables.ranges(table, "train")
         season = args.season or usual_season(ranges[0][0].times)
         tables.note_unused_rows(table)
+        scaling = scaling_of(ranges, season, tables.columns)
+        if constant := constant_columns(ranges, tables.columns):
+            self.notes.append(f"the same value in all training rows, of which nothing is learned: {some(constant)}")
         return {
             "columns": list(tables.columns),
             "time_features": list(features or ()),
             "season": season,
             **tables.known,
-            **scaling_of(ranges, season, tables.columns),
+            **scaling,
         }
 
     def _check_inputs(self) -> None:

@@ -4,6 +4,7 @@ So it is quick for a model of any size, and imports no library that takes second
 """
 
 import json
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ def describe(directory: str | Path) -> str:
     if not holders:
         raise UserError(f"{directory} holds neither config.json nor adapter_config.json")
     config = read_json(holders[0])
-    tensors = [tensor for path in directory.glob("*.safetensors") for tensor in read_header(path)]
+    tensors = {name: facts for path in directory.glob("*.safetensors") for name, facts in read_header(path).items()}
     rows = {
         "model": ", ".join(config.get("architectures") or [config.get("peft_type", "unknown")]),
         "model type": config.get("model_type"),
         "base model": config.get("base_model_name_or_path"),
-        "parameters": f"{sum(prod(tensor['shape']) for tensor in tensors):,}",
-        "stored as": ", ".join(sorted({tensor["dtype"] for tensor in tensors})) or "no safetensors file here",
+        "parameters": f"{sum(prod(facts['shape']) for facts in learned(tensors)):,}",
+        "stored as": ", ".join(sorted({facts["dtype"] for facts in learned(tensors)})) or "no safetensors file here",
         "own code": code_files(directory),
     }
     run = directory / "run.json"
@@ -59,8 +60,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_header(path: Path) -> list[dict[str, Any]]:
-    """The tensors in the header of a safetensors file: dtype, shape, offsets."""
+def learned(tensors: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameters; not the statistics of batch norm, nor tables of whole numbers, which are saved with them."""
+    return [
+        facts
+        for name, facts in tensors.items()
+        if facts["dtype"] not in ("I32", "I64") and not name.endswith((".running_mean", ".running_var"))
+    ]
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The tensors in the header of a safetensors file, by name: dtype, shape, offsets."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return [tensor for name, tensor in header.items() if name != "__metadata__"]
+    return {name: facts for name, facts in header.items() if name != "__metadata__"}

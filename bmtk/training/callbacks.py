@@ -11,7 +11,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from .averaging import WeightAverage
 from .history import History
 from .progress import Bar, evaluation_line
-from .signals import Stopped, StopRequest
+from .signals import StopRequest, stopped
 
 PREFIXES = {"eval_": "validation/", "validation_": "validation/", "test_": "test/"}
 NOT_RECORDED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -179,7 +179,7 @@ class StopOnRequest(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_due:
-            raise Stopped(self.request.exit_code)
+            raise stopped(self.request, state.global_step, state.max_steps)
 
     def _any_process_was_asked(self, args: TrainingArguments) -> bool:
         asked = bool(self.request)

@@ -4,7 +4,6 @@ It knows no task: it sees a model whose loss is a sum divided by a count, batche
 optimizer, a schedule and an accelerator.
 """
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -24,13 +23,11 @@ from .progress import Bar
 from .protocols import TrainBatches
 from .rollback import data_step
 from .run_log import Hooks, RunLog
-from .signals import Stopped, StopRequest, deferred_signals
+from .signals import StopRequest, deferred_signals, stopped
 from .spikes import SpikeDetector
 from .tbptt import TBPTTState, tbptt_state
 from .throughput import Meter
 from .updates import Losses, Update, Updater
-
-logger = logging.getLogger(__name__)
 
 
 def train(
@@ -128,7 +125,7 @@ def _after_step(run: RunLog, update: Update, vote: StopVote, bar: Bar, *, learni
     if vote.says_stop(update):
         run.save()
         run.hooks.saver.finish()
-        raise _stopped(vote.request, run.state, run.total, saved=run.hooks.save is not None)
+        raise stopped(vote.request, run.state.step, run.total, saved=run.hooks.save is not None)
     run.evaluate_if_due()
     if run.must_save:
         run.save()
@@ -168,9 +165,3 @@ def _averaged(hooks: Hooks, prepared: Prepared) -> Hooks:
     if not average or not hooks.evaluate:
         return hooks
     return replace(hooks, evaluate=average.applied()(hooks.evaluate))
-
-
-def _stopped(request: StopRequest, state: TrainState, total: int, *, saved: bool) -> Stopped:
-    remedy = "saved; run the same command again to resume" if saved else "nothing was saved, as this run saves nothing"
-    logger.warning("stopped after step %d of %d: %s", state.step, total, remedy)
-    return Stopped(request.exit_code)

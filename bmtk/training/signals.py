@@ -59,6 +59,13 @@ class StopRequest:
         return TIME_IS_OVER
 
 
+def stopped(request: StopRequest, step: int, total: int, *, saved: bool = True) -> Stopped:
+    """What ends a run that was asked to stop, after a line that says how to go on."""
+    remedy = "saved; run the same command again to resume" if saved else "nothing was saved, as this run saves nothing"
+    logger.warning("stopped after step %d of %d: %s", step, total, remedy)
+    return Stopped(request.exit_code)
+
+
 @contextmanager
 def deferred_signals(
     *,

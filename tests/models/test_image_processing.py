@@ -80,6 +80,17 @@ def test_boxes_become_centres_and_sizes_in_parts_of_the_image(picture):
     assert (tuple(empty["boxes"].shape), tuple(empty["class_labels"].shape)) == ((0, 4), (0,))
 
 
+def test_boxes_size_may_be_stated_for_some_images_alone(picture):
+    objects, processor = [{"bbox": [3, 5, 6, 10], "category_id": 0}], BmImageProcessor.for_config(BmCnnConfig(**TINY))
+    stated = [{}, {"boxes_size": (40, 60)}, {"boxes_size": None}]  # None: as tables fill in what a row has not
+    annotations = [{"image_id": 0, "annotations": objects, **size} for size in stated]
+    found = processor([picture] * 3, annotations=annotations, return_tensors="pt")["labels"]
+    assert [label["orig_size"].tolist() for label in found] == [[20, 30], [40, 60], [20, 30]]
+    assert [label["boxes"][0, 3].item() for label in found] == [0.5, 0.25, 0.5]
+    with pytest.raises(ValueError, match=r"boxes_size=\(0, 60\) of an annotation is no size; give \(height, width\)"):
+        processor([picture], annotations=[{**annotations[0], "boxes_size": (0, 60)}])
+
+
 @pytest.mark.parametrize(
     ("fields", "count", "message"),
     [

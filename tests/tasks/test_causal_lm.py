@@ -84,6 +84,11 @@ def test_samples_stay_within_the_positions_of_the_model(tmp_path, monkeypatch):
     assert "max_new_tokens=100)" in unlimited.next_command(tmp_path)
 
 
+def test_a_new_model_of_every_family_reads_tokens(tmp_path):
+    data = read(tmp_path, context_length=6)
+    assert {data.new_config(name, {}).input_type for name in ("bm_cnn", "bm_rnn", "bm_transformer")} == {"tokens"}
+
+
 def test_a_new_model_reads_the_longest_row(tmp_path):
     longer = read(tmp_path, context_length=4, eval_context_length=16)
     assert longer.config_fields["max_position_embeddings"] == 16

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from bmtk.errors import UserError
 from bmtk.tasks.inference import PredictionFile, beside_inputs, read_inputs, refuse_to_overwrite, shown
 from recipes import predict
 
@@ -32,6 +33,12 @@ def test_a_csv_of_unlike_rows_has_the_columns_of_all(tmp_path):
         ]
     written(tmp_path / "p.jsonl", rows)
     assert [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()] == rows
+
+
+def test_what_cannot_be_written_is_refused_by_its_own_name(tmp_path):
+    (tmp_path / "p.csv").mkdir()
+    with pytest.raises(UserError, match=r"output='.*/p\.csv' cannot be written \(Is a directory\); choose a file"):
+        written(tmp_path / "p.csv", [{"a": 1}])
 
 
 def test_an_error_leaves_the_former_file(tmp_path):

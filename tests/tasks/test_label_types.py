@@ -345,3 +345,13 @@ def test_a_run_of_numbers_learns_and_serves_the_pipeline(tmp_path, seed_argv):
     found = pipeline("text-classification", model=str(folder))(lines[0]["text"])[0]
     assert found["label"] == "stars"
     assert found["score"] == pytest.approx(float(lines[0]["prediction"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("labels", [[98.5, 100.5, 103], [-0.5, 1000, 3]])
+def test_numbers_far_from_0_are_noted_with_a_remedy(tmp_path, labels):
+    notes = "\n".join(bound(tmp_path, labels).notes)
+    assert "a new head starts at 0 and may not come this far: subtract the mean, divide by the deviation" in notes
+
+
+def test_numbers_about_0_are_noted_without_one(tmp_path):
+    assert "may not come this far" not in "\n".join(bound(tmp_path, [-0.5, 2.5, 5]).notes)

@@ -197,6 +197,11 @@ def test_boxes_without_area_in_their_image_are_left_out_counted_and_the_first_is
             r"of train row 1 has the bbox \[1, 1, 2\]; give \[left, top, width, height\] in pixels",
         ),
         (
+            {"bbox": [["1", "1", "2", "wide"]], "category": ["cat"]},
+            {},
+            r"of train row 1 has the bbox \['1', '1', '2', 'wide'\]; give \[left, top, width, height\] in pixels",
+        ),
+        (
             {"bbox": [[1, 1, 2, 2]], "category": [""]},
             {},
             r"category of objects_column='objects' of train row 1 is empty",

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from bmtk.data.number_rows import NumberBatch, NumberRows
 from bmtk.data.spelling import most_ngrams, spelled_tokens, spelling_table
 from bmtk.data.tokenizers import train_tokenizer
+from bmtk.errors import UserError
 from bmtk.metrics.labels import scores_by_label
 from bmtk.models.configuration_bm_cnn import BmCnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
@@ -520,3 +521,17 @@ def test_lists_are_several_labels_but_no_text(tmp_path):
         ValueError, match=r"label_column='words' of train row 1 holds \['a', 'b'\], and a label is one"
     ):
         TASK.read(SequenceClassificationArguments(**files, **columns))
+
+
+def test_a_new_model_of_every_family_reads_tokens(tmp_path):
+    data = read_data(tmp_path)
+    config = data.new_config("bm_cnn", {"hidden_size": 8, "num_hidden_layers": 1})
+    assert config.input_type == "tokens"  # a bm_cnn's own default is pixels
+    model = AutoModelForSequenceClassification.from_config(data.bind(config).config)
+    assert model(torch.tensor([[5, 6]])).logits.shape == (1, 2)
+
+
+def test_a_model_of_another_input_is_refused_by_name(tmp_path):
+    data = read_data(tmp_path)
+    with pytest.raises(UserError, match="a bm_cnn of input_type='pixels' reads no texts; it needs 'tokens'"):
+        data.bind(data.new_config("bm_cnn", {"input_type": "pixels"}))

@@ -466,6 +466,25 @@ def test_quantile_scores_are_their_formulas():
     )
 
 
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_the_weighted_quantile_loss_of_zeros_is_by_their_number(mean):
+    scaling, levels = {"mean": [mean], "std": [3.0]}, [0.5]
+    truth = np.full((2, 4, 1), -mean / 3.0, dtype=np.float32)  # 0 before it was standardised, and rounded here
+    found = quantile_scores(truth[..., None] + np.float32(1), levels, truth, scaling)
+    assert found["weighted_quantile_loss"] == pytest.approx(2 * 0.5 * 1 * 3, rel=1e-3)
+
+
+def test_a_column_of_one_value_is_noted(tmp_path):
+    values = [[row[0], 7.0, 7.0 + (place > 40)] for place, row in enumerate(numbers().tolist())]
+    objective = bind(read(write(tmp_path / "x.csv", values)))
+    assert "the same value in all training rows, of which nothing is learned: 'b', 'c'" in objective.notes
+
+
+def test_a_part_without_a_row_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"the train rows: 0 rows are too few; give this part more rows"):
+        bind(read(write(tmp_path / "x.csv", numbers()[:1]), split_rows=[0.4, 0.3, 0.3]))
+
+
 @torch.no_grad()
 def test_a_student_t_gives_its_quantiles(tmp_path):
     objective = bind(read(write(tmp_path / "x.csv", numbers())), series_loss="student_t", quantiles=[0.05, 0.5, 0.8])
