@@ -368,10 +368,10 @@ class Numbers(LabelType):
         low, high, mean, spread = min(values), max(values), np.mean(values), np.std(values)
         if low == high:
             raise UserError(f"label_column={self.args.label_column!r} holds {low:g} in all training rows")
-        told = f"training targets: {low:.4g} to {high:.4g}, mean {mean:.4g}, standard deviation {spread:.4g}"
+        note = f"training targets: {low:.4g} to {high:.4g}, mean {mean:.4g}, standard deviation {spread:.4g}"
         if max(abs(mean), spread) <= FAR:
-            return told
-        return f"{told}; a new head starts at 0 and may not come this far: subtract the mean, divide by the deviation"
+            return note
+        return f"{note}; a new head starts at 0 and may not come this far: subtract the mean, divide by the deviation"
 
     def targets(self, values: Sequence[float], ids: Mapping[str, int]) -> list[float]:
         return list(values)
