@@ -10,15 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .epoch_dataset import EpochDataset
 from .packing import IGNORE_INDEX, PackedRows
+from .row_draws import row_draws
 from .rows import Indices
 
 BLANKS = ("\u0120", "\u2581")  # how byte-level and SentencePiece tokenizers write the blank that a token begins with
 MASKED, RANDOM = 0.8, 0.1  # shares of the hidden tokens that become the mask token, and any other; the rest stays
-
-
-def draws(seed: int, epoch: int, row: int) -> np.random.Generator:
-    """The random numbers of one row in one epoch."""
-    return np.random.default_rng((seed, int(epoch), int(row)))
 
 
 class MaskedTokens(EpochDataset):
@@ -58,7 +54,7 @@ class MaskedTokens(EpochDataset):
         ids = batch["input_ids"].numpy().copy()
         labels = np.full_like(ids, IGNORE_INDEX)
         for i, (row, epoch) in enumerate(zip(indices, epochs, strict=True)):
-            draw = draws(self.seed, epoch, row)
+            draw = row_draws(self.seed, epoch, row)
             hidden = self._hidden(ids[i], draw)
             labels[i, hidden] = ids[i, hidden]  # before the ids are overwritten
             ids[i, hidden] = self._shown_instead(ids[i, hidden], draw)

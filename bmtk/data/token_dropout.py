@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from .epoch_dataset import EpochDataset
 from .number_rows import NumberBatch, NumberLists, NumberRows
+from .row_draws import draws_of_rows
 
 
 @dataclass
@@ -52,7 +53,7 @@ class TokenDropout(EpochDataset):
 
     def _hidden(self, ids: NumberLists, indices: Sequence[int]) -> NumberLists:
         """The `ids` of the rows `indices`, with some hidden."""
-        pairs = zip(indices, ids.lengths.tolist(), strict=True)
-        draws = [np.random.default_rng([self.seed, self.epoch, row]).random(length) for row, length in pairs]
+        draws_and_lengths = zip(draws_of_rows(self.seed, self.epoch, indices), ids.lengths.tolist(), strict=True)
+        draws = [draw.random(length) for draw, length in draws_and_lengths]
         hides = (np.concatenate(draws or [np.zeros(0)]) < self.share) & ~np.isin(ids.numbers, self.kept_ids)
         return NumberLists(np.where(hides, self.hidden, ids.numbers), ids.lengths)

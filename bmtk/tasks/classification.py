@@ -128,7 +128,8 @@ class LabelSet:
         # In float32: under bf16 autocast a log-softmax over rounded logits loses digits that the gradient needs.
         readers = outputs.get("reader_logits") or (outputs["logits"],)
         loss_of = partial(self.kind.criterion, label_smoothing=label_smoothing)
-        return torch.stack([loss_of(logits.float(), batch["labels"]) for logits in readers]).mean(0)
+        losses = [loss_of(logits.float(), batch["labels"]) for logits in readers]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
 
 
 def labels_of(config: Any, auto_class: str) -> list[str]:

@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from bmtk.data.columns import with_columns
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.image_transforms import BatchTransform, apply_batch_transform, draw_batch_transform
-from bmtk.data.masking import draws
+from bmtk.data.row_draws import row_draws
 from bmtk.data.tables import as_text, check_column
 from bmtk.errors import UserError
 from bmtk.metrics.retrieval import retrieval_scores
@@ -343,7 +343,7 @@ class Pairs(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
         texts, changes = self.tokens[row], {}
         text = texts[0]
         if self.seed is not None:
-            draw = draws(self.seed, self.epoch, row)
+            draw = row_draws(self.seed, self.epoch, row)
             text = texts[draw.integers(len(texts))]
             if self.strength:
                 changes["changes"] = draw_batch_transform(self.strength, draw)

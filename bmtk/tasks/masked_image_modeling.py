@@ -14,7 +14,8 @@ from datasets import Dataset
 from transformers import AutoModelForMaskedImageModeling, PreTrainedConfig
 
 from bmtk.data.epoch_dataset import EpochDataset
-from bmtk.data.masking import draws, hidden_cells
+from bmtk.data.masking import hidden_cells
+from bmtk.data.row_draws import row_draws
 from bmtk.errors import UserError
 from bmtk.settings import setting
 
@@ -185,7 +186,7 @@ class MaskedImages(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
         self.images.set_epoch(epoch)  # they are augmented, with other random numbers
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        (draw,) = draws(self.seed, self.epoch, row).spawn(1)
+        (draw,) = row_draws(self.seed, self.epoch, row).spawn(1)
         hidden = hidden_cells(self.num_cells, self.ratio, draw)
         marks = {"is_shown": row in self.shown} if self.shown else {}
         return {**self.images[row], "hidden": hidden, **marks}

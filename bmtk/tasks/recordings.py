@@ -1,8 +1,9 @@
 """What the tasks that read recordings share: a feature extractor, and recordings that are decoded when needed."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bmtk.data.audio_transforms import AudioAugmentationArguments, changed_sampl
 from bmtk.data.columns import with_columns
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.media import ON_CORRUPT, audio_seconds, decode_audio, media_column
+from bmtk.data.row_draws import draws_of_rows
 from bmtk.data.tables import check_column
 from bmtk.errors import UserError
 from bmtk.settings import fact, setting
@@ -204,18 +206,28 @@ class RecordingRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.recordings)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        others = {name: values[index] for name, values in self.others.items()}
-        return {**others, self.extractor.model_input_names[0]: self.features(index)}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        draws: Iterable[np.random.Generator | None] = repeat(None, len(indices))
+        if self.changes:
+            draws = draws_of_rows(self.seed, self.epoch, indices)
+        features = [self.features(index, draw) for index, draw in zip(indices, draws, strict=True)]
+        name = self.extractor.model_input_names[0]
+        return [
+            {**{key: values[index] for key, values in self.others.items()}, name: found}
+            for index, found in zip(indices, features, strict=True)
+        ]
 
     def recording(self, index: int) -> np.ndarray:
         """Samples (N,) as they are on disk, at the model's rate."""
         where = f"the recording of {self.where} row {index + 1}"
         return decode_audio(self.recordings[index]["audio"], where, sampling_rate=self.extractor.sampling_rate)
 
-    def features(self, index: int) -> np.ndarray:
-        """What the model reads: mostly frames (T, F)."""
-        changes, draw = self.changes, np.random.default_rng([self.seed, self.epoch, index])
-        if changes and changes.changes_samples:
+    def features(self, index: int, draw: np.random.Generator | None) -> np.ndarray:
+        """What the model reads: mostly frames (T, F); `draw` is None where nothing is changed."""
+        changes = self.changes
+        if draw and changes and changes.changes_samples:
             found = self._extracted(changed_samples(self.recording(index), self._rate, changes, draw))
         elif index in self.kept:
             found = self.kept[index]
@@ -223,7 +235,7 @@ class RecordingRows(EpochDataset, torch.utils.data.Dataset[dict[str, Any]]):
             found = self._extracted(self.recording(index))
             if self.kept_bytes + found.nbytes <= CACHED_BYTES:
                 self.kept[index], self.kept_bytes = found, self.kept_bytes + found.nbytes
-        if not changes or not changes.changes_frames:
+        if not draw or not changes or not changes.changes_frames:
             return found
         if found.ndim != 2:
             name = type(self.extractor).__name__

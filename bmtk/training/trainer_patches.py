@@ -123,7 +123,7 @@ class PatchedTrainer(LeanTrainer):
         )
         is_over = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
         if not is_over and kwargs["num_update_steps_per_epoch"]:
-            super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]
+            super()._run_epoch(**kwargs)
 
     def _without_left_out(self, epoch: int, steps: int, batches: int) -> dict[str, int]:
         """How many optimizer steps and batches an epoch of `steps` and `batches` has; its sampler leaves the rest out.

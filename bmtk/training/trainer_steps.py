@@ -3,8 +3,8 @@
 What is computed stays the same to the bit.  As in `trainer_patches`, each override says what is at fault.
 """
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,6 +23,15 @@ class OfModel(NamedTuple):
     model: torch.nn.Module
     modules: list[torch.nn.Module]
     parameters: list[torch.nn.Parameter]
+
+
+def drop_gradients(parameters: Sequence[torch.nn.Parameter], set_to_none: bool = True) -> None:
+    """What `Module.zero_grad` does."""
+    for parameter in parameters:
+        if parameter.grad is not None and set_to_none:
+            parameter.grad = None
+        elif parameter.grad is not None:
+            parameter.grad.detach_().zero_()
 
 
 class LeanTrainer(Trainer):
@@ -88,6 +97,18 @@ class LeanTrainer(Trainer):
         if not norm <= self.args.max_grad_norm:  # also where it is not a number
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
+
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
+        """Fault (torch 2.13): `zero_grad` walks through the model in every step."""
+        model: Any = kwargs["model"]
+        is_wrapped = model is not self.model
+        if not is_wrapped:
+            model.zero_grad = partial(drop_gradients, self.of_model.parameters)
+        try:
+            super()._run_epoch(**kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            if not is_wrapped:
+                del model.zero_grad
 
     @property
     def of_model(self) -> OfModel:

@@ -165,7 +165,7 @@ def test_from_pretraining_to_a_classifier(tmp_path, monkeypatch, seed_argv):
 def test_the_trainer_hides_other_cells_in_every_epoch(tmp_path, monkeypatch, training_seed, seed_argv):
     seen = set()
     monkeypatch.setattr(
-        "bmtk.tasks.masked_image_modeling.draws",
+        "bmtk.tasks.masked_image_modeling.row_draws",
         lambda seed, epoch, row: (seen.add((seed, epoch)), np.random.default_rng((seed, epoch, row)))[1],
     )
     files = ["--task", "masked_image_modeling", "--dataset", str(SHAPES), "--model_type", "bm_cnn"]

@@ -181,6 +181,8 @@ def test_changes_are_a_function_of_seed_epoch_and_row(tmp_path, changes):
     again.set_epoch(1)
     for row in (3, 0, 2, 1):  # in any order
         assert np.array_equal(again[row]["input_features"], second[row])
+    batch = again.__getitems__([3, 0, 2, 1] * 3)  # enough to be seeded together
+    assert all(np.array_equal(batch[at]["input_features"], second[row]) for at, row in enumerate([3, 0, 2, 1] * 3))
 
 
 def test_only_training_rows_change_and_features_are_kept(tmp_path):

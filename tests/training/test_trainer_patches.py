@@ -23,6 +23,7 @@ from bmtk.errors import UserError
 from bmtk.training.batch_sampler import EpochSampler, EvenBatchSampler
 from bmtk.training.optimizers import NamedOptimizer
 from bmtk.training.trainer_patches import PatchedTrainer, SetEpoch, StopEarly, look_for_lomo_once
+from bmtk.training.trainer_steps import drop_gradients
 
 
 def no_longer_needed(library: str, patch: str) -> str:
@@ -253,6 +254,39 @@ def test_trainer_sets_all_modules_to_training_in_every_step(tmp_path, monkeypatc
     assert torch.equal(theirs, same)
     assert is_training
     assert by_trainer > ours, no_longer_needed("transformers", "LeanTrainer.training_step")
+
+
+class CountsGradients(TrainerCallback):
+    def __init__(self):
+        self.counts = []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.counts.append(sum(parameter.grad is not None for parameter in model.parameters()))
+
+
+def test_torch_walks_through_the_model_in_every_step_to_drop_gradients(tmp_path, monkeypatch):
+    zero_grad, walks = torch.nn.Module.zero_grad, []
+    monkeypatch.setattr(torch.nn.Module, "zero_grad", lambda *model: walks.append(1) or zero_grad(*model))
+    found = {}
+    for kind in (Trainer, Scaled):
+        trainer, callback = plain(tmp_path, kind), CountsGradients()
+        trainer.add_callback(callback)
+        trainer.train()
+        found[kind], walks[:] = len(walks), []
+        assert len(callback.counts) == trainer.state.global_step > 1
+        assert not any(callback.counts)
+        assert "zero_grad" not in vars(trainer.model)
+    assert found[Scaled] < trainer.state.global_step
+    assert found[Trainer] >= trainer.state.global_step, no_longer_needed("transformers", "LeanTrainer._run_epoch")
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_are_dropped_or_zeroed(to_none):
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    weights[0].sum().backward()
+    drop_gradients(weights, to_none)
+    assert weights[1].grad is None
+    assert weights[0].grad is None if to_none else weights[0].grad.tolist() == [0.0, 0.0]
 
 
 def test_trainer_makes_each_batch_after_a_step(tmp_path):
