@@ -381,7 +381,7 @@ def read_yaml(path: Path) -> dict[str, object]:
     path = path.expanduser()
     if not path.exists() or path.is_dir():  # a pipe, as of <(...), is no regular file
         folder = path.parent if path.parent.is_dir() else path.parent.parent
-        there = sorted(p.stem for p in folder.glob("*") if p.suffix == ".yaml" or p.is_dir())
+        there = sorted(p.stem for p in folder.glob("[!.]*") if p.suffix == ".yaml" or p.is_dir())
         hint = f"; {folder} holds {', '.join(there)}" if there else ""
         raise FileNotFoundError(f"config file {path} does not exist{hint}")
     try:

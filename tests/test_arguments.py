@@ -242,6 +242,7 @@ def test_config_preset_and_default_choose_the_file(tmp_path):
     (tmp_path / "other" / "first.yaml").write_text("num_steps: 4")  # of another task than the default file's
     assert read("--task", "other") is None
     assert (read("--task", "other", "--preset", "first"), read("--task", "causal_lm")) == (4, 1)
+    (tmp_path / "causal_lm" / ".git").mkdir()
     with pytest.raises(FileNotFoundError, match=r"smok\.yaml does not exist; .* holds first, smoke"):
         read("--preset", "smok")
 
