@@ -2,7 +2,8 @@
 
 torch's backward of fused attention takes twice as long for 256 positions of bfloat16 as these products of whole heads,
 and more for fewer; so does its forward where the processor has instructions for bfloat16, but no AMX (torch 2.13).
-Exponentials are powers of 2, because the exp of MKL takes four times as long on an AMD processor.
+Weights are computed again in the backward pass, as in Dao et al. 2022, arXiv:2205.14135.  Exponentials are powers of
+2, because the exp of MKL takes four times as long on an AMD processor.
 """
 
 import math
@@ -107,10 +108,11 @@ def gradients_of_heads(query, of_output, log_sums, key, value, future, scaling: 
         weights = scores_of(wide_query, wide_key[:, seen], future, scaling)
         weights.sub_(log_sums[:, :, rows].reshape(*wide_query.shape[:2], 1)).exp2_()
         of_scores = scaled_product(wide_gradient, wide_value[:, seen], scaling).mul_(weights)
+        # Summed here, because the mean by the output, which was rounded, is off where gradients nearly cancel it.
         of_scores.addcmul_(weights, of_scores.sum(-1, keepdim=True), value=-1)
         if casts_before_products():
             of_scores, weights = of_scores.to(query.dtype), weights.to(query.dtype)
-        else:  # AMX rounds what it multiplies
+        else:  # AMX rounds what it multiplies; without it these products are those of float32
             some_query, key, some_gradient = wide_query, wide_key, wide_gradient
         of_query[:, :, rows] = (of_scores @ key[:, seen]).to(query.dtype).unflatten(0, query.shape[:2])
         of_key.append(turned_product(of_scores, some_query))
@@ -149,7 +151,10 @@ def future_of(query: torch.Tensor) -> torch.Tensor:
 
 
 def scores_of(query, key, future, scaling: float) -> torch.Tensor:
-    """Scores (N, l, s), of which the powers of 2 are what exponentials are of others."""
+    """Scores (N, l, s), of which the powers of 2 are what exponentials are of others.
+
+    In float32, in which products of bfloat16 are exact: rounded scores would be off by percents where they are large.
+    """
     scores = scaled_product(query, key, scaling * LOG2_E)
     if future is not None:
         size = query.shape[1]
