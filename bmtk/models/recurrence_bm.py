@@ -347,9 +347,9 @@ class MinGRU(nn.Module):
         """x (B, L, D), state ((B, U), (B, 0)) -> y (B, L, U), state after the last real token of each row."""
         projected = project(self.in_proj, x)
         # In float32: 16 bits would round the state at every position, and the errors add up.
-        projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
+        dtype = torch.promote_types(projected.dtype, torch.float32)
         directions = projected.chunk(self.num_directions, dim=-1)
-        start = None if state is None else state[0].to(projected.dtype)
+        start = None if state is None else state[0].to(dtype)
         y = self._scan(directions[0], start, documents)
         after = y[:, -1]  # padding keeps the state unchanged
         if self.num_directions == 2:
@@ -363,7 +363,7 @@ class MinGRU(nn.Module):
     def _scan(values_and_gates: torch.Tensor, start: torch.Tensor | None, documents: Documents | None) -> torch.Tensor:
         if documents is None and is_eager_on_cpu(values_and_gates):
             return GatedScan.apply(values_and_gates, start)
-        values, gates = values_and_gates.chunk(2, dim=-1)
+        values, gates = values_and_gates.to(torch.promote_types(values_and_gates.dtype, torch.float32)).chunk(2, dim=-1)
         keep = torch.sigmoid(-gates)  # 1 - z, exact also where z is close to 1
         new = torch.sigmoid(gates) * torch.where(values >= 0, values + 0.5, torch.sigmoid(values))
         if documents is not None:

@@ -1,11 +1,13 @@
 """Linear recurrences over positions, as MinGRU computes its states.  B rows, L positions, U units."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from math import isqrt
 
 import torch
 from torch.nn import functional as F
+
+from .eager_cpu_bm import numbers_at_once
 
 FEW = 2**12  # numbers of a position: computing these takes less time than calling the operation
 BLOCK = 16  # positions of a block of the scan, which are computed sequentially
@@ -14,18 +16,26 @@ BLOCK = 16  # positions of a block of the scan, which are computed sequentially
 class GatedScan(torch.autograd.Function):
     """All states (B, L, U) of a MinGRU of values and gates (B, L, 2 U) from `start` (B, U), or 0, on a CPU.
 
-    In place: fewer passes over memory than `scan`, and over what surrounds it.
+    In place and, but for the scan itself, in groups of rows that fit the cache: fewer passes over memory than `scan`,
+    and over what surrounds it.  States are in float32 or, if that is more, in the dtype of values and gates.
     """
 
     @staticmethod
     def forward(ctx, values_and_gates: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
-        values, gates = values_and_gates.chunk(2, dim=-1)
-        takes, keeps = torch.sigmoid(gates), gates.neg().sigmoid_()  # z, and 1 - z, exact also where z is close to 1
-        candidates = torch.maximum(values + 0.5, torch.sigmoid(values))  # g: the larger one is the one of its side
-        h = takes * candidates
+        rows, length, width = values_and_gates.shape
+        dtype = torch.promote_types(values_and_gates.dtype, torch.float32)
+        takes, keeps, candidates, h = (torch.empty(rows, length, width // 2, dtype=dtype) for _ in range(4))
+        for group, z, kept, g, new in by_rows(values_and_gates, takes, keeps, candidates, h):
+            values, gates = group.to(dtype).chunk(2, dim=-1)
+            torch.sigmoid(gates, out=z)
+            torch.neg(gates, out=kept).sigmoid_()  # 1 - z, exact also where z is close to 1
+            torch.add(values, 0.5, out=new)
+            torch.maximum(new, torch.sigmoid(values, out=g), out=g)  # the larger one is the one of its side
+            torch.mul(z, g, out=new)
         if start is not None:
             h[:, 0].addcmul_(keeps[:, 0], start)
         recur(h[:, 1:], keeps[:, 1:], h[:, 0])
+        ctx.dtype = values_and_gates.dtype
         ctx.save_for_backward(takes, keeps, candidates, h, start)
         return h
 
@@ -35,18 +45,26 @@ class GatedScan(torch.autograd.Function):
         takes, keeps, candidates, h, start = ctx.saved_tensors
         of_new = of_h.clone(memory_format=torch.contiguous_format)  # z g, as h without what is kept
         recur(of_new[:, :-1], keeps[:, 1:], of_new[:, -1], order=-1)
-        found = of_new.new_empty(*of_new.shape[:2], 2 * of_new.shape[2])
-        of_values, of_gates = found.chunk(2, dim=-1)
         of_start = of_new[:, 0] * keeps[:, 0] if ctx.needs_input_grad[1] else None
-        of_candidates = of_new.mul_(takes)
-        torch.sub(candidates[:, 1:], h[:, :-1], out=of_gates[:, 1:])
-        of_gates[:, 0] = candidates[:, 0] if start is None else candidates[:, 0] - start
-        of_gates.mul_(keeps).mul_(of_candidates)
-        # 1 above 1/2, where g is v + 1/2, and g (1 - g) below; torch.where takes four times as long as its operations.
-        below, is_above = candidates.clamp(max=0.5), (candidates - 0.5).sign_().clamp_(min=0)
-        slopes = torch.addcmul(below, below, below, value=-1).add_(is_above, alpha=0.75)
-        torch.mul(of_candidates, slopes, out=of_values)
+        found = torch.empty(*h.shape[:2], 2 * h.shape[2], dtype=ctx.dtype)
+        for of_both, of_g, z, kept, g, states in by_rows(found, of_new, takes, keeps, candidates, h):
+            of_values, of_gates = of_both.chunk(2, dim=-1)
+            of_g.mul_(z)
+            of_kept = g.clone()
+            of_kept[:, 1:].sub_(states[:, :-1])
+            of_gates.copy_(of_kept.mul_(kept).mul_(of_g))
+            # 1 above 1/2, where g is v + 1/2, and g (1 - g) below; torch.where takes four times as long.
+            below, is_above = g.clamp(max=0.5), (g - 0.5).sign_().clamp_(min=0)
+            of_values.copy_(below.addcmul_(below, below, value=-1).add_(is_above, alpha=0.75).mul_(of_g))
+        if start is not None:
+            found[:, 0, h.shape[2] :] = (candidates[:, 0] - start) * keeps[:, 0] * of_new[:, 0]
         return found, of_start
+
+
+def by_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors (B, L, ...) in groups of as many rows as fit the cache, at least one."""
+    numbers = max(tensor[:1].numel() for tensor in tensors)
+    return zip(*(tensor.split(max(1, numbers_at_once() // max(1, numbers))) for tensor in tensors), strict=True)
 
 
 def recur(h: torch.Tensor, a: torch.Tensor, before: torch.Tensor, order: int = 1) -> None:
