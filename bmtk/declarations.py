@@ -48,7 +48,11 @@ def module_alone(name: str) -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]  # as `import` does: the next one would get half of it
+            raise
     return sys.modules[name]
 
 

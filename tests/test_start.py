@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bmtk import start
-from bmtk.declarations import Absent, ModuleSource
+from bmtk.declarations import Absent, ModuleSource, module_alone
 from bmtk.errors import UserError
 from bmtk.tasks import TASKS
 
@@ -259,6 +259,16 @@ def test_ctrl_c_in_an_import_ends_it_without_a_traceback_and_later_it_is_an_exce
     assert done.returncode == -signal.SIGINT  # as the shell's 130; also how Python ends after a KeyboardInterrupt
     assert ("KeyboardInterrupt" in done.stderr) == bool(after)
     assert "not ended" not in done.stdout
+
+
+def test_a_module_that_fails_alone_is_not_left_behind(tmp_path, monkeypatch):
+    (tmp_path / "halves").mkdir()
+    (tmp_path / "halves" / "__init__.py").touch()
+    (tmp_path / "halves" / "broken.py").write_text("begun = True\nimport no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for load in (module_alone, importlib.import_module):
+        with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+            load("halves.broken")
 
 
 def test_declarations_are_read_without_running_their_module(tmp_path):

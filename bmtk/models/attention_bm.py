@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .eager_cpu_bm import is_eager_on_cpu
+from .eager_cpu_bm import is_eager_on_cpu, once_differentiable
 from .products_bm import LOG2_E, casts_before_products, float32_products_of_bfloat16
 
 BLOCK = 2**20  # scores at a time: 4 MB in float32, which fits into the caches of two cores
@@ -45,7 +45,7 @@ class CPUAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, of_output):
         query, key, value, log_sums = ctx.saved_tensors
@@ -63,9 +63,11 @@ class CPUAttention(torch.autograd.Function):
 def attended_by_torch(query, key, value, is_causal: bool, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """As `attended`."""
     groups = query.shape[1] // key.shape[1]
-    of_queries = (repeated(x, groups) for x in (key, value))
+    inputs = (query, repeated(key, groups), repeated(value, groups))
+    # The kernel reads the numbers of a head as if they were side by side.
+    inputs = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output, log_sums = flash(query, *of_queries, 0.0, is_causal, scale=scaling)
+    output, log_sums = flash(*inputs, 0.0, is_causal, scale=scaling)
     return output, log_sums * LOG2_E
 
 

@@ -7,7 +7,7 @@ They come from torch's own generator: a step repeats with the generator's state,
 import torch
 from torch import nn
 
-from .eager_cpu_bm import is_eager_on_cpu, numbers_at_once
+from .eager_cpu_bm import is_eager_on_cpu, numbers_at_once, once_differentiable
 
 LEVELS = 2**15  # probabilities are multiples of 1 / LEVELS
 INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # of as many bits
@@ -44,7 +44,7 @@ class KeepSome(torch.autograd.Function):
         return masked(x, mask, ctx.scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, of_output):
         return masked(of_output, *ctx.saved_tensors, ctx.scale), None
 

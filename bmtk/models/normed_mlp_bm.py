@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .eager_cpu_bm import DTYPES, is_eager_on_cpu, is_plain_linear, is_unhooked
+from .eager_cpu_bm import DTYPES, is_eager_on_cpu, is_plain_linear, is_unhooked, once_differentiable
 from .norms_bm import BmRMSNorm, gradients_of_norm, normed, scale_of
 from .products_bm import add_product, product, product_dtype
 
@@ -43,7 +43,7 @@ class NormedMLP(torch.autograd.Function):
         return product(activation.forward(*hidden), down.to(dtype).T).view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, of_output):
         rows, norm_weight, scale, down, *others = ctx.saved_tensors

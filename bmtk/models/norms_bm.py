@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .eager_cpu_bm import DTYPES, is_eager_on_cpu, numbers_at_once
+from .eager_cpu_bm import DTYPES, is_eager_on_cpu, numbers_at_once, once_differentiable
 from .products_bm import product_dtype
 
 
@@ -40,7 +40,7 @@ class RMSNormOnCPU(torch.autograd.Function):
         return normed(x, weight, scale, dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, of_output):
         return *gradients_of_norm(*ctx.saved_tensors, of_output, ctx.needs_input_grad), None, None

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 
 import torch
 from torch import nn
@@ -17,9 +18,10 @@ LOG2_E = math.log2(math.e)  # e^x is 2^(x LOG2_E)
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which a linear layer multiplies `x`: autocast's, where that is on."""
+    """The dtype in which a linear layer multiplies `x`: autocast's, where that is on, which leaves float64 alone."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    is_cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if is_cast else x.dtype
 
 
 @cache
@@ -43,6 +45,29 @@ def has_slow_mkl() -> bool:
     return bool(libraries and processor.get("avx512_f") and "AMD" in processor.get("cpu_name", ""))
 
 
+class Precision:
+    """The precision of oneDNN's float32 products, which all threads share: the last one that leaves it restores it."""
+
+    def __init__(self):
+        self.lock, self.users, self.before = Lock(), 0, "none"
+
+    def lower(self) -> None:
+        setting = torch.backends.mkldnn.matmul
+        with self.lock:
+            if not self.users:
+                self.before, setting.fp32_precision = setting.fp32_precision, "bf16"
+            self.users += 1
+
+    def restore(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                torch.backends.mkldnn.matmul.fp32_precision = self.before
+
+
+PRECISION = Precision()
+
+
 @contextmanager
 def float32_products_of_bfloat16() -> Iterator[None]:
     """Let float32 matrices be multiplied by the processor's instructions for bfloat16.
@@ -50,12 +75,11 @@ def float32_products_of_bfloat16() -> Iterator[None]:
     Where it has AMX they round their inputs, which changes nothing in those that held bfloat16 numbers, and sum in
     float32; elsewhere the products are those of float32.
     """
-    setting = torch.backends.mkldnn.matmul
-    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    PRECISION.lower()
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        PRECISION.restore()
 
 
 def product(a: torch.Tensor, b: torch.Tensor, *, is_rare: bool = False) -> torch.Tensor:
@@ -97,10 +121,9 @@ def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return layer(x)
     if 2 * x.numel() * layer.out_features < LEAST_WORK or product_dtype(x) != torch.float32:
         return layer(x)
-    weight = layer.weight  # once, as a parametrization computes it each time
-    if not (is_eager_on_cpu(weight) and weight.dtype == x.dtype == torch.float32):
+    if not (is_eager_on_cpu(layer.weight) and layer.weight.dtype == x.dtype == torch.float32):
         return layer(x)
-    return Projection.apply(x.flatten(0, -2), weight, layer.bias).unflatten(0, x.shape[:-1])
+    return Projection.apply(x.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x.shape[:-1])
 
 
 class Projection(torch.autograd.Function):

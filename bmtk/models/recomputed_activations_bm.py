@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from .eager_cpu_bm import is_eager_on_cpu
+from .eager_cpu_bm import is_eager_on_cpu, once_differentiable
 
 
 class SwiGLU:
@@ -51,7 +51,7 @@ class GatedProduct(torch.autograd.Function):
         return SwiGLU.forward(gate, up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, of_output):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(of_output * up, gate), F.silu(gate).mul_(of_output)

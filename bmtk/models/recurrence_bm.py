@@ -363,7 +363,8 @@ class MinGRU(nn.Module):
     def _scan(values_and_gates: torch.Tensor, start: torch.Tensor | None, documents: Documents | None) -> torch.Tensor:
         if documents is None and is_eager_on_cpu(values_and_gates):
             return GatedScan.apply(values_and_gates, start)
-        values, gates = values_and_gates.to(torch.promote_types(values_and_gates.dtype, torch.float32)).chunk(2, dim=-1)
+        wide = values_and_gates.to(torch.promote_types(values_and_gates.dtype, torch.float32))
+        values, gates = wide.chunk(2, dim=-1)
         keep = torch.sigmoid(-gates)  # 1 - z, exact also where z is close to 1
         new = torch.sigmoid(gates) * torch.where(values >= 0, values + 0.5, torch.sigmoid(values))
         if documents is not None:

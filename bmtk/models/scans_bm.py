@@ -7,7 +7,7 @@ from math import isqrt
 import torch
 from torch.nn import functional as F
 
-from .eager_cpu_bm import numbers_at_once
+from .eager_cpu_bm import numbers_at_once, once_differentiable
 
 FEW = 2**12  # numbers of a position: computing these takes less time than calling the operation
 BLOCK = 16  # positions of a block of the scan, which are computed sequentially
@@ -40,21 +40,22 @@ class GatedScan(torch.autograd.Function):
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, of_h: torch.Tensor):
         takes, keeps, candidates, h, start = ctx.saved_tensors
         of_new = of_h.clone(memory_format=torch.contiguous_format)  # z g, as h without what is kept
         recur(of_new[:, :-1], keeps[:, 1:], of_new[:, -1], order=-1)
         of_start = of_new[:, 0] * keeps[:, 0] if ctx.needs_input_grad[1] else None
         found = torch.empty(*h.shape[:2], 2 * h.shape[2], dtype=ctx.dtype)
+        largest_below = 0.5 - torch.finfo(h.dtype).eps / 4  # the largest number below 1/2
         for of_both, of_g, z, kept, g, states in by_rows(found, of_new, takes, keeps, candidates, h):
             of_values, of_gates = of_both.chunk(2, dim=-1)
             of_g.mul_(z)
             of_kept = g.clone()
             of_kept[:, 1:].sub_(states[:, :-1])
             of_gates.copy_(of_kept.mul_(kept).mul_(of_g))
-            # 1 above 1/2, where g is v + 1/2, and g (1 - g) below; torch.where takes four times as long.
-            below, is_above = g.clamp(max=0.5), (g - 0.5).sign_().clamp_(min=0)
+            # 1 from 1/2 on, where g is v + 1/2, and g (1 - g) below; torch.where takes four times as long.
+            below, is_above = g.clamp(max=0.5), (g - largest_below).sign_().clamp_(min=0)
             of_values.copy_(below.addcmul_(below, below, value=-1).add_(is_above, alpha=0.75).mul_(of_g))
         if start is not None:
             found[:, 0, h.shape[2] :] = (candidates[:, 0] - start) * keeps[:, 0] * of_new[:, 0]
@@ -108,11 +109,15 @@ class LinearScan(torch.autograd.Function):
     start of a document has no logarithm, and exponentials take 30 times as long on a CPU.
     """
 
+    generate_vmap_rule = True  # for gradients of single rows by torch.func
+
     @staticmethod
-    def forward(ctx, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        h = scan(a, b)
-        ctx.save_for_backward(a, h)
-        return h
+    def forward(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return scan(a, b)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):

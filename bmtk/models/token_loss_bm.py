@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .eager_cpu_bm import is_eager_on_cpu, is_plain_linear
+from .eager_cpu_bm import is_eager_on_cpu, is_plain_linear, once_differentiable
 from .products_bm import (
     LOG2_E,
     add_product,
@@ -94,7 +94,7 @@ class ChunkedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, of_loss):
         gradients = ctx.saved_tensors
         if of_loss != 1:

@@ -206,6 +206,46 @@ def test_the_gated_scan_and_its_gradients_equal_a_loop(monkeypatch, length, has_
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gated_scan_has_the_derivative_of_the_scan_where_a_value_is_0(dtype):
+    x = torch.zeros(1, 2, 2, dtype=dtype, requires_grad=True)  # g'(0) is 1; to the left of it 1/4
+    with torch.no_grad():
+        x[0, 1, 0] = -1e-3
+    found, expected = (
+        torch.autograd.grad(run(x).sum(), x) for run in (plain_scan, lambda x: GatedScan.apply(x, None))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def plain_scan(values_and_gates: torch.Tensor) -> torch.Tensor:
+    """As MinGRU computes it elsewhere than on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recurrence_bm, "is_eager_on_cpu", lambda *_: False)
+        return MinGRU._scan(values_and_gates, None, None)
+
+
+def test_torch_func_differentiates_a_min_gru_twice_and_row_by_row():
+    layer, x = MinGRU(3, 4), torch.randn(5, 20, 3)
+    weights = dict(layer.named_parameters())
+
+    def loss(weights, x):
+        return torch.func.functional_call(layer, weights, (x,))[0].square().sum()
+
+    layer(x)[0].square().sum().backward()
+    of_rows = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x[:, None])
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(of_rows[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
+
+    def steepness(weights):
+        return sum(slope.square().sum() for slope in torch.func.grad(loss)(weights, x).values())
+
+    wide, x, direction = layer.double(), x.double(), torch.randn(8, 3, dtype=torch.float64)
+    weights = {name: parameter.detach() for name, parameter in wide.named_parameters()}
+    beside = [weights | {"in_proj.weight": weights["in_proj.weight"] + size * direction} for size in (1e-6, -1e-6)]
+    slope = (torch.func.grad(steepness)(weights)["in_proj.weight"] * direction).sum()
+    torch.testing.assert_close(slope, (steepness(beside[0]) - steepness(beside[1])) / 2e-6, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(("rows", "operations"), [(2, 120), (2**11, 255)])
 def test_a_scan_of_small_positions_takes_fewer_operations(rows, operations):
     x = torch.rand(rows, 256, 4 if rows == 2 else 6)

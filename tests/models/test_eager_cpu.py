@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 from bmtk.models import attention_bm, dropout_bm, norms_bm, rotary_bm, token_loss_bm
 from bmtk.models.attention_bm import CPUAttention, fits_cpu_attention
@@ -15,6 +16,7 @@ from bmtk.models.eager_cpu_bm import is_eager_on_cpu, is_plain_linear
 from bmtk.models.norms_bm import BmRMSNorm
 from bmtk.models.recomputed_activations_bm import gated_product
 from bmtk.models.rotary_bm import rotate
+from bmtk.models.scans_bm import GatedScan
 from bmtk.models.token_loss_bm import ChunkedLoss, can_score_in_chunks, token_loss, token_losses
 from bmtk.models.transformer_layers_bm import GatedMLP, PlainMLP, added, mlp_of_norm, norm_of_sublayer
 
@@ -150,6 +152,15 @@ def test_attention_is_that_of_the_plain_formula(monkeypatch, draw, is_causal, ke
 
     found = results(lambda q, k, v: CPUAttention.apply(q, k, v, is_causal, 0.25), *(x.bfloat16() for x in inputs))
     assert_same(found, results(plain, *inputs), 6e-3)  # bfloat16 holds three digits
+
+
+@pytest.mark.parametrize("casts", [True, False])
+def test_numbers_of_a_head_may_be_apart_in_memory(monkeypatch, draw, casts):
+    monkeypatch.setattr(attention_bm, "casts_before_products", lambda: casts)
+    inputs = [draw(2, 4, 16, 9).bfloat16() for _ in range(3)]
+    found = results(lambda *x: CPUAttention.apply(*(y.mT for y in x), True, 0.25), *inputs)
+    expected = results(lambda *x: CPUAttention.apply(*(y.mT.contiguous() for y in x), True, 0.25), *inputs)
+    assert_same(found, expected, 5e-3)
 
 
 @pytest.mark.parametrize("casts", [True, False])
@@ -317,6 +328,26 @@ def test_an_activation_that_is_not_plain_runs_as_a_module(change):
             handle.remove()
 
 
+def test_a_weight_that_changes_with_each_reading_is_read_once():
+    (mlp, norm), layer, x = normed_mlp("swiglu"), spectral_norm(nn.Linear(8, 9)), torch.ones(3, 8)
+    for one in (mlp.up_proj, mlp.gate_proj, mlp.down_proj):
+        spectral_norm(one)
+    same_mlp, same_layer = deepcopy(mlp), deepcopy(layer)
+    assert torch.equal(mlp_of_norm(mlp, norm, x), same_mlp(norm(x)))
+    torch.testing.assert_close(token_loss(x, torch.arange(3), layer), F.cross_entropy(same_layer(x), torch.arange(3)))
+    for one, other in ((mlp, same_mlp), (layer, same_layer)):
+        assert all(torch.equal(*pair) for pair in zip(one.buffers(), other.buffers(), strict=True))
+
+
+def test_autocast_leaves_float64_alone(draw):
+    (mlp, norm), layer, x = normed_mlp("swiglu"), nn.Linear(8, 9).double(), draw(4, 8)
+    mlp, norm = mlp.double(), norm.double()
+    expected = mlp_of_norm(mlp, norm, x), token_loss(x, torch.arange(4), layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mlp_of_norm(mlp, norm, x), token_loss(x, torch.arange(4), layer)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
 def test_no_rows_are_no_error(shape):
     mlp, norm = normed_mlp("swiglu")
@@ -381,6 +412,27 @@ def test_dropout_keeps_its_input_where_it_is_off():
     assert BmDropout(0.5).eval()(x) is x
     assert BmDropout(0.0)(x) is x
     assert BmDropout(0.5)(x.double()).dtype == torch.float64  # torch's own
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: BmRMSNorm(8, eps=1e-5)(x),
+        lambda x: mlp_of_norm(*normed_mlp("swiglu"), x),
+        lambda x: token_loss(x[0], torch.arange(4), nn.Linear(8, 9)),
+        lambda x: CPUAttention.apply(*3 * [x[None].bfloat16()], True, 0.25),
+        lambda x: gated_product(x, x),
+        lambda x: BmDropout(0.5)(x),
+        lambda x: GatedScan.apply(x, None),
+    ],
+    ids=["norm", "MLP", "loss", "attention", "gated product", "dropout", "scan"],
+)
+def test_second_derivatives_are_an_error_and_not_left_out(function):
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    total = function(x).sum()  # whose own gradient is a constant
+    with pytest.raises(RuntimeError, match=r"create_graph=True: second derivatives .* by torch.func"):
+        torch.autograd.grad(total, x, create_graph=True)
+    total.backward()
 
 
 def test_what_is_compiled_or_elsewhere_is_computed_by_plain_operations():

@@ -15,7 +15,13 @@ import bmtk  # noqa: F401 - registers the families
 from bmtk.models import products_bm, token_loss_bm
 from bmtk.models.configuration_bm_rnn import BmRnnConfig
 from bmtk.models.configuration_bm_transformer import BmTransformerConfig
-from bmtk.models.products_bm import add_product, float32_product, product, project
+from bmtk.models.products_bm import (
+    add_product,
+    float32_product,
+    float32_products_of_bfloat16,
+    product,
+    project,
+)
 from bmtk.models.token_loss_bm import token_loss
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
@@ -138,6 +144,17 @@ def test_a_parametrization_is_computed_once(monkeypatch):
     found = project(layer, x)
     assert len(calls) == 1
     torch.testing.assert_close(found, layer(x))
+
+
+def test_threads_that_lower_the_precision_at_once_restore_it():
+    setting = torch.backends.mkldnn.matmul
+    before, one, other = setting.fp32_precision, float32_products_of_bfloat16(), float32_products_of_bfloat16()
+    with one:
+        other.__enter__()
+        assert setting.fp32_precision == "bf16"
+    assert setting.fp32_precision == "bf16"
+    other.__exit__(None, None, None)
+    assert setting.fp32_precision == before
 
 
 def test_shapes_of_one_step_get_no_code_of_their_own(uses_onednn):
