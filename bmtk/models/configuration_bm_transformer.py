@@ -102,7 +102,8 @@ class BmTransformerConfig(AudioTimes, PresetMixin, PreTrainedConfig):
     )
     max_position_embeddings: int = described(2048, "longest row, in positions (tokens of a text)")
     rope_theta: int | float = described(
-        10000.0, "base of the rotary frequencies, unless rope_parameters sets one; rows of 64 tokens learn faster with 100"
+        10000.0,
+        "base of the rotary frequencies, unless rope_parameters sets one; rows of 64 tokens learn faster with 100",
     )
     rope_parameters: dict | None = described(
         None, "transformers' dictionary of rotary scaling (rope_type, factor, ...) as JSON; default: no scaling"
