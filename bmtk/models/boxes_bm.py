@@ -52,30 +52,37 @@ def assign_boxes(
 
 
 def assign_batch(
-    shapes: list[tuple[int, int]], strides: list[int], limits: list[float], boxes: list[torch.Tensor], *, radius: float
+    shapes: list[tuple[int, int]],
+    strides: list[int],
+    limits: list[float],
+    boxes: torch.Tensor,
+    counts: list[int],
+    *,
+    radius: float,
 ) -> torch.Tensor:
-    """`assign_boxes` of B images (B, Q), each with its own boxes (N, 4).
+    """`assign_boxes` of B images (B, Q): `boxes` (N, 4) are those of one after the other, `counts` of each.
 
     `limits` (levels + 1) part the allowed distances of the levels.  Only places near the centre of a box are looked
     at, where these are fewer than all.
     """
-    every, num_places = torch.cat(boxes), sum(rows * columns for rows, columns in shapes)
+    num_places = sum(rows * columns for rows, columns in shapes)
     across = math.ceil(2 * radius) + 2  # places of a level in a row that may lie within the radius
     if radius == 0 or len(strides) * across**2 >= num_places:
-        points, levels = grid_locations(shapes, strides, every.device)
-        sides = torch.tensor(strides, device=every.device, dtype=torch.float32)[levels]
-        ranges = torch.tensor(list(pairwise(limits)), device=every.device)[levels]
-        return torch.stack([assign_boxes(points, sides, ranges, of_image, radius=radius) for of_image in boxes])
+        points, levels = grid_locations(shapes, strides, boxes.device)
+        sides = torch.tensor(strides, device=boxes.device, dtype=torch.float32)[levels]
+        ranges = torch.tensor(list(pairwise(limits)), device=boxes.device)[levels]
+        images = boxes.split(counts)
+        return torch.stack([assign_boxes(points, sides, ranges, own, radius=radius) for own in images])
     # In numpy, whose calls cost less: there are many, of few numbers.
-    of_all = every.cpu().numpy()
-    order = np.argsort((of_all[:, 2:] - of_all[:, :2]).prod(1), kind="stable")[::-1]  # the smallest writes last
-    images = np.repeat(np.arange(len(boxes)), [len(of_image) for of_image in boxes])[order]
-    own = np.concatenate([np.arange(len(of_image)) for of_image in boxes])[order]
-    places, taken = places_near(shapes, strides, limits, of_all[order], across, radius=radius)
+    sides = boxes.cpu().numpy()
+    order = np.argsort((sides[:, 2:] - sides[:, :2]).prod(1), kind="stable")[::-1]  # the smallest writes last
+    image = np.repeat(np.arange(len(counts)), counts)[order]
+    own = order - np.array([0, *accumulate(counts)])[image]
+    places, taken = places_near(shapes, strides, limits, sides[order], across, radius=radius)
     box, place = taken.nonzero()
-    found = np.full((len(boxes), num_places), -1)
-    found[images[box], places[box, place]] = own[box]
-    return torch.from_numpy(found).to(every.device)
+    found = np.full((len(counts), num_places), -1)
+    found[image[box], places[box, place]] = own[box]
+    return torch.from_numpy(found).to(boxes.device)
 
 
 def places_near(

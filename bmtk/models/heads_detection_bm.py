@@ -196,25 +196,26 @@ class ObjectDetectionHead:
                 f"class_labels hold {int(classes.min())} to {int(classes.max())}; num_labels={self.config.num_labels} "
                 f"allows 0 to {self.config.num_labels - 1}"
             )
-        boxes = self.boxes_in_pixels(labels, size)
+        boxes, counts = self.boxes_in_pixels(labels, size)
         if all("assigned" in label for label in labels):
             index = torch.stack([label["assigned"] for label in labels]).to(points.device)
         else:
-            index = self.assigned(shapes, boxes)
+            index = self.assigned(shapes, boxes, counts)
         background = torch.full_like(index, self.config.num_labels)
         if len(classes) == 0:
             return background, points.new_zeros(*index.shape, 4)
         is_background = index < 0
-        starts = [0, *accumulate(len(of_image) for of_image in boxes[:-1])]
+        starts = [0, *accumulate(counts[:-1])]
         # Background of a last image without boxes would be beyond the last box.
         index = (index + torch.tensor(starts, device=index.device)[:, None]).clamp(0, len(classes) - 1)
-        nearest = torch.cat(boxes)[index]  # (B, Q, 4)
+        nearest = boxes[index]  # (B, Q, 4)
         distances = torch.cat((points - nearest[..., :2], nearest[..., 2:] - points), dim=-1)
         return torch.where(is_background, background, classes[index]), distances
 
-    def assigned(self, shapes, boxes) -> torch.Tensor:
+    def assigned(self, shapes, boxes, counts) -> torch.Tensor:
         """Which box of its image each location (B, Q) predicts, -1 for background."""
-        return assign_batch(shapes, self.strides, self.limits, boxes, radius=self.config.center_sampling_radius)
+        radius = self.config.center_sampling_radius
+        return assign_batch(shapes, self.strides, self.limits, boxes, counts, radius=radius)
 
     def losses(self, logits, distances, centre_logits, classes, target_distances) -> dict[str, torch.Tensor]:
         """Focal loss of all locations (B, Q, K), GIoU (or IoU) and centre-ness losses of the positive ones (P,)."""
@@ -237,15 +238,15 @@ class ObjectDetectionHead:
     @torch.no_grad()
     def assign_locations(self, pixel_values: torch.Tensor, labels: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Which box of its image each location (B, Q) predicts, -1 for background; without a forward, too."""
-        boxes = self.boxes_in_pixels(labels, image_size(pixel_values))
-        return self.assigned(self.level_shapes(pixel_values.shape[-2:]), boxes)
+        boxes, counts = self.boxes_in_pixels(labels, image_size(pixel_values))
+        return self.assigned(self.level_shapes(pixel_values.shape[-2:]), boxes, counts)
 
     @staticmethod
-    def boxes_in_pixels(labels, size) -> list[torch.Tensor]:
-        """Boxes (N, 4) of each image as (left, top, right, bottom)."""
+    def boxes_in_pixels(labels, size) -> tuple[torch.Tensor, list[int]]:
+        """Boxes (N, 4) of one image after the other as (left, top, right, bottom), and how many each image has."""
         boxes = [label["boxes"].view(-1, 4) for label in labels]
         every = torch.cat(boxes).to(size.device, torch.float32)
-        return list((corners(every) * size.repeat(2)).split([len(of_image) for of_image in boxes]))
+        return corners(every) * size.repeat(2), [len(of_image) for of_image in boxes]
 
     def level_shapes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Rows and columns of every level for images of this size, from a run on the meta device; cached."""

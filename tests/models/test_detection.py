@@ -87,7 +87,7 @@ def test_assignment_of_a_batch_equals_a_loop_over_its_images(counts, radius):
     ranges = torch.tensor([[0, 24], [24, 48], [48, math.inf]])[levels]
     boxes = [random_boxes(count, 90.0) - 8 for count in counts]  # also beyond the first row and column
     boxes = [torch.cat((own.round(), own.round(), own)) for own in boxes]  # of equal boxes the first is meant
-    found = assign_batch(shapes, strides, limits, boxes, radius=radius)
+    found = assign_batch(shapes, strides, limits, torch.cat(boxes), [len(own) for own in boxes], radius=radius)
     expected = [assigned_by_loops(points, torch.tensor(strides)[levels], ranges, own, radius) for own in boxes]
     assert found.tolist() == expected
     assert (found >= 0).any() == any(counts)
