@@ -5,12 +5,14 @@ four sides.  Sources: FCOS, Tian et al. 2019, arXiv:1904.01355; GIoU, Rezatofigh
 sampling, Tian et al. 2020, arXiv:2006.09214.
 """
 
+import math
 from functools import reduce
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 
-BLOCK = 32  # boxes that suppression compares at once with all that are left
+BLOCK = 128  # boxes that suppression compares at once with those kept, and with each other
 
 
 def grid_locations(
@@ -47,6 +49,72 @@ def assign_boxes(
     areas = ((boxes[:, 2:] - boxes[:, :2]).prod(-1)).expand(len(points), -1).masked_fill(~taken, torch.inf)
     least, index = areas.min(-1)
     return index.masked_fill(least.isinf(), -1)
+
+
+def assign_batch(
+    shapes: list[tuple[int, int]],
+    strides: list[int],
+    limits: list[float],
+    boxes: torch.Tensor,
+    counts: list[int],
+    *,
+    radius: float,
+) -> torch.Tensor:
+    """`assign_boxes` of B images (B, Q): `boxes` (N, 4) are those of one after the other, `counts` of each.
+
+    `limits` (levels + 1) part the allowed distances of the levels.  Only places near the centre of a box are looked
+    at, where these are fewer than all.
+    """
+    num_places = sum(rows * columns for rows, columns in shapes)
+    across = math.ceil(2 * radius) + 2  # places of a level in a row that may lie within the radius
+    if radius == 0 or len(strides) * across**2 >= num_places:
+        points, levels = grid_locations(shapes, strides, boxes.device)
+        sides = torch.tensor(strides, device=boxes.device, dtype=torch.float32)[levels]
+        ranges = torch.tensor(list(pairwise(limits)), device=boxes.device)[levels]
+        images = boxes.split(counts)
+        return torch.stack([assign_boxes(points, sides, ranges, own, radius=radius) for own in images])
+    # In numpy, whose calls cost less: there are many, of few numbers.
+    sides = boxes.cpu().numpy()
+    order = np.argsort((sides[:, 2:] - sides[:, :2]).prod(1), kind="stable")[::-1]  # the smallest writes last
+    image = np.repeat(np.arange(len(counts)), counts)[order]
+    own = order - np.array([0, *accumulate(counts)])[image]
+    places, taken = places_near(shapes, strides, limits, sides[order], across, radius=radius)
+    box, place = taken.nonzero()
+    found = np.full((len(counts), num_places), -1)
+    found[image[box], places[box, place]] = own[box]
+    return torch.from_numpy(found).to(boxes.device)
+
+
+def places_near(
+    shapes: list[tuple[int, int]],
+    strides: list[int],
+    limits: list[float],
+    boxes: np.ndarray,
+    across: int,
+    *,
+    radius: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`across` rows and columns of places of each level about the centres of boxes, and whether each `may_predict`.
+
+    Both (N, levels * across * across); places that do not exist are not taken.
+    """
+    sides = np.array(strides, np.float32)[:, None, None]
+    middle = ((boxes[:, :2] + boxes[:, 2:]) / 2)[:, None, :, None]  # (N, 1, 2, 1), x and y
+    index = np.floor(middle / sides - (0.5 + radius)) + np.arange(across, dtype=np.float32)  # (N, levels, 2, across)
+    points = (index + 0.5) * sides
+    before, after = points - boxes[:, None, :2, None], boxes[:, None, 2:, None] - points
+    sizes = np.array([shape[::-1] for shape in shapes])[..., None]  # columns and rows
+    inside = (index >= 0) & (index < sizes) & (np.minimum(before, after) > 0)
+    inside &= np.abs(points - middle) < radius * sides
+    farthest = np.maximum(before, after)
+    farthest = np.maximum(farthest[:, :, 0, None], farthest[:, :, 1, :, None])  # (N, levels, across, across)
+    low, high = np.array(list(pairwise(limits)), np.float32).T[..., None, None]
+    taken = inside[:, :, 0, None] & inside[:, :, 1, :, None] & (farthest >= low) & (farthest <= high)
+    index = index.astype(int)
+    firsts = np.array([0, *accumulate(rows * columns for rows, columns in shapes[:-1])])[:, None, None]
+    places = firsts + index[:, :, 1, :, None] * sizes[:, :1] + index[:, :, 0, None]
+    shape = len(boxes), len(strides) * across**2
+    return places.reshape(shape), taken.reshape(shape)
 
 
 def may_predict(
@@ -121,25 +189,28 @@ def non_maximum_suppression(
 ) -> torch.Tensor:
     """Indices of the kept boxes, best first; those that overlap a better one of their class by more are removed.
 
-    At most `limit` are kept.  The next BLOCK boxes are compared with those after them; no other pairs are, which are
-    most of them where boxes crowd.
+    At most `limit` are kept.  The next BLOCK boxes are compared with those that are kept, and with each other; no
+    other pairs are, which are most of them where boxes crowd.
     """
     order = scores.argsort(descending=True, stable=True)
     sides = boxes[order].float().T.contiguous().cpu().numpy()  # left, top, right and bottom, (N,) each
-    kinds, stays = labels[order].cpu().numpy(), np.ones(len(order), dtype=bool)
-    kept: list[int] = []
-    for start in range(0, len(stays), BLOCK):
-        block = start + np.flatnonzero(stays[start : start + BLOCK])
-        after = slice(start, None)
-        overlaps = overlaps_of_one(sides[:, block, None], sides[:, None, after])  # (block, N - start)
-        is_spared = ~((overlaps > iou_threshold) & (kinds[block, None] == kinds[after]))
-        for index, spared in zip(block.tolist(), is_spared, strict=True):
-            if stays[index]:
-                kept.append(index)
-                stays[after] &= spared
+    kinds, kept = labels[order].cpu().numpy(), np.zeros(0, dtype=int)
+
+    def hides(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+        overlaps = overlaps_of_one(sides[:, some, None], sides[:, None, others])
+        return (overlaps > iou_threshold) & (kinds[some, None] == kinds[others])
+
+    for start in range(0, len(order), BLOCK):
+        block = np.arange(start, min(start + BLOCK, len(order)))
+        block = block[~hides(kept, block).any(0)]
+        is_hidden, stays = np.triu(hides(block, block), 1), np.ones(len(block), dtype=bool)
+        for number in np.flatnonzero(is_hidden.any(1)):
+            if stays[number]:
+                stays &= ~is_hidden[number]
+        kept = np.concatenate((kept, block[stays]))
         if limit is not None and len(kept) >= limit:
             break
-    return order[torch.tensor(kept[:limit], dtype=torch.long, device=order.device)]
+    return order[torch.from_numpy(kept[:limit]).to(order.device)]
 
 
 def overlaps_of_one(box: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -153,6 +224,7 @@ def overlaps_of_one(box: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 __all__ = [
+    "assign_batch",
     "assign_boxes",
     "centerness",
     "centres",
@@ -164,5 +236,6 @@ __all__ = [
     "overlap_of_distances",
     "overlaps_of_one",
     "pairwise_iou",
+    "places_near",
     "side_distances",
 ]

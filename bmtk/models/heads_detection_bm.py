@@ -10,7 +10,7 @@ The trunk must return `feature_maps`, a list of (B, C, H, W), and have `feature_
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .boxes_bm import assign_boxes, centerness, centres, corners, grid_locations, may_predict, overlap_of_distances
+from .boxes_bm import assign_batch, centerness, centres, corners, grid_locations, overlap_of_distances
 from .heads_bm import check_input
 
 NUM_TRUNK_LEVELS = 3  # the paper's C3, C4 and C5
@@ -111,7 +111,8 @@ class ObjectDetectionHead:
     Every term of the loss is a sum divided by the number of positive locations, which depends on the labels alone.  If
     a batch is split (accumulation, processes), call `count_items` for every part and pass the total to each forward as
     `num_items_in_batch`; then every split gives the same gradient.  Without it, each forward divides by its own
-    positives, as other implementations of FCOS do.
+    positives, as other implementations of FCOS do.  What `assign_locations` returns for an image may be kept in its
+    label as "assigned", for the forward pass not to find it again.
     """
 
     main_input_name = "pixel_values"
@@ -149,25 +150,25 @@ class ObjectDetectionHead:
         outputs = self.model(pixel_values=pixel_values, **kwargs)
         levels = self.pyramid([outputs.feature_maps[i] for i in self.used_maps])
         logits, distances, centre_logits = self.towers(levels)
-        points, strides, ranges = self.locations([x.shape[-2:] for x in levels], logits.device)
+        shapes = [tuple(x.shape[-2:]) for x in levels]
+        points, strides, _ = self.locations(shapes, logits.device)
         distances = distances.float() * strides[:, None]  # (B, Q, 4), pixels
         size = image_size(pixel_values)
         loss = terms = row_losses = row_items = None
         if labels is not None:
-            targets = [self.targets(points, strides, ranges, label, size) for label in labels]
-            classes, target_distances = (torch.stack(x) for x in zip(*targets, strict=True))
-            terms = self.loss_terms(logits, distances, centre_logits, classes, target_distances, num_items_in_batch)
+            classes, target_distances = self.targets(shapes, points, labels, size)
+            losses = self.losses(logits, distances, centre_logits, classes, target_distances)
+            row_items = (classes < self.config.num_labels).sum(1)
+            num_items = row_items.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            terms = {name: values.sum() / num_items for name, values in losses.items()}
             loss = sum(terms.values())
-            if output_row_losses:
-                inputs = (x.split(1) for x in (logits, distances, centre_logits, classes, target_distances))
-                row_items = (classes < self.config.num_labels).sum(1)
-                row_losses = torch.stack([sum(self.loss_terms(*row, 1).values()) for row in zip(*inputs, strict=True)])
+            row_losses = sums_of_rows(losses, row_items) if output_row_losses else None
         boxes = torch.cat((points - distances[..., :2], points + distances[..., 2:]), dim=-1)
         return DetectionOutput(
             loss=loss,
             loss_dict=terms,
             row_losses=row_losses,
-            row_items=row_items,
+            row_items=row_items if output_row_losses else None,
             logits=logits,
             pred_boxes=centres(boxes) / size.repeat(2),
             pred_centerness=centre_logits,
@@ -179,59 +180,73 @@ class ObjectDetectionHead:
     def locations(self, shapes, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Locations (Q, 2), strides (Q,) and allowed distances (Q, 2) of the farthest side, in pixels."""
         points, levels = grid_locations(shapes, self.strides, device)
-        limits = [0.0, *(STRIDES_OF_RANGE * stride for stride in self.strides[:-1]), math.inf]
-        ranges = torch.tensor(list(pairwise(limits)), device=device)
+        ranges = torch.tensor(list(pairwise(self.limits)), device=device)
         return points, torch.tensor(self.strides, device=device, dtype=torch.float32)[levels], ranges[levels]
 
-    def targets(self, points, strides, ranges, label, size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Targets of one image: the class of each location (Q,), K for background, and its distances (Q, 4)."""
-        classes = label["class_labels"].to(points.device)
+    @property
+    def limits(self) -> list[float]:
+        """Of the distance to the farthest side, in pixels: below and above each level."""
+        return [0.0, *(STRIDES_OF_RANGE * float(stride) for stride in self.strides[:-1]), math.inf]
+
+    def targets(self, shapes, points, labels, size) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets of B images: the class of each location (B, Q), K for background, and its distances (B, Q, 4)."""
+        classes = torch.cat([label["class_labels"] for label in labels]).to(points.device)
         if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < self.config.num_labels:
             raise ValueError(
                 f"class_labels hold {int(classes.min())} to {int(classes.max())}; num_labels={self.config.num_labels} "
                 f"allows 0 to {self.config.num_labels - 1}"
             )
-        boxes = self.boxes_in_pixels(label, size, points.device)
-        index = assign_boxes(points, strides, ranges, boxes, radius=self.config.center_sampling_radius)
+        boxes, counts = self.boxes_in_pixels(labels, size)
+        if all("assigned" in label for label in labels):
+            index = torch.stack([label["assigned"] for label in labels]).to(points.device)
+        else:
+            index = self.assigned(shapes, boxes, counts)
         background = torch.full_like(index, self.config.num_labels)
-        if len(boxes) == 0:
-            return background, points.new_zeros(len(points), 4)
-        index, is_background = index.clamp(min=0), index < 0
-        nearest = boxes[index]  # (Q, 4)
-        distances = torch.cat((points - nearest[:, :2], nearest[:, 2:] - points), dim=-1)
+        if len(classes) == 0:
+            return background, points.new_zeros(*index.shape, 4)
+        is_background = index < 0
+        starts = [0, *accumulate(counts[:-1])]
+        # Background of a last image without boxes would be beyond the last box.
+        index = (index + torch.tensor(starts, device=index.device)[:, None]).clamp(0, len(classes) - 1)
+        nearest = boxes[index]  # (B, Q, 4)
+        distances = torch.cat((points - nearest[..., :2], nearest[..., 2:] - points), dim=-1)
         return torch.where(is_background, background, classes[index]), distances
 
-    def loss_terms(self, logits, distances, centre_logits, classes, target_distances, num_items) -> dict:
-        """Focal loss of all locations, GIoU (or IoU) and centre-ness losses of the positive ones, over `num_items`."""
+    def assigned(self, shapes, boxes, counts) -> torch.Tensor:
+        """Which box of its image each location (B, Q) predicts, -1 for background."""
+        radius = self.config.center_sampling_radius
+        return assign_batch(shapes, self.strides, self.limits, boxes, counts, radius=radius)
+
+    def losses(self, logits, distances, centre_logits, classes, target_distances) -> dict[str, torch.Tensor]:
+        """Focal loss of all locations (B, Q, K), GIoU (or IoU) and centre-ness losses of the positive ones (P,)."""
         positive = classes < self.config.num_labels  # (B, Q)
-        num_items = positive.sum().clamp(min=1) if num_items is None else num_items
         one_hot = F.one_hot(classes, self.config.num_labels + 1)[..., :-1].float()
         focal = focal_loss(logits.float(), one_hot, alpha=self.config.focal_alpha, gamma=self.config.focal_gamma)
         wanted = target_distances[positive]
         iou, giou = overlap_of_distances(distances[positive], wanted)
         box_loss = 1 - giou if self.config.box_loss == "giou" else -iou.clamp(min=1e-6).log()
         centre_loss = F.binary_cross_entropy_with_logits(
-            centre_logits[positive].float(), centerness(wanted), reduction="sum"
+            centre_logits[positive].float(), centerness(wanted), reduction="none"
         )
-        sums = {"class": focal.sum(), "box": box_loss.sum(), "centerness": centre_loss}
-        return {name: total / num_items for name, total in sums.items()}
+        return {"class": focal, "box": box_loss, "centerness": centre_loss}
 
     @torch.no_grad()
     def count_items(self, pixel_values: torch.Tensor, labels: list[dict[str, torch.Tensor]], **kwargs) -> torch.Tensor:
         """Number of positive locations of a batch, from its labels and the size of its images, without a forward."""
-        shapes = self.level_shapes(pixel_values.shape[-2:])
-        points, strides, ranges = self.locations(shapes, pixel_values.device)
-        size = image_size(pixel_values)
-        radius, total = self.config.center_sampling_radius, torch.zeros((), dtype=torch.long, device=points.device)
-        for label in labels:
-            boxes = self.boxes_in_pixels(label, size, points.device)
-            total += may_predict(points, strides, ranges, boxes, radius=radius).any(-1).sum()
-        return total
+        return (self.assign_locations(pixel_values, labels) >= 0).sum()
+
+    @torch.no_grad()
+    def assign_locations(self, pixel_values: torch.Tensor, labels: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Which box of its image each location (B, Q) predicts, -1 for background; without a forward, too."""
+        boxes, counts = self.boxes_in_pixels(labels, image_size(pixel_values))
+        return self.assigned(self.level_shapes(pixel_values.shape[-2:]), boxes, counts)
 
     @staticmethod
-    def boxes_in_pixels(label, size, device) -> torch.Tensor:
-        """Boxes (N, 4) of a label as (left, top, right, bottom)."""
-        return corners(label["boxes"].to(device, torch.float32).view(-1, 4)) * size.repeat(2)
+    def boxes_in_pixels(labels, size) -> tuple[torch.Tensor, list[int]]:
+        """Boxes (N, 4) of one image after the other as (left, top, right, bottom), and how many each image has."""
+        boxes = [label["boxes"].view(-1, 4) for label in labels]
+        every = torch.cat(boxes).to(size.device, torch.float32)
+        return corners(every) * size.repeat(2), [len(of_image) for of_image in boxes]
 
     def level_shapes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Rows and columns of every level for images of this size, from a run on the meta device; cached."""
@@ -250,6 +265,12 @@ class ObjectDetectionHead:
 def image_size(pixel_values: torch.Tensor) -> torch.Tensor:
     """(width, height) in pixels."""
     return torch.tensor([pixel_values.shape[-1], pixel_values.shape[-2]], device=pixel_values.device).float()
+
+
+def sums_of_rows(losses: dict[str, torch.Tensor], row_items: torch.Tensor) -> torch.Tensor:
+    """The sum (B,) of the losses of each image, which has `row_items` (B,) positive locations."""
+    of_positive = (losses["box"] + losses["centerness"]).split(row_items.tolist())
+    return losses["class"].sum((1, 2)) + torch.stack([values.sum() for values in of_positive])
 
 
 def last_map_of_each_stride(strides: list[int]) -> list[int]:

@@ -93,7 +93,27 @@ class BmImageProcessor(PilBackend):
         centre y, width, height) as fractions of the image size; crowds and empty boxes are omitted.
         """
         annotations = [annotations] if isinstance(annotations, dict) else annotations
+        if kwargs.keys() <= {"return_tensors"} and self._are_ready(images):
+            settings = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
+            pixels = [np.asarray(image).transpose(2, 0, 1) for image in images]
+            return self._preprocess(pixels, annotations, **{**settings, "do_resize": False, **kwargs})
         return super().preprocess(images, annotations, **kwargs)
+
+    def _are_ready(self, images) -> bool:
+        """Whether these are colour images of Pillow's that have their size: their values alone are left to change.
+
+        The checks and conversions of the base class would take as long as that.
+        """
+        if self.do_center_crop or self.do_pad or self.do_convert_grayscale:
+            return False
+        size = dict(self.size)
+        wanted = size.get("width"), size.get("height")
+        return (
+            isinstance(images, list)
+            and bool(images)
+            and all(isinstance(image, PIL.Image.Image) for image in images)
+            and {(image.mode, image.size, image.has_transparency_data) for image in images} == {("RGB", wanted, False)}
+        )
 
     def _preprocess(self, images, annotations, **kwargs) -> BatchFeature:
         features = self._features(images, **kwargs)
@@ -116,11 +136,15 @@ class BmImageProcessor(PilBackend):
         ramp = np.tile(np.arange(256, dtype=np.uint8), (len(images[0]), 1))[..., None]  # (C, 256, 1): an image
         ramp = self.rescale(ramp, kwargs["rescale_factor"])
         table = self.normalize(ramp, kwargs["image_mean"], kwargs["image_std"])[..., 0]
-        found = [np.empty(image.shape, table.dtype) for image in plain["pixel_values"]]
-        for channels, image in zip(found, plain["pixel_values"], strict=True):
+        images, tensors = plain["pixel_values"], kwargs["return_tensors"]
+        found = [np.empty(image.shape, table.dtype) for image in images]
+        if tensors is not None and len({image.shape for image in images}) == 1:
+            # Becomes a tensor without a copy; torch's memory begins where convolutions read it faster.
+            found = torch.from_numpy(table).new_empty((len(images), *images[0].shape)).numpy()
+        for channels, image in zip(found, images, strict=True):
             for value_of, channel, values in zip(table, channels, image, strict=True):
                 np.take(value_of, values, out=channel, mode="clip")  # with "raise", the default, it makes a copy
-        return BatchFeature({"pixel_values": found}, tensor_type=kwargs["return_tensors"])
+        return BatchFeature({"pixel_values": found}, tensor_type=tensors)
 
     def post_process_object_detection(
         self, outputs, threshold: float = 0.5, target_sizes=None, nms_threshold: float = 0.6, max_detections: int = 100

@@ -213,9 +213,9 @@ class ObjectDetectionObjective(ImageObjective):
             shares = shares_of_threads(len(rows)) if is_own else [slice(None)]
             parts = [images[share] for share in shares], [annotations[share] for share in shares]
             made = side_by_side(partial(self.processor, return_tensors="pt"), *parts)
-            pixels = torch.cat([part["pixel_values"] for part in made])
+            pixels = [part["pixel_values"] for part in made]
             labels = [dict(label) for part in made for label in part["labels"]]
-            return {**made[0], "pixel_values": pixels, "labels": labels}
+            return {**made[0], "pixel_values": torch.cat(pixels) if len(pixels) > 1 else pixels[0], "labels": labels}
 
         return collate
 
@@ -226,11 +226,16 @@ class ObjectDetectionObjective(ImageObjective):
             return self.auto_class.from_config(self.config, **self.data.loading)
 
     def num_items(self, batch: Mapping[str, Any]) -> int | torch.Tensor:
-        """Positive locations, by which the loss is divided; images, for a detector that does not count them."""
-        if not hasattr(self.counter, "count_items"):
+        """Positive locations, by which the loss is divided; images, for a detector that does not count them.
+
+        Which box a location predicts is kept in `labels`, for the loss not to find it again.
+        """
+        if not hasattr(self.counter, "assign_locations"):
             return super().num_items(batch)
-        count: torch.Tensor = self.counter.count_items(pixel_values=batch["pixel_values"], labels=batch["labels"])
-        return count
+        found: torch.Tensor = self.counter.assign_locations(batch["pixel_values"], batch["labels"])
+        for label, assigned in zip(batch["labels"], found, strict=True):
+            label["assigned"] = assigned
+        return (found >= 0).sum()
 
     def sizes(self) -> dict[str, dict[str, float]]:
         return {

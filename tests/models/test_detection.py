@@ -12,6 +12,7 @@ from transformers import AutoModelForObjectDetection
 
 import bmtk  # noqa: F401  (registers the families)
 from bmtk.models.boxes_bm import (
+    assign_batch,
     assign_boxes,
     centerness,
     centres,
@@ -78,6 +79,20 @@ def test_assignment_equals_a_loop_over_locations_and_boxes(count, radius):
         assert -1 in assigned
 
 
+@pytest.mark.parametrize("radius", [0.0, 0.7, 1.5, 3.0])  # of 0 and 3, all places are looked at
+@pytest.mark.parametrize("counts", [(0, 0), (12, 0, 1), (0, 5, 12, 0)])
+def test_assignment_of_a_batch_equals_a_loop_over_its_images(counts, radius):
+    shapes, strides, limits = [(12, 10), (6, 5), (3, 3)], [8, 16, 32], [0.0, 24.0, 48.0, math.inf]
+    points, levels = grid_locations(shapes, strides)
+    ranges = torch.tensor([[0, 24], [24, 48], [48, math.inf]])[levels]
+    boxes = [random_boxes(count, 90.0) - 8 for count in counts]  # also beyond the first row and column
+    boxes = [torch.cat((own.round(), own.round(), own)) for own in boxes]  # of equal boxes the first is meant
+    found = assign_batch(shapes, strides, limits, torch.cat(boxes), [len(own) for own in boxes], radius=radius)
+    expected = [assigned_by_loops(points, torch.tensor(strides)[levels], ranges, own, radius) for own in boxes]
+    assert found.tolist() == expected
+    assert (found >= 0).any() == any(counts)
+
+
 def test_locations_are_the_middles_of_cells_row_by_row():
     points, levels = grid_locations([(1, 2), (1, 1)], [8, 16])
     assert points.tolist() == [[4, 4], [12, 4], [8, 8]]
@@ -127,19 +142,20 @@ def suppressed_by_loops(boxes, scores, labels, threshold) -> list[int]:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6, 1.0])
-@pytest.mark.parametrize("count", [0, 1, 80])
+@pytest.mark.parametrize("count", [0, 1, 80, 300])  # more than one block of boxes
 def test_suppression_equals_a_loop(count, threshold):
     boxes, scores, labels = random_boxes(count, 40.0), torch.rand(count), torch.randint(0, 3, (count,))
     kept = non_maximum_suppression(boxes, scores, labels, iou_threshold=threshold)
     assert kept.tolist() == suppressed_by_loops(boxes.tolist(), scores.tolist(), labels.tolist(), threshold)
 
 
-def test_suppression_stops_at_its_limit_with_the_best():
-    boxes, scores, labels = random_boxes(80, 40.0), torch.rand(80), torch.randint(0, 3, (80,))
+@pytest.mark.parametrize("limit", [7, 60])
+def test_suppression_stops_at_its_limit_with_the_best(limit):
+    boxes, scores, labels = random_boxes(300, 120.0), torch.rand(300), torch.randint(0, 3, (300,))
     every = suppressed_by_loops(boxes.tolist(), scores.tolist(), labels.tolist(), 0.3)
-    kept = non_maximum_suppression(boxes, scores, labels, iou_threshold=0.3, limit=7)
-    assert len(every) > 7
-    assert kept.tolist() == every[:7]
+    kept = non_maximum_suppression(boxes, scores, labels, iou_threshold=0.3, limit=limit)
+    assert len(every) > limit
+    assert kept.tolist() == every[:limit]
 
 
 def test_corners_and_centres_are_inverse():
@@ -213,6 +229,23 @@ def test_items_are_counted_without_a_forward_for_any_size(size):
     assert model.count_items(pixels_values := pixels, labels) > 0
     assert torch.allclose(outputs.loss * model.count_items(pixels_values, labels), total)
     assert sum(rows * columns for rows, columns in model.level_shapes(size)) == outputs.logits.shape[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [64, 160])
+def test_locations_that_are_assigned_before_give_the_same_loss_and_are_not_assigned_again(size):
+    model = detector().eval()
+    labels = [label(random_boxes(count, float(size)), size) for count in (0, 4, 0, 3, 0)]
+    pixels = torch.randn(5, 3, size, size)
+    alone = model(pixels, labels=labels, output_row_losses=True)
+    assigned = model.assign_locations(pixels, labels)
+    given = [{**one, "assigned": places} for one, places in zip(labels, assigned, strict=True)]
+    found = model(pixels, labels=given, output_row_losses=True)
+    assert torch.equal(found.loss, alone.loss)
+    assert torch.equal(found.row_losses, alone.row_losses)
+    assert (found.row_items > 0).tolist() == [False, True, False, True, False]
+    none = [{**one, "assigned": torch.full_like(places, -1)} for one, places in zip(labels, assigned, strict=True)]
+    assert model(pixels, labels=none).loss_dict["box"] == 0
 
 
 def test_any_split_of_a_batch_gives_the_same_gradient():

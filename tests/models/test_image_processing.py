@@ -165,3 +165,48 @@ def test_values_that_are_looked_up_are_those_that_the_base_class_computes(channe
     assert (found.shape, found.dtype) == ((2, channels, 24, 20), torch.float32)
     assert torch.equal(found, expected)
     assert len(found.unique()) > 100
+
+
+def test_images_that_have_their_size_become_what_others_become(picture):
+    processor = BmImageProcessor.for_config(BmCnnConfig(**TINY), image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    ready = [picture.resize((16, 16)), picture.crop((0, 0, 16, 16))]
+    annotation = {"annotations": [{"bbox": [3, 5, 6, 10], "category_id": 2}], "boxes_size": (20, 30)}
+    for kind in ("pt", "np", None):
+        found, expected = (
+            processor(ready, annotations=[annotation] * 2, return_tensors=kind, **given)
+            for given in ({}, {"do_resize": True})  # with a setting of its own, as every image was read before
+        )
+        assert type(found["pixel_values"]) is type(expected["pixel_values"])
+        pairs = zip(found["pixel_values"], expected["pixel_values"], strict=True)
+        assert all(np.array_equal(one, other) for one, other in pairs)
+        for one, other in zip(found["labels"], expected["labels"], strict=True):
+            assert {name: value.tolist() for name, value in one.items()} == {
+                name: value.tolist() for name, value in other.items()
+            }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"do_center_crop": True, "crop_size": {"height": 8, "width": 8}},
+        {"do_pad": True, "pad_size": {"height": 20, "width": 20}},
+        {"do_convert_grayscale": True, "image_mean": [0.5], "image_std": [0.5]},
+        {"size": {"shortest_edge": 16}},
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+    ],
+)
+def test_other_settings_and_other_images_are_no_exception(fields, picture):
+    processor = BmImageProcessor(size={"height": 16, "width": 16})
+    for name, value in fields.items():
+        setattr(processor, name, value)
+    small = picture.resize((16, 16))
+    clear, keyed = small.copy(), small.copy()
+    clear.putalpha(100)
+    keyed.info["transparency"] = small.getpixel((0, 0))  # of one colour, as PNG has it
+    grey = small.convert("L")
+    for images in ([small], [small, clear], [small, keyed], [small, grey], [small, picture], (small,), small):
+        resample = PIL.Image.Resampling.BILINEAR
+        found, expected = (processor(images, **given)["pixel_values"] for given in ({}, {"resample": resample}))
+        assert len(found) == len(expected)
+        assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -413,6 +413,8 @@ def test_items_are_the_positive_locations_and_for_other_detectors_the_images(tmp
     model = AutoModelForObjectDetection.from_config(objective.config)
     batch = objective.collator()([objective.rows["train"][row] for row in range(2)])
     assert objective.num_items(batch) == model.count_items(**batch) > 0
+    kept = torch.stack([label["assigned"] for label in batch["labels"]])
+    assert torch.equal(kept, model.assign_locations(**batch))
     assert {parameter.device.type for parameter in objective.counter.parameters()} == {"meta"}
     other = bound(read_data(tmp_path))
     other.config = DetrConfig(use_timm_backbone=False, backbone=None, encoder_layers=1, decoder_layers=1)
