@@ -14,17 +14,12 @@ Made = TypeVar("Made")
 def side_by_side(make: Callable[..., Made], *columns: Iterable[Any]) -> list[Made]:
     """`make` of each row of the `columns`, in order, by as many threads as torch has.
 
-    Of use where `make` is mostly work outside of Python, such as Pillow's and numpy's on whole images.  A worker of a
-    DataLoader has one thread, and so makes one row after the other.  Raises: what `make` raises for the first row.
+    Of use where `make` is mostly work outside of Python, such as Pillow's and numpy's on whole images; torch's own
+    operations start threads of their own for each of these, which then wait for one another.  A worker of a DataLoader
+    has one thread, and so makes one row after the other.  Raises: what `make` raises for the first row.
     """
     threads = torch.get_num_threads()
     return list(map(make, *columns) if threads == 1 else _pool(os.getpid(), threads).map(make, *columns))
-
-
-def shares_of_threads(count: int) -> list[slice]:
-    """`count` rows cut into a share for each thread, nearly equal, for what has a cost of its own at each call."""
-    threads = min(torch.get_num_threads(), count)
-    return [slice(count * number // threads, count * (number + 1) // threads) for number in range(threads)]
 
 
 @functools.cache

@@ -6,7 +6,7 @@ A box is [left, top, width, height] in pixels of the original image, in the data
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from bmtk.data.box_transforms import FLIPS, FORMATS, BoxAugmentation
 from bmtk.data.columns import with_columns
 from bmtk.data.epoch_dataset import EpochDataset
 from bmtk.data.labels import agreed_labels, in_order, some
-from bmtk.data.threads import shares_of_threads, side_by_side
+from bmtk.data.threads import side_by_side
 from bmtk.errors import UserError
 from bmtk.metrics.boxes import average_precisions, summary
 from bmtk.settings import fact, setting
@@ -208,14 +208,8 @@ class ObjectDetectionObjective(ImageObjective):
             if "annotations" not in rows[0]:
                 sizes = torch.tensor([(image.height, image.width) for image in images])
                 return {**self.processor(images, return_tensors="pt"), "sizes": sizes}
-            annotations = [row["annotations"] for row in rows]
-            is_own = hasattr(self.processor, "for_config")  # others pad to the largest image of all
-            shares = shares_of_threads(len(rows)) if is_own else [slice(None)]
-            parts = [images[share] for share in shares], [annotations[share] for share in shares]
-            made = side_by_side(partial(self.processor, return_tensors="pt"), *parts)
-            pixels = [part["pixel_values"] for part in made]
-            labels = [dict(label) for part in made for label in part["labels"]]
-            return {**made[0], "pixel_values": torch.cat(pixels) if len(pixels) > 1 else pixels[0], "labels": labels}
+            made = self.processor(images, [row["annotations"] for row in rows], return_tensors="pt")
+            return {**made, "labels": [dict(label) for label in made["labels"]]}
 
         return collate
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from bmtk.data.threads import shares_of_threads, side_by_side
+from bmtk.data.threads import side_by_side
 
 
 @pytest.fixture
@@ -26,14 +26,6 @@ def test_rows_are_in_order_and_made_by_other_threads(two_threads):
     assert [text for text, _ in found] == ["a0", "b1", "c2", "d3"]
     assert len({thread for _, thread in found}) == 2
     assert threading.get_ident() not in {thread for _, thread in found}
-
-
-def test_shares_hold_every_row_once(two_threads):
-    for count in (1, 2, 5):
-        shares = [list(range(count))[share] for share in shares_of_threads(count)]
-        assert [row for share in shares for row in share] == list(range(count))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-        assert len(shares) == min(count, 2)
 
 
 def test_an_error_of_a_row_is_raised(two_threads):
