@@ -287,14 +287,17 @@ class TaskData:
         share, column = self.args.validation_fraction, getattr(self.args, self.group_option)
         if column:
             check_column(table, column, option=self.group_option, where="train")
-        groups, kind = rows_of_groups(table, column), f"values of {column!r}" if column else "training rows"
-        count = round(len(groups) * share)
-        if not 0 < count < len(groups):
-            raise UserError(f"{len(groups)} {kind} are too few to hold out {share:.0%} of them")
-        parts = Dataset.from_dict({"group": range(len(groups))}).train_test_split(count, seed=self.seed)
-        names = {"train": "train", "validation": "test"}
-        found = {split: [groups[group] for group in parts[part]["group"][:]] for split, part in names.items()}
-        tables = {split: table.select(np.concatenate(rows)) for split, rows in found.items()}
+        groups, kind = None, "training rows"
+        if column:
+            groups, kind = rows_of_groups(table, column), f"values of {column!r}"
+        number = len(table) if groups is None else len(groups)
+        count = round(number * share)
+        if not 0 < count < number:
+            raise UserError(f"{number} {kind} are too few to hold out {share:.0%} of them")
+        order, tables = np.random.default_rng(self.seed).permutation(number), {}  # as Dataset.train_test_split does
+        for split, chosen in (("train", order[count:]), ("validation", order[:count])):
+            rows = chosen if groups is None else np.concatenate([groups[group] for group in chosen])
+            tables[split] = table.select(rows)
         together = f", the rows of {count:,} {kind}" if column else ""
         self.notes.append(
             f"there are no validation rows: {len(tables['validation']):,} of the {len(table):,} training rows are "
@@ -327,10 +330,8 @@ class TaskData:
         return fingerprints(self.rows[split], self.inputs)
 
 
-def rows_of_groups(table: Dataset, column: str | None) -> list[np.ndarray]:
-    """The rows of each value of `column`, in the order of their first rows; without one, every row by itself."""
-    if column is None:
-        return [*np.arange(len(table))[:, None]]
+def rows_of_groups(table: Dataset, column: str) -> list[np.ndarray]:
+    """The rows of each value of `column`, in the order of their first rows."""
     found: dict[bytes, list[int]] = {}
     for row, mark in enumerate(fingerprints(table, [column])):
         found.setdefault(mark, []).append(row)

@@ -147,6 +147,14 @@ def test_without_validation_rows_some_training_rows_are_held_out_and_noted(tmp_p
         read_data(tmp_path, train=TRAIN[:1], validation=None)
 
 
+def test_the_rows_that_are_held_out_are_those_of_datasets(tmp_path):
+    path = write_csv(tmp_path / "train.csv", [(f"text {i}", "xy"[i % 2]) for i in range(20)])
+    data = TASK.read(SequenceClassificationArguments(train_file=path, vocab_size=300), seed=7)
+    parts = Dataset.from_dict({"text": [f"text {i}" for i in range(20)]}).train_test_split(2, seed=7)
+    for split, part in (("train", "train"), ("validation", "test")):
+        assert data.rows[split]["text"][:] == parts[part]["text"][:]
+
+
 def test_rows_of_a_group_are_held_out_together(tmp_path):
     """As scikit-learn's GroupShuffleSplit has it: the share is one of groups."""
     lines = [f"text {i},{'xy'[i % 2]},speaker {i % 7}" for i in range(40)]
